@@ -1,0 +1,115 @@
+"""The LightningDataModule: shards and settings in, loaders of one rank out.
+
+Rank, number of ranks and the step to go on from are read from the trainer; without one it is a single process
+at step 0. Where training stands is the trainer's step, so there is no state to save.
+"""
+
+import logging
+import warnings
+from functools import cached_property
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from datamodules.batches import EvalBatches, NumberedBatches, Place, TrainBatches, Windows
+from datamodules.collate import Batch
+from datamodules.config import DataConfig, accumulation
+from datamodules.errors import DataError
+from datamodules.index import ShardIndex
+from datamodules.splits import TEST, TRAIN, VALID
+from datamodules.windows import WindowPlan
+
+log = logging.getLogger(__name__)
+
+
+class SequenceDataModule(pl.LightningDataModule):
+    """Loaders of `Batch`es, one micro batch each, for the splits of a shard directory.
+
+    config: see `DataConfig`. seed: of the training order, any integer.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+
+    @cached_property
+    def index(self) -> ShardIndex:
+        """The opened shards (DataError: see `open`); the model needs `index.alphabet.vocab_size`."""
+        return ShardIndex.open(self.config.shards)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per rank and optimizer step. DataError if the batch sizes do not fit the ranks."""
+        return accumulation(self.config.global_batch, self.config.micro_batch, self._place.world_size)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the split "valid" has a window."""
+        return self._validation is not None
+
+    def windows(self, split: str) -> Windows:
+        """The windows of a split. Raises DataError if it has none (see `WindowPlan.of`)."""
+        return Windows(
+            self.index, WindowPlan.of(self.index.segments, split, self.config.length, self.config.min_real)
+        )
+
+    def setup(self, stage: str) -> None:
+        """Check that `stage` ("fit", "validate" or "test") has what it needs, or raise DataError."""
+        if self.config.workers < 0:
+            raise DataError(f"data.workers {self.config.workers}: must be 0 or more")
+        if stage == "fit":
+            _ = self.accumulation, self._training, self._validation
+        elif stage in ("validate", "test"):
+            self.windows(VALID if stage == "validate" else TEST)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Endless micro batches from the trainer's global step on."""
+        step = self.trainer.global_step if self.trainer else 0
+        return self._loader(TrainBatches(self._training, self._place, self.seed, self.accumulation, step))
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Every validation window once; no loader at all if there is none."""
+        return self.some_validation(0)
+
+    def some_validation(self, most: int) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """`most` validation windows spread evenly over the split (0: all); no loader at all if there is none."""
+        return [] if self._validation is None else self._eval_loader(self._validation, most)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Every test window once."""
+        return self.eval_dataloader(TEST)
+
+    def eval_dataloader(self, split: str) -> DataLoader[Batch]:
+        """Every window of a split once, in order, dealt to the ranks (see `EvalBatches`)."""
+        return self._eval_loader(self.windows(split))
+
+    @cached_property
+    def _training(self) -> Windows:
+        return self.windows(TRAIN)
+
+    @cached_property
+    def _validation(self) -> Windows | None:
+        if VALID not in self.index.segments.splits():
+            return None
+        try:
+            return self.windows(VALID)
+        except DataError as error:
+            log.warning("training goes on without validation: %s", error)
+            return None
+
+    @property
+    def _place(self) -> Place:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return Place(rank, world_size, self.config.micro_batch)
+
+    def _eval_loader(self, windows: Windows, most: int = 0) -> DataLoader[Batch]:
+        # Lightning warns that workers may repeat an iterable data set's batches: NumberedBatches shares them.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        return self._loader(EvalBatches(windows, self._place, most))
+
+    def _loader(self, batches: NumberedBatches) -> DataLoader[Batch]:
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.config.workers, pin_memory=torch.cuda.is_available()
+        )
