@@ -1,0 +1,22 @@
+"""The reversible Reformer (Kitaev, Kaiser & Levskaya 2020, arXiv 2001.04451) in plain torch.
+
+    from models import Reformer, ReformerConfig, Seeds
+
+Nothing here knows of Lightning, DeepSpeed, files or configs on disk: a config is a dataclass, a model is an
+``nn.Module``, and all chance comes in with the call.
+"""
+
+from models.chance import Seeds
+from models.config import ConfigError, FeedForwardConfig, LocalConfig, LSHConfig, ReformerConfig
+from models.reformer import Reformer, ReformerClassifier
+
+__all__ = [
+    "ConfigError",
+    "FeedForwardConfig",
+    "LSHConfig",
+    "LocalConfig",
+    "Reformer",
+    "ReformerClassifier",
+    "ReformerConfig",
+    "Seeds",
+]

@@ -1,0 +1,17 @@
+"""Attention layers, one module per kind, and the branch that a block of the stack is built with."""
+
+from models.attention.full import FullAttention, full_attention
+from models.attention.heads import AttentionBranch
+from models.attention.local import LocalAttention, local_attention
+from models.attention.lsh import LSHAttention, lsh_attention
+from models.config import ReformerConfig
+
+__all__ = ["build_attention", "full_attention", "local_attention", "lsh_attention"]
+
+KINDS = {"local": LocalAttention, "lsh": LSHAttention, "full": FullAttention}
+"""The names that `ReformerConfig.layers` may hold."""
+
+
+def build_attention(config: ReformerConfig, layer: int) -> AttentionBranch:
+    """F of block number `layer`, of the kind the config's pattern has there."""
+    return AttentionBranch(config, layer, KINDS[config.pattern[layer]](config, layer))

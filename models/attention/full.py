@@ -1,0 +1,70 @@
+"""Full attention, for comparison and for short sequences: time grows with length squared."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from models.attention.kernels import PairDropout
+from models.config import ReformerConfig
+from models.positions import rotary
+from models.reversible import Call
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    dropout: PairDropout | None = None,
+) -> Tensor:
+    """softmax(q · k / √d) v over everything (causal: over nothing later): (batch, heads, length, d).
+
+    mask: (batch, length) bool, True where a position is real; the others are met by nobody, and their output is
+    zero. Without dropout of weights it runs in torch's fused attention; with it, the weights exist whole.
+    """
+    if dropout is None and mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    batch, heads, length, d = q.shape
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    seen = seen.tril() if causal else seen
+    if mask is not None:
+        # A position that is not real sees itself, so that its row is not empty; its output is zeroed below.
+        seen = (seen & mask[:, None, None]) | torch.eye(length, dtype=torch.bool, device=q.device)
+    if dropout is None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    else:
+        scores = (q * d**-0.5 @ k.mT).float().masked_fill(~seen, -torch.inf)
+        place = torch.arange(length, device=q.device)
+        row = torch.arange(batch * heads, device=q.device)[:, None, None]
+        scale = dropout.scale(row, place[:, None], place).view(batch, heads, length, length)
+        y = (scores.softmax(-1) * scale).to(v.dtype) @ v
+    return y if mask is None else y.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+class FullAttention(nn.Module):
+    """The layer: projections, attention, output projection."""
+
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.query = projection(config)
+        self.key = projection(config)
+        self.value = projection(config)
+        self.output = output(config)
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        config = self.config
+        q, k, v = (
+            split_heads(project(source), config.heads)
+            for project, source in ((self.query, near), (self.key, near), (self.value, x))
+        )
+        if config.positions == "rotary":
+            q, k = rotary(q), rotary(k)
+        dropout = pair_dropout(config, self.layer, call, x.shape[0], x.device)
+        y = full_attention(q, k, v, causal=config.causal, mask=call.mask, dropout=dropout)
+        return self.output(merge_heads(y))

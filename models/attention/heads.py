@@ -1,0 +1,70 @@
+"""What every attention layer shares: the branch around it, and its projections.
+
+A layer is a module with forward(x, near, call): x (batch, length, dim) normalised; near is x, or x after the
+short convolution, from which queries and keys are made; values come from x itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.kernels import PairDropout
+from models.chance import Purpose, dropout
+from models.config import ReformerConfig
+from models.layers import Linear, Norm, ShortConvolution
+from models.reversible import Call
+
+
+class AttentionBranch(nn.Module):
+    """F of a block: norm, short convolution, attention, dropout; (batch, length, dim) -> the same."""
+
+    def __init__(self, config: ReformerConfig, layer: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rate = config.dropout
+        self.norm = Norm(config.dim, config.norm)
+        self.convolution = (
+            ShortConvolution(config.dim, config.conv, causal=config.causal) if config.conv else None
+        )
+        self.attention = attention
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        x = self.norm(x)
+        near = x if self.convolution is None else self.convolution(x, call.mask)
+        y = self.attention(x, near, call)
+        if not (call.training and self.rate):
+            return y
+        return dropout(y, self.rate, call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device))
+
+
+def projection(config: ReformerConfig) -> Linear:
+    """dim -> heads · width."""
+    return Linear(config.dim, config.heads * config.width)
+
+
+def output(config: ReformerConfig) -> Linear:
+    """heads · width -> dim, small enough that `depth` such branches add up to one."""
+    return Linear(config.heads * config.width, config.dim, gain=config.depth**-0.5)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, length, heads · d) -> (batch, heads, length, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, length, d) -> (batch, length, heads · d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def pair_dropout(
+    config: ReformerConfig, layer: int, call: Call, batch: int, device: torch.device
+) -> PairDropout | None:
+    """Dropout of attention weights for rows = batch × heads, or None where it is off."""
+    if not (call.training and config.attention_dropout):
+        return None
+    keys = call.seeds.keys(Purpose.ATTENTION_WEIGHTS, layer, batch, device)
+    # Heads apart by an odd multiple in both halves of the key: random_bits hashes the two.
+    heads = torch.arange(config.heads, device=device) * 0x632BE59BD9B4E019
+    return PairDropout(config.attention_dropout, (keys[:, None] ^ heads).flatten())

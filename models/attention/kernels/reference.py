@@ -1,0 +1,98 @@
+"""The readable truth: list the keys every position meets, then softmax over the list.
+
+Memory is O(length · rounds · reach · d), never O(length²). Differentiable by ordinary autograd, any float dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.attention.kernels import PairDropout, Rule, Seating
+
+
+def meet(
+    q: Tensor, k: Tensor, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None = None
+) -> Tensor:
+    """See models.attention.kernels. Computes in the inputs' dtype."""
+    rows, length, _ = q.shape
+    keys, met = met_keys(seating, rule)
+    row = torch.arange(rows, device=q.device)[:, None, None]
+    position = torch.arange(length, device=q.device)[None, :, None]
+    scores = torch.einsum("nid,niwd->niw", q, k[row, keys]).masked_fill(~met, -torch.inf)
+    # A position that meets nothing takes its own value: the one element of its list.
+    lonely = ~met.any(-1, keepdim=True)
+    weights = scores.masked_fill(lonely, 0.0).softmax(dim=-1)
+    if dropout is not None:
+        weights = weights * dropout.scale(row, position, keys).to(weights.dtype)
+    out = torch.einsum("niw,niwd->nid", weights, v[row, keys])
+    alone = v * 1.0
+    if dropout is not None:
+        alone = v * dropout.scale(row, position, position).to(v.dtype)
+    out = torch.where(lonely, alone, out)
+    real = torch.zeros_like(lonely).scatter(1, seating.order[:, 0, :, None], _seated(seating)[..., None])
+    return torch.where(real, out, 0.0)
+
+
+def met_keys(seating: Seating, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The positions each position may meet, round after round: keys (rows, length, places) int64, and which of
+    these places hold a key that is met, bool of the same shape."""
+    rows, rounds, length = seating.order.shape
+    row = torch.arange(rows, device=seating.order.device)[:, None, None]
+    position = torch.arange(length, device=seating.order.device)[None, :, None]
+    keys, met = [], []
+    for this in range(rounds):
+        rank = seating.rank[:, this, :, None]
+        is_real = rank < seating.real[:, None, None]
+        places = (
+            _window(this, rank, rule) if rule.attend == "window" else _chunks(this, rank, seating, rule.reach)
+        )
+        for other, seats, there in places:
+            found = there & (seats >= 0) & (seats < seating.real[:, None, None]) & is_real
+            seats = seats.clamp(0, length - 1)
+            key = seating.order[:, other][row, seats]
+            if rule.attend == "window":
+                found &= seating.buckets[:, this][row, seats] == seating.buckets[:, this][row, rank]
+            if rule.causal:
+                found &= key <= position
+            if rule.shared:
+                found &= key != position
+            keys.append(key)
+            met.append(found)
+    all_keys, all_met = torch.cat(keys, dim=-1), torch.cat(met, dim=-1)
+    return all_keys, _first_of_each(all_keys, all_met) if rule.once else all_met
+
+
+def _window(this: int, rank: Tensor, rule: Rule) -> list[tuple[int, Tensor, Tensor]]:
+    """(round, seats, whether the seat is offered): `reach` seats before the own one to it, or as far behind it."""
+    offsets = torch.arange(-rule.reach, 1 if rule.causal else rule.reach + 1, device=rank.device)
+    seats = rank + offsets
+    return [(this, seats, torch.ones_like(seats, dtype=torch.bool))]
+
+
+def _chunks(this: int, rank: Tensor, seating: Seating, reach: int) -> list[tuple[int, Tensor, Tensor]]:
+    """(round, seats, whether the seat is offered) of the own chunk, the one before, and the ring's."""
+    within = torch.arange(reach, device=rank.device)
+    chunk = rank // reach
+    last = (seating.real[:, None, None] - 1).clamp_min(0) // reach
+    own = chunk * reach + within
+    before = own - reach
+    ring = (last * reach + within).expand_as(own)
+    first = (chunk == 0).expand_as(own)
+    rounds = seating.order.shape[1]
+    return [(this, own, torch.ones_like(first)), (this, before, ~first), ((this - 1) % rounds, ring, first)]
+
+
+def _first_of_each(keys: Tensor, met: Tensor) -> Tensor:
+    """Of the places whose keys are met, the first for every key."""
+    nobody = torch.iinfo(torch.int64).max
+    ordered, places = keys.masked_fill(~met, nobody).sort(dim=-1, stable=True)
+    again = torch.zeros_like(met)
+    again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    return met & ~torch.zeros_like(met).scatter(-1, places, again)
+
+
+def _seated(seating: Seating) -> Tensor:
+    """(rows, length) bool: whether a seat holds a real position."""
+    seats = torch.arange(seating.order.shape[-1], device=seating.order.device)
+    return seats < seating.real[:, None]

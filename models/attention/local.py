@@ -1,0 +1,77 @@
+"""Local attention: queries meet their neighbours. LSH attention's kernel with nothing sorted and one round."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from models.attention.kernels import PairDropout, Rule, Seating, chunked
+from models.config import ReformerConfig
+from models.positions import rotary
+from models.reversible import Call
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool,
+    attend: str = "window",
+    mask: Tensor | None = None,
+    dropout: PairDropout | None = None,
+) -> Tensor:
+    """softmax(q · k / √d) v over neighbours: q, k, v and result (batch, heads, length, d), any length.
+
+    window: positions, the own one among them: i meets i − window + 1 ... i (not causal: to i + window − 1).
+    `attend="chunk"`: i meets its own chunk of `window` positions and the one before, the first chunk the last
+    one where not causal, as in trax and transformers. mask: (batch, length) bool, True where a position is
+    real; the others are as if they were not there, and their output is zero.
+    """
+    batch, heads, length, d = q.shape
+    if mask is None:
+        seats = torch.arange(length, device=q.device).expand(batch * heads, 1, length)
+        real = torch.full((batch * heads,), length, device=q.device)
+        seating = Seating(order=seats, rank=seats, buckets=torch.zeros_like(seats), real=real)
+    else:
+        nowhere = torch.zeros(batch * heads, 1, length, dtype=torch.int64, device=q.device)
+        rows = mask[:, None].expand(batch, heads, length).flatten(0, 1)
+        seating = Seating.by_bucket(nowhere, rows)
+    reach = window - 1 if attend == "window" else window
+    rule = Rule(reach, attend, causal, once=False, shared=False)
+    out = chunked.meet((q * d**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), seating, rule, dropout)
+    return out.view(v.shape)
+
+
+class LocalAttention(nn.Module):
+    """The layer: projections, attention among neighbours, output projection."""
+
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.query = projection(config)
+        self.key = projection(config)
+        self.value = projection(config)
+        self.output = output(config)
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        config = self.config
+        q, k, v = (
+            split_heads(project(source), config.heads)
+            for project, source in ((self.query, near), (self.key, near), (self.value, x))
+        )
+        if config.positions == "rotary":
+            q, k = rotary(q), rotary(k)
+        y = local_attention(
+            q,
+            k,
+            v,
+            window=config.local.window,
+            causal=config.causal,
+            attend=config.local.attend,
+            mask=call.mask,
+            dropout=pair_dropout(config, self.layer, call, x.shape[0], x.device),
+        )
+        return self.output(merge_heads(y))

@@ -1,0 +1,268 @@
+"""The settings of a Reformer: plain dataclasses, so that OmegaConf (or anything else) can fill them in.
+
+`ReformerConfig.validate` is the one gate: it says what is wrong, with which value, and the way out, before
+anything expensive is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+LAYERS = ("local", "lsh", "full")
+NORMS = ("layer", "rms")
+RESIDUALS = ("fixed", "float")
+POSITIONS = ("rotary", "axial", "learned", "none")
+ACTIVATIONS = ("gelu", "relu", "swiglu")
+ATTENDS = ("window", "chunk")
+DUPLICATES = ("average", "once")
+
+DEFAULT_BUCKETS = 64
+"""Buckets of a hash round where neither `n_buckets` nor `max_length` is set."""
+
+SINGLE_ROTATION = 256
+"""Up to so many buckets one rotation makes a hash; beyond, two rotations make a factor each (paper, section 2)."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: what, where, which value, and the way out."""
+
+
+@dataclass
+class LSHConfig:
+    """Attention among positions whose query-keys hash to the same bucket.
+
+    rounds: independent hash rounds; time grows with it, memory does not.
+    chunk_length: positions. How many of its bucket a position meets in a round (`attend: window`), or the
+        length of a chunk in sorted order (`attend: chunk`).
+    n_buckets: buckets of a round; even (a multiple of 4 above 256). None: `max_length / chunk_length` rounded
+        down to a power of two, or 64 where `max_length` is not set. Never the length of the moment: then what
+        a position sees would depend on what comes after it.
+    attend: `window`, strictly causal: the last `chunk_length` positions of the own bucket (bidirectional: as
+        many on both sides). `chunk`, the paper's: own and previous chunk in sorted order, where later tokens
+        can change what earlier ones see.
+    duplicates: a key met in several rounds counts as often as it was met (`average`) or `once`.
+    """
+
+    rounds: int = 4
+    chunk_length: int = 64
+    n_buckets: int | None = None
+    attend: str = "window"
+    duplicates: str = "average"
+
+
+@dataclass
+class LocalConfig:
+    """Attention among neighbours.
+
+    window: positions, the own one among them: i attends to i - window + 1 ... i (bidirectional: as far on both
+        sides). With `attend: chunk`, the length of a chunk.
+    attend: `window`, or `chunk`: own and previous chunk of `window` positions (bidirectional too), as in trax.
+    """
+
+    window: int = 128
+    attend: str = "window"
+
+
+@dataclass
+class FeedForwardConfig:
+    """The feed-forward branch.
+
+    mult: width of the hidden layer as a multiple of `dim`.
+    activation: gelu, relu or swiglu (gated: a third matrix of the same size).
+    chunk: tokens of the micro batch (batch × length) whose hidden layer exists at once; 0 = all of them.
+    """
+
+    mult: float = 4.0
+    activation: str = "gelu"
+    chunk: int = 0
+
+
+@dataclass
+class ReformerConfig:
+    """A Reformer, without its weights.
+
+    vocab_size: number of token ids; None until known (the pipeline takes it from the shards' alphabet).
+    dim: width of each of the two residual streams.
+    depth: number of blocks; a block is one attention and one feed-forward branch.
+    heads, head_dim: attention heads and the width of one (None = dim / heads).
+    layers: kinds of attention (local, lsh, full), repeated to `depth`.
+    causal: True predicts the next token; False sees both sides.
+    max_length: tokens. The longest sequence that `axial` and `learned` positions hold, and what the number of
+        hash buckets is laid out for. None: no limit, where the positions need none.
+    positions: rotary (in local and full layers; LSH compares content alone), axial, learned or none.
+    axial_shape: rows and columns of axial positions, whose product is at least `max_length`; empty = near square.
+    norm: layer or rms, at the head of every branch and of the stack's output.
+    residual: `fixed`: int32 streams in units of 2^-16, which invert exactly. `float`: for comparison; drifts.
+    dropout: of the embedding and of every branch's output; attention_dropout: of attention weights. In [0, 1).
+    conv: width, in tokens, of a depthwise convolution before query and key (causal where the model is); 0 = off.
+        Letters of a small alphabet hash alike; with it a query knows its neighbourhood.
+    tie_embeddings: the output head uses the embedding's weights.
+    loss_chunk: tokens whose logits exist at once in the loss.
+    """
+
+    vocab_size: int | None = None
+    dim: int = 256
+    depth: int = 6
+    heads: int = 4
+    head_dim: int | None = None
+    layers: list[str] = field(default_factory=lambda: ["local", "lsh"])
+    causal: bool = True
+    max_length: int | None = None
+    positions: str = "rotary"
+    axial_shape: list[int] = field(default_factory=list)
+    norm: str = "layer"
+    residual: str = "fixed"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    conv: int = 4
+    tie_embeddings: bool = False
+    loss_chunk: int = 4096
+    lsh: LSHConfig = field(default_factory=LSHConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    feedforward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+
+    @property
+    def width(self) -> int:
+        """Width of one head."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward's hidden layer."""
+        return round(self.feedforward.mult * self.dim)
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of one hash round."""
+        if self.lsh.n_buckets is not None:
+            return self.lsh.n_buckets
+        if self.max_length is None:
+            return DEFAULT_BUCKETS
+        return max(2, 1 << (max(1, self.max_length // self.lsh.chunk_length).bit_length() - 1))
+
+    @property
+    def pattern(self) -> list[str]:
+        """The kind of attention of each of the `depth` blocks."""
+        return [self.layers[i % len(self.layers)] for i in range(self.depth)]
+
+    @property
+    def axial(self) -> tuple[int, int]:
+        """Rows and columns of the axial position table."""
+        if self.axial_shape:
+            return self.axial_shape[0], self.axial_shape[1]
+        assert self.max_length is not None
+        rows = 1 << ((self.max_length - 1).bit_length() + 1) // 2
+        return rows, -(-self.max_length // rows)
+
+    def validate(self, length: int | None = None) -> None:
+        """Check every setting and, if given, that sequences of `length` tokens fit. Raises ConfigError."""
+        if self.vocab_size is None:
+            raise ConfigError("model.vocab_size is not set: give the number of token ids, e.g. 9 for DNA")
+        for name in ("vocab_size", "dim", "depth", "heads", "loss_chunk"):
+            _at_least(1, f"model.{name}", getattr(self, name))
+        _at_least(0, "model.conv", self.conv)
+        self._validate_names()
+        self._validate_widths()
+        for name in ("dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 0 and below 1")
+        _at_least(1, "model.lsh.rounds", self.lsh.rounds)
+        _at_least(1, "model.lsh.chunk_length", self.lsh.chunk_length)
+        check_buckets(self.buckets, "model.lsh.n_buckets")
+        _at_least(1, "model.local.window", self.local.window)
+        self._validate_length(length)
+
+    def _validate_names(self) -> None:
+        if not self.layers:
+            raise ConfigError(f"model.layers is empty: name at least one of {', '.join(LAYERS)}")
+        for layer in self.layers:
+            check_name("model.layers", layer, LAYERS)
+        check_name("model.norm", self.norm, NORMS)
+        check_name("model.residual", self.residual, RESIDUALS)
+        check_name("model.positions", self.positions, POSITIONS)
+        check_name("model.feedforward.activation", self.feedforward.activation, ACTIVATIONS)
+        check_name("model.lsh.attend", self.lsh.attend, ATTENDS)
+        check_name("model.lsh.duplicates", self.lsh.duplicates, DUPLICATES)
+        check_name("model.local.attend", self.local.attend, ATTENDS)
+
+    def _validate_widths(self) -> None:
+        if self.head_dim is None and self.dim % self.heads:
+            raise ConfigError(
+                f"model.dim={self.dim} is not a multiple of model.heads={self.heads}: "
+                f"take dim={round_up(self.dim, self.heads)} or set model.head_dim"
+            )
+        _at_least(1, "model.head_dim", self.width)
+        if self.positions == "rotary" and self.width % 2:
+            raise ConfigError(
+                f"model.positions=rotary turns pairs of channels, but heads are {self.width} wide: "
+                "take an even model.head_dim, or other positions"
+            )
+        if self.positions == "rotary" and self.conv == 0 and not {"local", "full"} & set(self.layers):
+            raise ConfigError(
+                f"model.positions=rotary does nothing in layers {self.layers} without model.conv: "
+                "take axial or learned positions, or conv=4, or say positions=none"
+            )
+        if self.positions == "axial" and self.dim < 2:
+            raise ConfigError("model.positions=axial needs model.dim of at least 2")
+        if self.hidden < 1:
+            raise ConfigError(
+                f"model.feedforward.mult={self.feedforward.mult} leaves no hidden layer: take 4"
+            )
+        _at_least(0, "model.feedforward.chunk", self.feedforward.chunk)
+
+    def _validate_length(self, length: int | None) -> None:
+        if length is not None:
+            _at_least(1, "the length of a sequence", length)
+        if self.max_length is not None:
+            _at_least(1, "model.max_length", self.max_length)
+        if self.positions in ("axial", "learned"):
+            if self.max_length is None:
+                raise ConfigError(
+                    f"model.positions={self.positions} needs model.max_length: set it to the longest sequence, "
+                    "or take model.positions=rotary"
+                )
+            if length is not None and length > self.max_length:
+                raise ConfigError(
+                    f"sequences of {length} tokens do not fit model.max_length={self.max_length} "
+                    f"with model.positions={self.positions}: raise max_length, or take rotary"
+                )
+        if self.axial_shape:
+            if len(self.axial_shape) != 2 or min(self.axial_shape) < 1:
+                raise ConfigError(f"model.axial_shape={self.axial_shape} must be two positive numbers")
+            rows, columns = self.axial_shape
+            if self.max_length is not None and rows * columns < self.max_length:
+                raise ConfigError(
+                    f"model.axial_shape={self.axial_shape} holds {rows * columns} positions, fewer than "
+                    f"model.max_length={self.max_length}: enlarge it, or leave it empty"
+                )
+
+
+def check_name(key: str, value: str, valid: Iterable[str]) -> None:
+    """Raise ConfigError if `value` is none of `valid`, naming the closest one."""
+    valid = tuple(valid)
+    if value in valid:
+        return
+    close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(f"{key}={value!r} is unknown: {hint}valid: {', '.join(valid)}")
+
+
+def check_buckets(n: int, key: str) -> None:
+    """Raise ConfigError unless `n` buckets can be hashed into: even, and a multiple of 4 above SINGLE_ROTATION."""
+    step = 2 if n <= SINGLE_ROTATION else 4
+    if n < 2 or n % step:
+        raise ConfigError(
+            f"{key}={n} must be a positive multiple of {step}: take {max(step, round_up(max(n, 1), step))}"
+        )
+
+
+def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `value`."""
+    return -(-value // step) * step
+
+
+def _at_least(least: int, key: str, value: int) -> None:
+    if value < least:
+        raise ConfigError(f"{key}={value} must be at least {least}")

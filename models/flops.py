@@ -1,0 +1,70 @@
+"""Floating-point operations of the forward pass, counted from the shapes: for MFU and HFU.
+
+Counted are matrix products and convolutions, a multiply-add as two; not norms, softmax, sorting or the look-up of
+embeddings. Attention counts the pairs the rule lets meet, not what a kernel computes around them.
+
+A training step does 3 times the forward's work (backward is twice forward): MFU counts that. The reversible
+stack runs forward once more, and chunked feed-forward its own part again: HFU counts these too.
+"""
+
+from __future__ import annotations
+
+from models.attention.lsh import bucket_factors
+from models.config import ReformerConfig
+
+
+def flops_per_token(config: ReformerConfig, length: int) -> float:
+    """FLOPs of the forward pass for one token of a sequence of `length` tokens."""
+    layers = sum(attention_flops(config, kind, length) for kind in config.pattern)
+    return layers + config.depth * feedforward_flops(config) + head_flops(config)
+
+
+def training_flops_per_token(config: ReformerConfig, length: int) -> tuple[float, float]:
+    """FLOPs of forward and backward for one token: (of the model, for MFU; as run, for HFU)."""
+    forward = flops_per_token(config, length)
+    again = forward - head_flops(config)
+    if config.feedforward.chunk:
+        again += config.depth * feedforward_flops(config)
+    return 3.0 * forward, 3.0 * forward + again
+
+
+def attention_flops(config: ReformerConfig, kind: str, length: int) -> float:
+    """FLOPs per token of one attention branch: convolution, projections, hashing, scores and their sums."""
+    inner = config.heads * config.width
+    projections = 3 if kind == "lsh" else 4
+    flops = 2.0 * config.conv * config.dim + 2.0 * projections * config.dim * inner
+    if kind == "lsh":
+        rotations = sum(factor // 2 for factor in bucket_factors(config.buckets))
+        flops += 2.0 * config.lsh.rounds * inner * rotations
+    return flops + 4.0 * inner * keys_per_query(config, kind, length)
+
+
+def feedforward_flops(config: ReformerConfig) -> float:
+    """FLOPs per token of one feed-forward branch."""
+    matrices = 3 if config.feedforward.activation == "swiglu" else 2
+    return 2.0 * matrices * config.dim * config.hidden
+
+
+def head_flops(config: ReformerConfig) -> float:
+    """FLOPs per token of the logits."""
+    assert config.vocab_size is not None, "a model that runs knows its vocabulary"
+    return 2.0 * config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+
+
+def keys_per_query(config: ReformerConfig, kind: str, length: int) -> float:
+    """How many keys a position meets on average, at most: buckets of LSH attention taken as full."""
+    if kind == "full":
+        return (length + 1) / 2 if config.causal else float(length)
+    if kind == "lsh":
+        sides = 2 if config.lsh.attend == "chunk" or not config.causal else 1
+        return config.lsh.rounds * float(min(sides * config.lsh.chunk_length, length))
+    if config.local.attend == "chunk":
+        return float(min(2 * config.local.window, length))
+    before = _mean_window(config.local.window, length)
+    return before if config.causal else 2 * before - 1
+
+
+def _mean_window(window: int, length: int) -> float:
+    """Mean over positions i of min(i + 1, window)."""
+    window = min(window, length)
+    return window - window * (window - 1) / (2 * length)

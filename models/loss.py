@@ -1,0 +1,82 @@
+"""Cross-entropy straight from hidden states: the logits of a long sequence never exist whole.
+
+One autograd.Function goes over the tokens in chunks: logits, loss, and (while the logits are there) the
+gradient they pass on. What remains for the backward pass is a gradient of the hidden states' and of the
+weight's size, whatever the vocabulary. The weight's gradient is returned once, summed: ZeRO 2 and 3 need that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.precision import Precision
+
+IGNORE = -100
+"""The label of a token that has no loss."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None, chunk: int = 4096
+) -> Tensor:
+    """Sum over tokens of weights · −log softmax(hidden @ weightᵀ)[label], in nats: an fp32 scalar.
+
+    hidden: (..., dim); weight: (vocab, dim); labels: (...) int64, IGNORE for no loss; weights: (...) float,
+    None = 1 everywhere; chunk: tokens whose logits exist at once. Products run in the precision of `hidden`
+    and autocast, everything after them in fp32 (fp64 for fp64). The gradient reaches hidden and weight.
+    """
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, hidden states {tuple(hidden.shape)}: one label each"
+        )
+    flat = None if weights is None else weights.reshape(-1)
+    return _LinearCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), flat, chunk
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, chunk: int
+    ) -> Tensor:
+        dtype = Precision.current(hidden.device).compute_dtype(hidden.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        matrix = weight.to(dtype)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], chunk):
+                part = slice(start, start + chunk)
+                piece = hidden[part].to(dtype)
+                scored = labels[part] != IGNORE
+                target = labels[part].where(scored, 0)[:, None]
+                scale = scored.to(wide) if weights is None else weights[part].to(wide).where(scored, 0.0)
+                log_probs = (piece @ matrix.T).to(wide).log_softmax(dim=-1)
+                # where() and not a product: a label without loss must not pass on a NaN either.
+                nats = -log_probs.gather(1, target).squeeze(1) * scale
+                total += nats.where(scored, 0.0).sum()
+                if need_hidden or need_weight:
+                    grad = log_probs.exp_()
+                    grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=wide))
+                    grad = (grad * scale[:, None]).where(scored[:, None], 0.0).to(dtype)
+                    if grad_hidden is not None:
+                        grad_hidden[part] = grad @ matrix
+                    if grad_weight is not None:
+                        grad_weight += grad.T @ piece
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None

@@ -1,0 +1,70 @@
+"""Where a token is: rotary, axial, learned, or nothing.
+
+Learned and axial positions are added to the embedding; rotary ones turn query and key inside local and full
+attention. LSH attention compares content alone: what it knows of order comes from the layers before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ReformerConfig
+
+ROTARY_BASE = 10_000.0
+"""Ratio of the longest rotary wave to the shortest (Su et al. 2021)."""
+
+
+class LearnedPositions(nn.Module):
+    """A vector for each position up to max_length. forward(length) -> (length, dim)."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        assert config.max_length is not None
+        self.table = nn.Parameter(torch.randn(config.max_length, config.dim) * 0.1)
+
+    def forward(self, length: int) -> Tensor:
+        return self.table[:length]
+
+
+class AxialPositions(nn.Module):
+    """Position (r, c) of a grid laid over the sequence row by row: the row's vector beside the column's, each
+    half of `dim` (paper, appendix A of the trax model): (rows + columns)·dim/2 weights for rows·columns places.
+    forward(length) -> (length, dim)."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        rows, columns = config.axial
+        half = config.dim // 2
+        self.rows = nn.Parameter(torch.randn(rows, half) * 0.1)
+        self.columns = nn.Parameter(torch.randn(columns, config.dim - half) * 0.1)
+
+    def forward(self, length: int) -> Tensor:
+        columns = self.columns.shape[0]
+        used = -(-length // columns)
+        rows = self.rows[:used, None].expand(-1, columns, -1)
+        grid = torch.cat((rows, self.columns.expand(used, -1, -1)), dim=-1)
+        return grid.flatten(0, 1)[:length]
+
+
+def build_positions(config: ReformerConfig) -> nn.Module | None:
+    """The module that is added to the embedding, or None where nothing is."""
+    if config.positions == "learned":
+        return LearnedPositions(config)
+    if config.positions == "axial":
+        return AxialPositions(config)
+    return None
+
+
+def rotary(x: Tensor) -> Tensor:
+    """Turn the channel pairs (c, c + d/2) of x (..., length, d) by position · ROTARY_BASE^(-2c/d) radians.
+
+    Products of two turned vectors depend on the distance between them only. Norms stay.
+    """
+    length, d = x.shape[-2:]
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=x.device, dtype=wide) / d)
+    angles = torch.outer(torch.arange(length, device=x.device, dtype=wide), waves)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

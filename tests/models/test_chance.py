@@ -1,0 +1,73 @@
+"""Chance is a function of (run, step, layer, purpose, sample)."""
+
+import itertools
+
+import pytest
+import torch
+
+from models import Seeds
+from models.chance import Purpose, dropout, keep, random_bits
+
+CPU = torch.device("cpu")
+
+
+def test_numbers_differ_wherever_any_word_does():
+    numbers = {
+        Seeds(run, step).number(purpose, layer)
+        for run, step, purpose, layer in itertools.product(range(8), range(8), Purpose, range(8))
+    }
+    assert len(numbers) == 8 * 8 * len(Purpose) * 8
+    assert all(0 <= number < 2**63 for number in numbers)
+
+
+def test_numbers_stay_what_they_are():
+    """A change here would change every run that is resumed."""
+    assert Seeds(1, 2).number(Purpose.HASH, 3) == 6597857829715660821
+    keys = Seeds(1, 2, torch.tensor([5, -1])).keys(Purpose.ATTENTION, 3, 2, CPU)
+    assert keys.tolist() == [-9204904243680663717, -2800465195712356942]
+    assert random_bits(keys, torch.arange(2, dtype=torch.int32)).tolist() == [520020162, -1096258437]
+
+
+def test_dropout_of_a_sample_is_the_same_in_any_batch():
+    x = torch.ones(4, 10, 6)
+    ids = torch.tensor([7, 3, 9, 2**40])
+    whole = dropout(x, 0.5, Seeds(1, 2, ids).keys(Purpose.FEEDFORWARD, 0, 4, CPU))
+    for i in range(4):
+        alone = dropout(x[:1], 0.5, Seeds(1, 2, ids[i : i + 1]).keys(Purpose.FEEDFORWARD, 0, 1, CPU))
+        assert torch.equal(whole[i], alone[0])
+    assert len({tuple(row.flatten().tolist()) for row in whole}) == 4
+    other = dropout(x, 0.5, Seeds(1, 3, ids).keys(Purpose.FEEDFORWARD, 0, 4, CPU))
+    assert not torch.equal(whole, other)
+
+
+def test_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    dropout(torch.ones(2, 5), 0.5, Seeds().keys(Purpose.FEEDFORWARD, 0, 2, CPU))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_rate_scale_and_independence(rate):
+    keys = Seeds(samples=torch.arange(64)).keys(Purpose.ATTENTION, 1, 64, CPU)
+    y = dropout(torch.ones(64, 4096), rate, keys)
+    kept = y > 0
+    # 262,144 draws: five standard deviations.
+    spread = 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
+    assert abs(kept.double().mean() - (1 - rate)) < spread
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - rate)))
+    for a, b in ((kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]), (kept[:, 64:], kept[:, :-64])):
+        both = (a & b).double().mean()
+        assert abs(both - (1 - rate) ** 2) < 3 * spread
+
+
+def test_bits_are_uniform():
+    bits = random_bits(torch.tensor([[123456789012345]]), torch.arange(1 << 16, dtype=torch.int32)[None])
+    assert bits.unique().numel() == 1 << 16
+    for bit in range(32):
+        assert abs(((bits >> bit) & 1).double().mean() - 0.5) < 0.01
+    assert keep(bits, 0.0).all()
+
+
+def test_ids_must_match_the_batch():
+    with pytest.raises(ValueError, match="one id each"):
+        Seeds(samples=torch.arange(3)).keys(Purpose.HASH, 0, 4, CPU)

@@ -1,0 +1,265 @@
+"""The reversible stack against its twin, the same arithmetic through ordinary autograd: equal to the last bit."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from models.config import FeedForwardConfig
+from models.reversible import LIMIT, SCALE, Block, Call, FixedPoint, ReversibleStack
+
+TINY = ReformerConfig(
+    vocab_size=9,
+    dim=16,
+    depth=1,
+    heads=2,
+    layers=["local", "lsh", "full"],
+    conv=3,
+    dropout=0.1,
+    attention_dropout=0.1,
+    loss_chunk=17,
+    lsh=LSHConfig(rounds=2, chunk_length=8, n_buckets=4),
+    local=LocalConfig(window=8),
+    feedforward=FeedForwardConfig(mult=2.0),
+)
+
+
+def batch(length: int = 40) -> tuple[Tensor, Tensor, Seeds]:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(5, 9, (2, length), generator=generator)
+    return tokens, tokens.roll(-1, 1), Seeds(run=3, step=5, samples=torch.tensor([11, 4]))
+
+
+def run(model: Reformer, *, reverse: bool) -> Tensor:
+    tokens, labels, seeds = batch()
+    return model.head(model.body(tokens, seeds=seeds, reverse=reverse), labels)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(model.parameters()))
+    model.zero_grad()
+    return found
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("depth", [1, 12, pytest.param(48, marks=pytest.mark.slow)])
+def test_equals_its_twin_bit_for_bit(depth, precision, causal):
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(TINY, depth=depth, causal=causal))
+    if precision == "bf16":
+        model = model.bfloat16()
+    results = []
+    for reverse in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss = run(model, reverse=reverse)
+        loss.backward()
+        results.append((loss, gradients(model)))
+    (loss, ours), (twin_loss, twins) = results
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, twin_loss)
+    assert_same_bits(ours, twins)
+    assert all(grad.abs().sum() > 0 for grad in ours.values())
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("options", [{"norm": "rms"}, {"tie_embeddings": True}, {"positions": "axial"}])
+def test_other_settings_equal_their_twin(options, activation):
+    torch.manual_seed(0)
+    feedforward = FeedForwardConfig(mult=2.0, activation=activation, chunk=13)
+    model = Reformer(dataclasses.replace(TINY, depth=3, max_length=64, feedforward=feedforward, **options))
+    run(model, reverse=True).backward()
+    ours = gradients(model)
+    run(model, reverse=False).backward()
+    assert_same_bits(ours, gradients(model))
+
+
+def test_backward_under_autocast_finds_every_gradient():
+    """A weight that autocast casts under no_grad must not be what the backward pass runs with."""
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(TINY, depth=3))
+    results = []
+    for reverse in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            run(model, reverse=reverse).backward()
+        results.append(gradients(model))
+    assert_same_bits(*results)
+
+
+def test_two_forwards_before_one_backward_and_accumulation():
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(TINY, depth=3))
+    tokens, labels, _ = batch()
+    separate: list[dict[str, Tensor]] = []
+    for step in (1, 2):
+        model.loss(tokens, labels, seeds=Seeds(step=step)).backward()
+        separate.append(gradients(model))
+    losses = [model.loss(tokens, labels, seeds=Seeds(step=step)) for step in (1, 2)]
+    losses[1].backward()
+    losses[0].backward()
+    assert_same_bits(gradients(model), {name: separate[1][name] + grad for name, grad in separate[0].items()})
+
+
+def test_backward_twice_through_one_graph():
+    model = Reformer(dataclasses.replace(TINY, depth=2))
+    loss = run(model, reverse=True)
+    loss.backward(retain_graph=True)
+    first = gradients(model)
+    loss.backward()
+    assert_same_bits(first, gradients(model))
+
+
+def test_eval_mode_has_gradients_and_a_switch_in_between_harms_nothing():
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(TINY, depth=3)).eval()
+    run(model, reverse=True).backward()
+    ours = gradients(model)
+    run(model, reverse=False).backward()
+    assert_same_bits(ours, gradients(model))
+
+    run(model.train(), reverse=True).backward()
+    expected = gradients(model)
+    loss = run(model, reverse=True)
+    model.eval()
+    loss.backward()
+    assert_same_bits(expected, gradients(model))
+
+
+def test_no_grad_gives_the_same_loss_and_no_graph():
+    model = Reformer(dataclasses.replace(TINY, depth=3))
+    with torch.no_grad():
+        quiet = run(model, reverse=True)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, run(model, reverse=True))
+
+
+def test_frozen_embedding_still_trains_the_stack():
+    model = Reformer(dataclasses.replace(TINY, depth=2))
+    model.body.embedding.requires_grad_(False)
+    run(model, reverse=True).backward()
+    assert all(p.grad is not None for p in model.body.stack.parameters())
+
+
+def test_autograd_grad_is_refused_rather_than_wrong():
+    model = Reformer(dataclasses.replace(TINY, depth=1))
+    loss = run(model, reverse=True)
+    with pytest.raises(RuntimeError, match=r"loss\.backward"):
+        torch.autograd.grad(loss, list(model.parameters()))
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(run(model, reverse=True), list(model.body.stack.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_input_gradients_of_a_frozen_stack():
+    model = Reformer(dataclasses.replace(TINY, depth=2)).eval()
+    model.body.stack.requires_grad_(False)
+    weight = model.body.embedding.tokens.weight
+    grads = [torch.autograd.grad(run(model, reverse=r), weight)[0] for r in (True, False)]
+    assert torch.equal(*grads)
+
+
+def test_hooks_of_parameters_fire_once_each():
+    model = Reformer(dataclasses.replace(TINY, depth=3, feedforward=FeedForwardConfig(chunk=7)))
+    fired: list[str] = []
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda _: fired.append(name)
+
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(watch(name))
+    run(model, reverse=True).backward()
+    assert sorted(fired) == sorted(name for name, _ in model.named_parameters())
+
+
+def saved_elements(model: Reformer, *, reverse: bool) -> int:
+    """Elements that stay in memory between forward and backward, the parameters aside."""
+    parameters = {p.data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        alive.append(x)  # so that no address is used twice
+        if x.data_ptr() not in parameters:
+            saved[x.data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run(model, reverse=reverse)
+    return sum(saved.values())
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_depth():
+    models = [Reformer(dataclasses.replace(TINY, depth=depth)) for depth in (1, 6, 24)]
+    kept = [saved_elements(model, reverse=True) for model in models]
+    assert kept[0] == kept[1] == kept[2]
+    assert saved_elements(models[1], reverse=False) > 10 * kept[1]
+
+
+class Scaled(nn.Module):
+    """A branch with one weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return self.weight * x.sin()
+
+
+def test_inversion_is_exact_even_where_addition_wraps():
+    torch.manual_seed(0)
+    stack = ReversibleStack([Block(Scaled(30000.0), Scaled(-30000.0)) for _ in range(6)])
+    x = torch.randn(2, 5, 4)
+    one = two = FixedPoint.encode(x)
+    start = one
+    with torch.no_grad():
+        for block in stack.blocks:
+            one = one + FixedPoint.encode(block.f(FixedPoint.decode(two), Call()))
+            two = two + FixedPoint.encode(block.g(FixedPoint.decode(one), Call()))
+        for block in reversed(stack.blocks):
+            two = two - FixedPoint.encode(block.g(FixedPoint.decode(one), Call()))
+            one = one - FixedPoint.encode(block.f(FixedPoint.decode(two), Call()))
+    assert torch.equal(one, start)
+    assert torch.equal(two, start)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), LIMIT, -40000.0])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_leaving_the_range_shows_as_nan(value, reverse):
+    stack = ReversibleStack([Block(Scaled(value), Scaled(0.0))])
+    out = stack(torch.full((1, 2, 3), torch.pi / 2), Call(), reverse=reverse)
+    assert out.isnan().all()
+
+
+def test_within_the_range_nothing_shows():
+    stack = ReversibleStack([Block(Scaled(LIMIT - 10), Scaled(0.0))])
+    assert stack(torch.full((1, 2, 3), 1.5), Call()).isfinite().all()
+
+
+def test_rounding_is_to_the_nearest_unit_and_saturates():
+    unit = 1 / SCALE
+    x = torch.tensor([0.4 * unit, 0.6 * unit, -0.6 * unit, 1.0, 1e9, -1e9])
+    assert FixedPoint.encode(x).tolist() == [0, 1, -1, 65536, 2147483520, -2147483648]
+    stream = torch.randint(-(2**23), 2**23, (1000,), dtype=torch.int32)
+    assert torch.equal(FixedPoint.encode(FixedPoint.decode(stream)), stream)
+
+
+def test_floating_residual_is_close_to_its_twin_but_not_exact():
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(TINY, depth=4, residual="float", layers=["local"]))
+    run(model, reverse=True).backward()
+    ours = gradients(model)
+    run(model, reverse=False).backward()
+    twins = gradients(model)
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, twins[name], atol=1e-4 * twins[name].abs().max().item(), rtol=1e-3)
+    assert any(not torch.equal(grad, twins[name]) for name, grad in ours.items())
