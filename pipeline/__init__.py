@@ -1,0 +1,1 @@
+"""What users run: configuration, training, checkpoints, tracking, submission. Knows `models` and `datamodules`."""

@@ -1,0 +1,1 @@
+"""A real SLURM of two nodes on one machine: see `cluster.TestCluster`."""

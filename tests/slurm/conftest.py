@@ -1,0 +1,15 @@
+"""One test cluster for all tests of this folder."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from slurm.testcluster.cluster import TestCluster, unavailable
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    if reason := unavailable():
+        pytest.skip(f"no SLURM: {reason}")
+    with TestCluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running

@@ -1,0 +1,241 @@
+"""slurm/train.sbatch on a real SLURM: signals reach the tasks, jobs go on when they should and only then.
+
+`megabase` is a small program here that follows a plan: for each start of the job (SLURM_RESTART_COUNT) and
+each rank, what to wait for, what to say in the status file, how to leave. What it saw it writes to records/.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.submit import TRAIN_SCRIPT
+from slurm.testcluster.cluster import CPUS, TestCluster, until
+
+pytestmark = pytest.mark.slurm
+
+MEGABASE = """\
+import json, os, pathlib, signal, sys, time
+
+start, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ["SLURM_PROCID"])
+home = pathlib.Path(__file__).parent
+part = json.loads((home / "plan.json").read_text())[start][rank]
+record = home / f"records/{start}-{rank}.json"
+caught = []
+
+
+def write():
+    seen = {"argv": sys.argv[1:], "caught": caught, "cwd": os.getcwd(), "env": dict(os.environ)}
+    record.with_suffix(".new").write_text(json.dumps(seen))
+    record.with_suffix(".new").rename(record)
+
+
+def handler(number, frame):
+    caught.append(signal.Signals(number).name)
+    write()
+
+
+for name in part.get("handles", ["SIGUSR1"]):
+    signal.signal(signal.Signals[name], handler)
+write()
+print(f"start {start} rank {rank}", flush=True)
+while part.get("waits") and not caught:
+    time.sleep(0.02)
+if state := part.get("state"):
+    status = pathlib.Path(os.environ["MEGABASE_STATUS_FILE"])
+    status.with_suffix(".new").write_text(json.dumps({"state": state, "step": 7}) + "\\n")
+    status.with_suffix(".new").rename(status)
+time.sleep(part.get("lingers", 0))
+sys.exit(part.get("code", 0))
+"""
+
+DONE = {"state": "finished"}
+
+
+class Job:
+    """A submitted train.sbatch whose `megabase` follows `plan`: plan[start][rank]."""
+
+    def __init__(
+        self, cluster: TestCluster, home: Path, plan: list[list[dict[str, Any]]], *options: str
+    ) -> None:
+        self.cluster, self.home, self.ranks = cluster, home, range(len(plan[0]))
+        (home / "records").mkdir()
+        (home / "plan.json").write_text(json.dumps(plan))
+        program = home / "megabase"
+        program.write_text(f"#!{sys.executable}\n{MEGABASE}")
+        program.chmod(0o755)
+        search_path = f"{home}{os.pathsep}{os.environ['PATH']}"
+        options = (f"--nodes={len(plan[0])}", "--output=log", *options)
+        self.id = cluster.submit(
+            *options,
+            *(str(TRAIN_SCRIPT), "a b.yaml", "run.name=x"),
+            cwd=home,
+            env={"PATH": search_path, "MEGABASE_MAX_RESTARTS": "1"},
+        )
+
+    def listens(self) -> None:
+        """Wait until the tasks of the first start have their signal handlers."""
+        files = [self.home / f"records/0-{rank}.json" for rank in self.ranks]
+        assert until(lambda: all(file.exists() for file in files), 30), self.log()
+
+    def record(self, start: int, rank: int) -> dict[str, Any]:
+        """What a task saw."""
+        record: dict[str, Any] = json.loads((self.home / f"records/{start}-{rank}.json").read_text())
+        return record
+
+    def caught(self, start: int) -> list[list[str]]:
+        """The signals that each rank got."""
+        return [self.record(start, rank)["caught"] for rank in self.ranks]
+
+    def ends(self, state: str, *, restarts: int, code: str = "0:0", timeout_s: float = 60) -> None:
+        """Wait for the end, and check it."""
+        self.cluster.wait(self.id, {state}, timeout_s)
+        shown = self.cluster.show(self.id)
+        assert (shown["Restarts"], shown["ExitCode"]) == (str(restarts), code), self.log()
+        # Nothing of the protocol stays beside the log.
+        assert not list(self.home.glob("*status*"))
+
+    def log(self) -> str:
+        return (self.home / "log").read_text()
+
+
+@pytest.fixture
+def start(cluster: TestCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Submit a plan; what a failed test leaves running does not take the nodes from the next."""
+    yield lambda plan, *options: Job(cluster, tmp_path, plan, *options)
+    cluster.clear()
+
+
+def test_a_signal_stops_both_tasks_and_the_job_goes_on(
+    cluster: TestCluster, start: Callable[..., Job]
+) -> None:
+    stops = {"waits": True, "code": 75}
+    job = start([[{**stops, "state": "again"}, stops], [DONE, {}]], f"--cpus-per-task={CPUS}")
+    job.listens()
+    cluster.signal(job.id, "USR1")
+    job.ends("COMPLETED", restarts=1)
+
+    records = {(s, rank): job.record(s, rank) for s in (0, 1) for rank in (0, 1)}
+    assert job.caught(0) == [["SIGUSR1"], ["SIGUSR1"]]
+    assert job.caught(1) == [[], []]
+    for (_, rank), record in records.items():
+        env = record["env"]
+        assert record["argv"] == ["train", "a b.yaml", "run.name=x"]
+        assert record["cwd"] == str(job.home)
+        # What Lightning's SLURMEnvironment and our ranks go by.
+        assert env["SLURM_PROCID"] == env["SLURM_NODEID"] == str(rank)
+        assert env["SLURM_LOCALID"] == "0"
+        assert env["SLURM_NTASKS"] == env["SLURM_NNODES"] == "2"
+        assert env["SLURM_NTASKS_PER_NODE"] == "1"
+        assert env["SLURM_JOB_NAME"] == "megabase"
+        assert "SLURM_STEP_ID" in env
+        assert env["OMP_NUM_THREADS"] == env["SLURM_CPUS_PER_TASK"] == str(CPUS)
+        # The nodes' names do not resolve here: their address stands in. The port is the job's at every start.
+        assert env["MASTER_ADDR"] == "127.0.0.1"
+        assert env["MASTER_PORT"] == str(15000 + job.id % 17000)
+    log = job.log()
+    for line in ("start 0 rank 0", "start 0 rank 1", "start 1 rank 0", "start 1 rank 1"):
+        assert log.count(line) == 1, log
+
+
+def test_a_killed_task_hides_nothing_and_restarts_have_a_limit(start: Callable[..., Job]) -> None:
+    # Rank 1 leaves first and srun kills rank 0, which has said "again" but not left: srun's code is not 75.
+    plan = [[{"state": "again", "lingers": 60}, {"code": 75, "lingers": 0.5}]] * 2
+    job = start(plan)
+    job.ends("FAILED", restarts=1, code="75:0")
+    assert "MEGABASE_MAX_RESTARTS=1: stopped for good" in job.log()
+
+
+def test_a_failure_ends_the_job(start: Callable[..., Job]) -> None:
+    # srun kills rank 1 and leaves with 143; the job's code is that of a failure all the same.
+    job = start([[{"code": 1, "state": "failed"}, {"waits": True}]])
+    job.ends("FAILED", restarts=0, code="1:0")
+    assert "ended with code 1 (failed); not started again" in job.log()
+
+
+def test_bad_input_ends_the_job(start: Callable[..., Job]) -> None:
+    job = start([[{"code": 2}]])
+    job.ends("FAILED", restarts=0, code="2:0")
+    assert "ended with code 2; not started again" in job.log()
+
+
+def test_a_limit_that_is_no_number_is_found_before_training(
+    start: Callable[..., Job],
+) -> None:
+    job = start([[DONE]], "--export=ALL,MEGABASE_MAX_RESTARTS=many")
+    job.ends("FAILED", restarts=0, code="2:0")
+    assert "MEGABASE_MAX_RESTARTS=many: must be a whole number" in job.log()
+    assert not list((job.home / "records").iterdir())
+
+
+def test_a_rank_that_dies_alone_ends_the_others_and_the_job(start: Callable[..., Job]) -> None:
+    job = start([[{"waits": True}, {"code": 1}]])
+    job.cluster.wait(job.id, {"FAILED"}, timeout_s=30)
+    assert job.cluster.show(job.id)["Restarts"] == "0"
+
+
+def test_finished_stays_finished_when_a_rank_fails_to_leave(start: Callable[..., Job]) -> None:
+    job = start([[DONE, {"code": 139, "lingers": 0.5}]])
+    job.ends("COMPLETED", restarts=0)
+    assert "srun left with code" in job.log()
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: TestCluster, start: Callable[..., Job]) -> None:
+    stops = {"waits": True, "handles": ["SIGTERM"], "code": 75, "state": "again"}
+    job = start([[stops], [DONE]])
+    job.listens()
+    cluster.run("scancel", str(job.id))
+    cluster.wait(job.id, {"CANCELLED"}, timeout_s=30)
+    # Its checkpoint was made, and a requeue would have been possible.
+    assert job.caught(0) == [["SIGTERM"]]
+    assert "no requeue from here" in job.log()
+
+
+def test_the_batch_shell_survives_a_signal_to_everything(
+    cluster: TestCluster, start: Callable[..., Job]
+) -> None:
+    job = start([[{"waits": True, "code": 75, "state": "again"}], [DONE]])
+    job.listens()
+    cluster.run("scancel", "--full", "--signal=USR1", str(job.id))
+    job.ends("COMPLETED", restarts=1)
+
+
+def test_a_preempted_job_goes_on(cluster: TestCluster, start: Callable[..., Job]) -> None:
+    stops = {"waits": True, "handles": ["SIGTERM"], "code": 75}
+    job = start([[{**stops, "state": "again"}, stops], [DONE, {}]])
+    job.listens()
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=job.home)
+    cluster.wait(urgent, {"COMPLETED"}, timeout_s=30)
+    job.ends("COMPLETED", restarts=1)
+    assert job.caught(0) == [["SIGTERM"], ["SIGTERM"]]
+
+
+def test_a_lost_node_starts_the_job_again(cluster: TestCluster, start: Callable[..., Job]) -> None:
+    job = start([[{"waits": True}, {"waits": True}], [DONE, {}]])
+    job.listens()
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.ends("COMPLETED", restarts=1)
+
+
+@pytest.mark.slow
+def test_time_limits(cluster: TestCluster, tmp_path: Path) -> None:
+    """SLURM looks at limits every half minute, so these two jobs wait side by side."""
+    stops = {"waits": True, "code": 75, "state": "again"}
+    plans: dict[str, tuple[list[list[dict[str, Any]]], str]] = {
+        # Told ahead of the limit.
+        "ahead": ([[stops], [DONE]], "--signal=USR1@60"),
+        # Never told: the limit's SIGTERM is the first word, and the checkpoint is done before SIGKILL.
+        "late": ([[{**stops, "handles": ["SIGTERM"]}], [DONE]], "--signal=USR1@0"),
+    }
+    jobs = {}
+    for name, (plan, option) in plans.items():
+        (tmp_path / name).mkdir()
+        jobs[name] = Job(cluster, tmp_path / name, plan, "--time=1", option)
+    for job in jobs.values():
+        job.ends("COMPLETED", restarts=1, timeout_s=240)
+    assert jobs["ahead"].caught(0) == [["SIGUSR1"]]
+    assert jobs["late"].caught(0)[0][0] == "SIGTERM"
