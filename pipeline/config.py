@@ -1,0 +1,253 @@
+"""Every setting of a run as one typed tree.
+
+The dataclasses are the schema; files are merged over them from left to right, then `key=value` arguments.
+`model` is `models.ReformerConfig`, `data` is `datamodules.DataConfig`, `slurm` is `submit.SlurmConfig`: each
+package documents its own settings. There is no include language: a small file that is merged does that job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from datamodules.config import DataConfig
+from models.config import ReformerConfig
+from pipeline.errors import UserError
+from pipeline.submit import SlurmConfig
+
+PRECISIONS = {"auto", "32", "bf16", "16"}
+
+
+@dataclass
+class RunSettings:
+    """Where a run lives and the seed of all its chance.
+
+    name: the run directory is `<root>/<name>/`; running the same name again resumes it.
+    root: directory of all runs, also of the default MLflow database.
+    seed: everything random (weights, order, hashing, dropout) is a function of it.
+    """
+
+    name: str = "???"
+    root: str = "runs"
+    seed: int = 1
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and a cosine decay.
+
+    lr: peak learning rate. min_lr: fraction of `lr` left at the last step. warmup_steps: in optimizer steps.
+    weight_decay: on matrices and embeddings only, not on norms and biases. clip: largest global gradient norm
+    (0: none). betas, eps: AdamW's.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what.
+
+    max_steps: optimizer steps of the whole run. nodes: machines. devices: ranks on each node (null: every GPU
+    of the node, or 1 without one). precision: auto (bf16 on GPUs, 32 on CPUs), 32, bf16 or 16.
+    eval_every_steps: steps between evaluations on the validation split (0: only at the end).
+    eval_sequences: windows of one evaluation, spread evenly over the split (0: all). The last one takes all.
+    log_every_steps: steps between writes of the journal; each write reads the losses from the device.
+    """
+
+    max_steps: int = 1000
+    nodes: int = 1
+    devices: int | None = None
+    precision: str = "auto"
+    eval_every_steps: int = 500
+    eval_sequences: int = 0
+    log_every_steps: int = 10
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed ZeRO. stage: 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters).
+
+    offload: keep optimizer states (and parameters in stage 3) in host memory. bucket_mb: size of a
+    communication bucket in MiB.
+    """
+
+    stage: int = 2
+    offload: bool = False
+    bucket_mb: int = 200
+
+
+@dataclass
+class CheckpointConfig:
+    """When sharded checkpoints are written and which stay.
+
+    every_steps: optimizer steps between checkpoints (0: never by steps). every_minutes: minutes between them
+    (0: never by time). keep: newest checkpoints that stay. One is always written at the end and when stopping.
+    """
+
+    every_steps: int = 500
+    every_minutes: float = 30.0
+    keep: int = 3
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow. uri: a tracking server, or null for `sqlite:///<run.root>/mlflow.db`.
+
+    experiment: MLflow experiment. enabled: false keeps the journal only.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "megabase"
+
+
+@dataclass
+class RunConfig:
+    """The whole tree; see the class of each part for its settings."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ReformerConfig = field(default_factory=ReformerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, absolute."""
+        return (Path(self.run.root) / self.run.name).absolute()
+
+    def validate(self) -> None:
+        """Raise UserError for what no field alone can know to be wrong."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
+            raise UserError(f"run.name={self.run.name!r}: use letters, digits, '.', '_' and '-' only")
+        positive = {
+            "trainer.max_steps": self.trainer.max_steps,
+            "trainer.nodes": self.trainer.nodes,
+            "trainer.log_every_steps": self.trainer.log_every_steps,
+            "data.length": self.data.length,
+            "data.global_batch": self.data.global_batch,
+            "data.micro_batch": self.data.micro_batch,
+            "optim.lr": self.optim.lr,
+            "checkpoint.keep": self.checkpoint.keep,
+        }
+        if self.trainer.devices is not None:
+            positive["trainer.devices"] = self.trainer.devices
+        for key, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{key}={value}: must be above zero")
+        if self.zero.stage not in (0, 1, 2, 3):
+            raise UserError(f"zero.stage={self.zero.stage}: DeepSpeed ZeRO has stages 0, 1, 2 and 3")
+        if self.trainer.precision not in PRECISIONS:
+            raise UserError(
+                f"trainer.precision={self.trainer.precision!r}: choose one of {', '.join(sorted(PRECISIONS))}"
+            )
+        # The vocabulary comes from the shards; what does not depend on it is checked here.
+        vocab_size = self.model.vocab_size or 1
+        dataclasses.replace(self.model, vocab_size=vocab_size).validate(self.data.length)
+
+
+def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge defaults, YAML `files` from left to right, and `overrides` ("key.path=value") into a RunConfig.
+
+    Raises:
+        UserError: a file is missing or is not YAML; a key is unknown (the closest known one is named); a value
+            has the wrong type; a required key is missing; the values do not fit together.
+    """
+    merged = OmegaConf.structured(RunConfig)
+    for file in files:
+        merged = _merge(merged, _read_yaml(Path(file)), str(file))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is neither a config file nor KEY=VALUE")
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"argument {override!r}: {_first_line(error)}") from None
+        merged = _merge(merged, parsed, f"argument {override!r}")
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        hint = f"{key}=VALUE"
+        raise UserError(f"{key} is missing: set it in a config file or add {hint}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_first_line(error)}") from None
+    assert isinstance(config, RunConfig)
+    config.validate()
+    return config
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved tree as YAML that `load` reads back to an equal one."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The tree as nested dictionaries of plain values."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to {"a.b.c": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"config file {path} cannot be read as YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"config file {path} must hold keys and values, not a list")
+    return loaded
+
+
+def _merge(base: Any, change: Any, place: str) -> Any:
+    try:
+        return OmegaConf.merge(base, change)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = list(flatten(as_dict(_blank())))
+        known += sorted({".".join(name.split(".")[:-1]) for name in known})
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise UserError(f"{place}: unknown key {key!r}; did you mean {close[0]!r}?") from None
+    except (ValidationError, OmegaConfBaseException) as error:
+        raise UserError(f"{place}: {error.full_key or 'value'}: {_first_line(error)}") from None
+
+
+def _blank() -> RunConfig:
+    return RunConfig()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,183 @@
+"""Ranks: how the processes of one run come to be, find each other and end together.
+
+`megabase train` is started in one of three ways, and each ends in the same environment (torchrun's variables):
+- by hand: this process becomes a supervisor and starts one process per device (`supervise`);
+- by `srun`, one task per device: the variables are derived from SLURM's;
+- by torchrun or anything else that sets RANK and WORLD_SIZE: nothing to do.
+
+The process group is made before Lightning's Trainer, so that ranks can agree on a checkpoint before anything is
+built. Ranks talk about decisions over gloo, on the host, never through the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import RunError, UserError
+from pipeline.preemption import STOP_SIGNALS, StopRequest
+
+# After one rank has failed, the others get this long to leave by themselves, in seconds.
+GRACE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def local_devices(requested: int | None) -> int:
+    """Ranks on this node: what was asked for, else every GPU, else 1.
+
+    Raises:
+        UserError: more GPUs are asked for than the node has.
+    """
+    gpus = torch.cuda.device_count()
+    if requested is None:
+        return gpus or 1
+    if gpus and requested > gpus:
+        raise UserError(f"trainer.devices={requested}: this node has {gpus} GPUs")
+    return requested
+
+
+def launched() -> bool:
+    """Whether this process is one rank already (torchrun's variables, or a task of a SLURM step)."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    # SLURM_STEP_ID is also set by `salloc` and `sbatch` shells' inherited steps; a task has a SLURM_PROCID too.
+    return "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def adopt_slurm(nodes: int, devices: int) -> None:
+    """Derive torchrun's variables from SLURM's, in a task started by `srun`.
+
+    Raises:
+        UserError: the number of tasks is not nodes x devices.
+    """
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"])
+    if tasks != nodes * devices:
+        raise UserError(
+            f"SLURM started {tasks} tasks, but trainer.nodes={nodes} x trainer.devices={devices} makes"
+            f" {nodes * devices}: set --nodes and --ntasks-per-node to match"
+        )
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["GROUP_RANK"] = os.environ["SLURM_NODEID"]
+
+
+def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
+    """Start `ranks` processes of `command` on this machine and wait; return the exit code of the run.
+
+    The run's code is rank 0's. A rank that fails ends the others within GRACE_S seconds. A signal that sets
+    `stop` is passed to rank 0, from where the ranks agree on the step to stop at. When this process dies, the
+    kernel ends the ranks.
+    """
+    environment = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "GROUP_RANK": "0",
+    }
+    threads = max(1, (len(os.sched_getaffinity(0))) // ranks)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=_before_exec,
+        )
+        for rank in range(ranks)
+    ]
+
+    told = False
+    while processes[0].poll() is None and all(p.poll() in (None, 0) for p in processes[1:]):
+        if stop and not told:
+            processes[0].send_signal(signal.SIGUSR1)
+            told = True
+        time.sleep(0.1)
+    return _end(processes)
+
+
+def start() -> None:
+    """Make the process group from torchrun's variables: NCCL for tensors on GPUs, else gloo."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from pipeline.strategy import COLLECTIVE_TIMEOUT
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+class Ranks:
+    """Agreement between ranks over a gloo group of its own: small objects and counters, on the host."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.group = dist.new_group(backend="gloo")
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, on every rank, in the order of ranks."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def sum_async(self, counters: torch.Tensor) -> dist.Work:
+        """Start summing `counters` (int64, on the host) over ranks in place; wait on what is returned."""
+        return dist.all_reduce(counters, group=self.group, async_op=True)
+
+    def check(self, error: str | None) -> None:
+        """Raise RunError on every rank if any rank passes an `error`."""
+        errors = [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(error)) if text]
+        if errors:
+            raise RunError("; ".join(errors))
+
+
+def rank_zero() -> bool:
+    """Whether this process is rank 0 of the run (or the only one)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Let ranks leave for GRACE_S seconds, kill those that stay; returns the code of the first that failed, or 0."""
+    failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    deadline = time.monotonic() + GRACE_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    for rank in failed:
+        code = processes[rank].returncode
+        if code < 0:
+            print(f"megabase: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+    code = processes[failed[0] if failed else 0].returncode
+    return 1 if code < 0 else code
+
+
+def _before_exec() -> None:
+    """In a child: hold back stop signals until it listens, and have the kernel kill it when its parent ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

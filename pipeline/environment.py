@@ -1,0 +1,78 @@
+"""What a run ran on: versions, commit, hardware, as `environment.json` in the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "megabase",
+    "torch",
+    "pytorch-lightning",
+    "deepspeed",
+    "webdataset",
+    "mlflow",
+    "omegaconf",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose change could change a run."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Versions, git commit of the code, command line, host and hardware."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "commit": _commit(Path(__file__).resolve().parents[1]),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "slurm": {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB")},
+    }
+
+
+def write(directory: Path) -> None:
+    """Write `environment.json`."""
+    (directory / "environment.json").write_text(json.dumps(describe(), indent=1) + "\n")
+
+
+def _commit(directory: Path) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

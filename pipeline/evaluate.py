@@ -1,0 +1,77 @@
+"""Bits per base of a model on a split, beside the Markov models that anything worth training must beat."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from datamodules import markov
+from datamodules.datamodule import SequenceDataModule
+from datamodules.index import ShardIndex
+from pipeline.journal import Row
+
+BASELINES = "baselines.json"
+
+
+def bits(nats: float) -> float:
+    """Nats to bits."""
+    return nats / math.log(2)
+
+
+def evaluate(trainer: pl.Trainer, data: SequenceDataModule, most: int) -> dict[str, float] | None:
+    """Loss on the validation split, summed over ranks; every rank calls it. None if the split has no window.
+
+    Args:
+        most: windows to take, spread evenly over the split; 0 takes all.
+
+    Returns:
+        valid_loss (nats per base), valid_bits_per_base, valid_bases (number of scored bases).
+    """
+    loader = data.some_validation(most)
+    if isinstance(loader, list):
+        return None
+    module = trainer.lightning_module
+    strategy = trainer.strategy
+    total = torch.zeros(2, dtype=torch.float64, device=strategy.root_device)
+    module.eval()
+    with torch.no_grad():
+        for index, batch in enumerate(loader):
+            moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            sums = strategy.validation_step(moved, index)
+            assert isinstance(sums, dict)
+            total += torch.stack([sums["nats"].double(), sums["bases"].double()])
+    module.train()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    nats_sum, bases_sum = total.tolist()
+    loss = nats_sum / max(bases_sum, 1)
+    return {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases_sum)}
+
+
+def baselines(directory: Path, index: ShardIndex) -> list[float]:
+    """Bits per base of Markov models of order 0, 1, ..., fitted on the training and scored on the validation split.
+
+    Up to order 5, or as far as counting goes with a larger alphabet. Computed once for a run and kept in
+    `baselines.json`. For rank 0.
+    """
+    path = directory / BASELINES
+    if path.exists():
+        ladder: list[float] = json.loads(path.read_text())["markov_bits_per_base"]
+        return ladder
+    ladder = list(markov.bits_per_base(index).values())
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"markov_bits_per_base": ladder}) + "\n")
+    partial.rename(path)
+    return ladder
+
+
+def evaluation_row(step: int, result: dict[str, float], ladder: list[float]) -> Row:
+    """The journal's row of one evaluation."""
+    row: dict[str, Any] = {"step": step, **result}
+    return row | {f"markov_{order}_bits_per_base": value for order, value in enumerate(ladder)}

@@ -1,0 +1,84 @@
+"""The journal: what training computed, in the run directory, before anything else hears of it.
+
+`metrics.jsonl` holds only what is a function of the run (losses, learning rates, evaluations), so an interrupted
+and an uninterrupted run write the same bytes. `performance.jsonl` holds how fast it went (wall clock, memory).
+On resume the rows after the checkpoint's step are dropped: training computes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """Append rows to a JSON-lines file, durably. For rank 0 only."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Open `path`, keeping the rows up to `resume_step` (0: none) and dropping a torn last line."""
+        self.path = path
+        kept = [row for row in read(path) if row["step"] <= resume_step] if resume_step else []
+        replacement = path.with_suffix(".partial")
+        with replacement.open("w") as file:
+            file.writelines(_line(row) for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.rename(path)
+        self._file = path.open("a")
+
+    def append(self, rows: list[Row]) -> None:
+        """Write `rows` and wait until they are on disk."""
+        if not rows:
+            return
+        self._file.writelines(_line(row) for row in rows)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; rows are on disk already."""
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a journal; a line torn by a crash ends it."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+class Tail:
+    """Reads a growing journal: each row once. The file must not be rewritten meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[Row]:
+        """The rows that are whole and were not returned before."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _line(row: Row) -> str:
+    # repr-exact floats; NaN and infinities are not JSON, so they are written as strings.
+    safe = {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(safe) + "\n"

@@ -1,0 +1,98 @@
+"""The LightningModule around the Reformer: the loss of a global batch, the optimizer, the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from models import Reformer
+from models.chance import Seeds
+from pipeline.config import OptimConfig, RunConfig
+
+
+class PretrainModule(pl.LightningModule):
+    """Next-base pretraining of `config.model`.
+
+    The loss that is differentiated is the sum of nats over the scored bases of the micro batch, divided by the
+    number of scored bases in the whole global batch: every real base weighs the same, whatever rank, micro batch
+    or run of N it falls into.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model: Reformer | None = None
+        # Of the optimizer step under way, on the device: nats of this rank so far. Read by `loop.Boundary`.
+        self.step_nats: Tensor | None = None
+        self.step_samples: list[int] = []
+        self.step_targets = 0
+
+    def configure_model(self) -> None:
+        """Build the Reformer, sharded from the start under ZeRO stage 3; the same weights on every rank."""
+        if self.model is None:
+            torch.manual_seed(self.config.run.seed)
+            self.model = Reformer(self.config.model)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note the samples while they are on the host: reading them later would wait for the device."""
+        if self.trainer.training:
+            self.step_samples += batch.samples.tolist()
+        return batch
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Loss of one micro batch as described above; fp32 scalar, nats per scored base of the global batch."""
+        assert self.model is not None
+        seeds = Seeds(run=self.config.run.seed, step=self.global_step, samples=batch.samples)
+        nats = self.model.loss(batch.tokens, batch.labels, seeds=seeds)
+        self.step_nats = nats.detach() if self.step_nats is None else self.step_nats + nats.detach()
+        self.step_targets = batch.targets
+        # Gradients are averaged over ranks, and Lightning divides the loss by the micro batches of a step.
+        averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return nats * (averaged / max(batch.targets, 1))
+
+    def validation_step(self, batch: Any, batch_index: int) -> dict[str, Tensor]:
+        """Sum of `nats` and number of scored `bases` of one batch of windows."""
+        assert self.model is not None
+        nats = self.model.loss(batch.tokens, batch.labels, seeds=Seeds(run=self.config.run.seed))
+        return {"nats": nats, "bases": (batch.labels != -100).sum()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; weight decay on matrices only (norms, biases and scales are vectors)."""
+        optim = self.config.optim
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        # Under ZeRO stage 3 a parameter is an empty placeholder here; its real shape is kept beside it.
+        shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
+        groups = [
+            {
+                "params": [p for p, s in zip(parameters, shapes, strict=True) if len(s) >= 2],
+                "weight_decay": optim.weight_decay,
+            },
+            {
+                "params": [p for p, s in zip(parameters, shapes, strict=True) if len(s) < 2],
+                "weight_decay": 0.0,
+            },
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Set the learning rate of the step: a function of its number, so there is no schedule to restore."""
+        rate = learning_rate(self.global_step, self.config.optim, self.config.trainer.max_steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
+
+
+def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
+    """Learning rate of the optimizer step with number `step` (from 0): linear warm-up, then a cosine.
+
+    The cosine falls from `optim.lr` to `optim.min_lr * optim.lr` at `max_steps`.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(max_steps - optim.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return optim.lr * (optim.min_lr + (1 - optim.min_lr) * cosine)

@@ -1,0 +1,223 @@
+"""Training, from a config to a finished run: check, launch, choose a checkpoint, fit."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from datamodules.config import accumulation
+from datamodules.index import ShardIndex
+from datamodules.windows import WindowPlan
+from pipeline import checkpoint, distributed, environment
+from pipeline import config as configs
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.preemption import EXIT_AGAIN, StopRequest
+from pipeline.tracking import Mirror
+
+# How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
+MLFLOW_FAREWELL_S = 60.0
+MLFLOW_STATUS = {"finished": "FINISHED", "again": "KILLED", "failed": "FAILED"}
+
+
+def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
+    """Run `megabase train`: as one rank if this process was launched as one, else as supervisor of local ranks.
+
+    Args:
+        arguments: the command line after `megabase train`, to start ranks with.
+        stop: set by the signals of this process.
+
+    Returns:
+        The exit code: 0 finished, EXIT_AGAIN stopped at a checkpoint, 1 failed.
+
+    Raises:
+        UserError, DataError, ConfigError: something given is wrong; nothing has been started or changed.
+    """
+    devices = distributed.local_devices(config.trainer.devices)
+    if distributed.launched():
+        try:
+            distributed.adopt_slurm(config.trainer.nodes, devices)
+            check(config, config.trainer.nodes * devices)
+        except BaseException:
+            _write_status(config, "failed", None)
+            raise
+        return _rank(config, devices, stop)
+    check(config, config.trainer.nodes * devices)
+    if config.trainer.nodes > 1:
+        raise UserError(
+            f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
+            " on every node"
+        )
+    command = [sys.executable, "-m", "pipeline.cli", "train", *arguments]
+    return distributed.supervise(command, devices, stop)
+
+
+def check(config: RunConfig, ranks: int) -> None:
+    """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
+    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    index = ShardIndex.open(config.data.shards)
+    WindowPlan.of(index.segments, "train", config.data.length, config.data.min_real)
+    config.model.vocab_size = index.alphabet.vocab_size
+    config.model.validate(config.data.length)
+    for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:
+        manifest, _ = checkpoint.read_manifest(path)
+        if manifest is not None:
+            flat = configs.flatten(configs.as_dict(config))
+            checkpoint.check_same_run(manifest, flat, index.segments.identity, path)
+
+
+def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
+    """One rank, from its first breath to its exit code."""
+    distributed.start()
+    ranks = distributed.Ranks()
+    with _lock(config.directory, ranks):
+        try:
+            finished = _fit(config, devices, ranks, stop)
+        except BaseException:
+            _write_status(config, "failed", None)
+            raise
+        ranks.check(None)
+    torch.distributed.destroy_process_group()
+    # Only rank 0 says "again": a launcher that sees a rank fail would end the others.
+    return EXIT_AGAIN if not finished and ranks.rank == 0 else 0
+
+
+def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRequest) -> bool:
+    """Train until the end (True) or an agreed stop (False)."""
+    import pytorch_lightning as pl
+
+    from datamodules.datamodule import SequenceDataModule
+    from pipeline.loop import Boundary
+    from pipeline.module import PretrainModule
+    from pipeline.strategy import LIGHTNING_PRECISION, ZeroStrategy, precision_of, quiet
+
+    _hush()
+    directory = config.directory
+    resume_from = None
+    data = SequenceDataModule(config.data, config.run.seed)
+    chosen = checkpoint.choose(directory / "checkpoints", ranks)
+    if chosen is not None:
+        resume_from, manifest = chosen
+        flat = configs.flatten(configs.as_dict(config))
+        checkpoint.check_same_run(manifest, flat, data.index.segments.identity, resume_from)
+        if manifest.step >= config.trainer.max_steps:
+            _write_status(config, "finished", manifest.step)
+            if ranks.rank == 0:
+                print(f"megabase: {config.run.name} is finished (step {manifest.step})", file=sys.stderr)
+                if config.tracking.enabled:  # it may not have got everything
+                    _farewell(Mirror(config, directory).start(), "FINISHED")
+            return True
+        if ranks.rank == 0:
+            print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
+
+    mirror = None
+    if ranks.rank == 0:
+        configs.save(config, directory / "config.yaml")
+        environment.write(directory)
+        if config.tracking.enabled:
+            mirror = Mirror(config, directory)
+
+    boundary = Boundary(config, data, ranks, stop, mirror)
+    trainer = quiet(
+        pl.Trainer(
+            accelerator="auto",
+            devices=devices,
+            num_nodes=config.trainer.nodes,
+            strategy=ZeroStrategy(config),
+            precision=LIGHTNING_PRECISION[precision_of(config)],  # type: ignore[arg-type]
+            max_steps=config.trainer.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulation(
+                config.data.global_batch, config.data.micro_batch, ranks.size
+            ),
+            gradient_clip_val=config.optim.clip or None,
+            callbacks=[boundary],
+            default_root_dir=directory,
+            # The journal, the progress line, evaluation and checkpoints are `loop.Boundary`'s.
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+    )
+    state = "failed"
+    try:
+        trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
+        state = "again" if boundary.stopped_early else "finished"
+    finally:
+        # First this: MLflow may be slow, and whoever waits for the status may kill what lingers.
+        _write_status(config, state, boundary.step)
+        if mirror:
+            _farewell(mirror, MLFLOW_STATUS[state])
+    return not boundary.stopped_early
+
+
+def _farewell(mirror: Mirror, status: str) -> None:
+    if not mirror.finish(status, MLFLOW_FAREWELL_S):
+        print(
+            "megabase: MLflow has not taken everything; the journal has it, and the same command sends the rest",
+            file=sys.stderr,
+        )
+
+
+def _hush() -> None:
+    """Keep the libraries' tips, notices and deprecation warnings out of a log that is for the run.
+
+    After their import, which sets these levels.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch.distributed", "deepspeed"):
+        warnings.filterwarnings("ignore", module=re.escape(module))
+
+
+@contextmanager
+def _lock(directory: Path, ranks: distributed.Ranks) -> Iterator[None]:
+    """Keep a second job out of the run directory for as long as this process lives, however it ends."""
+    error = None
+    descriptor = -1
+    if ranks.rank == 0:
+        try:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            error = f"another job is training {directory}: wait for it, or choose another run.name"
+        except OSError as caught:
+            error = f"cannot write in run.root: {caught}"
+    error = ranks.broadcast(error)
+    if error:
+        raise UserError(error)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _write_status(config: RunConfig, state: str, step: int | None) -> None:
+    """Say how the run ended, for people and for `slurm/train.sbatch`: in the run directory and where it asked."""
+    if not distributed.rank_zero():
+        return
+    targets = [config.directory / "status.json"] if config.directory.exists() else []
+    if os.environ.get("MEGABASE_STATUS_FILE"):
+        targets.append(Path(os.environ["MEGABASE_STATUS_FILE"]))
+    for target in targets:
+        partial = target.with_name(target.name + ".partial")
+        try:
+            partial.write_text(json.dumps({"state": state, "step": step}) + "\n")
+            partial.rename(target)
+        except OSError as error:
+            print(f"megabase: cannot write {target}: {error}", file=sys.stderr)

@@ -1,0 +1,115 @@
+"""Everything a user can get wrong ends in one line on stderr and exit code 2, before any process is started."""
+
+import gzip
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from datamodules.index import ShardIndex
+from pipeline import checkpoint, cli, config
+from pipeline.checkpoint import Manifest
+from tests.conftest import DATA
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a bad call prints."""
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megabase: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    return error
+
+
+def train_settings(shards: Path, root: Path, *more: str) -> list[str]:
+    return ["train", f"data.shards={shards}", f"run.root={root}", "run.name=t", "data.length=512", *more]
+
+
+def test_prepare_no_such_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.fa" in complaint(capsys, "prepare", str(tmp_path / "none.fa"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "holds no FASTA record"),
+        (b"this is not a genome\n", "FASTA"),
+        (b"@read\nACGT\n+\n!!!!\n", "FASTA"),
+    ],
+)
+def test_prepare_empty_or_not_fasta(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+) -> None:
+    bad = tmp_path / "bad.fa"
+    bad.write_bytes(content)
+    message = complaint(capsys, "prepare", str(bad), str(tmp_path / "out"))
+    assert says in message and "bad.fa" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "torn.fa.gz"
+    bad.write_bytes((DATA / "lambda_phage.fna.gz").read_bytes()[:9000])
+    message = complaint(capsys, "prepare", str(bad), str(tmp_path / "out"))
+    assert "torn.fa.gz" in message and "truncated" in message
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+def test_prepare_into_something_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tmp_path / "good.fa"
+    good.write_bytes(gzip.decompress((DATA / "lambda_phage.fna.gz").read_bytes()))
+    (tmp_path / "out").mkdir()
+    assert "out" in complaint(capsys, "prepare", str(good), str(tmp_path / "out"))
+
+
+def test_no_record_is_long_enough(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = complaint(capsys, *train_settings(lambda_shards, tmp_path, "data.length=65536"))
+    assert "65536" in message or "65,536" in message
+
+
+def test_directory_without_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "index.parquet" in complaint(capsys, *train_settings(tmp_path, tmp_path))
+
+
+def test_global_batch_that_ranks_cannot_make(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = complaint(
+        capsys,
+        *train_settings(
+            lambda_shards, tmp_path, "data.global_batch=6", "data.micro_batch=4", "trainer.devices=2"
+        ),
+    )
+    assert "data.global_batch" in message and "data.micro_batch to one of 1, 3" in message
+
+
+def test_unknown_key_and_wrong_type(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "did you mean 'optim.lr'" in complaint(
+        capsys, *train_settings(lambda_shards, tmp_path, "optim.rl=1")
+    )
+    assert "optim.lr" in complaint(capsys, *train_settings(lambda_shards, tmp_path, "optim.lr=fast"))
+
+
+def test_several_nodes_by_hand(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "megabase submit" in complaint(capsys, *train_settings(lambda_shards, tmp_path, "trainer.nodes=2"))
+
+
+def test_resume_with_another_model(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = train_settings(lambda_shards, tmp_path)
+    then = config.load([], settings[1:])
+    then.model.vocab_size = 9
+    step = tmp_path / "t" / "checkpoints" / "step-5"
+    step.mkdir(parents=True)
+    data = ShardIndex.open(lambda_shards).segments.identity
+    manifest = Manifest(5, 40, 1, 2, "32", config.flatten(config.as_dict(then)), data, {})
+    (step / checkpoint.MANIFEST).write_text(json.dumps(asdict(manifest)))
+    message = complaint(capsys, *settings, "model.depth=2", "model.lsh.rounds=8")
+    assert "model.depth: checkpoint 6, config 2; model.lsh.rounds: checkpoint 4, config 8" in message

@@ -1,0 +1,151 @@
+"""Publishing, verifying, choosing and keeping checkpoints; with damaged ones of every kind."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from pipeline import checkpoint
+from pipeline.checkpoint import MANIFEST, Manifest
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """One rank in a real process group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks()
+    dist.destroy_process_group()
+
+
+def publish(root: Path, step: int, ranks: Ranks, config: dict | None = None) -> Path:
+    partial = checkpoint.partial_directory(root, step)
+    (partial / "checkpoint").mkdir(parents=True)
+    (partial / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(
+        bytes(range(256)) * step
+    )
+    (partial / "latest").write_text("checkpoint")
+    manifest = Manifest(step, step * 8, 1, 2, "32", config or {"model.dim": 8}, "d", {"torch": "2"})
+    return checkpoint.publish(partial, manifest, ranks)
+
+
+def test_a_published_checkpoint_is_whole_and_the_partial_is_gone(tmp_path: Path, ranks: Ranks) -> None:
+    path = publish(tmp_path, 3, ranks)
+    assert path == tmp_path / "step-3"
+    assert checkpoint.verify(path) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"]
+    manifest, _ = checkpoint.read_manifest(path)
+    assert manifest is not None and sorted(manifest.files) == [
+        "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "latest",
+    ]
+
+
+def truncate(path: Path) -> None:
+    shard = next((path / "checkpoint").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    shard = next((path / "checkpoint").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+def remove_shard(path: Path) -> None:
+    next((path / "checkpoint").iterdir()).unlink()
+
+
+def remove_manifest(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def tear_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text((path / MANIFEST).read_text()[:40])
+
+
+def escape(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"]["../../outside"] = {"size": 0, "sha256": ""}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate, "has 1023 bytes instead of 1024"),
+        (flip, "another checksum"),
+        (remove_shard, "cannot be read: No such file"),
+        (remove_manifest, "megabase.json is missing"),
+        (tear_manifest, "megabase.json cannot be read"),
+        (escape, "outside its directory"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_chosen(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], damage, says: str
+) -> None:
+    publish(tmp_path, 2, ranks)
+    damage(publish(tmp_path, 4, ranks))
+    chosen = checkpoint.choose(tmp_path, ranks)
+    assert chosen is not None and chosen[0] == tmp_path / "step-2" and chosen[1].step == 2
+    complaint = capsys.readouterr().err
+    assert says in complaint and "step-4" in complaint
+    assert (tmp_path / "step-4.broken").is_dir()
+
+
+def test_half_written_ones_are_not_seen(tmp_path: Path, ranks: Ranks) -> None:
+    checkpoint.partial_directory(tmp_path, 9).mkdir()
+    (tmp_path / "step-7.deleting").mkdir()
+    assert checkpoint.choose(tmp_path, ranks) is None
+    checkpoint.clean(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_stay(tmp_path: Path, ranks: Ranks) -> None:
+    for step in (5, 10, 9, 100):
+        publish(tmp_path, step, ranks)
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-100", "step-10"]
+
+
+def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ranks: Ranks) -> None:
+    publish(tmp_path, 1, ranks)
+    publish(tmp_path, 1, ranks)
+    assert checkpoint.verify(tmp_path / "step-1") is None
+    assert (tmp_path / "step-1.broken").is_dir()
+
+
+def test_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
+    manifest = Manifest(1, 8, 1, 2, "32", {"model.dim": 8, "model.depth": 2, "optim.lr": 1}, "d", {})
+    checkpoint.check_same_run(manifest, {"model.dim": 8, "model.depth": 2, "optim.lr": 2}, "d", tmp_path)
+    with pytest.raises(
+        UserError, match=r"model\.dim: checkpoint 8, config 16; model\.heads: checkpoint None, config 4"
+    ):
+        checkpoint.check_same_run(
+            manifest, {"model.dim": 16, "model.depth": 2, "model.heads": 4}, "d", tmp_path
+        )
+    with pytest.raises(UserError, match="holds other records or splits"):
+        checkpoint.check_same_run(manifest, manifest.config, "e", tmp_path)
+
+
+def test_each_rank_answers_for_its_own_shards(tmp_path: Path) -> None:
+    names = [
+        "latest",
+        "a/zero_pp_rank_0_x.pt",
+        "a/zero_pp_rank_1_x.pt",
+        "a/zero_pp_rank_11_x.pt",
+        "a/mp_rank_00.pt",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    shares = [
+        [p.relative_to(tmp_path).as_posix() for p in checkpoint._own_files(tmp_path, r, 12)]
+        for r in range(12)
+    ]
+    assert shares[1] == ["a/zero_pp_rank_1_x.pt"] and shares[11] == ["a/zero_pp_rank_11_x.pt"]
+    assert sorted(name for share in shares for name in share) == sorted(names)

@@ -1,0 +1,81 @@
+"""The names that users type: they do not change without this test changing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import cli, config
+
+COMMANDS = {
+    "prepare": ["inputs", "output", "--alphabet", "--valid", "--test"],
+    "train": ["settings"],
+    "submit": ["settings", "--dry-run"],
+}
+KEYS = [
+    "run.name",
+    "run.root",
+    "run.seed",
+    "model.dim",
+    "model.depth",
+    "model.heads",
+    "model.layers",
+    "model.causal",
+    "data.shards",
+    "data.length",
+    "data.global_batch",
+    "data.micro_batch",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.warmup_steps",
+    "optim.clip",
+    "trainer.max_steps",
+    "trainer.devices",
+    "trainer.nodes",
+    "trainer.precision",
+    "zero.stage",
+    "zero.offload",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.keep",
+    "tracking.uri",
+    "tracking.experiment",
+    "slurm.partition",
+    "slurm.account",
+    "slurm.time",
+]
+
+
+def test_commands() -> None:
+    subparsers = next(a for a in cli.build_parser()._actions if a.dest == "command")
+    assert set(subparsers.choices) == set(COMMANDS)
+    for name, arguments in COMMANDS.items():
+        actions = subparsers.choices[name]._actions
+        found = [a.option_strings[-1] if a.option_strings else a.dest for a in actions]
+        assert found == ["--help", *arguments], name
+
+
+def test_keys() -> None:
+    assert set(KEYS) <= set(config.flatten(config.as_dict(config.RunConfig())))
+
+
+def test_settings_are_told_from_files(tmp_path) -> None:
+    odd = tmp_path / "lr=1.yaml"
+    odd.touch()
+    assert cli.split_settings(["a.yaml", str(odd), "optim.lr=1"]) == (["a.yaml", str(odd)], ["optim.lr=1"])
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_does_not_need_the_heavy_libraries(command: list[str]) -> None:
+    program = (
+        "import sys; from pipeline import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'deepspeed', 'pytorch_lightning', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: megabase" in done.stdout

@@ -1,0 +1,137 @@
+"""Training for real: two DeepSpeed ranks, killed, stopped and resumed; the run must not notice."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from datamodules.index import ShardIndex
+from datamodules.windows import WindowPlan, samples_of_step
+from pipeline.agreement import hash_samples
+from pipeline.evaluate import bits
+from pipeline.journal import read
+from pipeline.preemption import EXIT_AGAIN
+from tests.conftest import STEPS, train_settings, training_rows
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def test_the_run_directory_describes_itself(undisturbed: Path, lambda_shards: Path) -> None:
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "performance.jsonl",
+        "checkpoints",
+        "mlflow.json",
+    } <= {path.name for path in undisturbed.iterdir()}
+    assert json.loads((undisturbed / "status.json").read_text()) == {"state": "finished", "step": STEPS}
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = training_rows(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["bits_per_base"] == bits(row["loss"]) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_journal_proves_what_every_rank_consumed(undisturbed: Path, lambda_shards: Path) -> None:
+    index = ShardIndex.open(lambda_shards)
+    windows = len(WindowPlan.of(index.segments, "train", 512, 0.5))
+    for row in training_rows(undisturbed):
+        ids = samples_of_step(1, row["step"] - 1, 8, windows).tolist()
+        assert int(row["samples"], 16) == hash_samples(ids) % 2**64
+
+
+def test_evaluations_stand_beside_the_markov_ladder(undisturbed: Path) -> None:
+    rows = [row for row in read(undisturbed / "metrics.jsonl") if "valid_loss" in row]
+    assert [row["step"] for row in rows] == [10, 20, 30, STEPS]
+    for row in rows:
+        assert row["valid_bits_per_base"] == bits(row["valid_loss"])
+        assert row["valid_bases"] == 4850 // 512 * 512
+        assert 1.9 < row["markov_0_bits_per_base"] < 2.05
+
+
+def test_killed_stopped_and_resumed_gives_the_same_run(
+    undisturbed: Path, runs: Path, lambda_shards: Path, start_job
+) -> None:
+    settings = train_settings(lambda_shards, runs, "disturbed")
+    run = runs / "disturbed"
+
+    killed = start_job("train", *settings)
+    killed.until(lambda: len(training_rows(run)) >= 8)
+    killed.kill()
+    killed.wait()
+    at = len(training_rows(run))
+    assert 8 <= at < STEPS
+
+    stopped = start_job("train", *settings, "trainer.max_steps=100000")
+    stopped.until(lambda: len(training_rows(run)) > at + 1)
+    stopped.process.send_signal(signal.SIGUSR1)
+    code, output = stopped.wait()
+    assert code == EXIT_AGAIN, output
+    assert "resuming disturbed from" in output
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "again"
+    assert (run / "checkpoints" / f"step-{status['step']}").is_dir()
+
+    code, output = start_job("train", *settings).wait()
+    assert code == 0, output
+    assert f"step-{status['step']}" in output
+
+    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+    # Once finished, the same command says so and changes nothing.
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
+    code, output = start_job("train", *settings).wait()
+    assert code == 0 and "is finished" in output
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
+
+
+def test_one_mlflow_run_with_continuous_steps_across_the_kill(runs: Path) -> None:
+    known = json.loads((runs / "disturbed" / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=known["uri"])
+    experiment = client.get_experiment_by_name("megabase")
+    found = [
+        run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "disturbed"
+    ]
+    assert [run.info.run_id for run in found] == [known["run_id"]]
+    assert found[0].info.status == "FINISHED"
+    history = client.get_metric_history(known["run_id"], "loss")
+    rows = training_rows(runs / "disturbed")
+    assert [(point.step, point.value) for point in sorted(history, key=lambda p: p.step)] == [
+        (row["step"], row["loss"]) for row in rows
+    ]
+    assert found[0].data.params["model.dim"] == "32"
+
+
+def test_a_second_job_in_the_same_run_directory_is_refused(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    settings = train_settings(
+        lambda_shards, runs, "locked", "trainer.max_steps=100000", "tracking.enabled=false"
+    )
+    first = start_job("train", *settings)
+    first.until(lambda: len(training_rows(runs / "locked")) >= 1)
+    code, output = start_job("train", *settings).wait()
+    assert code == 2 and "another job is training" in output
+    # Two signals are as good as one.
+    first.process.send_signal(signal.SIGTERM)
+    first.process.send_signal(signal.SIGTERM)
+    code, output = first.wait()
+    assert code == EXIT_AGAIN, output
+
+
+def test_a_rank_that_dies_takes_the_job_down(runs: Path, lambda_shards: Path, start_job) -> None:
+    settings = train_settings(
+        lambda_shards, runs, "orphan", "trainer.max_steps=100000", "tracking.enabled=false"
+    )
+    job = start_job("train", *settings)
+    job.until(lambda: len(training_rows(runs / "orphan")) >= 1)
+    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    code, output = job.wait(60)
+    assert code == 1 and "rank 1 was ended by SIGKILL" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
