@@ -76,11 +76,13 @@ def _train_and_kill() -> int:
 
 
 def _draw_step() -> int:
-    """A step somewhere between the first checkpoint and three quarters of the run."""
+    """A step after the first checkpoint and before the last quarter, far enough from a checkpoint to lose some."""
     from pipeline.config import load
 
     config = load([CONFIG])
-    return random.randint(config.checkpoint.every_steps + 1, config.trainer.max_steps * 3 // 4)
+    every = config.checkpoint.every_steps
+    saved = random.randint(1, config.trainer.max_steps * 3 // 4 // every)
+    return saved * every + random.randint(2 * config.trainer.log_every_steps, every - 1)
 
 
 def _check_seam(before: dict[int, Row]) -> None:
@@ -105,7 +107,7 @@ def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
     mlflow = json.loads((RUN / "mlflow.json").read_text()) if (RUN / "mlflow.json").exists() else None
     print()
     print(f"  killed at step {killed_at}, resumed from step {resumed_at}: every step is in the journal once,")
-    print("  and the steps trained twice gave the same losses to the last bit")
+    print(f"  and the {killed_at - resumed_at} steps trained twice gave the same losses to the last bit")
     print(f"  validation       {bits:.4f} bits per base after {final['step']} steps")
     for order, value in enumerate(ladder):
         print(f"  Markov order {order}   {value:.4f}{'   beaten' if bits < value else ''}")

@@ -99,11 +99,16 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
     ]
 
     told = False
-    while processes[0].poll() is None and all(p.poll() in (None, 0) for p in processes[1:]):
-        if stop and not told:
-            processes[0].send_signal(signal.SIGUSR1)
-            told = True
-        time.sleep(0.1)
+    try:
+        while processes[0].poll() is None and all(p.poll() in (None, 0) for p in processes[1:]):
+            if stop and not told:
+                processes[0].send_signal(signal.SIGUSR1)
+                told = True
+            time.sleep(0.1)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
     return _end(processes)
 
 

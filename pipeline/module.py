@@ -7,11 +7,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import Reformer
 from models.chance import Seeds
+from models.reversible import ReversibleStack
 from pipeline.config import OptimConfig, RunConfig
+from pipeline.errors import UserError
 
 
 class PretrainModule(pl.LightningModule):
@@ -36,6 +38,7 @@ class PretrainModule(pl.LightningModule):
         if self.model is None:
             torch.manual_seed(self.config.run.seed)
             self.model = Reformer(self.config.model)
+            refuse_shared_blocks(self.model, self.config.zero.stage)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note the samples while they are on the host: reading them later would wait for the device."""
@@ -84,6 +87,26 @@ class PretrainModule(pl.LightningModule):
         rate = learning_rate(self.global_step, self.config.optim, self.config.trainer.max_steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
+
+
+def refuse_shared_blocks(model: nn.Module, stage: int) -> None:
+    """Raise UserError if two blocks of a reversible stack use one parameter and ZeRO cannot handle that.
+
+    Stage 2 reduces a gradient when it comes for the first time in a backward pass and stops at the second;
+    stage 3 silently keeps one of them.
+    """
+    if stage < 2:
+        return
+    for stack in (module for module in model.modules() if isinstance(module, ReversibleStack)):
+        users: dict[int, int] = {}
+        for depth, block in enumerate(stack.blocks):
+            for name, parameter in block.named_parameters():
+                first = users.setdefault(id(parameter), depth)
+                if first != depth:
+                    raise UserError(
+                        f"blocks {first} and {depth} share the parameter {name}, which zero.stage={stage} cannot"
+                        " train: give each block its own, or set zero.stage=1"
+                    )
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:

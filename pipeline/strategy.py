@@ -58,7 +58,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
         )
-        deepspeed.utils.logging.logger.setLevel(logging.ERROR)
 
     def setup_environment(self) -> None:
         # DDPStrategy's: DeepSpeedStrategy's adds nothing but the refusal of CPUs.
@@ -66,11 +65,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        if self.root_device.type == "cpu":
-            # DeepSpeed would compile a shared-memory all-reduce when the process group is made: minutes of
-            # start-up and a compiler on every node, to save what gloo does well enough.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self._init_deepspeed_distributed()
+        start_deepspeed()
 
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
@@ -100,6 +95,16 @@ class ZeroStrategy(DeepSpeedStrategy):
                 dist.barrier()
         else:
             super().barrier(name)
+
+
+def start_deepspeed() -> None:
+    """Tell DeepSpeed of the process group that is there (`distributed.start`)."""
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory all-reduce now: a minute of start-up and a compiler on every
+        # node, for what gloo does well enough.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
