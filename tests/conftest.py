@@ -10,10 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from datamodules.prepare import prepare
 from pipeline.journal import Row, read
+
+# How long an example takes is no property of the code: machines are noisy.
+hypothesis.settings.register_profile("megabase", deadline=None)
+hypothesis.settings.load_profile("megabase")
 
 DATA = Path(__file__).parent / "data"
 # A process of two ranks imports torch, Lightning and DeepSpeed twice: about 20 s on two busy cores.
