@@ -7,16 +7,30 @@ Nothing here knows of Lightning, DeepSpeed, files or configs on disk: a config i
 """
 
 from models.chance import Seeds
-from models.config import ConfigError, FeedForwardConfig, LocalConfig, LSHConfig, ReformerConfig
+from models.config import (
+    ConfigError,
+    FeedForwardConfig,
+    LinformerConfig,
+    LocalConfig,
+    LSHConfig,
+    PerformerConfig,
+    ReformerConfig,
+)
+from models.encoder_decoder import EncoderDecoder
+from models.generation import generate
 from models.reformer import Reformer, ReformerClassifier
 
 __all__ = [
     "ConfigError",
+    "EncoderDecoder",
     "FeedForwardConfig",
     "LSHConfig",
+    "LinformerConfig",
     "LocalConfig",
+    "PerformerConfig",
     "Reformer",
     "ReformerClassifier",
     "ReformerConfig",
     "Seeds",
+    "generate",
 ]

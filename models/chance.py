@@ -12,7 +12,7 @@ The mixing functions are splitmix64's finaliser (Steele, Lea & Flood 2014) and a
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
 
+@enum.unique
 class Purpose(enum.IntEnum):
     """What a random number is for: two purposes never share one."""
 
@@ -31,6 +32,12 @@ class Purpose(enum.IntEnum):
     ATTENTION = 3
     ATTENTION_WEIGHTS = 4
     FEEDFORWARD = 5
+    CROSS = 6
+    CROSS_WEIGHTS = 7
+    DECODER = 8
+    SAMPLING = 9
+    CLASSIFIER = 10
+    FEATURES = 11
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Seeds:
         for word in (self.run, self.step, int(purpose), layer):
             state = _mix((state + _GOLDEN + word) & _MASK)
         return state >> 1
+
+    def apart(self, purpose: Purpose) -> Seeds:
+        """Seeds for a part of a model whose layers are counted from 0 again, such as a decoder."""
+        return replace(self, run=self.number(purpose, 0))
 
     def keys(self, purpose: Purpose, layer: int, batch: int, device: torch.device) -> Tensor:
         """(batch,) int64 keys, one for each sample, for `random_bits`. Raises ValueError if ids are missing."""

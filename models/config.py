@@ -10,13 +10,15 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-LAYERS = ("local", "lsh", "full")
+LAYERS = ("local", "lsh", "full", "linformer", "performer")
 NORMS = ("layer", "rms")
 RESIDUALS = ("fixed", "float")
 POSITIONS = ("rotary", "axial", "learned", "none")
 ACTIVATIONS = ("gelu", "relu", "swiglu")
 ATTENDS = ("window", "chunk")
 DUPLICATES = ("average", "once")
+SHARES = ("none", "heads", "keyvalue")
+CLASSIFIERS = ("mean", "first")
 
 DEFAULT_BUCKETS = 64
 """Buckets of a hash round where neither `n_buckets` nor `max_length` is set."""
@@ -43,6 +45,7 @@ class LSHConfig:
         many on both sides). `chunk`, the paper's: own and previous chunk in sorted order, where later tokens
         can change what earlier ones see.
     duplicates: a key met in several rounds counts as often as it was met (`average`) or `once`.
+    dropout: of attention weights in these layers, in [0, 1); None = the model's `attention_dropout`.
     """
 
     rounds: int = 4
@@ -50,6 +53,7 @@ class LSHConfig:
     n_buckets: int | None = None
     attend: str = "window"
     duplicates: str = "average"
+    dropout: float | None = None
 
 
 @dataclass
@@ -59,10 +63,37 @@ class LocalConfig:
     window: positions, the own one among them: i attends to i - window + 1 ... i (bidirectional: as far on both
         sides). With `attend: chunk`, the length of a chunk.
     attend: `window`, or `chunk`: own and previous chunk of `window` positions (bidirectional too), as in trax.
+    dropout: of attention weights in these layers, in [0, 1); None = the model's `attention_dropout`.
     """
 
     window: int = 128
     attend: str = "window"
+    dropout: float | None = None
+
+
+@dataclass
+class LinformerConfig:
+    """Attention to learned mixtures of all positions: bidirectional, and of `max_length` tokens exactly.
+
+    size: mixtures, "slots", that a query meets instead of positions.
+    share: who shares a projection of the length: `none`, one for the keys and one for the values of every head;
+        `heads`, one for keys and one for values; `keyvalue`, one for all.
+    """
+
+    size: int = 256
+    share: str = "heads"
+
+
+@dataclass
+class PerformerConfig:
+    """Attention estimated with random features of queries and keys.
+
+    features: random directions of a head; the error falls with their square root, time grows with them.
+    redraw_every: optimizer steps after which the directions are drawn anew; 0 = never.
+    """
+
+    features: int = 256
+    redraw_every: int = 1000
 
 
 @dataclass
@@ -87,18 +118,23 @@ class ReformerConfig:
     dim: width of each of the two residual streams.
     depth: number of blocks; a block is one attention and one feed-forward branch.
     heads, head_dim: attention heads and the width of one (None = dim / heads).
-    layers: kinds of attention (local, lsh, full), repeated to `depth`.
+    layers: kinds of attention (local, lsh, full, linformer, performer), repeated to `depth`.
     causal: True predicts the next token; False sees both sides.
-    max_length: tokens. The longest sequence that `axial` and `learned` positions hold, and what the number of
-        hash buckets is laid out for. None: no limit, where the positions need none.
-    positions: rotary (in local and full layers; LSH compares content alone), axial, learned or none.
+    max_length: tokens. The longest sequence that `axial` and `learned` positions hold, the only length of linformer
+        layers, and what the number of hash buckets is laid out for. None: no limit, where nothing needs one.
+    positions: rotary (in local, full and performer layers; LSH compares content alone), axial, learned or none.
     axial_shape: rows and columns of axial positions, whose product is at least `max_length`; empty = near square.
-    norm: layer or rms, at the head of every branch and of the stack's output.
+    axial_dims: widths of a row's and a column's vector, whose sum is `dim`; empty = halves.
+    norm: layer or rms, at the head of every branch and of the stack's output; norm_eps: what it adds to the
+        variance.
     residual: `fixed`: int32 streams in units of 2^-16, which invert exactly. `float`: for comparison; drifts.
     dropout: of the embedding and of every branch's output; attention_dropout: of attention weights. In [0, 1).
     conv: width, in tokens, of a depthwise convolution before query and key (causal where the model is); 0 = off.
         Letters of a small alphabet hash alike; with it a query knows its neighbourhood.
     tie_embeddings: the output head uses the embedding's weights.
+    head_bias: the output head adds a bias to the logits.
+    classifier: head of a ReformerClassifier. `mean`: a linear map of the mean over real tokens. `first`: dense
+        layer, tanh and linear map of the first token, as in BERT and transformers' Reformer.
     loss_chunk: tokens whose logits exist at once in the loss.
     """
 
@@ -112,15 +148,21 @@ class ReformerConfig:
     max_length: int | None = None
     positions: str = "rotary"
     axial_shape: list[int] = field(default_factory=list)
+    axial_dims: list[int] = field(default_factory=list)
     norm: str = "layer"
+    norm_eps: float = 1e-6
     residual: str = "fixed"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     conv: int = 4
     tie_embeddings: bool = False
+    head_bias: bool = False
+    classifier: str = "mean"
     loss_chunk: int = 4096
     lsh: LSHConfig = field(default_factory=LSHConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    linformer: LinformerConfig = field(default_factory=LinformerConfig)
+    performer: PerformerConfig = field(default_factory=PerformerConfig)
     feedforward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
 
     @property
@@ -156,6 +198,18 @@ class ReformerConfig:
         rows = 1 << ((self.max_length - 1).bit_length() + 1) // 2
         return rows, -(-self.max_length // rows)
 
+    @property
+    def axial_widths(self) -> tuple[int, int]:
+        """Widths of the vectors of a row and of a column of axial positions."""
+        if self.axial_dims:
+            return self.axial_dims[0], self.axial_dims[1]
+        return self.dim // 2, self.dim - self.dim // 2
+
+    def attention_rate(self, kind: str) -> float:
+        """Dropout of attention weights in layers of this kind."""
+        own = {"lsh": self.lsh.dropout, "local": self.local.dropout}.get(kind)
+        return self.attention_dropout if own is None else own
+
     def validate(self, length: int | None = None) -> None:
         """Check every setting and, if given, that sequences of `length` tokens fit. Raises ConfigError."""
         if self.vocab_size is None:
@@ -165,13 +219,20 @@ class ReformerConfig:
         _at_least(0, "model.conv", self.conv)
         self._validate_names()
         self._validate_widths()
-        for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 0 and below 1")
+        _rate("model.dropout", self.dropout)
+        _rate("model.attention_dropout", self.attention_dropout)
+        _rate("model.lsh.dropout", self.attention_rate("lsh"))
+        _rate("model.local.dropout", self.attention_rate("local"))
+        if not self.norm_eps > 0.0:
+            raise ConfigError(f"model.norm_eps={self.norm_eps} must be above 0: take 1e-6")
         _at_least(1, "model.lsh.rounds", self.lsh.rounds)
         _at_least(1, "model.lsh.chunk_length", self.lsh.chunk_length)
         check_buckets(self.buckets, "model.lsh.n_buckets")
         _at_least(1, "model.local.window", self.local.window)
+        _at_least(1, "model.linformer.size", self.linformer.size)
+        _at_least(1, "model.performer.features", self.performer.features)
+        _at_least(0, "model.performer.redraw_every", self.performer.redraw_every)
+        self._validate_kinds()
         self._validate_length(length)
 
     def _validate_names(self) -> None:
@@ -186,6 +247,8 @@ class ReformerConfig:
         check_name("model.lsh.attend", self.lsh.attend, ATTENDS)
         check_name("model.lsh.duplicates", self.lsh.duplicates, DUPLICATES)
         check_name("model.local.attend", self.local.attend, ATTENDS)
+        check_name("model.linformer.share", self.linformer.share, SHARES)
+        check_name("model.classifier", self.classifier, CLASSIFIERS)
 
     def _validate_widths(self) -> None:
         if self.head_dim is None and self.dim % self.heads:
@@ -199,7 +262,8 @@ class ReformerConfig:
                 f"model.positions=rotary turns pairs of channels, but heads are {self.width} wide: "
                 "take an even model.head_dim, or other positions"
             )
-        if self.positions == "rotary" and self.conv == 0 and not {"local", "full"} & set(self.layers):
+        turned = {"local", "full", "performer"} & set(self.layers)
+        if self.positions == "rotary" and self.conv == 0 and not turned:
             raise ConfigError(
                 f"model.positions=rotary does nothing in layers {self.layers} without model.conv: "
                 "take axial or learned positions, or conv=4, or say positions=none"
@@ -211,6 +275,23 @@ class ReformerConfig:
                 f"model.feedforward.mult={self.feedforward.mult} leaves no hidden layer: take 4"
             )
         _at_least(0, "model.feedforward.chunk", self.feedforward.chunk)
+
+    def _validate_kinds(self) -> None:
+        if "linformer" in self.layers and self.causal:
+            raise ConfigError(
+                "model.layers names linformer, whose slots mix all positions, but model.causal=True: "
+                "set model.causal=False, or take performer, lsh or local layers"
+            )
+        if "linformer" in self.layers and self.max_length is None:
+            raise ConfigError(
+                "model.layers names linformer, which is made for one length, but model.max_length is not set: "
+                "set it to the length of every sequence, or take performer, lsh or local layers"
+            )
+        if "performer" in self.layers and self.attention_rate("performer"):
+            raise ConfigError(
+                f"model.attention_dropout={self.attention_dropout} cannot drop weights in performer layers, "
+                "where they never exist: set it to 0, and model.local.dropout or model.lsh.dropout instead"
+            )
 
     def _validate_length(self, length: int | None) -> None:
         if length is not None:
@@ -228,6 +309,11 @@ class ReformerConfig:
                     f"sequences of {length} tokens do not fit model.max_length={self.max_length} "
                     f"with model.positions={self.positions}: raise max_length, or take rotary"
                 )
+        if "linformer" in self.layers and length is not None and length != self.max_length:
+            raise ConfigError(
+                f"sequences of {length} tokens do not fit linformer layers made for model.max_length="
+                f"{self.max_length}: they must have that length, so change it, or pad and mask"
+            )
         if self.axial_shape:
             if len(self.axial_shape) != 2 or min(self.axial_shape) < 1:
                 raise ConfigError(f"model.axial_shape={self.axial_shape} must be two positive numbers")
@@ -237,6 +323,13 @@ class ReformerConfig:
                     f"model.axial_shape={self.axial_shape} holds {rows * columns} positions, fewer than "
                     f"model.max_length={self.max_length}: enlarge it, or leave it empty"
                 )
+        if self.axial_dims and (
+            len(self.axial_dims) != 2 or min(self.axial_dims) < 1 or sum(self.axial_dims) != self.dim
+        ):
+            raise ConfigError(
+                f"model.axial_dims={self.axial_dims} must be two positive numbers whose sum is "
+                f"model.dim={self.dim}: change them, or leave it empty"
+            )
 
 
 def check_name(key: str, value: str, valid: Iterable[str]) -> None:
@@ -261,6 +354,11 @@ def check_buckets(n: int, key: str) -> None:
 def round_up(value: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step
+
+
+def _rate(key: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{key}={value} must be at least 0 and below 1")
 
 
 def _at_least(least: int, key: str, value: int) -> None:

@@ -27,7 +27,7 @@ class FeedForwardBranch(nn.Module):
         super().__init__()
         self.layer = layer
         self.rate = config.dropout
-        self.norm = Norm(config.dim, config.norm)
+        self.norm = Norm(config.dim, config.norm, config.norm_eps)
         self.feedforward = FeedForward(config)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:

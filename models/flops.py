@@ -1,7 +1,8 @@
 """Floating-point operations of the forward pass, counted from the shapes: for MFU and HFU.
 
 Counted are matrix products and convolutions, a multiply-add as two; not norms, softmax, sorting or the look-up of
-embeddings. Attention counts the pairs the rule lets meet, not what a kernel computes around them.
+embeddings. Attention counts the pairs the rule lets meet, or the features and slots in their place, not what a
+kernel computes around them.
 
 A training step does 3 times the forward's work (backward is twice forward): MFU counts that. The reversible
 stack runs forward once more, and chunked feed-forward its own part again: HFU counts these too.
@@ -29,13 +30,17 @@ def training_flops_per_token(config: ReformerConfig, length: int) -> tuple[float
 
 
 def attention_flops(config: ReformerConfig, kind: str, length: int) -> float:
-    """FLOPs per token of one attention branch: convolution, projections, hashing, scores and their sums."""
+    """FLOPs per token of one attention branch: convolution, projections, hashing or features, scores and sums."""
     inner = config.heads * config.width
     projections = 3 if kind == "lsh" else 4
     flops = 2.0 * config.conv * config.dim + 2.0 * projections * config.dim * inner
     if kind == "lsh":
         rotations = sum(factor // 2 for factor in bucket_factors(config.buckets))
         flops += 2.0 * config.lsh.rounds * inner * rotations
+    if kind == "linformer":  # keys and values, along the length
+        flops += 4.0 * config.linformer.size * inner
+    if kind == "performer":  # of queries and keys
+        flops += 4.0 * config.performer.features * inner
     return flops + 4.0 * inner * keys_per_query(config, kind, length)
 
 
@@ -52,9 +57,16 @@ def head_flops(config: ReformerConfig) -> float:
 
 
 def keys_per_query(config: ReformerConfig, kind: str, length: int) -> float:
-    """How many keys a position meets on average, at most: buckets of LSH attention taken as full."""
+    """How many keys a position meets on average, at most: buckets of LSH attention taken as full.
+
+    Linformer's slots and Performer's features stand for keys: the arithmetic of one is the same.
+    """
     if kind == "full":
         return (length + 1) / 2 if config.causal else float(length)
+    if kind == "linformer":
+        return float(config.linformer.size)
+    if kind == "performer":
+        return float(config.performer.features)
     if kind == "lsh":
         sides = 2 if config.lsh.attend == "chunk" or not config.causal else 1
         return config.lsh.rounds * float(min(sides * config.lsh.chunk_length, length))

@@ -21,8 +21,9 @@ class Norm(nn.Module):
     """Layer or RMS norm over the last axis. Computes in fp32, returns the weights' dtype, so that a model
     whose weights are bf16 computes in bf16 behind fp32 streams."""
 
-    def __init__(self, dim: int, kind: str) -> None:
+    def __init__(self, dim: int, kind: str, eps: float = 1e-6) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if kind == "layer" else None
 
@@ -32,9 +33,9 @@ class Norm(nn.Module):
             x = x.float()
         weight = self.weight.to(x.dtype)
         if self.bias is None:
-            y = F.rms_norm(x, shape, weight, eps=1e-6)
+            y = F.rms_norm(x, shape, weight, eps=self.eps)
         else:
-            y = F.layer_norm(x, shape, weight, self.bias.to(x.dtype), eps=1e-6)
+            y = F.layer_norm(x, shape, weight, self.bias.to(x.dtype), eps=self.eps)
         return y.to(self.weight.dtype)
 
 

@@ -19,13 +19,20 @@ IGNORE = -100
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None, chunk: int = 4096
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    chunk: int = 4096,
 ) -> Tensor:
-    """Sum over tokens of weights · −log softmax(hidden @ weightᵀ)[label], in nats: an fp32 scalar.
+    """Sum over tokens of weights · −log softmax(hidden @ weightᵀ + bias)[label], in nats: an fp32 scalar.
 
-    hidden: (..., dim); weight: (vocab, dim); labels: (...) int64, IGNORE for no loss; weights: (...) float,
-    None = 1 everywhere; chunk: tokens whose logits exist at once. Products run in the precision of `hidden`
-    and autocast, everything after them in fp32 (fp64 for fp64). The gradient reaches hidden and weight.
+    hidden: (..., dim); weight: (vocab, dim); bias: (vocab,), None = 0; labels: (...) int64, IGNORE for no loss;
+    weights: (...) float, None = 1 everywhere; chunk: tokens whose logits exist at once. Products run in the
+    precision of `hidden` and autocast, everything after them in fp32 (fp64 for fp64). The gradient reaches
+    hidden, weight and bias.
     """
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -33,21 +40,28 @@ def linear_cross_entropy(
         )
     flat = None if weights is None else weights.reshape(-1)
     return _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), flat, chunk
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), flat, chunk
     )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor | None,
+        chunk: int,
     ) -> Tensor:
         dtype = Precision.current(hidden.device).compute_dtype(hidden.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         matrix = weight.to(dtype)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
@@ -56,27 +70,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 scored = labels[part] != IGNORE
                 target = labels[part].where(scored, 0)[:, None]
                 scale = scored.to(wide) if weights is None else weights[part].to(wide).where(scored, 0.0)
-                log_probs = (piece @ matrix.T).to(wide).log_softmax(dim=-1)
+                logits = (piece @ matrix.T).to(wide)
+                if bias is not None:
+                    logits += bias.to(wide)
+                log_probs = logits.log_softmax(dim=-1)
                 # where() and not a product: a label without loss must not pass on a NaN either.
                 nats = -log_probs.gather(1, target).squeeze(1) * scale
                 total += nats.where(scored, 0.0).sum()
-                if need_hidden or need_weight:
+                if need_hidden or need_weight or need_bias:
                     grad = log_probs.exp_()
                     grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=wide))
-                    grad = (grad * scale[:, None]).where(scored[:, None], 0.0).to(dtype)
+                    grad = (grad * scale[:, None]).where(scored[:, None], 0.0)
+                    if grad_bias is not None:
+                        grad_bias += grad.sum(dim=0)
+                    grad = grad.to(dtype)
                     if grad_hidden is not None:
                         grad_hidden[part] = grad @ matrix
                     if grad_weight is not None:
                         grad_weight += grad.T @ piece
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None

@@ -16,35 +16,37 @@ ROTARY_BASE = 10_000.0
 
 
 class LearnedPositions(nn.Module):
-    """A vector for each position up to max_length. forward(length) -> (length, dim)."""
+    """A vector for each position up to max_length. forward(length, start) -> (length, dim), from `start` on."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
         assert config.max_length is not None
         self.table = nn.Parameter(torch.randn(config.max_length, config.dim) * 0.1)
 
-    def forward(self, length: int) -> Tensor:
-        return self.table[:length]
+    def forward(self, length: int, start: int = 0) -> Tensor:
+        return self.table[start : start + length]
 
 
 class AxialPositions(nn.Module):
     """Position (r, c) of a grid laid over the sequence row by row: the row's vector beside the column's, each
-    half of `dim` (paper, appendix A of the trax model): (rows + columns)·dim/2 weights for rows·columns places.
-    forward(length) -> (length, dim)."""
+    half of `dim` (or as `axial_dims` says; paper, appendix A of the trax model): (rows + columns)·dim/2 weights
+    for rows·columns places.
+    forward(length, start) -> (length, dim), from `start` on."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
         rows, columns = config.axial
-        half = config.dim // 2
-        self.rows = nn.Parameter(torch.randn(rows, half) * 0.1)
-        self.columns = nn.Parameter(torch.randn(columns, config.dim - half) * 0.1)
+        row, column = config.axial_widths
+        self.rows = nn.Parameter(torch.randn(rows, row) * 0.1)
+        self.columns = nn.Parameter(torch.randn(columns, column) * 0.1)
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length: int, start: int = 0) -> Tensor:
         columns = self.columns.shape[0]
-        used = -(-length // columns)
-        rows = self.rows[:used, None].expand(-1, columns, -1)
-        grid = torch.cat((rows, self.columns.expand(used, -1, -1)), dim=-1)
-        return grid.flatten(0, 1)[:length]
+        first, last = start // columns, -(-(start + length) // columns)
+        rows = self.rows[first:last, None].expand(-1, columns, -1)
+        grid = torch.cat((rows, self.columns.expand(last - first, -1, -1)), dim=-1)
+        start -= first * columns
+        return grid.flatten(0, 1)[start : start + length]
 
 
 def build_positions(config: ReformerConfig) -> nn.Module | None:
@@ -56,15 +58,16 @@ def build_positions(config: ReformerConfig) -> nn.Module | None:
     return None
 
 
-def rotary(x: Tensor) -> Tensor:
+def rotary(x: Tensor, start: int = 0) -> Tensor:
     """Turn the channel pairs (c, c + d/2) of x (..., length, d) by position · ROTARY_BASE^(-2c/d) radians.
 
-    Products of two turned vectors depend on the distance between them only. Norms stay.
+    start: the position of the first. Products of two turned vectors depend on the distance between them only.
+    Norms stay.
     """
     length, d = x.shape[-2:]
     wide = torch.float64 if x.device.type != "mps" else torch.float32
     waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=x.device, dtype=wide) / d)
-    angles = torch.outer(torch.arange(length, device=x.device, dtype=wide), waves)
+    angles = torch.outer(torch.arange(start, start + length, device=x.device, dtype=wide), waves)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

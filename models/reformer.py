@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import build_attention
+from models.attention.cross import CrossAttentionBranch
 from models.chance import Purpose, Seeds, dropout
 from models.config import ReformerConfig
 from models.feedforward import FeedForwardBranch
@@ -54,16 +55,20 @@ class Reformer(nn.Module):
 
 
 class ReformerClassifier(nn.Module):
-    """A class for each sequence: the stack's output, averaged over real tokens, through a linear layer."""
+    """A class for each sequence, from the stack's output: by its mean over real tokens or by its first token
+    (config.classifier). Raises ConfigError."""
 
     def __init__(self, config: ReformerConfig, classes: int) -> None:
         super().__init__()
         self.body = Body(config)
-        self.head = Linear(2 * config.dim, classes, bias=True)
+        first = config.classifier == "first"
+        self.head = FirstTokenHead(config, classes) if first else Linear(2 * config.dim, classes, bias=True)
 
     def forward(self, tokens: Tensor, *, seeds: Seeds | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, classes)."""
         hidden = self.body(tokens, seeds=seeds, mask=mask)
+        if isinstance(self.head, FirstTokenHead):
+            return self.head(hidden[:, 0], Seeds() if seeds is None else seeds)
         if mask is None:
             return self.head(hidden.mean(dim=1))
         real = mask[..., None].to(hidden.dtype)
@@ -71,18 +76,20 @@ class ReformerClassifier(nn.Module):
 
 
 class Body(nn.Module):
-    """Embedding, reversible stack, norm: tokens (batch, length) -> hidden states (batch, length, 2·dim)."""
+    """Embedding, reversible stack, norm: tokens (batch, length) -> hidden states (batch, length, 2·dim).
 
-    def __init__(self, config: ReformerConfig) -> None:
+    context_width: channels of the context that every block's cross-attention reads; None: there is none.
+    """
+
+    def __init__(self, config: ReformerConfig, context_width: int | None = None) -> None:
         super().__init__()
         config.validate()
         self.config = config
         self.embedding = Embedding(config)
-        blocks = (
-            Block(build_attention(config, i), FeedForwardBranch(config, i)) for i in range(config.depth)
+        self.stack = ReversibleStack(
+            (build_block(config, i, context_width) for i in range(config.depth)), config.residual
         )
-        self.stack = ReversibleStack(blocks, config.residual)
-        self.norm = Norm(2 * config.dim, config.norm)
+        self.norm = Norm(2 * config.dim, config.norm, config.norm_eps)
 
     def forward(
         self,
@@ -90,20 +97,33 @@ class Body(nn.Module):
         *,
         seeds: Seeds | None = None,
         mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
         reverse: bool = True,
     ) -> Tensor:
-        """reverse=False keeps every activation (models/reversible.py): the same numbers, more memory.
+        """context: (batch, source length, context_width), context_mask: (batch, source length) bool, like mask.
 
+        reverse=False keeps every activation (models/reversible.py): the same numbers, more memory.
         Raises ConfigError if the sequences do not fit the config, ValueError if the mask does not fit the tokens.
         """
+        call = Call(Seeds() if seeds is None else seeds, self.training, mask, context, context_mask)
+        return self.run(tokens, call, reverse=reverse)
+
+    def run(self, tokens: Tensor, call: Call, *, reverse: bool = True) -> Tensor:
+        """The same, for a given call."""
         self.config.validate(tokens.shape[1])
-        if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+        if call.mask is not None and (call.mask.shape != tokens.shape or call.mask.dtype != torch.bool):
             raise ValueError(
-                f"mask is {mask.dtype} of shape {tuple(mask.shape)}: it must be bool, of the tokens' "
+                f"mask is {call.mask.dtype} of shape {tuple(call.mask.shape)}: it must be bool, of the tokens' "
                 f"shape {tuple(tokens.shape)}"
             )
-        call = Call(Seeds() if seeds is None else seeds, self.training, mask)
         return self.norm(self.stack(self.embedding(tokens, call), call, reverse=reverse))
+
+
+def build_block(config: ReformerConfig, layer: int, context_width: int | None) -> Block:
+    """Block number `layer`, of a decoder if there is a context."""
+    cross = None if context_width is None else CrossAttentionBranch(config, layer, context_width)
+    return Block(build_attention(config, layer), FeedForwardBranch(config, layer), cross)
 
 
 class Embedding(nn.Module):
@@ -116,10 +136,11 @@ class Embedding(nn.Module):
         self.tokens = TokenEmbedding(config.vocab_size, config.dim, tied=config.tie_embeddings)
         self.positions = build_positions(config)
 
-    def forward(self, tokens: Tensor, call: Call) -> Tensor:
+    def forward(self, tokens: Tensor, call: Call, start: int = 0) -> Tensor:
+        """start: the position of the first token."""
         x = self.tokens(tokens)
         if self.positions is not None:
-            x = x + self.positions(tokens.shape[1])
+            x = x + self.positions(tokens.shape[1], start)
         if not (call.training and self.rate):
             return x
         return dropout(x, self.rate, call.seeds.keys(Purpose.EMBEDDING, 0, x.shape[0], x.device))
@@ -144,10 +165,32 @@ class LanguageHead(nn.Module):
             self.weight = tokens.weight
         else:
             self.weight = nn.Parameter(torch.randn(tokens.num_embeddings, 2 * config.dim) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings)) if config.head_bias else None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if self.tied:
             hidden = hidden.unflatten(-1, (2, -1)).sum(dim=-2)
         if labels is None:
-            return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden, self.weight, labels, weights=weights, chunk=self.chunk)
+            return F.linear(hidden, self.weight, self.bias)
+        return linear_cross_entropy(
+            hidden, self.weight, labels, bias=self.bias, weights=weights, chunk=self.chunk
+        )
+
+
+class FirstTokenHead(nn.Module):
+    """Classes from the first token, which must be real: dropout, dense, tanh, dropout, linear.
+    hidden (batch, 2·dim) -> logits (batch, classes)."""
+
+    def __init__(self, config: ReformerConfig, classes: int) -> None:
+        super().__init__()
+        self.rate = config.dropout
+        self.dense = Linear(2 * config.dim, config.dim, bias=True)
+        self.output = Linear(config.dim, classes, bias=True)
+
+    def forward(self, hidden: Tensor, seeds: Seeds) -> Tensor:
+        return self.output(self._dropped(self.dense(self._dropped(hidden, 0, seeds)).tanh(), 1, seeds))
+
+    def _dropped(self, x: Tensor, place: int, seeds: Seeds) -> Tensor:
+        if not (self.training and self.rate):
+            return x
+        return dropout(x, self.rate, seeds.keys(Purpose.CLASSIFIER, place, x.shape[0], x.device))

@@ -5,7 +5,11 @@ What is special:
   rounded to that grid once, and integers are added: addition wraps, and subtraction undoes it bit for bit at
   any depth. Floating-point streams drift when inverted (bf16: 12 % at 48 layers).
 - The whole stack is one autograd.Function. It keeps the two final streams and nothing for each layer. The
-  backward pass takes the blocks in reverse: run G again with gradients, undo it, run F again, undo it.
+  backward pass takes the branches in reverse: run one again with gradients, undo it, go on to the one before.
+- A branch adds to the stream that was written before the last, and reads the last. So a block may have any
+  number of them; a decoder's has a third, cross-attention, between F and G (as in trax).
+- What cross-attention reads, the context, is an input of the Function, detached for each branch anew: what the
+  branches pass back to it is summed in fp32 and returned once. It is kept once, whatever the depth.
 - Rounding passes gradients unchanged (straight through); along the streams they are fp32.
 - No state on modules: all a pass depends on (seeds, training mode, mask, autocast) is captured with it, so
   any number of forwards may precede a backward, and a switch to eval() in between harms nothing.
@@ -21,8 +25,9 @@ can wrap. Past it, and for anything not finite, the stack's output is NaN: a run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,26 +48,36 @@ class Call:
     """What one pass through the model depends on besides the tokens and the weights.
 
     training: whether dropout is on. mask: (batch, length) bool, True where a token is real; None = all are.
+    context: (batch, source length, width) fp32, what cross-attention reads, and context_mask: (batch, source
+    length) bool, like mask; None where there is no cross-attention.
     """
 
     seeds: Seeds = field(default_factory=Seeds)
     training: bool = False
     mask: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
 
 
 class Branch(Protocol):
-    """F or G: (batch, length, dim) fp32 -> (batch, length, dim) in the dtype it computes in."""
+    """F, G or cross-attention: (batch, length, dim) fp32 -> (batch, length, dim) in the dtype it computes in."""
 
     def __call__(self, x: Tensor, call: Call) -> Tensor: ...
 
 
 class Block(nn.Module):
-    """One block: `f`, the attention branch, and `g`, the feed-forward branch."""
+    """One block: `f`, the attention branch, `g`, the feed-forward branch, and between them a decoder's `cross`."""
 
-    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+    def __init__(self, f: nn.Module, g: nn.Module, cross: nn.Module | None = None) -> None:
         super().__init__()
         self.f: Branch = f
         self.g: Branch = g
+        self.cross: Branch | None = cross
+
+    @property
+    def branches(self) -> list[Branch]:
+        """In the order in which they run."""
+        return [self.f, self.g] if self.cross is None else [self.f, self.cross, self.g]
 
 
 class FixedPoint:
@@ -116,73 +131,109 @@ class ReversibleStack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.arithmetic: Arithmetic = FixedPoint if residual == "fixed" else FloatingPoint
 
+    @property
+    def branches(self) -> list[Branch]:
+        """Those of all blocks, in the order in which they run."""
+        return [branch for block in cast("Sequence[Block]", self.blocks) for branch in block.branches]
+
     def forward(self, x: Tensor, call: Call, *, reverse: bool = True) -> Tensor:
         """Both streams start as x (batch, length, dim); returns them side by side: (batch, length, 2·dim) fp32.
 
         reverse=False runs the same arithmetic through ordinary autograd, which keeps every activation: the
         twin that the reversible pass equals bit for bit, loss and gradients.
         """
-        blocks = cast("Sequence[Block]", self.blocks)
+        # In fp32, so that what many branches pass back to it is summed in fp32.
+        context = None if call.context is None else call.context.float()
+        call = replace(call, context=None)
         if not reverse:
-            return _ordinary(self.arithmetic, blocks, x, call)
+            return _ordinary(self.arithmetic, self.branches, x, context, call)
         # The anchor makes the output differentiable for the sake of the blocks even where x is not.
         trained = any(p.requires_grad for p in self.parameters())
         anchor = torch.empty(0, device=x.device, requires_grad=trained)
-        return _Reversible.apply(x, anchor, self.arithmetic, blocks, call)
+        return _Reversible.apply(x, context, anchor, self, call)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, branches: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+        """The stack's output with other `branches` in the place of its own, and no gradients."""
+        one, two, alarm = _advance(self.arithmetic, branches, x)
+        return _side_by_side(self.arithmetic, one, two, alarm)
+
+
+def _advance(
+    arithmetic: Arithmetic, branches: Iterable[Callable[[Tensor], Tensor]], x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The streams behind `branches`, the one written last at the second place, and the alarm of all of them."""
+    one = two = arithmetic.encode(x)
+    alarm = arithmetic.alarm(x, one)
+    for branch in branches:
+        y = branch(arithmetic.decode(two))
+        one, two = two, arithmetic.encode(y).add_(one)
+        alarm += arithmetic.alarm(y, two)
+        del y
+    return one, two, alarm
+
+
+def _side_by_side(arithmetic: Arithmetic, one: Tensor, two: Tensor, alarm: Tensor) -> Tensor:
+    return torch.cat((arithmetic.decode(one), arithmetic.decode(two)), dim=-1).add_(alarm)
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, arithmetic: Arithmetic, blocks: Sequence[Block], call: Call
+        ctx: Any, x: Tensor, context: Tensor | None, anchor: Tensor, stack: ReversibleStack, call: Call
     ) -> Tensor:
-        ctx.arithmetic, ctx.blocks, ctx.call = arithmetic, blocks, call
+        ctx.stack, ctx.call = stack, call
         ctx.precision = Precision.current(x.device)
         ctx.x_dtype = x.dtype
-        one = two = arithmetic.encode(x)
-        alarm = arithmetic.alarm(x, one)
+        call = replace(call, context=context)
         with ctx.precision.restored():
-            for block in blocks:
-                branch = block.f(arithmetic.decode(two), call)
-                one = arithmetic.encode(branch).add_(one)
-                alarm += arithmetic.alarm(branch, one)
-                branch = block.g(arithmetic.decode(one), call)
-                two = arithmetic.encode(branch).add_(two)
-                alarm += arithmetic.alarm(branch, two)
-                del branch
-        ctx.save_for_backward(one, two)
-        return torch.cat((arithmetic.decode(one), arithmetic.decode(two)), dim=-1).add_(alarm)
+            branches = (partial(branch, call=call) for branch in stack.branches)
+            one, two, alarm = _advance(stack.arithmetic, branches, x)
+        ctx.save_for_backward(one, two, context)
+        return _side_by_side(stack.arithmetic, one, two, alarm)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.autograd._is_checkpoint_valid() and any(
-            p.requires_grad for p in ctx.blocks.parameters()
-        ):
+        stack: ReversibleStack = ctx.stack
+        if not torch.autograd._is_checkpoint_valid() and any(p.requires_grad for p in stack.parameters()):
             raise RuntimeError(
                 "the reversible stack computes its parameters' gradients inside its own backward pass, so "
                 "torch.autograd.grad cannot return them: call loss.backward() and read .grad, "
                 "or freeze the stack, or run it with reverse=False"
             )
-        one, two = ctx.saved_tensors
+        one, two, context = ctx.saved_tensors
+        if context is not None:
+            context = context.detach().requires_grad_(ctx.needs_input_grad[1])
         grad_one, grad_two = grads[0].chunk(2, dim=-1)
-        for block in reversed(ctx.blocks):
-            two, grad_one = _undo(ctx, block.g, two, one, grad_two, grad_one)
-            one, grad_two = _undo(ctx, block.f, one, two, grad_one, grad_two)
-        return (grad_one + grad_two).to(ctx.x_dtype), None, None, None, None
+        for branch in reversed(stack.branches):
+            before, grad_source = _undo(ctx, branch, two, one, context, grad_two, grad_one)
+            one, two = before, one
+            grad_one, grad_two = grad_two, grad_source
+        grad_context = None if context is None else context.grad
+        return (grad_one + grad_two).to(ctx.x_dtype), grad_context, None, None, None
 
 
 def _undo(
-    ctx: Any, branch: Branch, after: Tensor, source: Tensor, grad: Tensor, grad_source: Tensor
+    ctx: Any,
+    branch: Branch,
+    after: Tensor,
+    source: Tensor,
+    context: Tensor | None,
+    grad: Tensor,
+    grad_source: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Undo after = before + branch(source): return `before`, and grad_source plus what the branch passes to it.
 
-    Runs the branch once, with gradients, and leaves its parameters' gradients in `.grad`.
+    Runs the branch once, with gradients; leaves its parameters' gradients in their `.grad`, and adds what it
+    passes to the context, a leaf, to the context's.
     """
-    arithmetic: Arithmetic = ctx.arithmetic
+    arithmetic: Arithmetic = ctx.stack.arithmetic
     with torch.enable_grad():
         x = arithmetic.decode(source).requires_grad_()
+        # Behind a view of its own, what one branch passes back adds up before it meets that of the others.
+        own = None if context is None else context.view_as(context)
         with ctx.precision.restored():
-            y = branch(x, ctx.call)
+            y = branch(x, replace(ctx.call, context=own))
     step = arithmetic.encode(y.detach())
     before = torch.sub(after, step, out=step)
     torch.autograd.backward(y, grad.to(y.dtype))
@@ -190,7 +241,9 @@ def _undo(
     return before, x.grad.add_(grad_source)
 
 
-def _ordinary(arithmetic: Arithmetic, blocks: Iterable[Block], x: Tensor, call: Call) -> Tensor:
+def _ordinary(
+    arithmetic: Arithmetic, branches: Iterable[Branch], x: Tensor, context: Tensor | None, call: Call
+) -> Tensor:
     """The stack through ordinary autograd. Each stream is carried twice: encoded, and as the float autograd sees."""
     one = two = arithmetic.encode(x.detach())
     alarm = arithmetic.alarm(x.detach(), one)
@@ -198,15 +251,12 @@ def _ordinary(arithmetic: Arithmetic, blocks: Iterable[Block], x: Tensor, call: 
     # Behind a view of its own, what a stream or a branch passes back adds up before it meets anything else's
     # gradient: the order of sums that the reversible pass has.
     x_one, x_two = x.view_as(x), x.view_as(x)
-    for block in blocks:
-        branch = block.f(x_two.view_as(x_two), call)
-        one = arithmetic.encode(branch.detach()).add_(one)
-        alarm += arithmetic.alarm(branch.detach(), one)
-        x_one = _Added.apply(x_one, branch, one, arithmetic)
-        branch = block.g(x_one.view_as(x_one), call)
-        two = arithmetic.encode(branch.detach()).add_(two)
-        alarm += arithmetic.alarm(branch.detach(), two)
-        x_two = _Added.apply(x_two, branch, two, arithmetic)
+    for branch in branches:
+        own = None if context is None else context.view_as(context)
+        y = branch(x_two.view_as(x_two), replace(call, context=own))
+        one, two = two, arithmetic.encode(y.detach()).add_(one)
+        alarm += arithmetic.alarm(y.detach(), two)
+        x_one, x_two = x_two, _Added.apply(x_one, y, two, arithmetic)
     return torch.cat((x_one, x_two), dim=-1) + alarm
 
 

@@ -2,13 +2,28 @@
 
 from models.attention.full import FullAttention, full_attention
 from models.attention.heads import AttentionBranch
+from models.attention.linformer import LinformerAttention, linformer_attention
 from models.attention.local import LocalAttention, local_attention
 from models.attention.lsh import LSHAttention, lsh_attention
+from models.attention.performer import PerformerAttention, performer_attention
 from models.config import ReformerConfig
 
-__all__ = ["build_attention", "full_attention", "local_attention", "lsh_attention"]
+__all__ = [
+    "build_attention",
+    "full_attention",
+    "linformer_attention",
+    "local_attention",
+    "lsh_attention",
+    "performer_attention",
+]
 
-KINDS = {"local": LocalAttention, "lsh": LSHAttention, "full": FullAttention}
+KINDS = {
+    "local": LocalAttention,
+    "lsh": LSHAttention,
+    "full": FullAttention,
+    "linformer": LinformerAttention,
+    "performer": PerformerAttention,
+}
 """The names that `ReformerConfig.layers` may hold."""
 
 

@@ -29,7 +29,7 @@ def full_attention(
     """
     if dropout is None and mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    batch, heads, length, d = q.shape
+    length = q.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
     seen = seen.tril() if causal else seen
     if mask is not None:
@@ -38,12 +38,23 @@ def full_attention(
     if dropout is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     else:
-        scores = (q * d**-0.5 @ k.mT).float().masked_fill(~seen, -torch.inf)
-        place = torch.arange(length, device=q.device)
-        row = torch.arange(batch * heads, device=q.device)[:, None, None]
-        scale = dropout.scale(row, place[:, None], place).view(batch, heads, length, length)
-        y = (scores.softmax(-1) * scale).to(v.dtype) @ v
+        y = dropped_attention(q, k, v, seen, dropout)
     return y if mask is None else y.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: PairDropout) -> Tensor:
+    """softmax(q · k / √d) v over the pairs that are `seen`, with dropout of the weights, which exist whole.
+
+    q: (batch, heads, length, d); k, v: (batch, heads, source length, d); seen: bool that broadcasts to
+    (batch, heads, length, source length), no row of it empty.
+    """
+    batch, heads, length, d = q.shape
+    scores = (q * d**-0.5 @ k.mT).float().masked_fill(~seen, -torch.inf)
+    query = torch.arange(length, device=q.device)[:, None]
+    key = torch.arange(k.shape[2], device=q.device)
+    row = torch.arange(batch * heads, device=q.device)[:, None, None]
+    scale = dropout.scale(row, query, key).view(scores.shape)
+    return (scores.softmax(-1) * scale).to(v.dtype) @ v
 
 
 class FullAttention(nn.Module):
@@ -57,14 +68,20 @@ class FullAttention(nn.Module):
         self.value = projection(config)
         self.output = output(config)
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
         config = self.config
         q, k, v = (
             split_heads(project(source), config.heads)
             for project, source in ((self.query, near), (self.key, near), (self.value, x))
         )
         if config.positions == "rotary":
-            q, k = rotary(q), rotary(k)
-        dropout = pair_dropout(config, self.layer, call, x.shape[0], x.device)
-        y = full_attention(q, k, v, causal=config.causal, mask=call.mask, dropout=dropout)
-        return self.output(merge_heads(y))
+            q, k = rotary(q, start), rotary(k, start)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
+        return full_attention(q, k, v, causal=self.config.causal, mask=call.mask, dropout=dropout)
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        return self.output(merge_heads(self.attend(*self.project(x, near), call)))

@@ -23,7 +23,7 @@ class AttentionBranch(nn.Module):
         super().__init__()
         self.layer = layer
         self.rate = config.dropout
-        self.norm = Norm(config.dim, config.norm)
+        self.norm = Norm(config.dim, config.norm, config.norm_eps)
         self.convolution = (
             ShortConvolution(config.dim, config.conv, causal=config.causal) if config.conv else None
         )
@@ -61,10 +61,18 @@ def merge_heads(x: Tensor) -> Tensor:
 def pair_dropout(
     config: ReformerConfig, layer: int, call: Call, batch: int, device: torch.device
 ) -> PairDropout | None:
+    """Dropout of self-attention's weights for rows = batch × heads, or None where it is off."""
+    rate = config.attention_rate(config.pattern[layer])
+    return weight_dropout(rate, Purpose.ATTENTION_WEIGHTS, config.heads, layer, call, batch, device)
+
+
+def weight_dropout(
+    rate: float, purpose: Purpose, heads: int, layer: int, call: Call, batch: int, device: torch.device
+) -> PairDropout | None:
     """Dropout of attention weights for rows = batch × heads, or None where it is off."""
-    if not (call.training and config.attention_dropout):
+    if not (call.training and rate):
         return None
-    keys = call.seeds.keys(Purpose.ATTENTION_WEIGHTS, layer, batch, device)
+    keys = call.seeds.keys(purpose, layer, batch, device)
     # Heads apart by an odd multiple in both halves of the key: random_bits hashes the two.
-    heads = torch.arange(config.heads, device=device) * 0x632BE59BD9B4E019
-    return PairDropout(config.attention_dropout, (keys[:, None] ^ heads).flatten())
+    apart = torch.arange(heads, device=device) * 0x632BE59BD9B4E019
+    return PairDropout(rate, (keys[:, None] ^ apart).flatten())

@@ -56,15 +56,20 @@ class LocalAttention(nn.Module):
         self.value = projection(config)
         self.output = output(config)
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
         config = self.config
         q, k, v = (
             split_heads(project(source), config.heads)
             for project, source in ((self.query, near), (self.key, near), (self.value, x))
         )
         if config.positions == "rotary":
-            q, k = rotary(q), rotary(k)
-        y = local_attention(
+            q, k = rotary(q, start), rotary(k, start)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        config = self.config
+        return local_attention(
             q,
             k,
             v,
@@ -72,6 +77,8 @@ class LocalAttention(nn.Module):
             causal=config.causal,
             attend=config.local.attend,
             mask=call.mask,
-            dropout=pair_dropout(config, self.layer, call, x.shape[0], x.device),
+            dropout=pair_dropout(config, self.layer, call, v.shape[0], v.device),
         )
-        return self.output(merge_heads(y))
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        return self.output(merge_heads(self.attend(*self.project(x, near), call)))

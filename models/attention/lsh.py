@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
 from models.attention.kernels import PairDropout, Rule, Seating, chunked, reference
-from models.chance import Purpose
+from models.chance import Purpose, Seeds
 from models.config import (
     ATTENDS,
     DEFAULT_BUCKETS,
@@ -76,7 +76,6 @@ def lsh_attention(
     return attend_in_buckets(qk, v, buckets, rule, mask=mask, backend=backend)
 
 
-@torch.no_grad()
 def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor:
     """Angular hash of x (batch, heads, length, d): (batch, heads, rounds, length) int64 in [0, n_buckets).
 
@@ -84,20 +83,33 @@ def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor
     Above 256 buckets the hash is made of two such factors, and R of two smaller parts. Computed in fp32.
     """
     heads, d = x.shape[1], x.shape[-1]
-    factors = bucket_factors(n_buckets)
+    return rotate_and_hash(x, draw_rotations(heads, d, rounds=rounds, n_buckets=n_buckets, seed=seed))
+
+
+def draw_rotations(heads: int, d: int, *, rounds: int, n_buckets: int, seed: int) -> list[list[Tensor]]:
+    """R of every round and factor, (heads, d, factor / 2) fp32 on the CPU: a function of the arguments."""
     generator = torch.Generator().manual_seed(seed)
-    buckets = torch.empty(*x.shape[:2], rounds, x.shape[2], dtype=torch.int64, device=x.device)
+    factors = bucket_factors(n_buckets)
+    return [
+        [torch.randn(heads, d, factor // 2, generator=generator) for factor in factors] for _ in range(rounds)
+    ]
+
+
+@torch.no_grad()
+def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+    """hash_buckets once the rotations are drawn."""
+    buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
-        for number in range(rounds):
+        for number, factors in enumerate(rotations):
             bucket, weight = torch.zeros((), dtype=torch.int64, device=x.device), 1
-            for factor in factors:
-                rotation = torch.randn(heads, d, factor // 2, generator=generator).to(x.device)
-                rotated = x @ rotation
+            for rotation in factors:
+                half = rotation.shape[-1]
+                rotated = x @ rotation.to(x.device)
                 most, place = rotated.max(dim=-1)
                 least, opposite = rotated.min(dim=-1)
-                bucket = bucket + weight * torch.where(most >= -least, place, opposite + factor // 2)
-                weight *= factor
+                bucket = bucket + weight * torch.where(most >= -least, place, opposite + half)
+                weight *= 2 * half
             buckets[:, :, number] = bucket
     return buckets
 
@@ -121,15 +133,21 @@ def attend_in_buckets(
     backend: str = "auto",
 ) -> Tensor:
     """lsh_attention once the buckets (batch, heads, rounds, length) are known."""
-    batch, heads, length, d = qk.shape
-    # x · rsqrt(mean(x²) + 1e-6) / √d: a unit vector.
-    wide = qk.to(torch.promote_types(qk.dtype, torch.float32))
-    k = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * d**-0.5).to(qk.dtype)
+    batch, heads, length, _ = qk.shape
+    k = unit_keys(qk)
     rows = None if mask is None else mask[:, None].expand(batch, heads, length).flatten(0, 1)
     seating = Seating.by_bucket(buckets.flatten(0, 1).to(torch.int64), rows)
     meet = BACKENDS["chunked" if backend == "auto" else backend]
     out = meet(qk.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), seating, rule, dropout)
     return out.view(v.shape)
+
+
+def unit_keys(qk: Tensor) -> Tensor:
+    """Keys of query-keys (..., d): x · rsqrt(mean(x²) + 1e-6) / √d, a unit vector, in their dtype."""
+    wide = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * qk.shape[-1] ** -0.5).to(
+        qk.dtype
+    )
 
 
 class LSHAttention(nn.Module):
@@ -154,15 +172,27 @@ class LSHAttention(nn.Module):
         self.value = projection(config)
         self.output = output(config)
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+    def project(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Query-keys and values (batch, heads, length, d)."""
+        heads = self.config.heads
+        return split_heads(self.query_key(near), heads), split_heads(self.value(x), heads)
+
+    def rotations(self, seeds: Seeds) -> list[list[Tensor]]:
+        """The rotations that hash the query-keys of this layer."""
         config = self.config
-        qk = split_heads(self.query_key(near), config.heads)
-        v = split_heads(self.value(x), config.heads)
-        seed = call.seeds.number(Purpose.HASH, self.layer)
-        buckets = hash_buckets(qk, rounds=config.lsh.rounds, n_buckets=config.buckets, seed=seed)
-        dropout = pair_dropout(config, self.layer, call, x.shape[0], x.device)
-        y = attend_in_buckets(qk, v, buckets, self.rule, mask=call.mask, dropout=dropout)
-        return self.output(merge_heads(y))
+        seed = seeds.number(Purpose.HASH, self.layer)
+        return draw_rotations(
+            config.heads, config.width, rounds=config.lsh.rounds, n_buckets=config.buckets, seed=seed
+        )
+
+    def attend(self, qk: Tensor, v: Tensor, buckets: Tensor, call: Call) -> Tensor:
+        dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
+        return attend_in_buckets(qk, v, buckets, self.rule, mask=call.mask, dropout=dropout)
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        qk, v = self.project(x, near)
+        buckets = rotate_and_hash(qk, self.rotations(call.seeds))
+        return self.output(merge_heads(self.attend(qk, v, buckets, call)))
 
 
 def _check(

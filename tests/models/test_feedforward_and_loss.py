@@ -52,37 +52,39 @@ def test_chunked_feedforward_in_low_precision(precision):
         torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    nats = F.cross_entropy(F.linear(hidden, weight).float().flatten(0, 1), labels.flatten(), reduction="none")
+def plain_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None
+) -> Tensor:
+    logits = F.linear(hidden, weight, bias).float().flatten(0, 1)
+    nats = F.cross_entropy(logits, labels.flatten(), reduction="none")
     return (nats if weights is None else nats * weights.flatten()).sum()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_chunked_loss_equals_plain(chunk, weighted):
+@pytest.mark.parametrize("biased", [True, False])
+def test_chunked_loss_equals_plain(chunk, weighted, biased):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 20, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     labels = torch.randint(0, 11, (2, 20)).masked_fill(torch.rand(2, 20) < 0.3, -100)
     weights = torch.rand(2, 20) if weighted else None
-    ours = linear_cross_entropy(hidden, weight, labels, weights=weights, chunk=chunk)
-    plain = plain_loss(hidden, weight, labels, weights)
+    bias = torch.randn(11, requires_grad=True) if biased else None
+    ours = linear_cross_entropy(hidden, weight, labels, bias=bias, weights=weights, chunk=chunk)
+    plain = plain_loss(hidden, weight, bias, labels, weights)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain)
+    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     for a, b in zip(
-        torch.autograd.grad(ours / 7, (hidden, weight)),
-        torch.autograd.grad(plain / 7, (hidden, weight)),
-        strict=True,
+        torch.autograd.grad(ours / 7, inputs), torch.autograd.grad(plain / 7, inputs), strict=True
     ):
         torch.testing.assert_close(a, b)
 
 
 def test_loss_gradcheck():
-    hidden, weight = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (5, 4))
-    )
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (5, 4), (5,))]
     labels = torch.tensor([0, 4, -100, 2, 2, 1])
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, labels, chunk=4), (hidden, weight)
+        lambda h, w, b: linear_cross_entropy(h, w, labels, bias=b, chunk=4), inputs
     )
 
 

@@ -20,8 +20,9 @@ from models import (
     Seeds,
 )
 from models.attention import KINDS
-from models.config import LAYERS
+from models.config import LAYERS, NORMS
 from models.flops import flops_per_token, keys_per_query, training_flops_per_token
+from models.layers import Norm
 from models.positions import build_positions, rotary
 
 SMALL = ReformerConfig(
@@ -43,8 +44,12 @@ def tokens(batch: int = 2, length: int = 50, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_is_the_cross_entropy_of_the_logits(positions, tied):
-    model = Reformer(dataclasses.replace(SMALL, positions=positions, tie_embeddings=tied))
+@pytest.mark.parametrize("biased", [True, False])
+def test_loss_is_the_cross_entropy_of_the_logits(positions, tied, biased):
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(SMALL, positions=positions, tie_embeddings=tied, head_bias=biased))
+    if biased:
+        torch.nn.init.normal_(model.head.bias, std=0.1)
     x, seeds = tokens(), Seeds(1, 2)
     labels = x.roll(-1, 1).masked_fill(torch.rand(2, 50) < 0.2, -100)
     weights = torch.rand(2, 50)
@@ -93,6 +98,48 @@ def test_classifier_pools_real_tokens():
     torch.testing.assert_close(logits[1:], model(x[1:, :25]), atol=1e-4, rtol=1e-4)
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_classifier_of_the_first_token():
+    config = dataclasses.replace(SMALL, causal=False, classifier="first", dropout=0.2)
+    model = ReformerClassifier(config, classes=3)
+    x = tokens(length=40)
+    logits = model(x, seeds=Seeds(1, 2))
+    assert torch.equal(model(x, seeds=Seeds(1, 2)), logits)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    # Within the head, dropout is a function of seeds and sample too.
+    hidden = torch.randn(2, 32)
+    assert not torch.equal(model.head(hidden, Seeds(1, 2)), model.head(hidden, Seeds(1, 3)))
+    model.eval()
+    hidden = model.body(x)[:, 0]
+    wanted = model.head.output(model.head.dense(hidden).tanh())
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_kinds_of_layers_may_have_their_own_dropout():
+    setting = dataclasses.replace(SMALL, attention_dropout=0.5)
+    own = dataclasses.replace(setting, local=LocalConfig(window=8, dropout=0.0))
+    assert [own.attention_rate(kind) for kind in ("local", "lsh", "full")] == [0.0, 0.5, 0.5]
+    x = tokens()
+    for layers, differs in ((["local"], True), (["lsh"], False)):
+        models = [Reformer(dataclasses.replace(config, layers=layers, depth=1)) for config in (setting, own)]
+        models[1].load_state_dict(models[0].state_dict())
+        assert torch.equal(models[0](x), models[1](x)) != differs
+
+
+def test_norm_eps_is_what_the_variance_gets():
+    x = torch.randn(3, 8)
+    centred = x - x.mean(-1, keepdim=True)
+    wanted = {
+        "layer": centred * (centred.square().mean(-1, keepdim=True) + 0.5).rsqrt(),
+        "rms": x * (x.square().mean(-1, keepdim=True) + 0.5).rsqrt(),
+    }
+    for kind in NORMS:
+        torch.testing.assert_close(Norm(8, kind, 0.5)(x), wanted[kind])
+    norms = [m for m in Reformer(dataclasses.replace(SMALL, norm_eps=0.5)).modules() if isinstance(m, Norm)]
+    assert len(norms) == 7
+    assert all(norm.eps == 0.5 for norm in norms)
 
 
 def test_the_pass_is_a_function_of_weights_tokens_and_seeds():
@@ -190,6 +237,10 @@ def test_learns_to_copy(causal):
         ({"positions": "learned", "max_length": None}, "max_length"),
         ({"axial_shape": [4, 4]}, "holds 16 positions"),
         ({"axial_shape": [4]}, "two positive"),
+        ({"axial_dims": [4, 4]}, "axial_dims=.* whose sum is model.dim=16"),
+        ({"axial_dims": [16]}, "two positive"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0"),
+        ({"classifier": "frist"}, "did you mean 'first'"),
         ({"heads": 16, "head_dim": 3}, "even model.head_dim"),
         ({"layers": ["lsh"], "conv": 0}, "rotary does nothing"),
         ({"dropout": 1.0}, "dropout=1.0"),
@@ -201,6 +252,8 @@ def test_learns_to_copy(causal):
         ({"lsh": LSHConfig(n_buckets=5)}, "take 6"),
         ({"lsh": LSHConfig(attend="chunks")}, "did you mean 'chunk'"),
         ({"lsh": LSHConfig(duplicates="all")}, "average, once"),
+        ({"lsh": LSHConfig(dropout=1.0)}, "lsh.dropout=1.0"),
+        ({"local": LocalConfig(dropout=-0.5)}, "local.dropout=-0.5"),
         ({"local": LocalConfig(window=0)}, "local.window=0"),
         ({"local": LocalConfig(attend="x")}, "window, chunk"),
         ({"feedforward": FeedForwardConfig(activation="gelo")}, "did you mean 'gelu'"),
@@ -259,6 +312,19 @@ def test_axial_positions_are_distinct_and_prefixes_agree(max_length):
     for length in {1, max_length // 2 or 1, max_length}:
         assert torch.equal(table(length), whole[:length])
     assert sum(p.numel() for p in table.parameters()) <= 8 * 4 * math.isqrt(max_length) + 8
+
+
+def test_axial_rows_and_columns_may_differ_in_width():
+    config = ReformerConfig(
+        vocab_size=9, dim=8, positions="axial", max_length=12, axial_shape=[3, 4], axial_dims=[2, 6]
+    )
+    table = build_positions(config)
+    assert table is not None
+    whole = table(12).view(3, 4, 8)
+    assert torch.equal(whole[:, 0, :2], whole[:, 3, :2])
+    assert torch.equal(whole[0, :, 2:], whole[2, :, 2:])
+    assert not torch.equal(whole[0, 0, :2], whole[1, 0, :2])
+    assert not torch.equal(whole[0, 0, 2:], whole[0, 1, 2:])
 
 
 def test_rotary_products_depend_on_distance_only():

@@ -60,7 +60,7 @@ def met_keys(seating: Seating, rule: Rule) -> tuple[Tensor, Tensor]:
             keys.append(key)
             met.append(found)
     all_keys, all_met = torch.cat(keys, dim=-1), torch.cat(met, dim=-1)
-    return all_keys, _first_of_each(all_keys, all_met) if rule.once else all_met
+    return all_keys, first_of_each(all_keys, all_met) if rule.once else all_met
 
 
 def _window(this: int, rank: Tensor, rule: Rule) -> list[tuple[int, Tensor, Tensor]]:
@@ -83,7 +83,7 @@ def _chunks(this: int, rank: Tensor, seating: Seating, reach: int) -> list[tuple
     return [(this, own, torch.ones_like(first)), (this, before, ~first), ((this - 1) % rounds, ring, first)]
 
 
-def _first_of_each(keys: Tensor, met: Tensor) -> Tensor:
+def first_of_each(keys: Tensor, met: Tensor) -> Tensor:
     """Of the places whose keys are met, the first for every key."""
     nobody = torch.iinfo(torch.int64).max
     ordered, places = keys.masked_fill(~met, nobody).sort(dim=-1, stable=True)

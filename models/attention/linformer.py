@@ -1,0 +1,93 @@
+"""Linformer attention (Wang et al. 2020, arXiv 2006.04768): keys and values are projected along the length.
+
+Keys (length, d) become E · keys, (size, d), values F · values, with E and F learned (section 4): a query meets `size`
+slots instead of `length` positions. E and F have a column for every position, so the length is fixed; a slot mixes all
+positions, so it cannot be causal. The projections know where a token is; rotary positions would be mixed
+away, so they turn nothing here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention.full import dropped_attention
+from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from models.attention.kernels import PairDropout
+from models.config import ConfigError, ReformerConfig
+from models.reversible import Call
+
+
+def linformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    to_keys: Tensor,
+    to_values: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    dropout: PairDropout | None = None,
+) -> Tensor:
+    """softmax(q · (E k) / √d) (F v): q, k, v and result (batch, heads, length, d).
+
+    to_keys, to_values: E and F, (size, length) for all heads or (heads, size, length); without F, E takes its place.
+    mask: (batch, length) bool, True where a position is real; the others add nothing to any slot, and their output is
+    zero. Raises ConfigError if a projection does not fit the length.
+    """
+    length = q.shape[2]
+    for name, matrix in (("to_keys", to_keys), ("to_values", to_keys if to_values is None else to_values)):
+        if matrix.shape[-1] != length:
+            raise ConfigError(
+                f"a sequence of {length} tokens meets a Linformer projection {name} made for {matrix.shape[-1]}: "
+                "it takes sequences of that length only; cut or pad (with a mask) to it"
+            )
+    if mask is not None:
+        k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (k, v))
+    if to_values is None:
+        slots_k, slots_v = _project(to_keys, torch.cat((k, v), dim=-1)).split(k.shape[-1], dim=-1)
+    else:
+        slots_k, slots_v = _project(to_keys, k), _project(to_values, v)
+    if dropout is None:
+        y = F.scaled_dot_product_attention(q, slots_k, slots_v)
+    else:
+        seen = torch.ones((), dtype=torch.bool, device=q.device)
+        y = dropped_attention(q, slots_k, slots_v, seen, dropout)
+    return y if mask is None else y.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+def _project(matrix: Tensor, x: Tensor) -> Tensor:
+    """(size, length) or (heads, size, length) times x (batch, heads, length, d): (batch, heads, size, d)."""
+    # Not matmul, which would copy the matrix for every sequence of the batch.
+    return torch.einsum("sl,bhld->bhsd" if matrix.dim() == 2 else "hsl,bhld->bhsd", matrix, x)
+
+
+class LinformerAttention(nn.Module):
+    """The layer: projections of channels and of the length, attention to the slots, output projection."""
+
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.query = projection(config)
+        self.key = projection(config)
+        self.value = projection(config)
+        self.output = output(config)
+        assert config.max_length is not None, "validated"
+        heads = (config.heads,) if config.linformer.share == "none" else ()
+        shape = (*heads, config.linformer.size, config.max_length)
+        # Slots of unit variance, as keys and values have.
+        scale = config.max_length**-0.5
+        self.to_keys = nn.Parameter(torch.randn(shape) * scale)
+        self.to_values = (
+            None if config.linformer.share == "keyvalue" else nn.Parameter(torch.randn(shape) * scale)
+        )
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        config = self.config
+        q, k, v = (
+            split_heads(project(source), config.heads)
+            for project, source in ((self.query, near), (self.key, near), (self.value, x))
+        )
+        dropout = pair_dropout(config, self.layer, call, x.shape[0], x.device)
+        y = linformer_attention(q, k, v, self.to_keys, self.to_values, mask=call.mask, dropout=dropout)
+        return self.output(merge_heads(y))
