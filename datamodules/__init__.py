@@ -6,6 +6,7 @@
     prepare    the three above, as the command runs them
     index      index.parquet    -> where every segment lies, and byte-range reads of it
     windows    index            -> which windows exist and in which order: pure functions of numbers
+    hashing    seed, epoch, ... -> random words
     collate    bytes            -> tokens, labels
     batches    windows, collate -> numbered micro batches
     datamodule batches          -> Lightning's loaders

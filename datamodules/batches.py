@@ -14,25 +14,42 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.collate import FILLER, Batch, causal_batch
+from datamodules.collate import FILLER, Batch, causal_batch, masked_batch, masked_count
+from datamodules.hashing import visit_keys
 from datamodules.index import ShardIndex
-from datamodules.windows import WindowPlan, samples_of_step, slots
+from datamodules.windows import WindowPlan, epochs_of_step, samples_of_step, slots
+
+EVALUATION_SEED = 0
+"""Of what is masked in evaluation: the same for every run, so that runs can be compared."""
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The windows of a split, readable: a plan and the shards it was made for."""
+    """The windows of a split, readable: a plan, the shards it was made for, and what is to be predicted.
+
+    mask_rate: share of the letters that are masked bases to predict; None predicts every next base.
+    """
 
     index: ShardIndex
     plan: WindowPlan
+    mask_rate: float | None = None
 
-    def batch(self, samples: NDArray[np.int64], targets: int) -> Batch:
-        """The causal batch of window ids (batch,), -1 for filler."""
+    def targets(self, samples: NDArray[np.int64]) -> int:
+        """Number of labels in the windows `samples`, known from the index alone; -1 is filler and has none."""
+        letters = self.plan.letters(samples[samples != FILLER])
+        counts = letters if self.mask_rate is None else masked_count(letters, self.mask_rate)
+        return int(counts.sum())
+
+    def batch(self, samples: NDArray[np.int64], keys: NDArray[np.uint64], targets: int) -> Batch:
+        """The batch of window ids (batch,), -1 for filler. keys: (batch,), see `hashing.visit_keys`."""
         sequences = np.zeros((len(samples), self.plan.length), np.uint8)
         real = np.flatnonzero(samples != FILLER)
         for slot, row, start in zip(real, *self.plan.locate(samples[real]), strict=True):
             sequences[slot] = self.index.read(row, start, self.plan.length)
-        return causal_batch(sequences, samples, self.index.alphabet, targets)
+        alphabet = self.index.alphabet
+        if self.mask_rate is None:
+            return causal_batch(sequences, samples, alphabet, targets)
+        return masked_batch(sequences, samples, alphabet, targets, keys=keys, rate=self.mask_rate)
 
 
 @dataclass(frozen=True)
@@ -84,16 +101,18 @@ class TrainBatches(NumberedBatches):
         place, plan = self.place, self.windows.plan
         global_batch = place.micro_batch * place.world_size * self.accumulation
         samples = samples_of_step(self.seed, step, global_batch, len(plan))
-        mine = samples[slots(turn, place.rank, place.world_size, place.micro_batch)]
-        return self.windows.batch(mine, plan.targets_of(samples))
+        keys = visit_keys(self.seed, epochs_of_step(step, global_batch, len(plan)), samples)
+        mine = slots(turn, place.rank, place.world_size, place.micro_batch)
+        return self.windows.batch(samples[mine], keys[mine], self.windows.targets(samples))
 
 
 class EvalBatches(NumberedBatches):
     """Every window of a split once, in order, dealt to the ranks a micro batch at a time.
 
     most: if above 0 and below the number of windows, so many of them, spread evenly over the split; always the
-    same. All ranks have the same number of batches: what is missing at the end is filler (sample -1, no labels).
-    The `targets` of a batch count the labels of that batch number over all ranks.
+    same. Masked bases are always the same too, whatever the seed of training. All ranks have the same number of
+    batches: what is missing at the end is filler (sample -1, no labels). The `targets` of a batch count the labels
+    of that batch number over all ranks.
     """
 
     def __init__(self, windows: Windows, place: Place, most: int = 0) -> None:
@@ -113,5 +132,6 @@ class EvalBatches(NumberedBatches):
         together = place.micro_batch * place.world_size
         turns = number * together + np.arange(together)
         samples = np.where(turns < self.count, turns * len(plan) // self.count, FILLER)
-        mine = samples[slots(0, place.rank, place.world_size, place.micro_batch)]
-        return self.windows.batch(mine, plan.targets_of(samples))
+        keys = visit_keys(EVALUATION_SEED, np.zeros_like(samples), samples)
+        mine = slots(0, place.rank, place.world_size, place.micro_batch)
+        return self.windows.batch(samples[mine], keys[mine], self.windows.targets(samples))

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from datamodules.errors import DataError
 
+CAUSAL, MASKED = "causal", "masked"
+
 
 @dataclass
 class DataConfig:
@@ -15,6 +17,9 @@ class DataConfig:
     micro_batch: windows per rank and forward pass; global_batch = micro_batch * accumulation * ranks.
     workers: processes per rank that read and encode; 0 reads in the training process. Batches are the same.
     min_real: fraction of a window's bases that must be letters, 0 to 1; windows with fewer are left out.
+    objective: `causal` predicts every base from those before it, `masked` masked bases from both sides.
+    mask_rate: with `masked`, the fraction of a window's letters to predict, above 0 up to 1: of these, 80% are masked,
+        10% show a random letter and 10% themselves. New ones in every epoch, in evaluation always the same.
     """
 
     shards: str = "???"  # how OmegaConf spells a value that must be given
@@ -23,6 +28,17 @@ class DataConfig:
     micro_batch: int = 1
     workers: int = 0
     min_real: float = 0.5
+    objective: str = CAUSAL
+    mask_rate: float = 0.15
+
+    def validate(self) -> None:
+        """Raise DataError for a setting that cannot work whatever the shards hold."""
+        if self.workers < 0:
+            raise DataError(f"data.workers {self.workers}: must be 0 or more")
+        if self.objective not in (CAUSAL, MASKED):
+            raise DataError(f"data.objective {self.objective!r}: choose {CAUSAL} or {MASKED}")
+        if not 0 < self.mask_rate <= 1:
+            raise DataError(f"data.mask_rate {self.mask_rate}: must be above 0 and at most 1")
 
 
 def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:

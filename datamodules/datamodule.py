@@ -4,7 +4,9 @@ Rank, number of ranks and the step to go on from are read from the trainer; with
 at step 0. Where training stands is the trainer's step, so there is no state to save.
 """
 
+import ctypes
 import logging
+import signal
 import warnings
 from functools import cached_property
 
@@ -14,11 +16,13 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import EvalBatches, NumberedBatches, Place, TrainBatches, Windows
 from datamodules.collate import Batch
-from datamodules.config import DataConfig, accumulation
+from datamodules.config import MASKED, DataConfig, accumulation
 from datamodules.errors import DataError
 from datamodules.index import ShardIndex
 from datamodules.splits import TEST, TRAIN, VALID
 from datamodules.windows import WindowPlan
+
+_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ log = logging.getLogger(__name__)
 class SequenceDataModule(pl.LightningDataModule):
     """Loaders of `Batch`es, one micro batch each, for the splits of a shard directory.
 
-    config: see `DataConfig`. seed: of the training order, any integer.
+    config: see `DataConfig`. seed: of the training order and of what is masked in training, any integer.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -51,14 +55,13 @@ class SequenceDataModule(pl.LightningDataModule):
 
     def windows(self, split: str) -> Windows:
         """The windows of a split. Raises DataError if it has none (see `WindowPlan.of`)."""
-        return Windows(
-            self.index, WindowPlan.of(self.index.segments, split, self.config.length, self.config.min_real)
-        )
+        config = self.config
+        plan = WindowPlan.of(self.index.segments, split, config.length, config.min_real)
+        return Windows(self.index, plan, config.mask_rate if config.objective == MASKED else None)
 
     def setup(self, stage: str) -> None:
         """Check that `stage` ("fit", "validate" or "test") has what it needs, or raise DataError."""
-        if self.config.workers < 0:
-            raise DataError(f"data.workers {self.config.workers}: must be 0 or more")
+        self.config.validate()
         if stage == "fit":
             _ = self.accumulation, self._training, self._validation
         elif stage in ("validate", "test"):
@@ -111,5 +114,20 @@ class SequenceDataModule(pl.LightningDataModule):
 
     def _loader(self, batches: NumberedBatches) -> DataLoader[Batch]:
         return DataLoader(
-            batches, batch_size=None, num_workers=self.config.workers, pin_memory=torch.cuda.is_available()
+            batches,
+            batch_size=None,
+            num_workers=self.config.workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_belong_to_parent,
         )
+
+
+def _belong_to_parent(worker: int) -> None:
+    """In a reader process: stop signals are the rank's business, and the reader ends when the rank does (Linux).
+
+    A signal to the whole process group must not take the readers from a rank that is about to checkpoint, nor may
+    they outlive one that was killed.
+    """
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

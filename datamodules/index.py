@@ -10,6 +10,7 @@ import json
 import mmap
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Segments:
         """The splits that have a row, sorted."""
         return sorted(set(self.split))
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A checksum of what the order of training is made of: records, splits, lengths, gaps and the bases.
 

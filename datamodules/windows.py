@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import DataError
+from datamodules.hashing import GOLDEN, counted, mix, word
 from datamodules.index import Segments
 
 _ROUNDS = 8
 _LEAST_BITS = 6
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of splitmix64
 
 
 class Permutation:
@@ -29,8 +29,7 @@ class Permutation:
 
     An alternating Feistel network over a power of two that holds n, and cycle walking back into [0, n) (Black
     and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, their method 2): fewer than 2 passes on
-    average for n > 32. The round function is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast
-    splittable pseudorandom number generators", OOPSLA 2014).
+    average for n > 32. The round function is `hashing.mix`.
     """
 
     def __init__(self, key: int | NDArray[np.uint64], n: int) -> None:
@@ -47,14 +46,14 @@ class Permutation:
         self._low_bits = np.uint64(bits - bits // 2)
         self._low = np.uint64((1 << (bits - bits // 2)) - 1)
         self._high = np.uint64((1 << (bits // 2)) - 1)
-        self._key = _word(key) if isinstance(key, int) else key
+        self._key = word(key) if isinstance(key, int) else key
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions in [0, n), any shape -> their images, int64, same shape. IndexError for one outside."""
         x = np.asarray(positions, np.int64)
         if x.size and (x.min() < 0 or x.max() >= self.n):
             raise IndexError(f"positions must lie in [0, {self.n})")
-        keys = np.broadcast_to(_mix(self._key), x.shape)
+        keys = np.broadcast_to(mix(self._key), x.shape)
         image = self._encipher(x.astype(np.uint64), keys)
         while (outside := image >= np.uint64(self.n)).any():
             image[outside] = self._encipher(image[outside], keys[outside])
@@ -64,26 +63,14 @@ class Permutation:
         """One pass of the network over its whole power-of-two domain."""
         high, low = x >> self._low_bits, x & self._low
         for round in range(1, _ROUNDS + 1, 2):
-            high = high ^ (_mix(low + _mix(keys + _word(round * _GOLDEN))) & self._high)
-            low = low ^ (_mix(high + _mix(keys + _word((round + 1) * _GOLDEN))) & self._low)
+            high = high ^ (mix(low + mix(keys + word(round * GOLDEN))) & self._high)
+            low = low ^ (mix(high + mix(keys + word((round + 1) * GOLDEN))) & self._low)
         return (high << self._low_bits) | low
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: a bijection of 64-bit words that spreads every bit over all."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _word(value: int) -> NDArray[np.uint64]:
-    """An integer modulo 2^64 as an array of one: numpy lets arrays wrap silently, as is meant here."""
-    return np.array([value % (1 << 64)], np.uint64)
 
 
 def epoch_keys(seed: int, epochs: NDArray[np.int64]) -> NDArray[np.uint64]:
     """The keys of the permutations of epochs (any shape, at least 1-d) -> uint64, same shape."""
-    return _mix(_mix(_word(seed)) + epochs.astype(np.uint64) * np.uint64(_GOLDEN))
+    return counted(mix(word(seed)), epochs)
 
 
 def samples_at(seed: int, positions: NDArray[np.int64], n: int) -> NDArray[np.int64]:
@@ -95,6 +82,11 @@ def samples_at(seed: int, positions: NDArray[np.int64], n: int) -> NDArray[np.in
 def samples_of_step(seed: int, step: int, global_batch: int, n: int) -> NDArray[np.int64]:
     """Window ids (global_batch,) int64 of an optimizer step, the same for any number of ranks and workers."""
     return samples_at(seed, step * global_batch + np.arange(global_batch, dtype=np.int64), n)
+
+
+def epochs_of_step(step: int, global_batch: int, n: int) -> NDArray[np.int64]:
+    """(global_batch,) int64: in which epoch, counted from 0, each window of an optimizer step is met."""
+    return (step * global_batch + np.arange(global_batch, dtype=np.int64)) // n
 
 
 def slots(turn: int, rank: int, world_size: int, micro_batch: int) -> slice:
@@ -165,10 +157,6 @@ class WindowPlan:
             return np.full_like(raw, self.length)
         place = np.minimum(np.searchsorted(self.gapped, raw), len(self.gapped) - 1)
         return self.length - np.where(self.gapped[place] == raw, self.missing[place], 0)
-
-    def targets_of(self, ids: NDArray[np.int64]) -> int:
-        """Number of bases that get a loss in the windows `ids`; -1 is filler and has none."""
-        return int(self.letters(ids[ids >= 0]).sum())
 
     def _raw(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         ids = np.asarray(ids, np.int64)

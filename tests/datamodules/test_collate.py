@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 import torch
 
-from datamodules.alphabet import Alphabet
-from datamodules.collate import causal_batch
+from datamodules.alphabet import FIRST_LETTER, MASK, OTHER, PAD, Alphabet
+from datamodules.collate import Batch, causal_batch, masked_batch, masked_count
+from datamodules.hashing import visit_keys
 
 
 def windows(*texts: bytes) -> np.ndarray:
@@ -27,3 +29,104 @@ def test_filler_has_no_label() -> None:
 def test_every_byte_of_a_text_is_a_label() -> None:
     batch = causal_batch(windows(bytes(range(256))), np.array([0]), Alphabet.named("bytes"), 256)
     assert batch.labels[0].tolist() == list(range(5, 261))
+
+
+def masked(
+    sequences: np.ndarray, rate: float = 0.15, seed: int = 1, epoch: int = 0, alphabet: str = "dna"
+) -> Batch:
+    samples = np.arange(len(sequences))
+    keys = visit_keys(seed, np.full_like(samples, epoch), samples)
+    return masked_batch(sequences, samples, Alphabet.named(alphabet), 99, keys=keys, rate=rate)
+
+
+def random_dna(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).choice(np.frombuffer(b"ACGTacgt", np.uint8), shape)
+
+
+def test_masked_labels_are_the_bases_that_were_chosen() -> None:
+    sequences = random_dna(3, 1000)
+    sequences[1, 100:700] = ord("N")
+    bases = torch.from_numpy(Alphabet.named("dna").encode(sequences))
+    batch = masked(sequences)
+    chosen = batch.labels != -100
+    assert chosen.sum(1).tolist() == [150, 60, 150]
+    assert torch.equal(batch.labels[chosen], bases[chosen])
+    assert torch.equal(batch.tokens[~chosen], bases[~chosen])
+    assert (batch.labels[chosen] >= FIRST_LETTER).all()
+    assert (batch.tokens[1, 100:700] == OTHER).all()
+    assert batch.targets == 99.0
+    assert {batch.tokens.dtype, batch.labels.dtype, batch.samples.dtype} == {torch.int64}
+
+
+@pytest.mark.parametrize(("alphabet", "letters"), [("dna", 4), ("bytes", 256)])
+def test_of_the_chosen_80_are_masked_10_random_10_as_they_are(alphabet: str, letters: int) -> None:
+    batch = masked(random_dna(50, 8000), alphabet=alphabet)
+    chosen = batch.labels != -100
+    labels, tokens = batch.labels[chosen], batch.tokens[chosen]
+    n = len(labels)
+    assert n == 60_000
+    # A random letter is the one that was there once in so many times.
+    expected = {"mask": 0.8, "same": 0.1 + 0.1 / letters, "other": 0.1 * (1 - 1 / letters)}
+    found = {
+        "mask": (tokens == MASK).sum().item() / n,
+        "same": (tokens == labels).sum().item() / n,
+        "other": ((tokens != MASK) & (tokens != labels)).sum().item() / n,
+    }
+    for kind, share in expected.items():
+        assert abs(found[kind] - share) < 4.5 * (share * (1 - share) / n) ** 0.5, kind
+    replaced = tokens[(tokens != MASK) & (tokens != labels)]
+    assert set(replaced.tolist()) == set(range(FIRST_LETTER, FIRST_LETTER + letters))
+
+
+def test_every_letter_is_as_likely_to_be_chosen_and_apart_from_the_others() -> None:
+    chosen = (masked(random_dna(4000, 100), rate=0.2).labels != -100).double()
+    assert (chosen.mean(0) - 0.2).abs().max() < 4.5 * (0.2 * 0.8 / 4000) ** 0.5
+    # With a fixed number in a window, two positions are very slightly against each other: -1 / 99.
+    together = torch.corrcoef(chosen.T).fill_diagonal_(0)
+    assert together.abs().max() < 5 / 4000**0.5 + 1 / 99
+
+
+def test_what_is_masked_is_a_function_of_seed_epoch_and_window() -> None:
+    sequences = random_dna(4, 500)
+    first = masked(sequences)
+    again = masked(sequences)
+    assert torch.equal(again.tokens, first.tokens)
+    assert torch.equal(again.labels, first.labels)
+    for other in (masked(sequences, seed=2), masked(sequences, epoch=1)):
+        assert not torch.equal(other.labels, first.labels)
+    # Not of the place in the batch, nor of the others in it.
+    samples = np.array([2])
+    keys = visit_keys(1, np.array([0]), samples)
+    alone = masked_batch(sequences[2:3], samples, Alphabet.named("dna"), 1, keys=keys, rate=0.15)
+    assert torch.equal(alone.tokens[0], first.tokens[2])
+    assert not torch.equal(first.labels[0] != -100, first.labels[1] != -100)
+
+
+def test_what_is_masked_is_frozen() -> None:
+    """A run resumed by a later version must see the same: these numbers never change."""
+    batch = masked(windows(*[b"ACGTACGTACGTACGTACGT"] * 2), rate=0.4, seed=5, epoch=3)
+    assert ["".join("   *nACGT"[token] for token in row) for row in batch.tokens.tolist()] == [
+        "A*GT*C*C***TACGTAC*T",
+        "A*GT*CGT*C**ACGT*C*T",
+    ]
+    chosen = (batch.labels != -100).int().tolist()
+    assert ["".join(map(str, row)) for row in chosen] == [
+        "01001011111000000010",
+        "01001000101100011010",
+    ]
+
+
+def test_filler_and_windows_without_letters_have_no_label() -> None:
+    sequences = windows(b"ACGT", b"NNRN", b"ACNN")
+    samples = np.array([-1, 0, 1])
+    keys = visit_keys(0, np.zeros(3, np.int64), samples)
+    batch = masked_batch(sequences, samples, Alphabet.named("dna"), 1, keys=keys, rate=0.15)
+    assert batch.tokens[0].tolist() == [PAD] * 4
+    assert (batch.labels != -100).sum(1).tolist() == [0, 0, 1]
+
+
+def test_every_window_with_a_letter_has_a_label_and_none_more_than_letters() -> None:
+    letters = np.array([0, 1, 2, 3, 10, 100, 8192])
+    assert masked_count(letters, 0.15).tolist() == [0, 1, 1, 1, 2, 15, 1229]
+    assert masked_count(letters, 1e-9).tolist() == [0, 1, 1, 1, 1, 1, 1]
+    assert masked_count(letters, 1.0).tolist() == letters.tolist()

@@ -61,9 +61,67 @@ def test_any_ranks_see_the_same_global_batches(
         assert {batch.targets for batch in dealt} == {float(scored)}
 
 
+def interleaved(by_rank: list[list[Batch]]) -> list[Batch]:
+    """The micro batches of all ranks, those of a turn beside each other."""
+    return [batch for together in zip(*by_rank, strict=True) for batch in together]
+
+
+def stacked(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
+    """tokens, labels and samples, row by row."""
+    return tuple(torch.cat(tensors) for tensors in list(zip(*batches, strict=True))[:3])
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 4), (2, 2), (4, 1)])
+def test_any_ranks_mask_the_same_bases(gappy_shards: ShardIndex, ranks: int, micro_batch: int) -> None:
+    settings: dict[str, Any] = {"length": 50, "objective": "masked", "mask_rate": 0.2}
+    one = module(gappy_shards, **settings)
+    steps = 2 * len(one.windows("train").plan) // GLOBAL_BATCH  # two epochs
+    many = [module(gappy_shards, rank, ranks, micro_batch=micro_batch, **settings) for rank in range(ranks)]
+    ours = interleaved([take(data, steps) for data in many])
+    assert all(torch.equal(a, b) for a, b in zip(stacked(ours), stacked(take(one, steps)), strict=True))
+    turns = GLOBAL_BATCH // micro_batch
+    for step in range(steps):
+        dealt = ours[step * turns : (step + 1) * turns]
+        scored = sum(int((batch.labels != -100).sum()) for batch in dealt)
+        assert {batch.targets for batch in dealt} == {float(scored)}
+    # A resume is a number here too.
+    resumed = take(module(gappy_shards, step=steps - 1, **settings), 1)
+    assert all(
+        torch.equal(a, b[-GLOBAL_BATCH:]) for a, b in zip(stacked(resumed), stacked(ours), strict=True)
+    )
+
+
+def test_other_bases_are_masked_in_every_epoch(lambda_shards: ShardIndex) -> None:
+    data = module(lambda_shards, objective="masked", global_batch=66, micro_batch=66)
+    first, second = take(data, 2)
+    place = [second.samples.tolist().index(sample) for sample in first.samples.tolist()]
+    hidden, again = first.labels != -100, second.labels[place] != -100
+    assert (hidden.sum(1) == 77).all() and (again.sum(1) == 77).all()
+    # As many in common as by chance.
+    assert (hidden & again).double().sum(1).mean().item() == pytest.approx(77 * 77 / 512, rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_masks_the_same_bases_whatever_the_seed(gappy_shards: ShardIndex, ranks: int) -> None:
+    settings: dict[str, Any] = {"length": 50, "objective": "masked"}
+    dealt = []
+    for rank in range(ranks):
+        data = module(gappy_shards, rank, ranks, micro_batch=2, **settings)
+        data.seed = SEED + ranks
+        dealt.append(list(data.some_validation(0)))
+    expected = list(module(gappy_shards, **settings).some_validation(0))
+    for a, b in zip(stacked(interleaved(dealt)), stacked(expected), strict=True):
+        assert torch.equal(a[: len(b)], b)
+    for together in zip(*dealt, strict=True):
+        scored = sum(int((batch.labels != -100).sum()) for batch in together)
+        assert {batch.targets for batch in together} == {float(scored)}
+
+
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_workers_change_nothing(gappy_shards: ShardIndex, loader: str) -> None:
-    settings = {"length": 64, "micro_batch": 2, "rank": 1, "ranks": 2, "step": 3}
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_workers_change_nothing(gappy_shards: ShardIndex, loader: str, objective: str) -> None:
+    settings: dict[str, Any] = {"length": 64, "micro_batch": 2, "rank": 1, "ranks": 2, "step": 3}
+    settings["objective"] = objective
     alone, shared = (module(gappy_shards, workers=workers, **settings) for workers in (0, 2))
     for _, one, two in zip(range(7), getattr(alone, loader)(), getattr(shared, loader)(), strict=False):
         assert same(one, two)
@@ -206,10 +264,13 @@ def test_training_goes_on_without_a_validation_window(
         ({"length": 40_000}, "split 'train' has no window of data.length 40000"),
         ({"micro_batch": 3}, "data.global_batch 8 is no multiple of data.micro_batch 3 x 1 ranks"),
         ({"workers": -1}, "data.workers -1"),
+        ({"objective": "mask"}, "data.objective 'mask': choose causal or masked"),
+        ({"mask_rate": 0.0}, "data.mask_rate 0.0"),
+        ({"mask_rate": 1.5}, "data.mask_rate 1.5"),
     ],
 )
 def test_setup_refuses_what_cannot_work(
-    lambda_shards: ShardIndex, settings: dict[str, int], message: str
+    lambda_shards: ShardIndex, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         module(lambda_shards, **settings)

@@ -1,0 +1,38 @@
+"""Chance as a function, in numpy: 64-bit words that look random and follow from what they are for.
+
+The mixing function is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 / golden ratio, the step of splitmix64: counters times it are far apart."""
+
+_VISITS = 0x5851F42D4C957F2D
+
+
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 64-bit words that spreads every bit over all."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def word(value: int) -> NDArray[np.uint64]:
+    """An integer modulo 2^64 as an array of one: numpy lets arrays wrap silently, as is meant here."""
+    return np.array([value % (1 << 64)], np.uint64)
+
+
+def counted(keys: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One word for every (key, counter), of shapes that broadcast; counters are taken modulo 2^64."""
+    return mix(keys + counters.astype(np.uint64) * np.uint64(GOLDEN))
+
+
+def visit_keys(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The keys of all that is random in a window when it is met: one for every (seed, epoch, window id).
+
+    epochs, samples: (batch,) int64. They have nothing in common with the keys of the order.
+    """
+    return counted(counted(mix(word(seed) ^ word(_VISITS)), epochs), samples)
