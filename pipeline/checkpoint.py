@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -19,13 +20,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RunConfig, as_dict, flatten
 from pipeline.distributed import Ranks
+from pipeline.environment import versions
 from pipeline.errors import UserError
+from pipeline.hardware import precision_of
 
 MANIFEST = "megabase.json"
 MANIFEST_VERSION = 1
-# Settings that a checkpoint belongs to: with another value the run would be another one.
-IDENTITY = ("model.", "run.seed", "data.length", "data.global_batch", "data.min_real")
+# Settings that a checkpoint belongs to: with another value the run would be another one...
+IDENTITY = ("model.", "data.", "run.seed")
+# ...but for these, which change where and how fast it is computed.
+LAUNCH = {"ranks": "number of ranks", "stage": "zero.stage", "precision": "trainer.precision"}
+FREE = (
+    "data.shards",
+    "data.micro_batch",
+    "data.workers",
+    "model.loss_chunk",
+    "model.feedforward.chunk",
+)
 
 
 @dataclass
@@ -47,6 +60,20 @@ class Manifest:
     created: float = field(default_factory=time.time)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
+
+
+def manifest_of(config: RunConfig, step: int, ranks: int, data: str) -> Manifest:
+    """What a checkpoint of this run at `step` says; `data` is the identity of the shards. Without files yet."""
+    return Manifest(
+        step=step,
+        samples=step * config.data.global_batch,
+        ranks=ranks,
+        stage=config.zero.stage,
+        precision=precision_of(config.trainer.precision),
+        config=flatten(as_dict(config)),
+        data=data,
+        versions=versions(),
+    )
 
 
 def partial_directory(checkpoints: Path, step: int) -> Path:
@@ -90,27 +117,59 @@ def publish(partial: Path, manifest: Manifest, ranks: Ranks) -> Path:
 
 
 def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies, or None; all ranks call it and get the same answer.
+    """The newest checkpoint that verifies, or None if there never was one; all ranks get the same answer.
 
-    Ranks share the work of checking. A broken one is renamed to `step-N.broken` and named on stderr.
+    Ranks share the work of checking. One whose content is damaged is renamed to `step-N.broken` and named on
+    stderr, and the one before it is tried.
+
+    Raises:
+        RunError: a rank cannot read what another can, or reading fails for a reason other than the content: the
+            file system needs a look, and nothing is renamed.
+        UserError: checkpoints were there and none is whole. Starting again from step 0 is not for us to decide.
     """
     for path in ranks.broadcast(list_checkpoints(checkpoints) if ranks.rank == 0 else None):
-        manifest, problem = read_manifest(path)
-        problems = ranks.gather(problem or _verify(path, manifest, ranks.rank, ranks.size))
-        first = next((text for text in problems if text), None)
-        if first is None and manifest is not None:
-            return path, manifest
+        mine = error = None
+        try:
+            mine = _damage(path, ranks.rank, ranks.size)
+        except OSError as caught:
+            error = f"{platform.node()}: {path} cannot be read: {caught}"
+        ranks.check(error)
+        damages = {rank: found for rank, found in enumerate(ranks.gather(mine)) if found}
+        if not damages:
+            return path, read_manifest(path)
         if ranks.rank == 0:
-            moved = set_aside(path)
-            print(f"megabase: checkpoint {path} is broken ({first}); kept as {moved.name}", file=sys.stderr)
-        ranks.check(None)
+            error = _put_aside(path, damages)
+        ranks.check(error)
+    broken = ranks.broadcast(sorted(p.name for p in checkpoints.glob("step-*.broken*")))
+    if broken:
+        raise UserError(
+            f"no checkpoint in {checkpoints} is whole ({', '.join(broken)}): restore one under its name, or start"
+            " again from step 0 with another run.name"
+        )
+    return None
+
+
+def _put_aside(path: Path, damages: dict[int, str]) -> str | None:
+    """On rank 0: rename a damaged checkpoint and say so; returns why not, if not."""
+    rank, found = next(iter(damages.items()))
+    try:
+        # Is it damaged from here, too, or does another node see another disk?
+        if rank != 0 and _damage(path, 0, 1) is None:
+            return f"rank {rank} finds {path} broken ({found}), this rank does not: check the file system"
+        moved = set_aside(path)
+    except OSError as error:
+        return f"{path} is broken ({found}) and cannot be set aside: {error}"
+    print(f"megabase: checkpoint {path} is broken ({found}); kept as {moved.name}", file=sys.stderr)
     return None
 
 
 def verify(path: Path) -> str | None:
-    """Check one checkpoint completely; the problem in one line, or None when it is whole."""
-    manifest, problem = read_manifest(path)
-    return problem or _verify(path, manifest, 0, 1)
+    """Check one checkpoint completely; the damage in one line, or None when it is whole.
+
+    Raises:
+        OSError: it cannot be read, for another reason than that a file is missing.
+    """
+    return _damage(path, 0, 1)
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -119,46 +178,75 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
 
-def read_manifest(path: Path) -> tuple[Manifest | None, str | None]:
-    """The manifest of a checkpoint, or what is wrong with it."""
+class Damaged(Exception):
+    """A checkpoint's content is not what was written."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        Damaged: it is missing, torn, or names files outside its directory.
+        UserError: a newer megabase wrote it.
+        OSError: it cannot be read.
+    """
     try:
         manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
     except FileNotFoundError:
-        return None, f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError) as error:
-        return None, f"{MANIFEST} cannot be read: {error}"
+        raise Damaged(f"{MANIFEST} is missing") from None
+    except (ValueError, TypeError) as error:
+        version = _version(path)
+        if version > MANIFEST_VERSION:
+            raise UserError(
+                f"{path} was written by a newer megabase (manifest version {version}; this one reads up to"
+                f" {MANIFEST_VERSION}): update megabase"
+            ) from None
+        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
     if manifest.version > MANIFEST_VERSION:
-        return (
-            None,
-            f"{MANIFEST} has version {manifest.version}; this megabase knows up to {MANIFEST_VERSION}",
+        raise UserError(
+            f"{path} was written by a newer megabase (manifest version {manifest.version}; this one reads up to"
+            f" {MANIFEST_VERSION}): update megabase"
         )
     outside = [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
-        return None, f"{MANIFEST} names a file outside its directory: {outside[0]!r}"
-    return manifest, None
+        raise Damaged(f"{MANIFEST} names a file outside its directory: {outside[0]!r}")
+    return manifest
 
 
-def check_same_run(manifest: Manifest, config: dict[str, Any], data: str, path: Path) -> None:
+def _version(path: Path) -> int:
+    """The version that a manifest claims, 0 if it claims none."""
+    try:
+        return int(json.loads((path / MANIFEST).read_text())["version"])
+    except (ValueError, TypeError, KeyError):
+        return 0
+
+
+def check_same_run(manifest: Manifest, now: Manifest, path: Path) -> None:
     """Compare what a checkpoint belongs to with the run that wants to resume from it.
 
     Args:
-        config: the flattened configuration, {"model.dim": 512, ...}. data: identity of the shards.
+        now: what a checkpoint of that run would say (`manifest_of`).
 
     Raises:
         UserError: they differ; the message shows each difference.
     """
-    then, now = manifest.config, config
-    keys = sorted(k for k in {*then, *now} if k.startswith(IDENTITY))
+    # What a checkpoint that was written before a setting existed had: its default.
+    then = flatten(as_dict(RunConfig())) | manifest.config
+    keys = sorted(k for k in {*then, *now.config} if k.startswith(IDENTITY) and k not in FREE)
     differences = [
-        f"{key}: checkpoint {then.get(key)!r}, config {now.get(key)!r}"
+        f"{key}: checkpoint {then.get(key)!r}, config {now.config.get(key)!r}"
         for key in keys
-        if then.get(key) != now.get(key)
+        if then.get(key) != now.config.get(key)
     ]
-    if manifest.data != data:
+    if manifest.data != now.data:
         differences.append(
             f"the shards: checkpoint's {then.get('data.shards')} holds other records or splits than"
-            f" {now.get('data.shards')}"
+            f" {now.config.get('data.shards')}"
         )
+    for name, key in LAUNCH.items():
+        before, after = getattr(manifest, name), getattr(now, name)
+        if before != after:
+            differences.append(f"{key}: checkpoint {before}, now {after}")
     if differences:
         raise UserError(
             f"the config differs from checkpoint {path}: {'; '.join(differences)}."
@@ -170,7 +258,12 @@ def prune(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints. A reader never sees one that is half deleted."""
     for path in list_checkpoints(checkpoints)[keep:]:
         doomed = path.with_name(path.name + ".deleting")
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            # Too many checkpoints are no reason to end a training.
+            print(f"megabase: cannot delete {path}: {error}", file=sys.stderr)
+            return
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -203,9 +296,16 @@ def _own_files(partial: Path, rank: int, size: int) -> list[Path]:
     return own
 
 
-def _verify(path: Path, manifest: Manifest | None, rank: int, size: int) -> str | None:
-    """Check this rank's share (every `size`-th file, largest first) of a checkpoint against its manifest."""
-    assert manifest is not None
+def _damage(path: Path, rank: int, size: int) -> str | None:
+    """What is wrong with this rank's share of a checkpoint: its manifest and every `size`-th file, largest first.
+
+    Raises:
+        OSError: something cannot be read. A file that is not there is damage, not an error.
+    """
+    try:
+        manifest = read_manifest(path)
+    except Damaged as damage:
+        return str(damage)
     by_size = sorted(manifest.files.items(), key=lambda item: (-item[1]["size"], item[0]))
     for name, expected in by_size[rank::size]:
         try:
@@ -215,8 +315,8 @@ def _verify(path: Path, manifest: Manifest | None, rank: int, size: int) -> str 
                 return f"{name} has {actual} bytes instead of {expected['size']}"
             if _describe(path / name, sync=False)["sha256"] != expected["sha256"]:
                 return f"{name} has another checksum than when it was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        except FileNotFoundError:
+            return f"{name} is missing"
     return None
 
 

@@ -6,31 +6,28 @@ Exit codes: 0 done, 1 failed, 2 something given is wrong (one line on stderr), 7
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, rank_zero
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    from datamodules.errors import DataError
-    from models.config import ConfigError
-
+    options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (UserError, DataError, ConfigError) as error:
-        _complain(error)
-        return 2
+    except KeyboardInterrupt:
+        return 130
     except RunError as error:
         _complain(error)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except Exception as error:
+        if not _is_the_users(error):
+            raise
+        _complain(error)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,9 +100,17 @@ def _submit(options: argparse.Namespace) -> int:
     return submit.submit_run(config.load(files, overrides), files, overrides, dry_run=options.dry_run)
 
 
+def _is_the_users(error: Exception) -> bool:
+    # Not at the head of the file: they bring torch along, and signals must be listened to before that.
+    from datamodules.errors import DataError
+    from models.config import ConfigError
+
+    return isinstance(error, UserError | DataError | ConfigError)
+
+
 def _complain(error: Exception) -> None:
     # Every rank finds the same thing wrong; one says so.
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if rank_zero():
         print(f"megabase: {' '.join(str(error).split())}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from datamodules.config import DataConfig
+from datamodules.config import CAUSAL, MASKED, DataConfig
 from models.config import ReformerConfig
 from pipeline.errors import UserError
 from pipeline.submit import SlurmConfig
@@ -150,17 +150,44 @@ class RunConfig:
             "data.micro_batch": self.data.micro_batch,
             "optim.lr": self.optim.lr,
             "checkpoint.keep": self.checkpoint.keep,
+            "zero.bucket_mb": self.zero.bucket_mb,
         }
         if self.trainer.devices is not None:
             positive["trainer.devices"] = self.trainer.devices
         for key, value in positive.items():
             if value <= 0:
                 raise UserError(f"{key}={value}: must be above zero")
+        not_negative = {
+            "trainer.eval_every_steps": self.trainer.eval_every_steps,
+            "trainer.eval_sequences": self.trainer.eval_sequences,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.every_minutes": self.checkpoint.every_minutes,
+            "optim.warmup_steps": self.optim.warmup_steps,
+            "optim.min_lr": self.optim.min_lr,
+            "optim.weight_decay": self.optim.weight_decay,
+            "optim.clip": self.optim.clip,
+        }
+        for key, value in not_negative.items():
+            if value < 0:
+                raise UserError(f"{key}={value}: must not be negative")
+        if self.zero.offload and self.zero.stage == 0:
+            raise UserError("zero.offload=true needs sharded states: set zero.stage to 1, 2 or 3")
         if self.zero.stage not in (0, 1, 2, 3):
             raise UserError(f"zero.stage={self.zero.stage}: DeepSpeed ZeRO has stages 0, 1, 2 and 3")
         if self.trainer.precision not in PRECISIONS:
             raise UserError(
                 f"trainer.precision={self.trainer.precision!r}: choose one of {', '.join(sorted(PRECISIONS))}"
+            )
+        self.data.validate()
+        if self.data.objective == CAUSAL and not self.model.causal:
+            raise UserError(
+                "data.objective=causal predicts the next base, which a model with model.causal=false sees: "
+                "set model.causal=true, or data.objective=masked"
+            )
+        if self.data.objective == MASKED and self.model.causal:
+            raise UserError(
+                "data.objective=masked predicts masked bases from both sides, but model.causal=true sees one: "
+                "set model.causal=false, or data.objective=causal"
             )
         # The vocabulary comes from the shards; what does not depend on it is checked here.
         vocab_size = self.model.vocab_size or 1
@@ -184,7 +211,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
         try:
             parsed = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"argument {override!r}: {_first_line(error)}") from None
+            raise UserError(f"argument {override!r}: {first_line(error)}") from None
         merged = _merge(merged, parsed, f"argument {override!r}")
     try:
         config = OmegaConf.to_object(merged)
@@ -193,7 +220,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
         hint = f"{key}=VALUE"
         raise UserError(f"{key} is missing: set it in a config file or add {hint}") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_first_line(error)}") from None
+        raise UserError(f"config: {first_line(error)}") from None
     assert isinstance(config, RunConfig)
     config.validate()
     return config
@@ -226,7 +253,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config file {path} cannot be read as YAML: {_first_line(error)}") from None
+        raise UserError(f"config file {path} cannot be read as YAML: {first_line(error)}") from None
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"config file {path} must hold keys and values, not a list")
     return loaded
@@ -237,17 +264,14 @@ def _merge(base: Any, change: Any, place: str) -> Any:
         return OmegaConf.merge(base, change)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        known = list(flatten(as_dict(_blank())))
+        known = list(flatten(as_dict(RunConfig())))
         known += sorted({".".join(name.split(".")[:-1]) for name in known})
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         raise UserError(f"{place}: unknown key {key!r}; did you mean {close[0]!r}?") from None
     except (ValidationError, OmegaConfBaseException) as error:
-        raise UserError(f"{place}: {error.full_key or 'value'}: {_first_line(error)}") from None
+        raise UserError(f"{place}: {error.full_key or 'value'}: {first_line(error)}") from None
 
 
-def _blank() -> RunConfig:
-    return RunConfig()
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -126,7 +126,7 @@ def _training_rows() -> list[Row]:
 
 
 def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *arguments]
+    return [sys.executable, "-P", "-m", "pipeline.cli", *arguments]
 
 
 def _megabase(*arguments: str) -> None:

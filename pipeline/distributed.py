@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from pipeline.preemption import STOP_SIGNALS, StopRequest
 # After one rank has failed, the others get this long to leave by themselves, in seconds.
 GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
+# Loaded before any fork: a child of a process with threads must not load libraries.
+_LIBC = ctypes.CDLL(None)
 
 
 def local_devices(requested: int | None) -> int:
@@ -47,31 +50,43 @@ def local_devices(requested: int | None) -> int:
 
 
 def launched() -> bool:
-    """Whether this process is one rank already (torchrun's variables, or a task of a SLURM step)."""
+    """Whether this process is one rank already: torchrun's variables, or a task of a SLURM step."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
-    # SLURM_STEP_ID is also set by `salloc` and `sbatch` shells' inherited steps; a task has a SLURM_PROCID too.
-    return "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and "MASTER_ADDR" in os.environ
+    # A shell of salloc or sbatch has SLURM_PROCID too, but no step of its own (or one of a single task).
+    return _tasks() > 1 or ("SLURM_STEP_ID" in os.environ and "MASTER_ADDR" in os.environ)
 
 
-def adopt_slurm(nodes: int, devices: int) -> None:
-    """Derive torchrun's variables from SLURM's, in a task started by `srun`.
+def adopt(nodes: int, devices: int) -> None:
+    """In a launched rank: derive torchrun's variables from SLURM's where they are missing, and check them.
 
     Raises:
-        UserError: the number of tasks is not nodes x devices.
+        UserError: the number of ranks is not nodes x devices, or nothing says where they meet.
     """
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
-        return
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"])
-    if tasks != nodes * devices:
+    if "RANK" not in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = str(_tasks())
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["GROUP_RANK"] = os.environ["SLURM_NODEID"]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
         raise UserError(
-            f"SLURM started {tasks} tasks, but trainer.nodes={nodes} x trainer.devices={devices} makes"
-            f" {nodes * devices}: set --nodes and --ntasks-per-node to match"
+            f"{' and '.join(missing)} not set: the ranks do not know where to meet;"
+            " use `megabase submit`, or set them before srun as slurm/train.sbatch does"
         )
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = str(tasks)
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["GROUP_RANK"] = os.environ["SLURM_NODEID"]
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks != nodes * devices:
+        raise UserError(
+            f"{ranks} ranks were started, but trainer.nodes={nodes} x trainer.devices={devices} makes"
+            f" {nodes * devices}: change the settings, or what the launcher was asked for"
+        )
+
+
+def _tasks() -> int:
+    """Tasks of the SLURM step that this process is one of; 1 outside."""
+    if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
+        return 1
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"])
 
 
 def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
@@ -87,6 +102,10 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
         "MASTER_PORT": str(_free_port()),
         "GROUP_RANK": "0",
     }
+    # `-P` in `command` keeps the working directory, and a `models` that may lie there, out of the ranks' path.
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     threads = max(1, (len(os.sched_getaffinity(0))) // ranks)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     processes = [
@@ -152,11 +171,6 @@ class Ranks:
             raise RunError("; ".join(errors))
 
 
-def rank_zero() -> bool:
-    """Whether this process is rank 0 of the run (or the only one)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _end(processes: list[subprocess.Popen[bytes]]) -> int:
     """Let ranks leave for GRACE_S seconds, kill those that stay; returns the code of the first that failed, or 0."""
     failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
@@ -178,8 +192,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> int:
 def _before_exec() -> None:
     """In a child: hold back stop signals until it listens, and have the kernel kill it when its parent ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:

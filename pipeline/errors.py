@@ -1,5 +1,7 @@
 """Errors whose message is for the user: the command line prints them as one line and leaves."""
 
+import os
+
 
 class UserError(Exception):
     """Something the user gave is wrong: printed as one line on stderr, exit code 2."""
@@ -7,3 +9,8 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run failed for a reason that can be said in one line: printed on stderr, exit code 1."""
+
+
+def rank_zero() -> bool:
+    """Whether this process speaks for the run: rank 0 of a launcher, task 0 of a SLURM step, or the only one."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

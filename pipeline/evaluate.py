@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,20 @@ def bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def evaluate(trainer: pl.Trainer, data: SequenceDataModule, most: int) -> dict[str, float] | None:
-    """Loss on the validation split, summed over ranks; every rank calls it. None if the split has no window.
+def evaluate(
+    trainer: pl.Trainer, data: SequenceDataModule, most: int, stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Loss on the validation split, summed over ranks; every rank calls it.
+
+    None if the split has no window, or if `stop` became true: it is asked between batches, and every rank must
+    get the same answer.
 
     Args:
         most: windows to take, spread evenly over the split; 0 takes all.
 
     Returns:
-        valid_loss (nats per base), valid_bits_per_base, valid_bases (number of scored bases).
+        valid_loss (nats per scored base), valid_bits_per_base, valid_bases (number of scored bases): every letter of
+        the windows, or with `data.objective` masked the masked ones.
     """
     loader = data.some_validation(most)
     if isinstance(loader, list):
@@ -42,6 +49,9 @@ def evaluate(trainer: pl.Trainer, data: SequenceDataModule, most: int) -> dict[s
     module.eval()
     with torch.no_grad():
         for index, batch in enumerate(loader):
+            if stop():
+                module.train()
+                return None
             moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             sums = strategy.validation_step(moved, index)
             assert isinstance(sums, dict)
@@ -61,12 +71,15 @@ def baselines(directory: Path, index: ShardIndex) -> list[float]:
     `baselines.json`. For rank 0.
     """
     path = directory / BASELINES
+    identity = index.segments.identity
     if path.exists():
-        ladder: list[float] = json.loads(path.read_text())["markov_bits_per_base"]
-        return ladder
+        kept = json.loads(path.read_text())
+        if kept["data"] == identity:
+            ladder: list[float] = kept["markov_bits_per_base"]
+            return ladder
     ladder = list(markov.bits_per_base(index).values())
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"markov_bits_per_base": ladder}) + "\n")
+    partial.write_text(json.dumps({"data": identity, "markov_bits_per_base": ladder}) + "\n")
     partial.rename(path)
     return ladder
 

@@ -6,28 +6,37 @@ import resource
 
 import torch
 
-# Dense matrix products at 16 bits, FLOP/s, from the vendors' data sheets. The longest name that fits is taken.
+# Dense matrix products at 16 bits, FLOP/s, from the vendors' data sheets; by the words of a device's name.
 PEAK_16_BIT = {
-    "A100": 312e12,
-    "A40": 150e12,
+    "V100": 125e12,
     "A10": 125e12,
+    "A10G": 70e12,
+    "A40": 150e12,
+    "A100": 312e12,
     "L4": 121e12,
     "L40": 181e12,
+    "L40S": 362e12,
     "H100": 989e12,
     "H100 PCIe": 756e12,
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
-    "V100": 125e12,
 }
 
 
-def peak_flops(precision: str) -> float | None:
-    """FLOP/s of this rank's GPU in `precision` ('bf16', '16'); None where no data sheet applies (CPUs, fp32)."""
-    if not torch.cuda.is_available() or precision == "32":
+def precision_of(setting: str) -> str:
+    """'32', 'bf16' or '16': what `trainer.precision` means on this machine."""
+    if setting != "auto":
+        return setting
+    return "bf16" if torch.cuda.is_available() else "32"
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """FLOP/s of the GPU named `device` in `precision` ('bf16', '16'); None where no data sheet here applies."""
+    if precision == "32":
         return None
-    name = torch.cuda.get_device_name()
-    fitting = [key for key in PEAK_16_BIT if key in name]
+    words = device.replace("-", " ").split()
+    fitting = [name for name in PEAK_16_BIT if set(name.split()) <= set(words)]
     return PEAK_16_BIT[max(fitting, key=len)] if fitting else None
 
 

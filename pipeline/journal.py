@@ -18,18 +18,22 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """Append rows to a JSON-lines file, durably. For rank 0 only."""
+    """Append rows to a JSON-lines file, durably. For rank 0 only. last_step: of the rows kept when it was opened."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Open `path`, keeping the rows up to `resume_step` (0: none) and dropping a torn last line."""
         self.path = path
         kept = [row for row in read(path) if row["step"] <= resume_step] if resume_step else []
+        self.last_step = max((row["step"] for row in kept), default=0)
         replacement = path.with_suffix(".partial")
         with replacement.open("w") as file:
             file.writelines(_line(row) for row in kept)
             file.flush()
             os.fsync(file.fileno())
         replacement.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
         self._file = path.open("a")
 
     def append(self, rows: list[Row]) -> None:

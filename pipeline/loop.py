@@ -1,7 +1,8 @@
 """What happens between two optimizer steps, in order, on one screen.
 
-exchange (what the ranks know) -> journal -> evaluation -> checkpoint -> stop. All ranks take the same branches:
-each depends on the step's number or on what was agreed, never on a rank's own clock or signals.
+exchange (what the ranks know) -> journal -> checkpoint -> evaluation -> stop. All ranks take the same branches:
+each depends on the step's number or on what was agreed, never on a rank's own clock or signals. An evaluation may
+be broken off to stop in time; the checkpoint is there already, and the next start makes up for it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch.distributed as dist
 from datamodules.datamodule import SequenceDataModule
 from pipeline import checkpoint as checkpoints
 from pipeline.agreement import Agreed, Agreement, hash_samples
-from pipeline.checkpoint import Manifest
-from pipeline.config import RunConfig, as_dict, flatten
+from pipeline.checkpoint import manifest_of
+from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
-from pipeline.environment import versions
+from pipeline.errors import RunError
 from pipeline.evaluate import baselines, evaluate, evaluation_row
 from pipeline.module import PretrainModule
 from pipeline.preemption import StopRequest
 from pipeline.recorder import Recorder
-from pipeline.strategy import ZeroStrategy, precision_of
+from pipeline.strategy import ZeroStrategy
 from pipeline.tracking import Mirror
 
 
@@ -53,6 +54,10 @@ class Boundary(pl.Callback):
         self.step = trainer.global_step
         if self._main:
             self._main.begin(self.step)
+        if self.step and self._evaluation_due() and not self._has_evaluation():
+            self.stopped_early = not self._evaluate(trainer)
+        if self.stopped_early or self.step >= self.config.trainer.max_steps:
+            trainer.should_stop = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
@@ -70,19 +75,25 @@ class Boundary(pl.Callback):
     def _between_steps(self, trainer: pl.Trainer) -> None:
         self.step = trainer.global_step
         last = self.step >= self.config.trainer.max_steps
-        agreed = self._finish_step(trainer)
-
-        stop = agreed is not None and agreed.stop
-        every = self.config.trainer.eval_every_steps
-        if last or (every and self.step % every == 0):
-            # The last figure is the one that is quoted: over the whole split.
-            self._evaluate(trainer, 0 if last else self.config.trainer.eval_sequences)
         every = self.config.checkpoint.every_steps
-        due = bool(every) and self.step % every == 0
-        if last or stop or due or (agreed is not None and agreed.save):
+        save = last or (bool(every) and self.step % every == 0)
+        evaluation = self._evaluation_due()
+        stop = False
+
+        agreed = [self._finish_step(trainer)]
+        if save or evaluation or any(a and (a.stop or a.save) for a in agreed):
+            agreed.append(self._settle())
+            stop = any(a and a.stop for a in agreed)
+            save = save or stop or any(a and a.save for a in agreed)
+        if save:
             self._save(trainer)
-        if stop and not last:
-            self.stopped_early = True
+        if evaluation and not self._evaluate(trainer):
+            stop = True
+            if not save:
+                self._save(trainer)
+        if stop:
+            self.stopped_early = not last or (evaluation and not self._has_evaluation())
+        if stop or last:
             trainer.should_stop = True
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
@@ -110,29 +121,62 @@ class Boundary(pl.Callback):
         )
         if self._main:
             self._main.confirm(agreed)
+            if agreed and agreed.stop:
+                self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
             self._main.add(self.step, nats, module.step_targets, _gradient_norm(trainer))
             if self.step % self.config.trainer.log_every_steps == 0:
                 self._main.flush()
         module.step_nats, module.step_samples = None, []
         return agreed
 
-    def _settle(self) -> None:
-        """Complete the journal up to this step: before anything is published that counts on it."""
+    def _settle(self) -> Agreed | None:
+        """Complete the journal up to this step, and learn now what was agreed about it.
+
+        Before anything is published that counts on the journal. A loss that is not finite ends the run here: on
+        every rank, and before a poisoned checkpoint could push out a good one.
+        """
         agreed = self._agreement.settle()
+        trouble = None
         if self._main:
             self._main.confirm(agreed)
             self._main.flush()
-
-    def _evaluate(self, trainer: pl.Trainer, most: int) -> None:
-        self._settle()
-        result = evaluate(trainer, self.data, most)
-        if self._main and result is not None:
-            self._main.evaluated(
-                evaluation_row(self.step, result, baselines(self.config.directory, self.data.index))
+            trouble = self._main.trouble
+        if trouble := self.ranks.broadcast(trouble):
+            raise RunError(
+                f"{trouble}: stopped before a checkpoint of it was written. The same command goes on from the last"
+                " good one; a lower optim.lr or optim.clip may help"
             )
+        return agreed
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.trainer.eval_every_steps
+        return self.step >= self.config.trainer.max_steps or (bool(every) and self.step % every == 0)
+
+    def _has_evaluation(self) -> bool:
+        return bool(self.ranks.broadcast(self._main.has_evaluation(self.step) if self._main else None))
+
+    def _evaluate(self, trainer: pl.Trainer) -> bool:
+        """Evaluate and write the row; whether that was finished, or broken off because ranks agreed to stop."""
+        asking = Agreement(self.ranks)
+        asked = stopped = 0
+
+        def stop() -> bool:
+            nonlocal asked, stopped
+            asked += 1
+            agreed = asking.exchange(asked, stop=bool(self.stop), save=False, samples=0)
+            stopped = int(agreed is not None and agreed.stop)
+            return bool(stopped)
+
+        # The last figure is the one that is quoted: over the whole split.
+        last = self.step >= self.config.trainer.max_steps
+        result = evaluate(trainer, self.data, 0 if last else self.config.trainer.eval_sequences, stop)
+        asking.settle()
+        if self._main and result is not None:
+            ladder = baselines(self.config.directory, self.data.index)
+            self._main.evaluated(evaluation_row(self.step, result, ladder))
+        return not stopped
 
     def _save(self, trainer: pl.Trainer) -> None:
-        self._settle()
         started = time.monotonic()
         directory = self.config.directory / "checkpoints"
         partial = checkpoints.partial_directory(directory, self.step)
@@ -140,16 +184,7 @@ class Boundary(pl.Callback):
             checkpoints.clean(directory)
         self.ranks.check(None)
         trainer.save_checkpoint(partial, weights_only=False)
-        manifest = Manifest(
-            step=self.step,
-            samples=self.step * self.config.data.global_batch,
-            ranks=self.ranks.size,
-            stage=self.config.zero.stage,
-            precision=precision_of(self.config),
-            config=flatten(as_dict(self.config)),
-            data=self.data.index.segments.identity,
-            versions=versions(),
-        )
+        manifest = manifest_of(self.config, self.step, self.ranks.size, self.data.index.segments.identity)
         path = checkpoints.publish(partial, manifest, self.ranks)
         if self._main:
             checkpoints.prune(directory, self.config.checkpoint.keep)

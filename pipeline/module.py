@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 
 
 class PretrainModule(pl.LightningModule):
-    """Next-base pretraining of `config.model`.
+    """Pretraining of `config.model` on the next base or on masked ones, as `data.objective` says.
 
     The loss that is differentiated is the sum of nats over the scored bases of the micro batch, divided by the
     number of scored bases in the whole global batch: every real base weighs the same, whatever rank, micro batch

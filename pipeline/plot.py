@@ -18,7 +18,11 @@ def loss_curve(directory: Path) -> Path | None:
 
     rows = list(read(directory / "metrics.jsonl"))
     train = [(row["step"], bits(row["loss"])) for row in rows if isinstance(row.get("loss"), float)]
-    valid = [(row["step"], row["valid_bits_per_base"]) for row in rows if "valid_bits_per_base" in row]
+    valid = [
+        (row["step"], row["valid_bits_per_base"])
+        for row in rows
+        if isinstance(row.get("valid_bits_per_base"), float)  # a NaN is written as a string
+    ]
     if not train:
         return None
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -8,7 +8,6 @@ that importing torch takes.
 from __future__ import annotations
 
 import signal
-import threading
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -18,10 +17,10 @@ EXIT_AGAIN = 75
 
 
 class StopRequest:
-    """A flag that signals set. Setting it twice changes nothing; nothing happens in the signal frame."""
+    """A flag that signals set. Setting it twice changes nothing, but for a second Ctrl-C: that interrupts."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # The name of the signal; plain data, because a handler may interrupt another and must take no lock.
         self.reason = ""
 
     def listen(self) -> StopRequest:
@@ -32,13 +31,10 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
-    def set(self, reason: str) -> None:
-        """Ask for a stop at the next agreed step."""
-        self.reason = self.reason or reason
-        self._event.set()
-
     def __bool__(self) -> bool:
-        return self._event.is_set()
+        return bool(self.reason)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        self.set(signal.Signals(signum).name)
+        if signum == signal.SIGINT and self.reason == "SIGINT":
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(signum).name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,14 +12,13 @@ import torch
 
 from models.flops import training_flops_per_token
 from pipeline.agreement import Agreed
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, first_line
 from pipeline.evaluate import bits
-from pipeline.hardware import peak_flops, peak_memory
-from pipeline.journal import Journal, Row
+from pipeline.hardware import peak_flops, peak_memory, precision_of
+from pipeline.journal import Journal, Row, read
 from pipeline.module import learning_rate
 from pipeline.plot import loss_curve
 from pipeline.progress import ProgressLine
-from pipeline.strategy import precision_of
 from pipeline.tracking import Mirror
 
 
@@ -28,6 +28,8 @@ class Recorder:
     def __init__(self, config: RunConfig, ranks: int, mirror: Mirror | None) -> None:
         self._config = config
         self._mirror = mirror
+        # What forbids to publish a checkpoint; empty: nothing.
+        self.trouble = ""
         self._speed = Speed(config, ranks)
         self._waiting: list[tuple[Row, torch.Tensor, int, Any]] = []
         self._progress: ProgressLine | None = None
@@ -38,6 +40,12 @@ class Recorder:
         """Open the books at `step`: later rows are dropped, training computes them again."""
         directory = self._config.directory
         self._journal = Journal(directory / "metrics.jsonl", step)
+        if self._journal.last_step < step:
+            print(
+                f"megabase: {self._journal.path} ends at step {self._journal.last_step}, the checkpoint is of step"
+                f" {step}: the rows between are lost, training goes on",
+                file=sys.stderr,
+            )
         # What happened stays: a restart adds to the record of speed and removes nothing from it.
         self._performance = Journal(directory / "performance.jsonl", sys.maxsize)
         self._performance.append([{"step": step, "time": time.time(), "started": True}])
@@ -69,7 +77,10 @@ class Recorder:
         for row, nats, targets, grad_norm in complete:
             loss = float(nats) / max(targets, 1)
             rows.append({"step": row["step"], "loss": loss, "bits_per_base": bits(loss)} | row)
-            rows[-1]["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
+            if grad_norm is not None:  # stage 0 does not tell
+                rows[-1]["grad_norm"] = float(grad_norm)
+            if not math.isfinite(loss) and not self.trouble:
+                self.trouble = f"the loss of step {row['step']} is {loss}"
         self._journal.append(rows)
         if self._speed.steps:
             speed = self._speed.measure()
@@ -89,10 +100,20 @@ class Recorder:
         self._journal.append([row])
         self._speed.restart()
         ladder = "  ".join(f"{row[key]:.4f}" for key in row if key.startswith("markov_"))
-        self._progress.say(
+        self.say(
             f"step {row['step']}: validation {row['valid_bits_per_base']:.4f} bits/base (Markov 0, 1, ...: {ladder})"
         )
-        loss_curve(self._config.directory)
+        self._draw()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the journal has the evaluation of a step."""
+        rows = read(self._config.directory / "metrics.jsonl")
+        return any(row["step"] == step and "valid_loss" in row for row in rows)
+
+    def say(self, text: str) -> None:
+        """Print one line beside the progress."""
+        assert self._progress
+        self._progress.say(text)
 
     def saved(self, path: Path, seconds: float) -> None:
         """Note a published checkpoint."""
@@ -103,7 +124,7 @@ class Recorder:
             [{"step": step, "time": time.time(), "checkpoint_seconds": seconds, "checkpoint_bytes": size}]
         )
         self._speed.restart()
-        self._progress.say(f"step {step}: checkpoint {path} ({size / 2**20:.1f} MiB, {seconds:.1f} s)")
+        self.say(f"step {step}: checkpoint {path} ({size / 2**20:.1f} MiB, {seconds:.1f} s)")
 
     def close(self) -> None:
         """Draw the picture and close the books."""
@@ -111,8 +132,14 @@ class Recorder:
             self._progress.close()
             self._journal.close()
             self._performance.close()
-            loss_curve(self._config.directory)
+            self._draw()
         self._journal = self._performance = self._progress = None
+
+    def _draw(self) -> None:
+        try:
+            loss_curve(self._config.directory)
+        except Exception as error:  # a picture is no reason to end a training, nor to hide why one ended
+            print(f"megabase: the loss curve cannot be drawn: {first_line(error)}", file=sys.stderr)
 
 
 class Speed:
@@ -125,7 +152,9 @@ class Speed:
         self._ranks = ranks
         self._tokens_per_step = config.data.global_batch * config.data.length
         self._flops = training_flops_per_token(config.model, config.data.length)
-        self._peak = peak_flops(precision_of(config))
+        self._peak = None
+        if torch.cuda.is_available():
+            self._peak = peak_flops(torch.cuda.get_device_name(), precision_of(config.trainer.precision))
         self.restart()
 
     def restart(self) -> None:

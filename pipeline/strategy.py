@@ -30,18 +30,12 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from pipeline.config import RunConfig
+from pipeline.hardware import precision_of
 
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 # Collectives may wait this long for the slowest rank: a checkpoint on a slow file system, a cold data cache.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-def precision_of(config: RunConfig) -> str:
-    """'32', 'bf16' or '16': what `trainer.precision: auto` becomes on this machine."""
-    if config.trainer.precision != "auto":
-        return config.trainer.precision
-    return "bf16" if torch.cuda.is_available() else "32"
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -109,7 +103,8 @@ def start_deepspeed() -> None:
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. Accumulation and clipping are filled in by Lightning's Trainer."""
-    bucket = config.zero.bucket_mb * 2**20 // 2
+    bytes_each = 4 if precision_of(config.trainer.precision) == "32" else 2
+    bucket = config.zero.bucket_mb * 2**20 // bytes_each
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "contiguous_gradients": True,

@@ -13,19 +13,22 @@ import logging
 import os
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, as_dict, flatten
+from pipeline.config import RunConfig, as_dict, first_line, flatten
 from pipeline.journal import Row, Tail
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
 # MLflow's REST interface takes at most this many metrics in one call.
 BATCH = 1000
+PARAM_BATCH = 100
 # Longest value of a parameter, in characters.
 PARAM_LENGTH = 500
 RUN_FILE = "mlflow.json"
+KEY_TAG = "megabase.key"
 
 
 def default_uri(config: RunConfig) -> str:
@@ -81,7 +84,7 @@ class Mirror:
             except Exception as error:  # MLflow, SQLAlchemy, requests, sqlite: none may end a training run
                 if not self._warned:
                     print(
-                        f"megabase: MLflow at {self._uri} does not take metrics ({_first_line(error)});"
+                        f"megabase: MLflow at {self._uri} does not take metrics ({first_line(error)[:200]});"
                         " training goes on, the journal keeps them",
                         flush=True,
                     )
@@ -117,29 +120,70 @@ class Mirror:
         return MlflowClient(tracking_uri=self._uri)
 
     def _open_run(self, client: Any) -> str:
-        """The run of `mlflow.json` if it exists there, else a new one; set to RUNNING."""
-        file = self._directory / RUN_FILE
-        if file.exists():
-            known = json.loads(file.read_text())
-            if known["uri"] == self._uri:
-                client.update_run(known["run_id"], status="RUNNING")
-                return str(known["run_id"])
+        """The run of `mlflow.json`, or a new one where that is gone; set to RUNNING. Safe to be interrupted.
+
+        What ties the two together is a key that is on disk before MLflow hears of it: a run that was made, but
+        whose id was not written down any more, is found again by its tag.
+        """
+        known = self._known()
+        experiment_id = self._experiment(client)
+        made = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{known['key']}'", max_results=1)
+        if made:
+            run = made[0]
+        else:
+            tags = {KEY_TAG: known["key"], "megabase.run_directory": str(self._directory)}
+            run = client.create_run(experiment_id, run_name=self._config.run.name, tags=tags)
+        run_id = str(run.info.run_id)
+        self._write_known({**known, "run_id": run_id})
+        client.update_run(run_id, status="RUNNING")
+        self._log_params(client, run_id, client.get_run(run_id).data.params)
+        return run_id
+
+    def _known(self) -> dict[str, Any]:
+        """What `mlflow.json` says, if it speaks of this server and experiment; else a new key, written down."""
+        about = {"uri": self._uri, "experiment": self._config.tracking.experiment}
+        try:
+            known: dict[str, Any] = json.loads((self._directory / RUN_FILE).read_text())
+            if about.items() <= known.items():
+                return known
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        known = {**about, "key": uuid.uuid4().hex, "run_id": None}
+        self._write_known(known)
+        return known
+
+    def _write_known(self, known: dict[str, Any]) -> None:
+        path = self._directory / RUN_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(known) + "\n")
+        partial.rename(path)
+
+    def _experiment(self, client: Any) -> str:
+        """Id of the experiment `tracking.experiment`, made if it is not there."""
         name = self._config.tracking.experiment
         experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            location = None
-            if self._uri.startswith("sqlite:"):
-                location = (Path(self._config.run.root).absolute() / "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(name, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-        run = client.create_run(experiment_id, run_name=self._config.run.name)
-        run_id = str(run.info.run_id)
-        file.write_text(json.dumps({"run_id": run_id, "uri": self._uri, "experiment": name}) + "\n")
-        for key, value in flatten(as_dict(self._config)).items():
-            client.log_param(run_id, key, str(value)[:PARAM_LENGTH])
-        client.set_tag(run_id, "megabase.run_directory", str(self._directory))
-        return run_id
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        location = None
+        if self._uri.startswith("sqlite:"):
+            location = (Path(self._config.run.root).absolute() / "mlartifacts").as_uri()
+        return str(client.create_experiment(name, artifact_location=location))
+
+    def _log_params(self, client: Any, run_id: str, there: dict[str, str]) -> None:
+        """Send the settings. MLflow's parameters are immutable: one that has changed since becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        settings = {k: str(v)[:PARAM_LENGTH] for k, v in flatten(as_dict(self._config)).items()}
+        new = [Param(key, value) for key, value in settings.items() if key not in there]
+        changed = [
+            RunTag(f"changed.{key}", value)
+            for key, value in settings.items()
+            if there.get(key, value) != value
+        ]
+        for first in range(0, len(new), PARAM_BATCH):
+            client.log_batch(run_id, params=new[first : first + PARAM_BATCH])
+        for first in range(0, len(changed), PARAM_BATCH):
+            client.log_batch(run_id, tags=changed[first : first + PARAM_BATCH])
 
     def _last_steps(self, client: Any, run_id: str) -> dict[str, int]:
         """For each metric that the run has, the last step it was sent for."""
@@ -171,10 +215,5 @@ def _metrics(row: Row) -> list[tuple[str, float]]:
     return [
         (name, float(value))
         for name, value in row.items()
-        if name not in ("step", "samples", "time", "attempt") and isinstance(value, int | float)
+        if name not in ("step", "samples", "time", "started") and isinstance(value, int | float)
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import platform
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,12 +24,16 @@ from datamodules.windows import WindowPlan
 from pipeline import checkpoint, distributed, environment
 from pipeline import config as configs
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, rank_zero
+from pipeline.hardware import precision_of
+from pipeline.journal import read
 from pipeline.preemption import EXIT_AGAIN, StopRequest
 from pipeline.tracking import Mirror
 
 # How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
 MLFLOW_FAREWELL_S = 60.0
+# How long the lock of a job that is gone may stay: file servers keep it for a lease of about 90 s.
+LOCK_LEASE_S = 120.0
 MLFLOW_STATUS = {"finished": "FINISHED", "again": "KILLED", "failed": "FAILED"}
 
 
@@ -46,10 +53,11 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     devices = distributed.local_devices(config.trainer.devices)
     if distributed.launched():
         try:
-            distributed.adopt_slurm(config.trainer.nodes, devices)
+            distributed.adopt(config.trainer.nodes, devices)
             check(config, config.trainer.nodes * devices)
         except BaseException:
-            _write_status(config, "failed", None)
+            # Only where the launcher asked: the run directory may be another job's.
+            _write_status([], "failed", None)
             raise
         return _rank(config, devices, stop)
     check(config, config.trainer.nodes * devices)
@@ -58,22 +66,23 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
             f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
             " on every node"
         )
-    command = [sys.executable, "-m", "pipeline.cli", "train", *arguments]
+    command = [sys.executable, "-P", "-m", "pipeline.cli", "train", *arguments]
     return distributed.supervise(command, devices, stop)
 
 
 def check(config: RunConfig, ranks: int) -> None:
     """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
+    config.validate()
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
     index = ShardIndex.open(config.data.shards)
     WindowPlan.of(index.segments, "train", config.data.length, config.data.min_real)
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
     for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:
-        manifest, _ = checkpoint.read_manifest(path)
-        if manifest is not None:
-            flat = configs.flatten(configs.as_dict(config))
-            checkpoint.check_same_run(manifest, flat, index.segments.identity, path)
+        with suppress(checkpoint.Damaged, OSError):  # `choose` finds out and says so
+            manifest = checkpoint.read_manifest(path)
+            now = checkpoint.manifest_of(config, 0, ranks, index.segments.identity)
+            checkpoint.check_same_run(manifest, now, path)
 
 
 def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
@@ -84,7 +93,7 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
         try:
             finished = _fit(config, devices, ranks, stop)
         except BaseException:
-            _write_status(config, "failed", None)
+            _write_status([config.directory], "failed", None)
             raise
         ranks.check(None)
     torch.distributed.destroy_process_group()
@@ -99,7 +108,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     from datamodules.datamodule import SequenceDataModule
     from pipeline.loop import Boundary
     from pipeline.module import PretrainModule
-    from pipeline.strategy import LIGHTNING_PRECISION, ZeroStrategy, precision_of, quiet
+    from pipeline.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
 
     _hush()
     directory = config.directory
@@ -108,10 +117,10 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     chosen = checkpoint.choose(directory / "checkpoints", ranks)
     if chosen is not None:
         resume_from, manifest = chosen
-        flat = configs.flatten(configs.as_dict(config))
-        checkpoint.check_same_run(manifest, flat, data.index.segments.identity, resume_from)
-        if manifest.step >= config.trainer.max_steps:
-            _write_status(config, "finished", manifest.step)
+        now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.index.segments.identity)
+        checkpoint.check_same_run(manifest, now, resume_from)
+        if _finished(config, manifest.step, ranks):
+            _write_status([config.directory], "finished", manifest.step)
             if ranks.rank == 0:
                 print(f"megabase: {config.run.name} is finished (step {manifest.step})", file=sys.stderr)
                 if config.tracking.enabled:  # it may not have got everything
@@ -134,8 +143,9 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
             devices=devices,
             num_nodes=config.trainer.nodes,
             strategy=ZeroStrategy(config),
-            precision=LIGHTNING_PRECISION[precision_of(config)],  # type: ignore[arg-type]
-            max_steps=config.trainer.max_steps,
+            precision=LIGHTNING_PRECISION[precision_of(config.trainer.precision)],  # type: ignore[arg-type]
+            # `loop.Boundary` ends the run, after the last evaluation.
+            max_steps=-1,
             max_epochs=-1,
             accumulate_grad_batches=accumulation(
                 config.data.global_batch, config.data.micro_batch, ranks.size
@@ -158,10 +168,19 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         state = "again" if boundary.stopped_early else "finished"
     finally:
         # First this: MLflow may be slow, and whoever waits for the status may kill what lingers.
-        _write_status(config, state, boundary.step)
+        _write_status([config.directory], state, boundary.step)
         if mirror:
             _farewell(mirror, MLFLOW_STATUS[state])
     return not boundary.stopped_early
+
+
+def _finished(config: RunConfig, step: int, ranks: distributed.Ranks) -> bool:
+    """Whether a run whose newest checkpoint is of `step` has nothing left to do, the last evaluation included."""
+    if step < config.trainer.max_steps:
+        return False
+    rows = read(config.directory / "metrics.jsonl")
+    evaluated = ranks.rank == 0 and any(row["step"] == step and "valid_loss" in row for row in rows)
+    return bool(ranks.broadcast(evaluated))
 
 
 def _farewell(mirror: Mirror, status: str) -> None:
@@ -191,10 +210,9 @@ def _lock(directory: Path, ranks: distributed.Ranks) -> Iterator[None]:
     if ranks.rank == 0:
         try:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            error = f"another job is training {directory}: wait for it, or choose another run.name"
+            descriptor = _take_lock(directory)
+        except BlockingIOError as caught:
+            error = str(caught)
         except OSError as caught:
             error = f"cannot write in run.root: {caught}"
     error = ranks.broadcast(error)
@@ -207,11 +225,46 @@ def _lock(directory: Path, ranks: distributed.Ranks) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _write_status(config: RunConfig, state: str, step: int | None) -> None:
+def _take_lock(directory: Path) -> int:
+    """Lock `.lock` of a run directory; returns the descriptor that holds it.
+
+    A holder that is gone may leave its lock behind for a while (a file server's lease): that is waited for.
+
+    Raises:
+        BlockingIOError: another job holds it; the message is for the user.
+    """
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + LOCK_LEASE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            host, _, process = holder.partition(" process ")
+            here = host == platform.node() and process.isdigit()
+            if (here and Path(f"/proc/{process}").exists()) or time.monotonic() > deadline:
+                raise BlockingIOError(
+                    f"another job is training {directory} ({holder}): wait for it, or choose another run.name"
+                ) from None
+            time.sleep(1.0)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(
+                f"megabase: {directory} is on a file system without locks: nothing keeps a second job out of it"
+            )
+            break
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{platform.node()} process {os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _write_status(directories: list[Path], state: str, step: int | None) -> None:
     """Say how the run ended, for people and for `slurm/train.sbatch`: in the run directory and where it asked."""
-    if not distributed.rank_zero():
+    if not rank_zero():
         return
-    targets = [config.directory / "status.json"] if config.directory.exists() else []
+    targets = [directory / "status.json" for directory in directories]
     if os.environ.get("MEGABASE_STATUS_FILE"):
         targets.append(Path(os.environ["MEGABASE_STATUS_FILE"]))
     for target in targets:

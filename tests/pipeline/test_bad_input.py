@@ -9,7 +9,6 @@ import pytest
 
 from datamodules.index import ShardIndex
 from pipeline import checkpoint, cli, config
-from pipeline.checkpoint import Manifest
 from tests.conftest import DATA
 
 
@@ -21,7 +20,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def train_settings(shards: Path, root: Path, *more: str) -> list[str]:
+def train_arguments(shards: Path, root: Path, *more: str) -> list[str]:
     return ["train", f"data.shards={shards}", f"run.root={root}", "run.name=t", "data.length=512", *more]
 
 
@@ -65,12 +64,12 @@ def test_prepare_into_something_that_exists(tmp_path: Path, capsys: pytest.Captu
 def test_no_record_is_long_enough(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = complaint(capsys, *train_settings(lambda_shards, tmp_path, "data.length=65536"))
+    message = complaint(capsys, *train_arguments(lambda_shards, tmp_path, "data.length=65536"))
     assert "65536" in message or "65,536" in message
 
 
 def test_directory_without_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "index.parquet" in complaint(capsys, *train_settings(tmp_path, tmp_path))
+    assert "index.parquet" in complaint(capsys, *train_arguments(tmp_path, tmp_path))
 
 
 def test_global_batch_that_ranks_cannot_make(
@@ -78,7 +77,7 @@ def test_global_batch_that_ranks_cannot_make(
 ) -> None:
     message = complaint(
         capsys,
-        *train_settings(
+        *train_arguments(
             lambda_shards, tmp_path, "data.global_batch=6", "data.micro_batch=4", "trainer.devices=2"
         ),
     )
@@ -89,27 +88,49 @@ def test_unknown_key_and_wrong_type(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "did you mean 'optim.lr'" in complaint(
-        capsys, *train_settings(lambda_shards, tmp_path, "optim.rl=1")
+        capsys, *train_arguments(lambda_shards, tmp_path, "optim.rl=1")
     )
-    assert "optim.lr" in complaint(capsys, *train_settings(lambda_shards, tmp_path, "optim.lr=fast"))
+    assert "optim.lr" in complaint(capsys, *train_arguments(lambda_shards, tmp_path, "optim.lr=fast"))
 
 
 def test_several_nodes_by_hand(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "megabase submit" in complaint(capsys, *train_settings(lambda_shards, tmp_path, "trainer.nodes=2"))
+    assert "megabase submit" in complaint(
+        capsys, *train_arguments(lambda_shards, tmp_path, "trainer.nodes=2")
+    )
 
 
 def test_resume_with_another_model(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = train_settings(lambda_shards, tmp_path)
+    settings = train_arguments(lambda_shards, tmp_path)
     then = config.load([], settings[1:])
     then.model.vocab_size = 9
     step = tmp_path / "t" / "checkpoints" / "step-5"
     step.mkdir(parents=True)
-    data = ShardIndex.open(lambda_shards).segments.identity
-    manifest = Manifest(5, 40, 1, 2, "32", config.flatten(config.as_dict(then)), data, {})
+    manifest = checkpoint.manifest_of(then, 5, 1, ShardIndex.open(lambda_shards).segments.identity)
     (step / checkpoint.MANIFEST).write_text(json.dumps(asdict(manifest)))
     message = complaint(capsys, *settings, "model.depth=2", "model.lsh.rounds=8")
     assert "model.depth: checkpoint 6, config 2; model.lsh.rounds: checkpoint 4, config 8" in message
+    assert "number of ranks: checkpoint 1, now 2" in complaint(capsys, *settings, "trainer.devices=2")
+
+
+def test_ranks_that_a_launcher_started_must_be_those_of_the_config(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = train_arguments(lambda_shards, tmp_path, "data.global_batch=12")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "h"}.items():
+        monkeypatch.setenv(name, value)
+    assert "MASTER_PORT not set" in complaint(capsys, *settings)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert "3 ranks were started" in complaint(capsys, *settings)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    # `srun megabase train`, without what slurm/train.sbatch sets.
+    for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert "the ranks do not know where to meet" in complaint(capsys, *settings)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name)

@@ -1,16 +1,18 @@
 """Publishing, verifying, choosing and keeping checkpoints; with damaged ones of every kind."""
 
+import errno
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from pipeline import checkpoint
+from pipeline import checkpoint, config
 from pipeline.checkpoint import MANIFEST, Manifest
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,7 @@ def test_a_published_checkpoint_is_whole_and_the_partial_is_gone(tmp_path: Path,
     assert path == tmp_path / "step-3"
     assert checkpoint.verify(path) is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"]
-    manifest, _ = checkpoint.read_manifest(path)
-    assert manifest is not None and sorted(manifest.files) == [
+    assert sorted(checkpoint.read_manifest(path).files) == [
         "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "latest",
     ]
@@ -79,7 +80,7 @@ def escape(path: Path) -> None:
     [
         (truncate, "has 1023 bytes instead of 1024"),
         (flip, "another checksum"),
-        (remove_shard, "cannot be read: No such file"),
+        (remove_shard, "optim_states.pt is missing"),
         (remove_manifest, "megabase.json is missing"),
         (tear_manifest, "megabase.json cannot be read"),
         (escape, "outside its directory"),
@@ -119,17 +120,75 @@ def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ra
     assert (tmp_path / "step-1.broken").is_dir()
 
 
+def settings(*changes: str) -> Manifest:
+    """What a checkpoint of a small run would say."""
+    run = config.load([], ["run.name=x", "data.shards=s", *changes])
+    return checkpoint.manifest_of(run, 5, 2, "these bases")
+
+
 def test_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
-    manifest = Manifest(1, 8, 1, 2, "32", {"model.dim": 8, "model.depth": 2, "optim.lr": 1}, "d", {})
-    checkpoint.check_same_run(manifest, {"model.dim": 8, "model.depth": 2, "optim.lr": 2}, "d", tmp_path)
-    with pytest.raises(
-        UserError, match=r"model\.dim: checkpoint 8, config 16; model\.heads: checkpoint None, config 4"
-    ):
-        checkpoint.check_same_run(
-            manifest, {"model.dim": 16, "model.depth": 2, "model.heads": 4}, "d", tmp_path
-        )
+    then = settings()
+    free = [
+        "optim.lr=1",
+        "data.micro_batch=4",
+        "model.loss_chunk=8",
+        "data.shards=moved",
+        "trainer.max_steps=9",
+    ]
+    checkpoint.check_same_run(then, settings(*free), tmp_path)
+    refused = {
+        "model.dim=128": r"model\.dim: checkpoint 256, config 128",
+        "data.length=64": r"data\.length: checkpoint 8192, config 64",
+        "zero.stage=3": r"zero\.stage: checkpoint 2, now 3",
+        "run.seed=2": r"run\.seed: checkpoint 1, config 2",
+    }
+    for change, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            checkpoint.check_same_run(then, settings(change), tmp_path)
+    with pytest.raises(UserError, match=r"data\.length: .*; model\.dim: "):
+        checkpoint.check_same_run(then, settings("model.dim=128", "data.length=64"), tmp_path)
     with pytest.raises(UserError, match="holds other records or splits"):
-        checkpoint.check_same_run(manifest, manifest.config, "e", tmp_path)
+        checkpoint.check_same_run(then, replace(settings(), data="others"), tmp_path)
+    with pytest.raises(UserError, match="number of ranks: checkpoint 2, now 4"):
+        checkpoint.check_same_run(then, replace(settings(), ranks=4), tmp_path)
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
+    then = settings()
+    del then.config["model.conv"]
+    checkpoint.check_same_run(then, settings(), tmp_path)
+    with pytest.raises(UserError, match=r"model\.conv: checkpoint 4, config 0"):
+        checkpoint.check_same_run(then, settings("model.conv=0"), tmp_path)
+
+
+def test_when_none_is_whole_nothing_starts_from_zero(tmp_path: Path, ranks: Ranks) -> None:
+    truncate(publish(tmp_path, 2, ranks))
+    for _ in range(2):  # the second time only the broken one is left
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(step-2\.broken\)"):
+            checkpoint.choose(tmp_path, ranks)
+
+
+def test_a_checkpoint_of_a_newer_version_stays_where_it_is(tmp_path: Path, ranks: Ranks) -> None:
+    path = publish(tmp_path, 2, ranks)
+    newer = json.loads((path / MANIFEST).read_text()) | {"version": 99, "unheard_of": 1}
+    (path / MANIFEST).write_text(json.dumps(newer))
+    with pytest.raises(UserError, match="update megabase"):
+        checkpoint.choose(tmp_path, ranks)
+    assert path.is_dir()
+
+
+def test_what_cannot_be_read_is_no_damage(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = publish(tmp_path, 2, ranks)
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "_describe", stale)
+    with pytest.raises(RunError, match=r"rank 0: .*Stale file handle"):
+        checkpoint.choose(tmp_path, ranks)
+    assert path.is_dir()
 
 
 def test_each_rank_answers_for_its_own_shards(tmp_path: Path) -> None:

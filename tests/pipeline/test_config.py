@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.config import accumulation
+from datamodules.errors import DataError
 from models.config import ConfigError
 from pipeline import config
 from pipeline.errors import UserError
@@ -64,16 +65,24 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
         ("trainer.max_steps=soon", r"trainer\.max_steps.*'soon'.*[Ii]nteger"),
         ("trainer.max_steps=0", r"trainer\.max_steps=0: must be above zero"),
         ("zero.stage=4", r"zero\.stage=4"),
+        ("checkpoint.every_minutes=-1", r"checkpoint\.every_minutes=-1\.0: must not be negative"),
         ("trainer.precision=fp8", r"trainer\.precision='fp8': choose one of"),
         ("run.name=a/b", r"run\.name='a/b'"),
         ("model.heads=3", r"model\.dim=256 is not a multiple of model\.heads=3"),
         ("model.layers=[lhs]", r"model\.layers='lhs' is unknown: did you mean 'lsh'"),
+        (
+            "model.causal=false",
+            r"data\.objective=causal .* set model\.causal=true, or data\.objective=masked",
+        ),
+        ("data.objective=masked", r"masked bases .* set model\.causal=false, or data\.objective=causal"),
+        ("data.objective=mlm", r"data\.objective 'mlm': choose causal or masked"),
+        ("data.mask_rate=2", r"data\.mask_rate 2\.0"),
         ("nonsense", r"'nonsense' is neither a config file nor KEY=VALUE"),
         ("optim.lr=[", r"optim\.lr=\["),
     ],
 )
 def test_bad_argument_is_one_clear_line(argument: str, message: str) -> None:
-    with pytest.raises((UserError, ConfigError), match=message) as caught:
+    with pytest.raises((UserError, ConfigError, DataError), match=message) as caught:
         config.load([], [*MINIMAL, argument])
     assert "\n" not in str(caught.value)
 

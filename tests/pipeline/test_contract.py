@@ -25,6 +25,8 @@ KEYS = [
     "data.length",
     "data.global_batch",
     "data.micro_batch",
+    "data.objective",
+    "data.mask_rate",
     "optim.lr",
     "optim.weight_decay",
     "optim.warmup_steps",
@@ -63,6 +65,17 @@ def test_settings_are_told_from_files(tmp_path) -> None:
     odd = tmp_path / "lr=1.yaml"
     odd.touch()
     assert cli.split_settings(["a.yaml", str(odd), "optim.lr=1"]) == (["a.yaml", str(odd)], ["optim.lr=1"])
+
+
+def test_signals_are_heard_before_the_heavy_libraries_load() -> None:
+    program = (
+        "import signal, sys; from pipeline import cli, preemption\n"
+        "def listen(self): print('heavy' if 'torch' in sys.modules else 'light'); sys.exit()\n"
+        "preemption.StopRequest.listen = listen\n"
+        "cli.main(['train', 'x=1'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "light", done.stderr
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -5,18 +5,29 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.agreement import hash_samples
+from pipeline.preemption import StopRequest
 
+# Another process sends as fast as it can, so that handlers interrupt handlers.
 PROGRAM = """
 import os, signal, sys
 from pipeline.preemption import StopRequest
 stop = StopRequest().listen()
 assert not stop
-for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-    os.kill(os.getpid(), signum)
+os.kill(os.getpid(), signal.SIGUSR1)
+me = os.getpid()
+sender = os.fork()
+if sender == 0:
+    for _ in range(3000):
+        os.kill(me, signal.SIGTERM)
+        os.kill(me, signal.SIGUSR1)
+        os.kill(me, signal.SIGINT)
+    os._exit(0)
+os.waitpid(sender, 0)
 print(bool(stop), stop.reason)
 """
 
@@ -30,6 +41,14 @@ def test_signals_set_a_flag_and_a_second_one_changes_nothing() -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.split() == ["True", signal.SIGUSR1.name], done.stderr
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    stop = StopRequest()
+    stop._handle(signal.SIGINT, None)
+    assert stop
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
 
 
 @given(st.lists(st.integers(-1, 2**40), max_size=30), st.integers(1, 5), st.randoms())

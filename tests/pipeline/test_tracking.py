@@ -1,5 +1,6 @@
 """The MLflow mirror against a real server: absent at first, then there; and a restart that sends nothing twice."""
 
+import json
 import os
 import signal
 import socket
@@ -113,6 +114,11 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     assert first.data.params["data.length"] == "8192"
     assert history(client, first.info.run_id) == [(row["step"], row["loss"]) for row in rows(1, 2500)]
 
+    # The id of the run was not written down when the process died: its key finds it.
+    known = json.loads((run.directory / RUN_FILE).read_text())
+    (run.directory / RUN_FILE).write_text(json.dumps({**known, "run_id": None}))
+    run.optim.lr = 7.0
+
     # A restart from a checkpoint at step 2000: rows come again, with the same values, and go on.
     journal = Journal(run.directory / "metrics.jsonl", 2000)
     again = Mirror(run, run.directory).start()
@@ -121,6 +127,7 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     (second,) = client.search_runs([experiment.experiment_id])
     assert second.info.run_id == first.info.run_id and second.info.status == "FINISHED"
     assert history(client, second.info.run_id) == [(row["step"], row["loss"]) for row in rows(1, 2600)]
+    assert second.data.params["optim.lr"] == "0.001" and second.data.tags["changed.optim.lr"] == "7.0"
 
 
 def test_a_server_that_never_comes_costs_only_the_farewell(tmp_path: Path, server: Server) -> None:
@@ -128,4 +135,4 @@ def test_a_server_that_never_comes_costs_only_the_farewell(tmp_path: Path, serve
     Journal(run.directory / "metrics.jsonl", 0).append(rows(1, 3))
     mirror = Mirror(run, run.directory).start()
     assert not mirror.finish("FINISHED", timeout_s=1)
-    assert not (run.directory / RUN_FILE).exists()
+    assert json.loads((run.directory / RUN_FILE).read_text())["run_id"] is None

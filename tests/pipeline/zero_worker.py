@@ -19,6 +19,7 @@ from torch import nn
 
 from models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from pipeline import distributed
+from pipeline.errors import rank_zero
 
 STEPS, BATCH, LENGTH = 3, 4, 48
 LR, MOMENTUM = 0.1, 0.9
@@ -144,7 +145,7 @@ def main(output: str) -> None:
     results = {f"alone-{precision}": alone(precision) for precision in PRECISIONS}
     for case in itertools.product(STAGES, ACCUMULATIONS, PRECISIONS):
         results["-".join(map(str, case))] = sharded(*case)
-    if distributed.rank_zero():
+    if rank_zero():
         Path(output).write_text(json.dumps(results))
     dist.barrier()
 

@@ -1,0 +1,327 @@
+"""What is exact here, measured: prints the table of README's section of that name.
+
+    python -m benchmarks.exactness [--json FILE]
+
+Every row is a claim, the figure measured now, and the test that holds it. Runs in two or three minutes on a
+CPU; needs the test extra (transformers). The references (dense attention over the pairs that meet, the walk over
+sorted seats, the ZeRO worker) are those of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, generation
+from models.attention.lsh import hash_buckets, lsh_attention
+from pipeline import environment
+from pipeline.distributed import supervise
+from pipeline.preemption import StopRequest
+from tests.models.test_lsh_attention import dense, inputs, later_changed, met_pairs
+
+SMALL = ReformerConfig(
+    vocab_size=9,
+    dim=32,
+    depth=12,
+    heads=2,
+    dropout=0.1,
+    lsh=LSHConfig(rounds=2, chunk_length=16, n_buckets=8),
+    local=LocalConfig(window=16),
+    feedforward=FeedForwardConfig(mult=2),
+)
+
+
+@dataclass
+class Row:
+    """A claim, the figure that was measured, and the tests that hold it."""
+
+    claim: str
+    measured: str
+    test: str
+
+
+def tokens(length: int, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random bases."""
+    return torch.randint(5, 9, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(config: ReformerConfig, dtype: torch.dtype, reverse: bool) -> Tensor:
+    """Loss and all gradients of one pass, as one fp32 vector."""
+    torch.manual_seed(1)
+    model = Reformer(config).to(dtype).train()
+    x = tokens(96)
+    hidden = model.body(x, seeds=Seeds(1, 5, torch.arange(len(x))), reverse=reverse)
+    loss = model.head(hidden, x.roll(-1, 1))
+    loss.backward()
+    return torch.cat([loss.detach().flatten(), *(p.grad.flatten().float() for p in model.parameters())])
+
+
+def furthest(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Difference in norm, relative to b."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def reversible() -> Row:
+    worst = 0.0
+    for depth in (1, 12, 48):
+        for dtype in (torch.float32, torch.bfloat16):
+            for causal in (True, False):
+                config = replace(SMALL, depth=depth, causal=causal)
+                worst = max(
+                    worst, furthest(*(gradients(config, dtype, reverse) for reverse in (True, False)))
+                )
+    return Row(
+        "reversible training gives the loss and every gradient of ordinary training, bit for bit"
+        " (depths 1, 12, 48; fp32, bf16; dropout; causal and not)",
+        f"largest difference {worst:g}",
+        "tests/models/test_reversible.py",
+    )
+
+
+def drift() -> Row:
+    off = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        config = replace(SMALL, dim=256, depth=48, residual="float")
+        off[dtype] = relative(*(gradients(config, dtype, reverse) for reverse in (True, False)))
+    return Row(
+        "the same with floating-point streams (`residual: float`), for comparison: depth 48, dim 256",
+        f"gradients off by {off[torch.float32]:.1e} (fp32), {off[torch.bfloat16]:.1e} (bf16), relative",
+        "tests/models/test_reversible.py",
+    )
+
+
+def kept(depth: int, reverse: bool) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters not counted."""
+    model = Reformer(replace(SMALL, depth=depth))
+    own = {p.data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.body(tokens(512), seeds=Seeds(), reverse=reverse)
+        model.head(hidden, tokens(512))
+    return sum(saved.values())
+
+
+def memory() -> Row:
+    ours = [kept(depth, True) for depth in (2, 12, 48)]
+    ordinary = [kept(depth, False) for depth in (2, 12, 48)]
+
+    def shown(values: list[int]) -> str:
+        return ", ".join(f"{value / 2**20:.2f}" for value in values)
+
+    return Row(
+        "what is kept for the backward pass does not grow with depth (2, 12, 48 layers; MiB)",
+        f"{shown(ours)}; ordinary training: {shown(ordinary)}",
+        "tests/models/test_reversible.py",
+    )
+
+
+def lsh(qk: Tensor, v: Tensor, **changes: Any) -> Tensor:
+    """LSH attention with the settings of these rows."""
+    settings: dict[str, Any] = {"rounds": 4, "chunk_length": 7, "causal": True, "seed": 3, "n_buckets": 6}
+    return lsh_attention(qk, v, **(settings | changes))
+
+
+def once() -> Row:
+    worst = 0.0
+    qk, v = inputs()
+    buckets = hash_buckets(qk, rounds=4, n_buckets=6, seed=3).flatten(0, 1)
+    for attend, causal in (("window", True), ("window", False), ("chunk", True), ("chunk", False)):
+        counts = torch.stack([met_pairs(b, 7, attend, causal) for b in buckets]).view(2, 2, 50, 50)
+        expected = dense(qk, v, counts.clamp(max=1))
+        out = lsh(qk, v, attend=attend, causal=causal, duplicates="once")
+        worst = max(worst, furthest(out, expected))
+    return Row(
+        "`duplicates: once` is softmax over the union of the keys met in any round (fp32)",
+        f"largest difference {worst:.1e}",
+        "tests/models/test_lsh_attention.py::test_equals_dense_attention_over_the_pairs_that_meet",
+    )
+
+
+def causal_rule() -> Row:
+    off = {}
+    for attend in ("window", "chunk"):
+        out, others = later_changed(attend, 0)
+        off[attend] = max(furthest(out, other) for other in others)
+    return Row(
+        "`attend: window`: nothing that comes later changes an output (fp32); `chunk`, the paper's rule, fails this",
+        f"changed by {off['window']:.1e} at most; `chunk`: {off['chunk']:.2f}",
+        "tests/models/test_lsh_attention.py::test_window_is_strictly_causal_whatever_is_changed_added_or_removed_later",
+    )
+
+
+def kernels() -> Row:
+    worst = 0.0
+    for attend in ("window", "chunk"):
+        both = []
+        for backend in ("reference", "chunked"):
+            qk, v = (x.requires_grad_() for x in inputs(length=997, d=32))
+            out = lsh(qk, v, attend=attend, chunk_length=64, n_buckets=16, duplicates="once", backend=backend)
+            (out * torch.linspace(-1, 1, 997)[:, None]).sum().backward()
+            assert qk.grad is not None and v.grad is not None
+            both.append(torch.cat([out.flatten(), qk.grad.flatten(), v.grad.flatten()]))
+        worst = max(worst, relative(*both))
+    return Row(
+        "the kernels agree, forward and gradients (fp32, relative)",
+        f"{worst:.1e}",
+        "tests/models/test_kernels.py",
+    )
+
+
+def rounds_curve() -> Row:
+    qk, v = inputs(batch=2, heads=4, length=256, d=16, seed=5)
+    qk = 3 * qk
+    full = dense(qk, v, torch.ones(256, 256).tril(-1).expand(2, 4, -1, -1))
+    errors = []
+    for rounds in (1, 2, 4, 8, 16):
+        runs = [
+            lsh(qk, v, rounds=rounds, chunk_length=32, n_buckets=8, seed=seed, duplicates="once")
+            for seed in range(4)
+        ]
+        errors.append(sum((run - full).square().mean().sqrt().item() for run in runs) / len(runs))
+    return Row(
+        "more rounds approach full attention (rms error at 1, 2, 4, 8, 16 rounds)",
+        ", ".join(f"{error:.3f}" for error in errors),
+        "tests/models/test_lsh_attention.py::test_more_rounds_approach_full_attention",
+    )
+
+
+def generating() -> Row:
+    worst = 0.0
+    for layers in (["local", "lsh"], ["full"], ["lsh"]):
+        torch.manual_seed(2)
+        positions = "none" if layers == ["lsh"] else "rotary"
+        model = Reformer(replace(SMALL, depth=4, layers=layers, dropout=0.0, positions=positions)).eval()
+        x = tokens(130)
+        with torch.no_grad():
+            whole = model(x, seeds=Seeds())
+            state = generation.start(model, batch=len(x))
+            steps = [generation.read(model, x[:, i : i + 1], state) for i in range(x.shape[1])]
+        worst = max(worst, furthest(torch.stack(steps, 1), whole))
+    return Row(
+        "token by token from a state gives the logits of running the whole prefix (fp32)",
+        f"largest difference {worst:.1e}",
+        "tests/models/test_generation.py",
+    )
+
+
+def huggingface() -> Row:
+    from transformers import ReformerConfig as TheirConfig
+    from transformers import ReformerModelWithLMHead
+
+    from models.huggingface import from_huggingface, to_huggingface
+
+    torch.manual_seed(3)
+    theirs = ReformerModelWithLMHead(
+        TheirConfig(
+            attn_layers=["local", "local"],
+            axial_pos_shape=[8, 16],
+            axial_pos_embds_dim=[16, 48],
+            hidden_size=64,
+            num_attention_heads=4,
+            attention_head_size=16,
+            feed_forward_size=128,
+            local_attn_chunk_length=16,
+            vocab_size=13,
+            is_decoder=True,
+            max_position_embeddings=128,
+            pad_token_id=0,
+        )
+    ).eval()
+    ours = from_huggingface(theirs).eval()
+    x = torch.randint(1, 13, (2, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        off = furthest(ours(x), theirs(x).logits)
+    back = to_huggingface(ours).state_dict()
+    same = all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())
+    return Row(
+        "a transformers Reformer gives its logits here (local layers, fp32), and converts back to the same bits",
+        f"largest difference {off:.1e}; round trip {'identical' if same else 'DIFFERS'}",
+        "tests/models/test_huggingface.py",
+    )
+
+
+def zero() -> Row:
+    from tests.pipeline.zero_worker import ACCUMULATIONS, STAGES
+
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "results.json"
+        code = f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        code += f"from tests.pipeline.zero_worker import main\nmain({str(output)!r})"
+        if supervise([sys.executable, "-c", code], 2, StopRequest()) != 0:
+            raise SystemExit("the ZeRO ranks failed; their message is above")
+        results = json.loads(output.read_text())
+    off = {
+        precision: max(
+            abs(a - b)
+            for stage in STAGES
+            for accumulation in ACCUMULATIONS
+            for a, b in zip(
+                results[f"alone-{precision}"]["losses"],
+                results[f"{stage}-{accumulation}-{precision}"]["losses"],
+                strict=True,
+            )
+        )
+        for precision in ("fp32", "bf16")
+    }
+    return Row(
+        "ZeRO stages 0 to 3 on two ranks, with and without accumulation, train as one process does (3 steps)",
+        f"losses differ by {off['fp32']:.1e} (fp32), {off['bf16']:.1e} (bf16)",
+        "tests/pipeline/test_zero.py",
+    )
+
+
+ROWS: tuple[Callable[[], Row], ...] = (
+    reversible,
+    drift,
+    memory,
+    once,
+    causal_rule,
+    kernels,
+    rounds_curve,
+    generating,
+    huggingface,
+    zero,
+)
+
+
+def main() -> None:
+    """Measure and print all rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows, with machine and versions")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| claim | measured | test |\n|---|---|---|", flush=True)
+    rows = []
+    for measure in ROWS:
+        rows.append(measure())
+        print(f"| {rows[-1].claim} | {rows[-1].measured} | `{rows[-1].test}` |", flush=True)
+    if options.json:
+        described = {"rows": [asdict(row) for row in rows], "machine": environment.describe()}
+        options.json.write_text(json.dumps(described, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
