@@ -88,7 +88,8 @@ def start(
         got = "no source" if source is None else f"a source of shape {tuple(source.shape)}"
         raise ValueError(f"an EncoderDecoder got {got} for {batch} sequences: give one source for each")
     with torch.no_grad():
-        context = model.encoder.run(source, Call(seeds, mask=source_mask))
+        # In fp32, as the stack has it.
+        context = model.encoder.run(source, Call(seeds, mask=source_mask)).float()
     return _start(model.decoder, batch, Call(decoder_seeds(seeds), context=context, context_mask=source_mask))
 
 
@@ -105,6 +106,7 @@ def read(model: Reformer | EncoderDecoder, tokens: Tensor, state: State) -> Tens
             f"{state.batch} and n of at least 1"
         )
     body = model.body if isinstance(model, Reformer) else model.decoder
+    body.config.validate(state.position + tokens.shape[1])
     pieces = [tokens] if state.position == 0 else tokens.split(1, dim=1)
     for piece in pieces:
         hidden = _read(body, piece, state)
@@ -229,7 +231,6 @@ def _remember(body: Body, branch: Branch, batch: int, call: Call) -> Memory:
 
 def _read(body: Body, tokens: Tensor, state: State) -> Tensor:
     """The stack's output for tokens (batch, n) that follow what the state has: (batch, n, 2·dim)."""
-    body.config.validate(state.position + tokens.shape[1])
     x = body.embedding(tokens, state.call, state.position)
     pairs = zip(body.stack.branches, state.memories, strict=True)
     y = body.stack.run(

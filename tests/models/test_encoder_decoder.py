@@ -113,7 +113,7 @@ def test_the_encoder_gets_the_sum_of_what_the_blocks_pass_back():
     assert plain.grad.abs().max() > 0.01
 
 
-def test_sums_over_blocks_are_fp32_where_branches_are_bf16():
+def test_sums_over_blocks_are_fp32_where_the_context_is_bf16():
     """A context that 300 blocks pass the same gradient to: bf16 sums would stop growing at 256."""
 
     class Reads(nn.Module):
@@ -127,7 +127,7 @@ def test_sums_over_blocks_are_fp32_where_branches_are_bf16():
 
     stack = ReversibleStack(Block(Nothing(), Nothing(), Reads()) for _ in range(300))
     for reverse in (True, False):
-        context = torch.zeros(1, 1, 1, requires_grad=True)
+        context = torch.zeros(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
         out = stack(torch.zeros(1, 1, 1), Call(context=context), reverse=reverse)
         out.sum().backward()
         assert context.grad.item() == 300
@@ -264,7 +264,7 @@ def test_encoder_and_decoder_share_no_chance():
     seeds = Seeds(1, 2)
     assert seeds.apart(Purpose.DECODER) == seeds.apart(Purpose.DECODER)
     numbers = {
-        (s.number(purpose, layer))
+        s.number(purpose, layer)
         for s, purpose, layer in itertools.product(
             [seeds, seeds.apart(Purpose.DECODER), Seeds(1, 3).apart(Purpose.DECODER)], Purpose, range(3)
         )
