@@ -78,6 +78,10 @@ class Segments:
         """Row numbers of a split, in order."""
         return np.flatnonzero(self.split == split)
 
+    def gap_length(self, row: int) -> int:
+        """Bases of a row that are no letters."""
+        return int(self.gaps[self.gap_bounds[row] : self.gap_bounds[row + 1], 1].sum())
+
     def splits(self) -> list[str]:
         """The splits that have a row, sorted."""
         return sorted(set(self.split))
@@ -171,13 +175,12 @@ def write_index(
 def _read_index(directory: Path) -> tuple[dict[str, Any], pa.Table]:
     path = directory / INDEX_NAME
     if not directory.is_dir():
-        raise DataError(
-            f"{directory}: no such directory: make shards with `megabase prepare INPUT... {directory}`"
-        )
+        problem = "is a file, not a directory of shards" if directory.exists() else "no such directory"
+        raise DataError(f"{directory}: {problem}: make shards with `megabase prepare INPUT... OUTPUT`")
     if not path.is_file():
         raise DataError(
-            f"{directory}: no {INDEX_NAME} in it: make shards with `megabase prepare`, or an index for tars "
-            "that are there with `megabase index`"
+            f"{directory}: no {INDEX_NAME} in it: make shards with `megabase prepare "
+            "INPUT... OUTPUT`, and give OUTPUT here"
         )
     try:
         schema = pq.read_schema(path)

@@ -37,24 +37,28 @@ def prepare(
     valid, test: a fraction in (0, 1), taken from the end of every record, or comma separated record names.
     shard_bytes: size to keep a shard below. progress: show a bar over the input's bytes on stderr.
 
-    Raises DataError for inputs that cannot be read (see `read_records`), for splits that cannot be
-    (see `Splits.parse`), and for an output that exists. Nothing of `output` exists unless all of it does.
+    Raises DataError for inputs that cannot be read (see `read_records`), for splits that cannot be (see
+    `Splits.parse`) or leave nothing to train on, and for an output that exists or cannot be made. Nothing of
+    `output` exists unless all of it does.
     """
     paths, output = [Path(path) for path in inputs], Path(output)
     letters = Alphabet.named(alphabet)
     splits = Splits.parse(valid, test)
     check_inputs(paths)
-    bases = 0
+    bases, trained = 0, False
     names: set[str] = set()
     with ShardWriter(output, letters, shard_bytes) as writer, _records(paths, letters, progress) as records:
         for record in records:
             writer.write(record, splits.of(record.name, len(record.sequence)))
             bases += len(record.sequence)
+            trained = trained or record.name not in splits.named
             if record.name in splits.named:
                 names.add(record.name)
         splits.check_names(names)
         if not bases:
             raise DataError(f"{paths[0]}: the input's records hold no base at all")
+        if not trained:
+            raise DataError(f"--valid {valid} and --test {test} name every record: leave one to train on")
     return ShardIndex.open(output)
 
 

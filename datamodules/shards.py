@@ -54,13 +54,20 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         if self.output.exists():
-            raise DataError(f"{self.output}: exists already: choose another output or remove it first")
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+            what = "exists already" if self.output.is_dir() else "is a file, and OUTPUT a directory to make"
+            raise DataError(
+                f"{self.output}: {what}: the last argument must be a new directory for the shards"
+            )
         try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir()
         except FileExistsError:
             raise DataError(
                 f"{self.partial}: exists: another prepare writes it or was killed; if none runs, remove it"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"{self.partial}: cannot be made ({error.strerror}): choose another output"
             ) from None
         return self
 

@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs", nargs="+", metavar="INPUT", help="FASTA (plain or gzip), or text with bytes"
     )
     prepare.add_argument("output", metavar="OUTPUT", help="directory of shards to make")
-    prepare.add_argument("--alphabet", choices=["dna", "protein", "bytes"], default="dna")
+    prepare.add_argument(
+        "--alphabet", choices=["dna", "protein", "bytes"], default="dna", help="bytes for text"
+    )
     prepare.add_argument(
         "--valid", metavar="X", help="validation: a fraction of each record, or record names a,b"
     )
@@ -72,7 +74,7 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 def _prepare(options: argparse.Namespace) -> int:
     from datamodules.prepare import prepare
 
-    prepare(
+    index = prepare(
         [Path(path) for path in options.inputs],
         Path(options.output),
         alphabet=options.alphabet,
@@ -80,6 +82,14 @@ def _prepare(options: argparse.Namespace) -> int:
         test=options.test,
         progress=sys.stderr.isatty(),
     )
+    segments = index.segments
+    records = len(set(segments.record))
+    print(f"{options.output}: {records:,} records in {len(index.sizes)} shards")
+    for split in segments.splits():
+        rows = segments.rows_of(split)
+        letters = sum(int(segments.length[row]) - segments.gap_length(row) for row in rows)
+        total = int(segments.length[rows].sum())
+        print(f"  {split:5} {total:>15,} letters, {total - letters:,} of them outside the alphabet")
     return 0
 
 

@@ -169,7 +169,12 @@ class RunConfig:
         }
         for key, value in not_negative.items():
             if value < 0:
-                raise UserError(f"{key}={value}: must not be negative")
+                raise UserError(f"{key}={value}: must not be negative (0 switches it off)")
+        for key, beta in (("optim.beta1", self.optim.beta1), ("optim.beta2", self.optim.beta2)):
+            if not 0 <= beta < 1:
+                raise UserError(f"{key}={beta}: must be at least 0 and below 1")
+        if self.optim.min_lr > 1:
+            raise UserError(f"optim.min_lr={self.optim.min_lr}: it is a fraction of optim.lr, at most 1")
         if self.zero.offload and self.zero.stage == 0:
             raise UserError("zero.offload=true needs sharded states: set zero.stage to 1, 2 or 3")
         if self.zero.stage not in (0, 1, 2, 3):
@@ -266,10 +271,15 @@ def _merge(base: Any, change: Any, place: str) -> Any:
         key = str(error.full_key or error.key)
         known = list(flatten(as_dict(RunConfig())))
         known += sorted({".".join(name.split(".")[:-1]) for name in known})
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        raise UserError(f"{place}: unknown key {key!r}; did you mean {close[0]!r}?") from None
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        sections = ", ".join(field.name for field in dataclasses.fields(RunConfig))
+        hint = f"did you mean {close[0]!r}?" if close else f"the sections are {sections}"
+        raise UserError(f"{place}: unknown key {key[:60]!r}; {hint}") from None
     except (ValidationError, OmegaConfBaseException) as error:
-        raise UserError(f"{place}: {error.full_key or 'value'}: {first_line(error)}") from None
+        said = first_line(error)
+        if "ListConfig" in said:
+            said = f"a list is wanted: '{error.full_key}=[a,b]'"
+        raise UserError(f"{place}: {error.full_key or 'value'}: {said}") from None
 
 
 def first_line(error: BaseException) -> str:

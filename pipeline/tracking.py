@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, as_dict, first_line, flatten
+from pipeline.config import RunConfig, as_dict, flatten
 from pipeline.journal import Row, Tail
 
 POLL_S = 1.0
@@ -84,8 +84,8 @@ class Mirror:
             except Exception as error:  # MLflow, SQLAlchemy, requests, sqlite: none may end a training run
                 if not self._warned:
                     print(
-                        f"megabase: MLflow at {self._uri} does not take metrics ({first_line(error)[:200]});"
-                        " training goes on, the journal keeps them",
+                        f"megabase: MLflow at {self._uri} does not take metrics ({type(error).__name__});"
+                        " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)",
                         flush=True,
                     )
                     self._warned = True

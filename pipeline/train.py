@@ -31,7 +31,7 @@ from pipeline.preemption import EXIT_AGAIN, StopRequest
 from pipeline.tracking import Mirror
 
 # How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
-MLFLOW_FAREWELL_S = 60.0
+MLFLOW_FAREWELL_S = 20.0
 # How long the lock of a job that is gone may stay: file servers keep it for a lease of about 90 s.
 LOCK_LEASE_S = 120.0
 MLFLOW_STATUS = {"finished": "FINISHED", "again": "KILLED", "failed": "FAILED"}
@@ -66,6 +66,12 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
             f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
             " on every node"
         )
+    print(
+        f"megabase: {config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
+        f" run directory {config.directory}",
+        file=sys.stderr,
+        flush=True,
+    )
     command = [sys.executable, "-P", "-m", "pipeline.cli", "train", *arguments]
     return distributed.supervise(command, devices, stop)
 
@@ -74,6 +80,8 @@ def check(config: RunConfig, ranks: int) -> None:
     """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
     config.validate()
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
+        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
     index = ShardIndex.open(config.data.shards)
     WindowPlan.of(index.segments, "train", config.data.length, config.data.min_real)
     config.model.vocab_size = index.alphabet.vocab_size
@@ -97,6 +105,11 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
             raise
         ranks.check(None)
     torch.distributed.destroy_process_group()
+    if ranks.rank == 0:
+        again = "" if finished else "; the same command goes on from its checkpoint"
+        print(
+            f"megabase: {'finished' if finished else 'stopped'}: {config.directory}{again}", file=sys.stderr
+        )
     # Only rank 0 says "again": a launcher that sees a rank fail would end the others.
     return EXIT_AGAIN if not finished and ranks.rank == 0 else 0
 
@@ -214,9 +227,11 @@ def _lock(directory: Path, ranks: distributed.Ranks) -> Iterator[None]:
         except BlockingIOError as caught:
             error = str(caught)
         except OSError as caught:
-            error = f"cannot write in run.root: {caught}"
+            error = f"cannot write in {directory} ({caught.strerror}): choose another run.root"
     error = ranks.broadcast(error)
     if error:
+        # All ranks leave here: without this, a thread of the process group may abort the interpreter's exit.
+        torch.distributed.destroy_process_group()
         raise UserError(error)
     try:
         yield

@@ -61,6 +61,28 @@ def test_prepare_into_something_that_exists(tmp_path: Path, capsys: pytest.Captu
     assert "out" in complaint(capsys, "prepare", str(good), str(tmp_path / "out"))
 
 
+def test_prepare_into_a_file_or_nowhere_or_without_training_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genome = str(DATA / "lambda_phage.fna.gz")
+    taken = tmp_path / "second.fa"
+    taken.write_text(">a\nACGT\n")
+    assert "the last argument must be a new directory" in complaint(capsys, "prepare", genome, str(taken))
+    assert "choose another output" in complaint(capsys, "prepare", genome, "/proc/none/shards")
+    everything = complaint(capsys, "prepare", str(taken), str(tmp_path / "out"), "--valid", "a")
+    assert "name every record" in everything
+
+
+def test_prepare_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fasta = tmp_path / "two.fa"
+    fasta.write_text(">a\nACGTNNACGT\n>b\nacgt\n")
+    assert cli.main(["prepare", str(fasta), str(tmp_path / "out"), "--valid", "b"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 records in 1 shards" in printed
+    assert [line.split()[:2] for line in printed.splitlines()[1:]] == [["train", "10"], ["valid", "4"]]
+    assert "letters, 2 of them outside the alphabet" in printed
+
+
 def test_no_record_is_long_enough(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
