@@ -31,6 +31,7 @@ SILENCE_S = 300.0
 def main() -> int:
     """Run the demo; returns an exit code."""
     began = time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it runs two ranks on any machine, also with a single GPU
     if not SHARDS.exists():
         _say(f"preparing {GENOME.name}: FASTA -> WebDataset shards; the last 10% are for validation")
         _megabase("prepare", str(GENOME), str(SHARDS), "--valid", "0.1")

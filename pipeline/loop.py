@@ -92,6 +92,8 @@ class Boundary(pl.Callback):
             if not save:
                 self._save(trainer)
         if stop:
+            if self._main:
+                self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
             self.stopped_early = not last or (evaluation and not self._has_evaluation())
         if stop or last:
             trainer.should_stop = True
@@ -121,8 +123,6 @@ class Boundary(pl.Callback):
         )
         if self._main:
             self._main.confirm(agreed)
-            if agreed and agreed.stop:
-                self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
             self._main.add(self.step, nats, module.step_targets, _gradient_norm(trainer))
             if self.step % self.config.trainer.log_every_steps == 0:
                 self._main.flush()
@@ -150,7 +150,8 @@ class Boundary(pl.Callback):
 
     def _evaluation_due(self) -> bool:
         every = self.config.trainer.eval_every_steps
-        return self.step >= self.config.trainer.max_steps or (bool(every) and self.step % every == 0)
+        last = self.step >= self.config.trainer.max_steps
+        return self.data.has_validation and (last or (bool(every) and self.step % every == 0))
 
     def _has_evaluation(self) -> bool:
         return bool(self.ranks.broadcast(self._main.has_evaluation(self.step) if self._main else None))

@@ -132,7 +132,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         resume_from, manifest = chosen
         now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.index.segments.identity)
         checkpoint.check_same_run(manifest, now, resume_from)
-        if _finished(config, manifest.step, ranks):
+        if _finished(config, manifest.step, data.has_validation, ranks):
             _write_status([config.directory], "finished", manifest.step)
             if ranks.rank == 0:
                 print(f"megabase: {config.run.name} is finished (step {manifest.step})", file=sys.stderr)
@@ -187,10 +187,12 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     return not boundary.stopped_early
 
 
-def _finished(config: RunConfig, step: int, ranks: distributed.Ranks) -> bool:
+def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.Ranks) -> bool:
     """Whether a run whose newest checkpoint is of `step` has nothing left to do, the last evaluation included."""
     if step < config.trainer.max_steps:
         return False
+    if not evaluates:
+        return True
     rows = read(config.directory / "metrics.jsonl")
     evaluated = ranks.rank == 0 and any(row["step"] == step and "valid_loss" in row for row in rows)
     return bool(ranks.broadcast(evaluated))

@@ -80,7 +80,8 @@ class Job:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cli", *arguments],
             cwd=cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # Two ranks need two GPUs or none.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -14,7 +14,7 @@ from pipeline.agreement import hash_samples
 from pipeline.evaluate import bits
 from pipeline.journal import read
 from pipeline.preemption import EXIT_AGAIN
-from tests.conftest import STEPS, train_settings, training_rows
+from tests.conftest import STEPS, Job, train_settings, training_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -53,9 +53,13 @@ def test_evaluations_stand_beside_the_markov_ladder(undisturbed: Path) -> None:
         assert 1.9 < row["markov_0_bits_per_base"] < 2.05
 
 
-def test_killed_stopped_and_resumed_gives_the_same_run(
-    undisturbed: Path, runs: Path, lambda_shards: Path, start_job
-) -> None:
+@pytest.fixture(scope="module")
+def disturbed(runs: Path, lambda_shards: Path) -> Path:
+    """The run directory of the same training, killed at one step, stopped at another, and resumed each time."""
+
+    def start_job(*arguments: str) -> Job:
+        return Job(*arguments, cwd=runs)
+
     settings = train_settings(lambda_shards, runs, "disturbed")
     run = runs / "disturbed"
 
@@ -80,17 +84,24 @@ def test_killed_stopped_and_resumed_gives_the_same_run(
     assert code == 0, output
     assert f"step-{status['step']}" in output
 
-    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    return run
 
-    # Once finished, the same command says so and changes nothing.
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
-    code, output = start_job("train", *settings).wait()
+
+def test_killed_stopped_and_resumed_gives_the_same_bytes(undisturbed: Path, disturbed: Path) -> None:
+    assert (disturbed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_once_finished_the_same_command_says_so_and_changes_nothing(
+    disturbed: Path, runs: Path, lambda_shards: Path, start_job
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in disturbed.rglob("*.jsonl")}
+    code, output = start_job("train", *train_settings(lambda_shards, runs, "disturbed")).wait()
     assert code == 0 and "is finished" in output
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
+    assert before == {path: path.stat().st_mtime_ns for path in disturbed.rglob("*.jsonl")}
 
 
-def test_one_mlflow_run_with_continuous_steps_across_the_kill(runs: Path) -> None:
-    known = json.loads((runs / "disturbed" / "mlflow.json").read_text())
+def test_one_mlflow_run_with_continuous_steps_across_the_kill(disturbed: Path) -> None:
+    known = json.loads((disturbed / "mlflow.json").read_text())
     client = MlflowClient(tracking_uri=known["uri"])
     experiment = client.get_experiment_by_name("megabase")
     found = [
@@ -99,28 +110,58 @@ def test_one_mlflow_run_with_continuous_steps_across_the_kill(runs: Path) -> Non
     assert [run.info.run_id for run in found] == [known["run_id"]]
     assert found[0].info.status == "FINISHED"
     history = client.get_metric_history(known["run_id"], "loss")
-    rows = training_rows(runs / "disturbed")
+    rows = training_rows(disturbed)
     assert [(point.step, point.value) for point in sorted(history, key=lambda p: p.step)] == [
         (row["step"], row["loss"]) for row in rows
     ]
     assert found[0].data.params["model.dim"] == "32"
 
 
-def test_a_second_job_in_the_same_run_directory_is_refused(
+def test_a_second_job_is_refused_and_a_stop_is_heard_at_any_pace(
     runs: Path, lambda_shards: Path, start_job
 ) -> None:
+    # A checkpoint and an evaluation after every step, and reader processes that get the signal as well.
+    pace = [
+        "checkpoint.every_steps=1",
+        "trainer.eval_every_steps=1",
+        "trainer.eval_sequences=4",
+        "data.workers=2",
+    ]
     settings = train_settings(
-        lambda_shards, runs, "locked", "trainer.max_steps=100000", "tracking.enabled=false"
+        lambda_shards, runs, "locked", "trainer.max_steps=100000", "tracking.enabled=false", *pace
     )
     first = start_job("train", *settings)
     first.until(lambda: len(training_rows(runs / "locked")) >= 1)
     code, output = start_job("train", *settings).wait()
     assert code == 2 and "another job is training" in output
-    # Two signals are as good as one.
-    first.process.send_signal(signal.SIGTERM)
-    first.process.send_signal(signal.SIGTERM)
-    code, output = first.wait()
+    # To every process of the job, twice: as good as once to one of them.
+    for _ in range(2):
+        os.killpg(first.process.pid, signal.SIGTERM)
+    code, output = first.wait(60)
     assert code == EXIT_AGAIN, output
+    assert "stopping: SIGTERM" in output and "the same command goes on" in output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    wild = [
+        "optim.lr=1e30",
+        "optim.clip=0",
+        "trainer.devices=1",
+        "data.micro_batch=8",
+        "tracking.enabled=false",
+    ]
+    code, output = start_job("train", *train_settings(lambda_shards, runs, "wild", *wild)).wait()
+    assert code == 1, output
+    assert "megabase: the loss of step" in output and "stopped before a checkpoint" in output
+    assert list((runs / "wild" / "checkpoints").iterdir()) == []
+
+
+def test_losses_follow_the_golden_curve(undisturbed: Path) -> None:
+    """Numerics do not change unawares. Renew with the run's own values, in a commit that says why."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "lambda.json").read_text())
+    assert [row["loss"] for row in training_rows(undisturbed)] == pytest.approx(golden, rel=2e-3)
 
 
 def test_a_rank_that_dies_takes_the_job_down(runs: Path, lambda_shards: Path, start_job) -> None:
