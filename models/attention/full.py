@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from models.attention.heads import SeparateAttention, pair_dropout
 from models.attention.kernels import PairDropout
-from models.config import ReformerConfig
-from models.positions import rotary
 from models.reversible import Call
 
 
@@ -57,31 +55,9 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: Pa
     return (scores.softmax(-1) * scale).to(v.dtype) @ v
 
 
-class FullAttention(nn.Module):
+class FullAttention(SeparateAttention):
     """The layer: projections, attention, output projection."""
-
-    def __init__(self, config: ReformerConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.query = projection(config)
-        self.key = projection(config)
-        self.value = projection(config)
-        self.output = output(config)
-
-    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
-        config = self.config
-        q, k, v = (
-            split_heads(project(source), config.heads)
-            for project, source in ((self.query, near), (self.key, near), (self.value, x))
-        )
-        if config.positions == "rotary":
-            q, k = rotary(q, start), rotary(k, start)
-        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
         return full_attention(q, k, v, causal=self.config.causal, mask=call.mask, dropout=dropout)
-
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        return self.output(merge_heads(self.attend(*self.project(x, near), call)))

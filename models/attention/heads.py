@@ -6,6 +6,8 @@ short convolution, from which queries and keys are made; values come from x itse
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from models.attention.kernels import PairDropout
 from models.chance import Purpose, dropout
 from models.config import ReformerConfig
 from models.layers import Linear, Norm, ShortConvolution
+from models.positions import rotary
 from models.reversible import Call
 
 
@@ -36,6 +39,41 @@ class AttentionBranch(nn.Module):
         if not (call.training and self.rate):
             return y
         return dropout(y, self.rate, call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device))
+
+
+class SeparateAttention(nn.Module, ABC):
+    """A layer with separate queries, keys and values: projections, what `attend` does, output projection."""
+
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.query = projection(config)
+        self.key = projection(config)
+        self.value = projection(config)
+        self.output = output(config)
+
+    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
+        q, k, v = self.unturned(x, near)
+        if self.config.positions == "rotary":
+            q, k = rotary(q, start), rotary(k, start)
+        return q, k, v
+
+    def unturned(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values without rotary positions."""
+        heads = self.config.heads
+        return (
+            split_heads(self.query(near), heads),
+            split_heads(self.key(near), heads),
+            split_heads(self.value(x), heads),
+        )
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """(batch, heads, length, d) each -> the same."""
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        return self.output(merge_heads(self.attend(*self.project(x, near), call)))
 
 
 def projection(config: ReformerConfig) -> Linear:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.full import dropped_attention
-from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from models.attention.heads import SeparateAttention, pair_dropout
 from models.attention.kernels import PairDropout
 from models.config import ConfigError, ReformerConfig
 from models.reversible import Call
@@ -62,16 +62,11 @@ def _project(matrix: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("sl,bhld->bhsd" if matrix.dim() == 2 else "hsl,bhld->bhsd", matrix, x)
 
 
-class LinformerAttention(nn.Module):
+class LinformerAttention(SeparateAttention):
     """The layer: projections of channels and of the length, attention to the slots, output projection."""
 
     def __init__(self, config: ReformerConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.query = projection(config)
-        self.key = projection(config)
-        self.value = projection(config)
-        self.output = output(config)
+        super().__init__(config, layer)
         assert config.max_length is not None, "validated"
         heads = (config.heads,) if config.linformer.share == "none" else ()
         shape = (*heads, config.linformer.size, config.max_length)
@@ -82,12 +77,10 @@ class LinformerAttention(nn.Module):
             None if config.linformer.share == "keyvalue" else nn.Parameter(torch.randn(shape) * scale)
         )
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        config = self.config
-        q, k, v = (
-            split_heads(project(source), config.heads)
-            for project, source in ((self.query, near), (self.key, near), (self.value, x))
-        )
-        dropout = pair_dropout(config, self.layer, call, x.shape[0], x.device)
-        y = linformer_attention(q, k, v, self.to_keys, self.to_values, mask=call.mask, dropout=dropout)
-        return self.output(merge_heads(y))
+    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Without rotary positions: a slot is a sum over all of them."""
+        return self.unturned(x, near)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
+        return linformer_attention(q, k, v, self.to_keys, self.to_values, mask=call.mask, dropout=dropout)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from models.attention.heads import SeparateAttention, pair_dropout
 from models.attention.kernels import PairDropout, Rule, Seating, chunked
-from models.config import ReformerConfig
-from models.positions import rotary
 from models.reversible import Call
 
 
@@ -45,27 +43,8 @@ def local_attention(
     return out.view(v.shape)
 
 
-class LocalAttention(nn.Module):
+class LocalAttention(SeparateAttention):
     """The layer: projections, attention among neighbours, output projection."""
-
-    def __init__(self, config: ReformerConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.query = projection(config)
-        self.key = projection(config)
-        self.value = projection(config)
-        self.output = output(config)
-
-    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
-        config = self.config
-        q, k, v = (
-            split_heads(project(source), config.heads)
-            for project, source in ((self.query, near), (self.key, near), (self.value, x))
-        )
-        if config.positions == "rotary":
-            q, k = rotary(q, start), rotary(k, start)
-        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         config = self.config
@@ -79,6 +58,3 @@ class LocalAttention(nn.Module):
             mask=call.mask,
             dropout=pair_dropout(config, self.layer, call, v.shape[0], v.device),
         )
-
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        return self.output(merge_heads(self.attend(*self.project(x, near), call)))

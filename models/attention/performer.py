@@ -22,12 +22,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.attention.heads import merge_heads, output, projection, split_heads
+from models.attention.heads import SeparateAttention
 from models.chance import Purpose, Seeds
-from models.config import ConfigError, ReformerConfig
-from models.positions import rotary
+from models.config import ConfigError
 from models.reversible import Call
 
 CHUNK = 128
@@ -99,27 +98,8 @@ def draw_directions(heads: int, features: int, d: int, seed: int, device: torch.
         return (q.mT * norms).flatten(1, 2)[:, :features].contiguous().to(device)
 
 
-class PerformerAttention(nn.Module):
+class PerformerAttention(SeparateAttention):
     """The layer: projections, random features, attention, output projection."""
-
-    def __init__(self, config: ReformerConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.query = projection(config)
-        self.key = projection(config)
-        self.value = projection(config)
-        self.output = output(config)
-
-    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
-        config = self.config
-        q, k, v = (
-            split_heads(project(source), config.heads)
-            for project, source in ((self.query, near), (self.key, near), (self.value, x))
-        )
-        if config.positions == "rotary":
-            q, k = rotary(q, start), rotary(k, start)
-        return q, k, v
 
     def directions(self, seeds: Seeds, device: torch.device) -> Tensor:
         """The random directions (heads, features, d) of a step: the same for `redraw_every` steps."""
@@ -128,11 +108,9 @@ class PerformerAttention(nn.Module):
         seed = draw.number(Purpose.FEATURES, self.layer)
         return draw_directions(config.heads, config.performer.features, config.width, seed, device)
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        q, k, v = self.project(x, near)
-        directions = self.directions(call.seeds, x.device)
-        y = performer_attention(q, k, v, directions, causal=self.config.causal, mask=call.mask)
-        return self.output(merge_heads(y))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        directions = self.directions(call.seeds, q.device)
+        return performer_attention(q, k, v, directions, causal=self.config.causal, mask=call.mask)
 
 
 class _Causal(torch.autograd.Function):
