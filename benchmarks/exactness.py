@@ -26,6 +26,7 @@ from models.attention.lsh import hash_buckets, lsh_attention
 from pipeline import environment
 from pipeline.distributed import supervise
 from pipeline.preemption import StopRequest
+from tests.models.reversing import kept_for_backward
 from tests.models.test_lsh_attention import dense, inputs, later_changed, met_pairs
 
 SMALL = ReformerConfig(
@@ -107,18 +108,12 @@ def drift() -> Row:
 def kept(depth: int, reverse: bool) -> int:
     """Bytes that autograd keeps for the backward pass, parameters not counted."""
     model = Reformer(replace(SMALL, depth=depth))
-    own = {p.data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def forward() -> Tensor:
         hidden = model.body(tokens(512), seeds=Seeds(), reverse=reverse)
-        model.head(hidden, tokens(512))
-    return sum(saved.values())
+        return model.head(hidden, tokens(512))
+
+    return sum(x.numel() * x.element_size() for x in kept_for_backward(model, forward))
 
 
 def memory() -> Row:

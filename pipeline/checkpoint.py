@@ -31,7 +31,6 @@ MANIFEST_VERSION = 1
 # Settings that a checkpoint belongs to: with another value the run would be another one...
 IDENTITY = ("model.", "data.", "run.seed")
 # ...but for these, which change where and how fast it is computed.
-LAUNCH = {"ranks": "number of ranks", "stage": "zero.stage", "precision": "trainer.precision"}
 FREE = (
     "data.shards",
     "data.micro_batch",
@@ -39,6 +38,8 @@ FREE = (
     "model.loss_chunk",
     "model.feedforward.chunk",
 )
+# Fields of a manifest that must be the same because shards are not converted, and what the user calls them.
+LAUNCH = {"ranks": "number of ranks", "stage": "zero.stage", "precision": "trainer.precision"}
 
 
 @dataclass
@@ -154,7 +155,7 @@ def _put_aside(path: Path, damages: dict[int, str]) -> str | None:
     rank, found = next(iter(damages.items()))
     try:
         # Is it damaged from here, too, or does another node see another disk?
-        if rank != 0 and _damage(path, 0, 1) is None:
+        if rank != 0 and verify(path) is None:
             return f"rank {rank} finds {path} broken ({found}), this rank does not: check the file system"
         moved = set_aside(path)
     except OSError as error:
@@ -175,7 +176,12 @@ def verify(path: Path) -> str | None:
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Published checkpoints, newest first."""
     found = [p for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a published checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class Damaged(Exception):
@@ -191,34 +197,24 @@ def read_manifest(path: Path) -> Manifest:
         OSError: it cannot be read.
     """
     try:
-        manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
+        content = json.loads((path / MANIFEST).read_text())
+        # Before the fields: a newer version may have others.
+        version = int(content["version"])
+        if version <= MANIFEST_VERSION:
+            manifest = Manifest(**content)
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
-    except (ValueError, TypeError) as error:
-        version = _version(path)
-        if version > MANIFEST_VERSION:
-            raise UserError(
-                f"{path} was written by a newer megabase (manifest version {version}; this one reads up to"
-                f" {MANIFEST_VERSION}): update megabase"
-            ) from None
+    except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
-    if manifest.version > MANIFEST_VERSION:
+    if version > MANIFEST_VERSION:
         raise UserError(
-            f"{path} was written by a newer megabase (manifest version {manifest.version}; this one reads up to"
+            f"{path} was written by a newer megabase (manifest version {version}; this one reads up to"
             f" {MANIFEST_VERSION}): update megabase"
         )
     outside = [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise Damaged(f"{MANIFEST} names a file outside its directory: {outside[0]!r}")
     return manifest
-
-
-def _version(path: Path) -> int:
-    """The version that a manifest claims, 0 if it claims none."""
-    try:
-        return int(json.loads((path / MANIFEST).read_text())["version"])
-    except (ValueError, TypeError, KeyError):
-        return 0
 
 
 def check_same_run(manifest: Manifest, now: Manifest, path: Path) -> None:

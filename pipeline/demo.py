@@ -40,9 +40,9 @@ def main() -> int:
 
     _say("training on 2 processes with DeepSpeed ZeRO-2; somewhere on the way the job will be killed")
     killed_at = _train_and_kill()
-    saved = sorted(
-        int(p.name.split("-")[1]) for p in (RUN / "checkpoints").glob("step-*") if p.name[5:].isdigit()
-    )
+    from pipeline.checkpoint import list_checkpoints, step_of  # not at the head: it imports torch
+
+    saved = sorted(step_of(path) for path in list_checkpoints(RUN / "checkpoints"))
     _say(
         f"SIGKILL to every process at step {killed_at}; checkpoints on disk: {saved}. The same command again:"
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from datamodules import markov
 from datamodules.datamodule import SequenceDataModule
 from datamodules.index import ShardIndex
-from pipeline.journal import Row
+from pipeline.journal import Row, publish_json
 
 BASELINES = "baselines.json"
 
@@ -78,9 +78,7 @@ def baselines(directory: Path, index: ShardIndex) -> list[float]:
             ladder: list[float] = kept["markov_bits_per_base"]
             return ladder
     ladder = list(markov.bits_per_base(index).values())
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"data": identity, "markov_bits_per_base": ladder}) + "\n")
-    partial.rename(path)
+    publish_json(path, {"data": identity, "markov_bits_per_base": ladder})
     return ladder
 
 

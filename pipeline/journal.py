@@ -63,6 +63,18 @@ def read(path: Path) -> Iterator[Row]:
                 return
 
 
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether a journal has the evaluation of a step."""
+    return any(row["step"] == step and "valid_loss" in row for row in read(path))
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Write one JSON value under another name and rename it: nobody reads half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value) + "\n")
+    partial.rename(path)
+
+
 class Tail:
     """Reads a growing journal: each row once. The file must not be rewritten meanwhile."""
 

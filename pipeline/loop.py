@@ -21,6 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError
 from pipeline.evaluate import baselines, evaluate, evaluation_row
+from pipeline.journal import has_evaluation
 from pipeline.module import PretrainModule
 from pipeline.preemption import StopRequest
 from pipeline.recorder import Recorder
@@ -78,24 +79,23 @@ class Boundary(pl.Callback):
         every = self.config.checkpoint.every_steps
         save = last or (bool(every) and self.step % every == 0)
         evaluation = self._evaluation_due()
-        stop = False
 
-        agreed = [self._finish_step(trainer)]
-        if save or evaluation or any(a and (a.stop or a.save) for a in agreed):
-            agreed.append(self._settle())
-            stop = any(a and a.stop for a in agreed)
-            save = save or stop or any(a and a.save for a in agreed)
+        heard = [self._finish_step(trainer)]
+        if save or evaluation or any(agreed and (agreed.stop or agreed.save) for agreed in heard):
+            heard.append(self._settle())
+        stop = any(agreed and agreed.stop for agreed in heard)
+        save = save or stop or any(agreed and agreed.save for agreed in heard)
         if save:
             self._save(trainer)
-        if evaluation and not self._evaluate(trainer):
-            stop = True
-            if not save:
-                self._save(trainer)
-        if stop:
+        complete = not evaluation or self._evaluate(trainer)
+        if not complete and not save:
+            self._save(trainer)
+
+        if stop or not complete:
             if self._main:
                 self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
-            self.stopped_early = not last or (evaluation and not self._has_evaluation())
-        if stop or last:
+            self.stopped_early = not (last and complete)
+        if stop or last or not complete:
             trainer.should_stop = True
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
@@ -154,19 +154,20 @@ class Boundary(pl.Callback):
         return self.data.has_validation and (last or (bool(every) and self.step % every == 0))
 
     def _has_evaluation(self) -> bool:
-        return bool(self.ranks.broadcast(self._main.has_evaluation(self.step) if self._main else None))
+        journal = self.config.directory / "metrics.jsonl"
+        return bool(self.ranks.broadcast(self.ranks.rank == 0 and has_evaluation(journal, self.step)))
 
     def _evaluate(self, trainer: pl.Trainer) -> bool:
         """Evaluate and write the row; whether that was finished, or broken off because ranks agreed to stop."""
         asking = Agreement(self.ranks)
-        asked = stopped = 0
+        asked, stopped = 0, False
 
         def stop() -> bool:
             nonlocal asked, stopped
             asked += 1
             agreed = asking.exchange(asked, stop=bool(self.stop), save=False, samples=0)
-            stopped = int(agreed is not None and agreed.stop)
-            return bool(stopped)
+            stopped = agreed is not None and agreed.stop
+            return stopped
 
         # The last figure is the one that is quoted: over the whole split.
         last = self.step >= self.config.trainer.max_steps
@@ -183,13 +184,13 @@ class Boundary(pl.Callback):
         partial = checkpoints.partial_directory(directory, self.step)
         if self.ranks.rank == 0:
             checkpoints.clean(directory)
-        self.ranks.check(None)
+        self.ranks.check(None)  # nobody writes before that is done
         trainer.save_checkpoint(partial, weights_only=False)
         manifest = manifest_of(self.config, self.step, self.ranks.size, self.data.index.segments.identity)
         path = checkpoints.publish(partial, manifest, self.ranks)
         if self._main:
             checkpoints.prune(directory, self.config.checkpoint.keep)
-            self._main.saved(path, time.monotonic() - started)
+            self._main.saved(self.step, path, time.monotonic() - started)
         self._saved_at = time.monotonic()
 
 

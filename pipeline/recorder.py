@@ -15,7 +15,7 @@ from pipeline.agreement import Agreed
 from pipeline.config import RunConfig, first_line
 from pipeline.evaluate import bits
 from pipeline.hardware import peak_flops, peak_memory, precision_of
-from pipeline.journal import Journal, Row, read
+from pipeline.journal import Journal, Row
 from pipeline.module import learning_rate
 from pipeline.plot import loss_curve
 from pipeline.progress import ProgressLine
@@ -105,21 +105,15 @@ class Recorder:
         )
         self._draw()
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the journal has the evaluation of a step."""
-        rows = read(self._config.directory / "metrics.jsonl")
-        return any(row["step"] == step and "valid_loss" in row for row in rows)
-
     def say(self, text: str) -> None:
         """Print one line beside the progress."""
         assert self._progress
         self._progress.say(text)
 
-    def saved(self, path: Path, seconds: float) -> None:
-        """Note a published checkpoint."""
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        """Note the published checkpoint of a step."""
         assert self._performance and self._progress
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        step = int(path.name.split("-")[1])
         self._performance.append(
             [{"step": step, "time": time.time(), "checkpoint_seconds": seconds, "checkpoint_bytes": size}]
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -140,12 +139,8 @@ def quiet(trainer: pl.Trainer) -> pl.Trainer:
         def register_signal_handlers(self) -> None:
             self.received_sigterm = False
 
-    def nothing() -> None:
-        return None
-
     trainer._signal_connector = NoSignals(trainer)
     loop = trainer.fit_loop.epoch_loop
-    silenced: Callable[[], None] = nothing
     if hasattr(loop, "_broadcast_sigterm_tensor"):
-        loop._broadcast_sigterm_tensor = silenced  # type: ignore[method-assign]
+        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer

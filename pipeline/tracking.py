@@ -3,7 +3,8 @@
 Training writes its journal and never talks to MLflow; this thread reads the journal and sends what is new. A server
 that is slow, down or broken is tried again with growing pauses and delays nothing. When it is back, everything
 arrives: the journal is the queue. After a restart the same MLflow run goes on (its id is in `mlflow.json`), and
-rows that it already has are not sent twice: training computed them again, to the same values.
+rows that it already has are not sent twice: training computed them again, to the same values (unless it was resumed
+with another `optim.*`: then the journal has the new ones, MLflow the old).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, as_dict, flatten
-from pipeline.journal import Row, Tail
+from pipeline.journal import Row, Tail, publish_json
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -134,7 +135,7 @@ class Mirror:
             tags = {KEY_TAG: known["key"], "megabase.run_directory": str(self._directory)}
             run = client.create_run(experiment_id, run_name=self._config.run.name, tags=tags)
         run_id = str(run.info.run_id)
-        self._write_known({**known, "run_id": run_id})
+        publish_json(self._directory / RUN_FILE, {**known, "run_id": run_id})
         client.update_run(run_id, status="RUNNING")
         self._log_params(client, run_id, client.get_run(run_id).data.params)
         return run_id
@@ -149,14 +150,8 @@ class Mirror:
         except (FileNotFoundError, json.JSONDecodeError):
             pass
         known = {**about, "key": uuid.uuid4().hex, "run_id": None}
-        self._write_known(known)
+        publish_json(self._directory / RUN_FILE, known)
         return known
-
-    def _write_known(self, known: dict[str, Any]) -> None:
-        path = self._directory / RUN_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(known) + "\n")
-        partial.rename(path)
 
     def _experiment(self, client: Any) -> str:
         """Id of the experiment `tracking.experiment`, made if it is not there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -15,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,9 +26,15 @@ from pipeline import config as configs
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, rank_zero
 from pipeline.hardware import precision_of
-from pipeline.journal import read
+from pipeline.journal import has_evaluation, publish_json
 from pipeline.preemption import EXIT_AGAIN, StopRequest
 from pipeline.tracking import Mirror
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from datamodules.datamodule import SequenceDataModule
+    from pipeline.loop import Boundary
 
 # How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
 MLFLOW_FAREWELL_S = 20.0
@@ -98,11 +104,7 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     distributed.start()
     ranks = distributed.Ranks()
     with _lock(config.directory, ranks):
-        try:
-            finished = _fit(config, devices, ranks, stop)
-        except BaseException:
-            _write_status([config.directory], "failed", None)
-            raise
+        finished = _fit(config, devices, ranks, stop)
         ranks.check(None)
     torch.distributed.destroy_process_group()
     if ranks.rank == 0:
@@ -115,49 +117,72 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
 
 
 def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRequest) -> bool:
-    """Train until the end (True) or an agreed stop (False)."""
-    import pytorch_lightning as pl
-
+    """Train until the end (True) or an agreed stop (False); however it ends, the status file and MLflow hear of it."""
     from datamodules.datamodule import SequenceDataModule
     from pipeline.loop import Boundary
     from pipeline.module import PretrainModule
+
+    directory = config.directory
+    mirror = Mirror(config, directory) if config.tracking.enabled and ranks.rank == 0 else None
+    state, step = "failed", 0
+    try:
+        data = SequenceDataModule(config.data, config.run.seed)
+        resume_from, step = _resume_point(config, data, ranks)
+        if resume_from and _finished(config, step, data.has_validation, ranks):
+            state = "finished"
+            if ranks.rank == 0:
+                print(f"megabase: {config.run.name} is finished (step {step})", file=sys.stderr)
+            if mirror:
+                mirror.start()  # it may not have got everything
+            return True
+        if ranks.rank == 0:
+            if resume_from:
+                print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
+            configs.save(config, directory / "config.yaml")
+            environment.write(directory)
+        boundary = Boundary(config, data, ranks, stop, mirror)
+        try:
+            trainer = _trainer(config, devices, ranks, boundary)
+            trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
+        finally:
+            step = max(step, boundary.step)
+        state = "again" if boundary.stopped_early else "finished"
+        return not boundary.stopped_early
+    finally:
+        # First this: MLflow may be slow, and whoever waits for the status may kill what lingers.
+        _write_status([directory], state, step)
+        if mirror:
+            _farewell(mirror, MLFLOW_STATUS[state])
+
+
+def _resume_point(
+    config: RunConfig, data: SequenceDataModule, ranks: distributed.Ranks
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step; (None, 0) for a fresh start."""
+    chosen = checkpoint.choose(config.directory / "checkpoints", ranks)
+    if chosen is None:
+        return None, 0
+    path, manifest = chosen
+    now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.index.segments.identity)
+    checkpoint.check_same_run(manifest, now, path)
+    return path, manifest.step
+
+
+def _trainer(config: RunConfig, devices: int, ranks: distributed.Ranks, boundary: Boundary) -> pl.Trainer:
+    """Lightning's Trainer; what it would log, show, evaluate and save is `boundary`'s."""
+    import pytorch_lightning as pl
+
     from pipeline.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
 
     _hush()
-    directory = config.directory
-    resume_from = None
-    data = SequenceDataModule(config.data, config.run.seed)
-    chosen = checkpoint.choose(directory / "checkpoints", ranks)
-    if chosen is not None:
-        resume_from, manifest = chosen
-        now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.index.segments.identity)
-        checkpoint.check_same_run(manifest, now, resume_from)
-        if _finished(config, manifest.step, data.has_validation, ranks):
-            _write_status([config.directory], "finished", manifest.step)
-            if ranks.rank == 0:
-                print(f"megabase: {config.run.name} is finished (step {manifest.step})", file=sys.stderr)
-                if config.tracking.enabled:  # it may not have got everything
-                    _farewell(Mirror(config, directory).start(), "FINISHED")
-            return True
-        if ranks.rank == 0:
-            print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
-
-    mirror = None
-    if ranks.rank == 0:
-        configs.save(config, directory / "config.yaml")
-        environment.write(directory)
-        if config.tracking.enabled:
-            mirror = Mirror(config, directory)
-
-    boundary = Boundary(config, data, ranks, stop, mirror)
-    trainer = quiet(
+    return quiet(
         pl.Trainer(
             accelerator="auto",
             devices=devices,
             num_nodes=config.trainer.nodes,
             strategy=ZeroStrategy(config),
             precision=LIGHTNING_PRECISION[precision_of(config.trainer.precision)],  # type: ignore[arg-type]
-            # `loop.Boundary` ends the run, after the last evaluation.
+            # `boundary` ends the run, after the last evaluation.
             max_steps=-1,
             max_epochs=-1,
             accumulate_grad_batches=accumulation(
@@ -165,8 +190,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
             ),
             gradient_clip_val=config.optim.clip or None,
             callbacks=[boundary],
-            default_root_dir=directory,
-            # The journal, the progress line, evaluation and checkpoints are `loop.Boundary`'s.
+            default_root_dir=config.directory,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -175,16 +199,6 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
             use_distributed_sampler=False,
         )
     )
-    state = "failed"
-    try:
-        trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
-        state = "again" if boundary.stopped_early else "finished"
-    finally:
-        # First this: MLflow may be slow, and whoever waits for the status may kill what lingers.
-        _write_status([config.directory], state, boundary.step)
-        if mirror:
-            _farewell(mirror, MLFLOW_STATUS[state])
-    return not boundary.stopped_early
 
 
 def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.Ranks) -> bool:
@@ -193,8 +207,7 @@ def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.
         return False
     if not evaluates:
         return True
-    rows = read(config.directory / "metrics.jsonl")
-    evaluated = ranks.rank == 0 and any(row["step"] == step and "valid_loss" in row for row in rows)
+    evaluated = ranks.rank == 0 and has_evaluation(config.directory / "metrics.jsonl", step)
     return bool(ranks.broadcast(evaluated))
 
 
@@ -285,9 +298,7 @@ def _write_status(directories: list[Path], state: str, step: int | None) -> None
     if os.environ.get("MEGABASE_STATUS_FILE"):
         targets.append(Path(os.environ["MEGABASE_STATUS_FILE"]))
     for target in targets:
-        partial = target.with_name(target.name + ".partial")
         try:
-            partial.write_text(json.dumps({"state": state, "step": step}) + "\n")
-            partial.rename(target)
+            publish_json(target, {"state": state, "step": step})
         except OSError as error:
             print(f"megabase: cannot write {target}: {error}", file=sys.stderr)

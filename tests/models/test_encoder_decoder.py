@@ -24,6 +24,7 @@ from models.attention.kernels import PairDropout
 from models.chance import Purpose
 from models.generation import read, start
 from models.reversible import Block, Call, ReversibleStack
+from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
 
 DECODER = ReformerConfig(
     vocab_size=9,
@@ -59,18 +60,6 @@ def run(model: EncoderDecoder, *, reverse: bool, masked: bool = True) -> Tensor:
     source, tokens, labels, source_mask, mask = batch()
     masks = {"source_mask": source_mask, "mask": mask} if masked else {}
     return model.head(model.decode(source, tokens, seeds=SEEDS, reverse=reverse, **masks), labels)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(found) == len(list(model.parameters()))
-    model.zero_grad()
-    return found
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -167,20 +156,7 @@ def test_backward_twice_through_one_graph_and_two_forwards_before_one_backward()
 
 
 def saved_elements(model: EncoderDecoder, *, reverse: bool) -> int:
-    """Elements that stay in memory between forward and backward, the parameters aside."""
-    parameters = {p.data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        alive.append(x)  # so that no address is used twice
-        if x.data_ptr() not in parameters:
-            saved[x.data_ptr()] = x.numel()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run(model, reverse=reverse)
-    return sum(saved.values())
+    return sum(x.numel() for x in kept_for_backward(model, lambda: run(model, reverse=reverse)))
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_depth():

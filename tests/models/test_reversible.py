@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from models.config import FeedForwardConfig
 from models.reversible import LIMIT, SCALE, Block, Call, FixedPoint, ReversibleStack
+from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
 
 TINY = ReformerConfig(
     vocab_size=9,
@@ -36,18 +37,6 @@ def batch(length: int = 40) -> tuple[Tensor, Tensor, Seeds]:
 def run(model: Reformer, *, reverse: bool) -> Tensor:
     tokens, labels, seeds = batch()
     return model.head(model.body(tokens, seeds=seeds, reverse=reverse), labels)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(found) == len(list(model.parameters()))
-    model.zero_grad()
-    return found
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -181,20 +170,7 @@ def test_hooks_of_parameters_fire_once_each():
 
 
 def saved_elements(model: Reformer, *, reverse: bool) -> int:
-    """Elements that stay in memory between forward and backward, the parameters aside."""
-    parameters = {p.data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        alive.append(x)  # so that no address is used twice
-        if x.data_ptr() not in parameters:
-            saved[x.data_ptr()] = x.numel()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run(model, reverse=reverse)
-    return sum(saved.values())
+    return sum(x.numel() for x in kept_for_backward(model, lambda: run(model, reverse=reverse)))
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_depth():
