@@ -32,9 +32,10 @@ from models.attention.cross import CrossAttentionBranch
 from models.attention.full import FullAttention
 from models.attention.heads import AttentionBranch, merge_heads
 from models.attention.kernels import Seating
+from models.attention.kernels.dispatch import unit_keys
 from models.attention.kernels.reference import first_of_each
 from models.attention.local import LocalAttention
-from models.attention.lsh import LSHAttention, rotate_and_hash, unit_keys
+from models.attention.lsh import LSHAttention, rotate_and_hash, seat_by_hash
 from models.attention.performer import PerformerAttention, RunningAttention
 from models.chance import Purpose, Seeds, random_bits
 from models.config import ConfigError
@@ -349,10 +350,11 @@ class BucketRings:
 
     def attend(self, layer: LSHAttention, x: Tensor, near: Tensor, position: int, call: Call) -> Tensor:
         qk, v = layer.project(x, near)
-        buckets = rotate_and_hash(qk, self.rotations)
         if qk.shape[2] > 1:
-            self.fill(qk.flatten(0, 1), v.flatten(0, 1), buckets.flatten(0, 1))
-            return layer.attend(qk, v, buckets, call)
+            seating = seat_by_hash(qk, self.rotations, None)
+            self.fill(qk.flatten(0, 1), v.flatten(0, 1), seating)
+            return layer.attend(qk, v, seating, call)
+        buckets = rotate_and_hash(qk, self.rotations)
         one = (qk.flatten(0, 2), v.flatten(0, 2), buckets.flatten(0, 1).squeeze(-1))
         y = self.step(*one, position, once=layer.rule.once)
         return y.view(v.shape)
@@ -378,14 +380,13 @@ class BucketRings:
         self.values[place] = v[:, None]
         return torch.where(lonely, v, y)
 
-    def fill(self, qk: Tensor, v: Tensor, buckets: Tensor) -> None:
-        """Keep the last entries of every bucket of a sequence from position 0: qk, v (rows, length, d), buckets
-        (rows, rounds, length)."""
-        seating, reach = Seating.by_bucket(buckets), self.keys.shape[3]
+    def fill(self, qk: Tensor, v: Tensor, seating: Seating) -> None:
+        """Keep the last entries of every bucket of a sequence from position 0: qk, v (rows, length, d)."""
+        reach = self.keys.shape[3]
         last = torch.ones_like(seating.buckets, dtype=torch.bool)
         last[..., :-reach] = seating.buckets[..., reach:] != seating.buckets[..., :-reach]
         row, this, seat = last.nonzero(as_tuple=True)
-        position = seating.order[row, this, seat]
+        position = seating.order[row, this, seat].long()
         # Those of one bucket sit side by side and are at most `reach`: no two get the same place.
         place = (row, this, seating.buckets[row, this, seat], seat % reach)
         self.positions[place] = position

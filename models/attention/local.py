@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.attention.heads import SeparateAttention, pair_dropout
-from models.attention.kernels import PairDropout, Rule, Seating, chunked
+from models.attention.kernels import PairDropout, Rule, Seating, dispatch
 from models.reversible import Call
 
 
@@ -20,27 +20,25 @@ def local_attention(
     attend: str = "window",
     mask: Tensor | None = None,
     dropout: PairDropout | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(q · k / √d) v over neighbours: q, k, v and result (batch, heads, length, d), any length.
 
     window: positions, the own one among them: i meets i − window + 1 ... i (not causal: to i + window − 1).
     `attend="chunk"`: i meets its own chunk of `window` positions and the one before, the first chunk the last
     one where not causal, as in trax and transformers. mask: (batch, length) bool, True where a position is
-    real; the others are as if they were not there, and their output is zero.
+    real; the others are as if they were not there, and their output is zero. backend: as in lsh_attention.
     """
     batch, heads, length, d = q.shape
+    rows = batch * heads
     if mask is None:
-        seats = torch.arange(length, device=q.device).expand(batch * heads, 1, length)
-        real = torch.full((batch * heads,), length, device=q.device)
-        seating = Seating(order=seats, rank=seats, buckets=torch.zeros_like(seats), real=real)
+        seating = Seating.in_order(rows, length, q.device)
     else:
-        nowhere = torch.zeros(batch * heads, 1, length, dtype=torch.int64, device=q.device)
-        rows = mask[:, None].expand(batch, heads, length).flatten(0, 1)
-        seating = Seating.by_bucket(nowhere, rows)
+        nowhere = torch.zeros(rows, 1, length, dtype=torch.int32, device=q.device)
+        seating = dispatch.seat(nowhere, 1, mask.repeat_interleave(heads, dim=0))
     reach = window - 1 if attend == "window" else window
     rule = Rule(reach, attend, causal, once=False, shared=False)
-    out = chunked.meet((q * d**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), seating, rule, dropout)
-    return out.view(v.shape)
+    return dispatch.meet(q, k, v, seating, rule, dropout, scale=d**-0.5, backend=backend)
 
 
 class LocalAttention(SeparateAttention):

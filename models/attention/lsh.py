@@ -8,13 +8,12 @@ transformers, whose arithmetic this is).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
-from models.attention.kernels import PairDropout, Rule, Seating, chunked, reference
+from models.attention.kernels import Rule, Seating, dispatch, native
 from models.chance import Purpose, Seeds
 from models.config import (
     ATTENDS,
@@ -27,8 +26,6 @@ from models.config import (
     check_name,
 )
 from models.reversible import Call
-
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference.meet, "chunked": chunked.meet}
 
 
 def lsh_attention(
@@ -59,7 +56,7 @@ def lsh_attention(
     mask: (batch, length) bool, True where a position is real. The others are as if they were not there: nobody
         meets them, they shift nothing, and their output is zero.
     buckets: (batch, heads, rounds, length) integers, to be used instead of hashing.
-    backend: auto, reference or chunked. All give the same result.
+    backend: auto, reference, chunked, native (CPUs, with a C++ compiler) or triton (GPUs). All give the same result.
 
     A position meets itself only if it meets nothing else in any round. Returns (batch, heads, length, head_dim)
     in v's dtype. Raises ConfigError for settings and shapes that cannot work.
@@ -67,17 +64,21 @@ def lsh_attention(
     _check(qk, v, rounds, chunk_length, mask, buckets)
     check_name("attend", attend, ATTENDS)
     check_name("duplicates", duplicates, DUPLICATES)
-    check_name("backend", backend, ("auto", *BACKENDS))
+    check_name("backend", backend, dispatch.BACKENDS)
+    rows = _row_mask(mask, qk.shape[1])
     if buckets is None:
         n_buckets = DEFAULT_BUCKETS if n_buckets is None else n_buckets
         check_buckets(n_buckets, "n_buckets")
-        buckets = hash_buckets(qk, rounds=rounds, n_buckets=n_buckets, seed=seed)
+        rotations = draw_rotations(qk.shape[1], qk.shape[3], rounds=rounds, n_buckets=n_buckets, seed=seed)
+        seating = seat_by_hash(qk, rotations, mask)
+    else:
+        seating = dispatch.seat(buckets.flatten(0, 1), None, rows)
     rule = Rule(chunk_length, attend, causal, once=duplicates == "once", shared=True)
-    return attend_in_buckets(qk, v, buckets, rule, mask=mask, backend=backend)
+    return dispatch.meet(qk, None, v, seating, rule, backend=backend)
 
 
 def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor:
-    """Angular hash of x (batch, heads, length, d): (batch, heads, rounds, length) int64 in [0, n_buckets).
+    """Angular hash of x (batch, heads, length, d): (batch, heads, rounds, length) int32 in [0, n_buckets).
 
     h(x) = argmax([xR, −xR]) with R random, one for every head and round (paper, section 2; Andoni et al. 2015).
     Above 256 buckets the hash is made of two such factors, and R of two smaller parts. Computed in fp32.
@@ -95,10 +96,20 @@ def draw_rotations(heads: int, d: int, *, rounds: int, n_buckets: int, seed: int
     ]
 
 
+def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None) -> Seating:
+    """Seats of x (batch, heads, length, d) for rotations as drawn; mask: (batch, length) bool, True where real."""
+    buckets = rotate_and_hash(x, rotations)
+    n_buckets = math.prod(2 * rotation.shape[-1] for rotation in rotations[0])
+    return dispatch.seat(buckets.flatten(0, 1), n_buckets, _row_mask(mask, x.shape[1]))
+
+
 @torch.no_grad()
 def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
     """hash_buckets once the rotations are drawn."""
-    buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int64, device=x.device)
+    x = x if x.dtype in native.DTYPES else x.float()
+    if x.device.type == "cpu" and native.available():
+        return native.hash_buckets(x, rotations)
+    buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         for number, factors in enumerate(rotations):
@@ -120,34 +131,6 @@ def bucket_factors(n_buckets: int) -> list[int]:
         return [n_buckets]
     half = next(f for f in range(math.isqrt(n_buckets // 4), 0, -1) if n_buckets // 4 % f == 0)
     return [2 * half, n_buckets // (2 * half)]
-
-
-def attend_in_buckets(
-    qk: Tensor,
-    v: Tensor,
-    buckets: Tensor,
-    rule: Rule,
-    *,
-    mask: Tensor | None,
-    dropout: PairDropout | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """lsh_attention once the buckets (batch, heads, rounds, length) are known."""
-    batch, heads, length, _ = qk.shape
-    k = unit_keys(qk)
-    rows = None if mask is None else mask[:, None].expand(batch, heads, length).flatten(0, 1)
-    seating = Seating.by_bucket(buckets.flatten(0, 1).to(torch.int64), rows)
-    meet = BACKENDS["chunked" if backend == "auto" else backend]
-    out = meet(qk.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), seating, rule, dropout)
-    return out.view(v.shape)
-
-
-def unit_keys(qk: Tensor) -> Tensor:
-    """Keys of query-keys (..., d): x · rsqrt(mean(x²) + 1e-6) / √d, a unit vector, in their dtype."""
-    wide = qk.to(torch.promote_types(qk.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * qk.shape[-1] ** -0.5).to(
-        qk.dtype
-    )
 
 
 class LSHAttention(nn.Module):
@@ -185,14 +168,19 @@ class LSHAttention(nn.Module):
             config.heads, config.width, rounds=config.lsh.rounds, n_buckets=config.buckets, seed=seed
         )
 
-    def attend(self, qk: Tensor, v: Tensor, buckets: Tensor, call: Call) -> Tensor:
+    def attend(self, qk: Tensor, v: Tensor, seating: Seating, call: Call) -> Tensor:
         dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
-        return attend_in_buckets(qk, v, buckets, self.rule, mask=call.mask, dropout=dropout)
+        return dispatch.meet(qk, None, v, seating, self.rule, dropout)
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
         qk, v = self.project(x, near)
-        buckets = rotate_and_hash(qk, self.rotations(call.seeds))
-        return self.output(merge_heads(self.attend(qk, v, buckets, call)))
+        seating = seat_by_hash(qk, self.rotations(call.seeds), call.mask)
+        return self.output(merge_heads(self.attend(qk, v, seating, call)))
+
+
+def _row_mask(mask: Tensor | None, heads: int) -> Tensor | None:
+    """(batch, length) -> (batch × heads, length)."""
+    return None if mask is None else mask.repeat_interleave(heads, dim=0)
 
 
 def _check(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from models.attention import lsh_attention
+from models.attention.kernels import Seating
 from models.attention.lsh import LSHAttention
 from models.chance import Purpose
 from models.generation import BucketRings, State, _draw, generate, read, start
@@ -148,7 +149,7 @@ def test_rings_meet_the_keys_that_the_whole_sequence_meets(prompt, reach, once):
         backend="reference",
     )[0]
     if prompt:
-        rings.fill(qk[:, :prompt], v[:, :prompt], buckets[:, :, :prompt])
+        rings.fill(qk[:, :prompt], v[:, :prompt], Seating.by_bucket(buckets[:, :, :prompt]))
     for i in range(prompt, length):
         weights = rings.step(qk[:, i], v[:, i], buckets[:, :, i], i, once=once)
         assert torch.equal(weights > 0, expected[:, i] > 0)

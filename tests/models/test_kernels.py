@@ -2,20 +2,28 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.attention import full_attention, local_attention, lsh_attention
-from models.attention.kernels import PairDropout, Rule, Seating, chunked, reference
+from models.attention.kernels import PairDropout, Rule, Seating, chunked, dispatch, native, reference
+from models.attention.lsh import draw_rotations, rotate_and_hash
+from models.config import ConfigError
+
+needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
-def random_case(seed: int) -> tuple[list[Tensor], Seating, Rule, PairDropout | None]:
+def random_case(
+    seed: int, length: int | None = None
+) -> tuple[list[Tensor], Seating, Rule, PairDropout | None]:
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, rounds, d = chance.randint(1, 5), chance.randint(1, 4), chance.choice([3, 8])
-    length = chance.choice([1, 2, 3, 7, 16, 31, 64, 65, 130])
+    length = length or chance.choice([1, 2, 3, 7, 16, 31, 64, 65, 130])
     q, k, v = (torch.randn(rows, length, d, generator=generator, dtype=torch.float64) for _ in range(3))
     mask = torch.rand(rows, length, generator=generator) < 0.7 if chance.random() < 0.4 else None
     buckets = torch.randint(0, chance.choice([1, 3, 8]), (rows, rounds, length), generator=generator)
@@ -49,6 +57,124 @@ def test_chunked_equals_reference(seed, monkeypatch):
     got = with_gradients(chunked.meet, tensors, *case)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+
+
+def by_rows(q: Tensor, k: Tensor, v: Tensor, *case: Any) -> Tensor:
+    """native.meet of rows (rows, length, d), as one sequence with as many heads."""
+    return native.meet(q[None], k[None], v[None], *case)[0]
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(200))
+def test_native_equals_reference(seed):
+    # From 120 on of lengths that take several strips, and blocks that end anywhere.
+    length = random.Random(seed).randint(200, 1100) if seed >= 120 else None
+    tensors, *case = random_case(seed, length)
+    expected = with_gradients(reference.meet, tensors, *case)
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    for a, b in zip(with_gradients(by_rows, single, *case), expected, strict=True):
+        assert (a.double() - b).norm() <= 2e-5 * max(1.0, b.norm().item())
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(30))
+def test_native_makes_unit_keys_and_reads_any_layout(seed):
+    (q, _, v), seating, rule, dropout = random_case(seed, random.Random(seed).randint(1, 600))
+    case = (seating, replace(rule, shared=True), dropout)
+
+    def kernel(backend: str) -> Callable[..., Tensor]:
+        return lambda q, v: dispatch.meet(q[None], None, v[None], *case, backend=backend)[0]
+
+    expected = with_gradients(kernel("reference"), [q, v], *())
+    apart = [x.detach().float().mT.contiguous().mT.requires_grad_() for x in (q, v)]
+    heads_inside = [
+        x.detach().float().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, v)
+    ]
+    for tensors in (apart, heads_inside):
+        for a, b in zip(with_gradients(kernel("native"), tensors), expected, strict=True):
+            assert (a.double() - b).norm() <= 2e-5 * max(1.0, b.norm().item())
+
+
+@needs_native
+@pytest.mark.parametrize("attend", ["window", "chunk"])
+def test_native_gives_the_same_bits_on_any_number_of_threads(attend):
+    torch.manual_seed(0)
+    qk, v = (torch.randn(2, 3, 3000, 16, requires_grad=True) for _ in range(2))
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        out = lsh_attention(
+            qk, v, rounds=2, chunk_length=32, causal=False, seed=1, attend=attend, backend="native"
+        )
+        return [out, *torch.autograd.grad(out.square().sum(), (qk, v))]
+
+    before = torch.get_num_threads()
+    try:
+        runs = [run(threads) for threads in (1, 2, 5)]
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for a, b in zip(other, runs[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_buckets", "d"), [(2, 3), (10, 24), (64, 64), (256, 40), (1024, 64), (4100, 16)])
+def test_native_hash_equals_torch(n_buckets, d, dtype, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 1500, d).to(dtype)
+    rotations = draw_rotations(3, d, rounds=2, n_buckets=n_buckets, seed=1)
+    hashed = native.hash_buckets(x, rotations)
+    assert torch.equal(hashed[:, :, :, 700:701], native.hash_buckets(x[:, :, 700:701], rotations))
+    monkeypatch.setattr(native, "available", lambda: False)
+    theirs = rotate_and_hash(x, rotations)
+    # Those whose largest and second largest coordinates are as good as equal may fall to either side.
+    assert (hashed == theirs).float().mean() > 0.9995
+    assert hashed.unique().numel() > min(n_buckets, 1500) / 2
+
+
+@needs_native
+def test_native_seats_equal_a_stable_sort():
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        length, n_buckets = [1, 7, 200][seed % 3], [1, 4, 300][seed // 7]
+        buckets = torch.randint(0, n_buckets, (4, 3, length), generator=generator)
+        mask = torch.rand(4, length, generator=generator) < 0.7 if seed % 2 else None
+        ours, theirs = native.seat(buckets, n_buckets, mask), Seating.by_bucket(buckets, mask)
+        assert torch.equal(ours.order, theirs.order)
+        assert torch.equal(ours.real, theirs.real)
+        assert torch.equal(ours.rank, theirs.rank)
+        real = torch.arange(length) < ours.real[:, None, None]
+        assert torch.equal(ours.buckets.where(real, -1), theirs.buckets.where(real, -1))
+
+
+def test_without_a_compiler_the_chunked_kernel_runs_and_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*Install g\+\+, or set CXX"):
+            assert dispatch.choose(torch.randn(1, 1, 4, 8)) == "chunked"
+        qk = torch.randn(1, 2, 40, 8)
+        with pytest.raises(ConfigError, match=r"backend='native' cannot run here.*chunked"):
+            lsh_attention(qk, qk, rounds=1, chunk_length=8, causal=True, seed=0, backend="native")
+    finally:
+        native._library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'cannot find -lstdc++' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("MEGABASE_CACHE", str(tmp_path / "cache"))
+    native._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cannot find -lstdc"):
+            assert not native.available()
+        assert not list((tmp_path / "cache").iterdir())
+    finally:
+        native._library.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -101,7 +227,7 @@ def test_the_same_input_gives_the_same_bits(length):
 
 
 def test_memory_saved_for_backward_does_not_grow_with_rounds():
-    def saved(rounds: int) -> int:
+    def saved(backend: str, rounds: int) -> int:
         sizes: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -111,11 +237,12 @@ def test_memory_saved_for_backward_does_not_grow_with_rounds():
 
         qk, v = (torch.randn(1, 1, 256, 32).requires_grad_() for _ in range(2))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            lsh_attention(qk, v, rounds=rounds, chunk_length=16, causal=True, seed=1)
+            lsh_attention(qk, v, rounds=rounds, chunk_length=16, causal=True, seed=1, backend=backend)
         return sum(sizes.values())
 
-    # Besides one log-sum-exp for each position and round, nothing grows.
-    assert saved(9) - saved(1) == 8 * 256
+    # The native kernel keeps one log-sum-exp for each position, the chunked one for each position and round.
+    assert saved("native", 9) == saved("native", 1)
+    assert saved("chunked", 9) - saved("chunked", 1) == 8 * 256
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -3,12 +3,15 @@
     meet(q, k, v, seating, rule, dropout) -> out
 
 q, k: (rows, length, d), v: (rows, length, d_v), out like v; rows = batch × heads. k is scaled already: a score is
-q · k. `reference` is the readable truth; `chunked` streams, and keeps O(length) memory.
+q · k. `reference` is the readable truth; `chunked` streams through torch's own operations, and runs everywhere;
+`native` is fused C++ for CPUs (it takes rows apart into batch and heads, and scales keys itself); `triton` is for
+GPUs. `dispatch` chooses, and is what layers call.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,28 +46,48 @@ class Rule:
 class Seating:
     """Where every position sits in every round: sorted by (bucket, position).
 
-    order: (rows, rounds, length) int64, the position in each seat. rank: the inverse, the seat of each position.
-    buckets: (rows, rounds, length) int64, the bucket of the position in each seat.
-    real: (rows,) int64, how many positions are real. The others sit at the end, meet nobody and are met by
+    order: (rows, rounds, length) int32, the position in each seat.
+    buckets: (rows, rounds, length) int32, the bucket of the position in each seat.
+    real: (rows,) int32, how many positions are real. The others sit at the end, meet nobody and are met by
         nobody; their output is zero.
     """
 
     order: Tensor
-    rank: Tensor
     buckets: Tensor
     real: Tensor
 
+    @cached_property
+    def rank(self) -> Tensor:
+        """(rows, rounds, length) int32, the inverse of order: the seat of each position."""
+        seats = torch.arange(self.order.shape[-1], dtype=torch.int32, device=self.order.device)
+        rank = torch.empty(self.order.shape, dtype=torch.int32, device=self.order.device)
+        return rank.scatter_(-1, self.order.long(), seats.expand_as(rank))
+
     @classmethod
     def by_bucket(cls, buckets: Tensor, mask: Tensor | None = None) -> Seating:
-        """Seats for buckets (rows, rounds, length); mask: (rows, length) bool, True where a position is real."""
-        rows, _, length = buckets.shape
+        """Seats for buckets (rows, rounds, length), integers in [0, 2^31 − 1); mask: (rows, length) bool, True where
+        a position is real."""
         if mask is not None:
-            buckets = buckets.masked_fill(~mask[:, None], torch.iinfo(torch.int64).max)
+            buckets = buckets.masked_fill(~mask[:, None], torch.iinfo(torch.int32).max)
         seated, order = torch.sort(buckets, dim=-1, stable=True)
-        seats = torch.arange(length, device=buckets.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(-1, order, seats)
-        real = torch.full((rows,), length, device=buckets.device) if mask is None else mask.sum(-1)
-        return cls(order, rank, seated, real)
+        return cls(order.to(torch.int32), seated.to(torch.int32), cls.count(mask, buckets))
+
+    @classmethod
+    def in_order(cls, rows: int, length: int, device: torch.device) -> Seating:
+        """One round, one bucket, nothing sorted: every position on the seat of its own number."""
+        seats = torch.arange(length, dtype=torch.int32, device=device).expand(rows, 1, length)
+        nowhere = torch.zeros(1, dtype=torch.int32, device=device).expand(rows, 1, length)
+        seating = cls(seats, nowhere, torch.full((rows,), length, dtype=torch.int32, device=device))
+        vars(seating)["rank"] = seats  # its own inverse
+        return seating
+
+    @staticmethod
+    def count(mask: Tensor | None, buckets: Tensor) -> Tensor:
+        """`real` for buckets (rows, rounds, length) and their mask (rows, length), None if all positions are real."""
+        rows, _, length = buckets.shape
+        if mask is None:
+            return torch.full((rows,), length, dtype=torch.int32, device=buckets.device)
+        return mask.sum(-1, dtype=torch.int32)
 
 
 @dataclass(frozen=True)

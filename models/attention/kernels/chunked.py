@@ -1,4 +1,4 @@
-"""Sorted attention, streamed: for CPUs, and where no faster kernel runs.
+"""Sorted attention, streamed through torch's own operations: for wherever no faster kernel runs, and for fp64.
 
 In seat order every rule is "the seats of an interval". Sorted copies of q, k, v are cut into blocks of queries,
 and each block meets one span of keys that starts a fixed number of seats before it; spans overlap, so they are
@@ -165,8 +165,8 @@ class _Hall:
         self, seating: Seating, rule: Rule, dropout: PairDropout | None, part: slice, dtype: torch.dtype
     ) -> None:
         self.rule, self.dropout, self.dtype = rule, dropout, dtype
-        self.order, self.rank = seating.order[part], seating.rank[part]
-        self.real = seating.real[part]
+        self.order, self.rank = seating.order[part].long(), seating.rank[part].long()
+        self.real = seating.real[part].long()
         self.rows, self.rounds, self.length = self.order.shape
         self.device = self.order.device
         self.row = torch.arange(part.start, part.stop, device=self.device)

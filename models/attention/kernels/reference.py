@@ -30,7 +30,9 @@ def meet(
     if dropout is not None:
         alone = v * dropout.scale(row, position, position).to(v.dtype)
     out = torch.where(lonely, alone, out)
-    real = torch.zeros_like(lonely).scatter(1, seating.order[:, 0, :, None], _seated(seating)[..., None])
+    real = torch.zeros_like(lonely).scatter(
+        1, seating.order[:, 0, :, None].long(), _seated(seating)[..., None]
+    )
     return torch.where(real, out, 0.0)
 
 
@@ -42,7 +44,7 @@ def met_keys(seating: Seating, rule: Rule) -> tuple[Tensor, Tensor]:
     position = torch.arange(length, device=seating.order.device)[None, :, None]
     keys, met = [], []
     for this in range(rounds):
-        rank = seating.rank[:, this, :, None]
+        rank = seating.rank[:, this, :, None].long()
         is_real = rank < seating.real[:, None, None]
         places = (
             _window(this, rank, rule) if rule.attend == "window" else _chunks(this, rank, seating, rule.reach)
@@ -50,7 +52,7 @@ def met_keys(seating: Seating, rule: Rule) -> tuple[Tensor, Tensor]:
         for other, seats, there in places:
             found = there & (seats >= 0) & (seats < seating.real[:, None, None]) & is_real
             seats = seats.clamp(0, length - 1)
-            key = seating.order[:, other][row, seats]
+            key = seating.order[:, other][row, seats].long()
             if rule.attend == "window":
                 found &= seating.buckets[:, this][row, seats] == seating.buckets[:, this][row, rank]
             if rule.causal:
@@ -74,7 +76,7 @@ def _chunks(this: int, rank: Tensor, seating: Seating, reach: int) -> list[tuple
     """(round, seats, whether the seat is offered) of the own chunk, the one before, and the ring's."""
     within = torch.arange(reach, device=rank.device)
     chunk = rank // reach
-    last = (seating.real[:, None, None] - 1).clamp_min(0) // reach
+    last = (seating.real[:, None, None].long() - 1).clamp_min(0) // reach
     own = chunk * reach + within
     before = own - reach
     ring = (last * reach + within).expand_as(own)

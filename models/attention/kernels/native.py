@@ -1,0 +1,329 @@
+"""native.cpp, built once for this machine and called through ctypes: the kernels of a CPU.
+
+The source is compiled when attention first runs on a CPU, by the C++ compiler that $CXX names, else g++ or clang++,
+in some seconds, into $MEGABASE_CACHE (default: ~/.cache/megabase). The file's name is a hash of source, compiler,
+flags and processor, so one home directory serves a cluster of different machines, and nothing stale is ever loaded.
+The library has a plain C interface: it needs neither torch's headers nor Python's, and any version of either
+may load it. Without a compiler a warning says so, once, and `chunked` takes over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.attention.kernels import PairDropout, Rule, Seating
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+BUILD_SECONDS = 300
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+HIDDEN = -1e30
+"""What a running maximum of scores starts from, as in native.cpp."""
+
+
+def available() -> bool:
+    """Whether the library is there, or could be built."""
+    return _library() is not None
+
+
+def meet(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    seating: Seating,
+    rule: Rule,
+    dropout: PairDropout | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """See models.attention.kernels.dispatch.meet. q, k, v: fp32, bf16 or fp16, on the CPU, and strided as they
+    please. Computes in fp32. The same input gives the same bits, whatever the number of threads."""
+    return _Meet.apply(q, k, v, seating, rule, dropout, scale)
+
+
+def hash_buckets(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+    """models.attention.lsh.rotate_and_hash. A position's buckets do not depend on what else is hashed with it."""
+    x = _dense(x.detach())
+    batch, heads, length = x.shape[:3]
+    halves = [rotation.shape[-1] for rotation in rotations[0]]
+    # (rounds, factors, heads, half, d), end to end: factors differ in size.
+    flat = torch.cat([rotation.float().mT.flatten() for factors in rotations for rotation in factors])
+    sizes = torch.tensor(halves, dtype=torch.int32)
+    buckets = torch.empty(batch, heads, len(rotations), length, dtype=torch.int32)
+    hashing = _Hashing(
+        x=_Tensor.of(x),
+        rotations=flat.data_ptr(),
+        halves=sizes.data_ptr(),
+        buckets=buckets.data_ptr(),
+        factors=len(halves),
+        batch=batch,
+        heads=heads,
+        rounds=len(rotations),
+        length=length,
+        threads=torch.get_num_threads(),
+    )
+    _call("megabase_hash", hashing)
+    return buckets
+
+
+def seat(buckets: Tensor, n_buckets: int, mask: Tensor | None) -> Seating:
+    """Seating.by_bucket of buckets (rows, rounds, length) in [0, n_buckets), by counting."""
+    buckets = buckets.to(torch.int32).contiguous()
+    rows, rounds, length = buckets.shape
+    hidden = None if mask is None else (~mask).to(torch.int32).contiguous()
+    order, seated = torch.empty_like(buckets), torch.empty_like(buckets)
+    sorting = _Sorting(
+        buckets=buckets.data_ptr(),
+        hidden=None if hidden is None else hidden.data_ptr(),
+        order=order.data_ptr(),
+        seated=seated.data_ptr(),
+        rows=rows,
+        rounds=rounds,
+        length=length,
+        n_buckets=n_buckets,
+        threads=torch.get_num_threads(),
+    )
+    _call("megabase_sort", sorting)
+    return Seating(order, seated, Seating.count(mask, buckets))
+
+
+class _Meet(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        seating: Seating,
+        rule: Rule,
+        dropout: PairDropout | None,
+        scale: float,
+    ) -> Tensor:
+        q, k, v = _dense(q), None if k is None else _dense(k), _dense(v)
+        out = _like(v)
+        rows = q.shape[0] * q.shape[1]
+        lse = torch.full((rows, q.shape[2]), HIDDEN)
+        problem, kept = _problem(q, k, v, seating, rule, dropout, scale)
+        problem.out, problem.most = _Tensor.of(out), lse.data_ptr()
+        total = torch.zeros_like(lse)
+        problem.total = total.data_ptr()
+        _call("megabase_forward", problem)
+        del kept
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.seating, ctx.rule, ctx.dropout, ctx.scale = seating, rule, dropout, scale
+        return out.to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = _dense(grads[0] if grads[0].dtype in DTYPES else grads[0].float())
+        dq, dk, dv = _like(q), _like(q), _like(v)
+        problem, kept = _problem(q, k, v, ctx.seating, ctx.rule, ctx.dropout, ctx.scale)
+        problem.out, problem.most = _Tensor.of(out), lse.data_ptr()
+        problem.grad, problem.dq, problem.dk, problem.dv = map(_Tensor.of, (grad, dq, dk, dv))
+        total = torch.empty_like(lse)
+        problem.total = total.data_ptr()
+        _call("megabase_backward", problem)
+        del kept
+        return dq.to(q.dtype), None if k is None else dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+class _Tensor(ctypes.Structure):
+    """`Tensor` of native.cpp: (batch, heads, length, width) with a dense last axis, strides in elements."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("place", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Tensor:
+        return cls(x.data_ptr(), DTYPES[x.dtype], x.shape[-1], *x.stride()[:3])
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of native.cpp."""
+
+    _fields_ = (
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("most", "total", "order", "rank", "buckets")),
+        *((name, ctypes.c_int64) for name in ("order_row", "rank_row", "buckets_row")),
+        ("real", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("rate", ctypes.c_double),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "rounds", "length", "reach")),
+        *((name, ctypes.c_int32) for name in ("window", "causal", "once", "shared", "threads")),
+    )
+
+
+class _Hashing(ctypes.Structure):
+    """`Hashing` of native.cpp."""
+
+    _fields_ = (
+        ("x", _Tensor),
+        *((name, ctypes.c_void_p) for name in ("rotations", "halves", "buckets")),
+        *((name, ctypes.c_int32) for name in ("factors", "batch", "heads", "rounds", "length", "threads")),
+    )
+
+
+class _Sorting(ctypes.Structure):
+    """`Sorting` of native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("buckets", "hidden", "order", "seated")),
+        *((name, ctypes.c_int32) for name in ("rows", "rounds", "length", "n_buckets", "threads")),
+    )
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    seating: Seating,
+    rule: Rule,
+    dropout: PairDropout | None,
+    scale: float,
+) -> tuple[_Problem, list[Tensor]]:
+    """What forward and backward share, and the tensors that must live while it is used."""
+    batch, heads, length, _ = q.shape
+    order, buckets = _table(seating.order), _table(seating.buckets)
+    rank = _table(seating.rank) if rule.once else order
+    real = seating.real.to(torch.int32).contiguous()
+    problem = _Problem(
+        q=_Tensor.of(q),
+        k=_Tensor() if k is None else _Tensor.of(k),
+        v=_Tensor.of(v),
+        order=order.data_ptr(),
+        rank=rank.data_ptr(),
+        buckets=buckets.data_ptr(),
+        order_row=order.stride(0),
+        rank_row=rank.stride(0),
+        buckets_row=buckets.stride(0),
+        real=real.data_ptr(),
+        scale=scale,
+        batch=batch,
+        heads=heads,
+        rounds=order.shape[1],
+        length=length,
+        reach=rule.reach,
+        window=rule.attend == "window",
+        causal=rule.causal,
+        once=rule.once,
+        shared=rule.shared,
+        threads=torch.get_num_threads(),
+    )
+    kept = [order, rank, buckets, real]
+    if dropout is not None:
+        keys = dropout.keys.contiguous()
+        problem.keys, problem.rate = keys.data_ptr(), dropout.rate
+        kept.append(keys)
+    return problem, kept
+
+
+def _table(seats: Tensor) -> Tensor:
+    """(rows, rounds, length) int32; rows may be one and the same, rounds and length are dense."""
+    seats = seats.to(torch.int32)
+    dense = seats.stride(2) == 1 and (seats.shape[1] == 1 or seats.stride(1) == seats.shape[2])
+    return seats if dense else seats.contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    """fp32 zeros of x's shape (batch, heads, length, d), heads side by side: what merges heads copies nothing."""
+    batch, heads, length, d = x.shape
+    return torch.zeros(batch, length, heads, d).transpose(1, 2)
+
+
+def _call(name: str, argument: ctypes.Structure) -> None:
+    library = _library()
+    assert library is not None
+    getattr(library, name)(ctypes.byref(argument))  # lets go of the interpreter's lock meanwhile
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library, built if it is not there; None, and a warning, where that is impossible."""
+    compiler = _compiler()
+    try:
+        if compiler is None:
+            raise FileNotFoundError("there is no C++ compiler (looked for $CXX, else g++ and clang++)")
+        return ctypes.CDLL(str(_build(compiler)))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        reason = f"{compiler} failed: " + next(
+            (line for line in lines if "error" in line), " ".join(lines[-1:])
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    warnings.warn(
+        f"attention on the CPU runs several times slower than it could: {reason}. "
+        "Install g++, or set CXX to a C++17 compiler.",
+        stacklevel=2,
+    )
+    return None
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def _build(compiler: str) -> Path:
+    """Path of the library for this machine. Published by rename: several processes may build it at once."""
+    tuned = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    command = [compiler, *FLAGS, tuned]
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
+    )
+    identity = (SOURCE.read_text(), *command, version.stdout, _processor())
+    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
+    library = _cache() / f"attention-{name}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / library.name
+            _run([*command, str(SOURCE), "-o", str(made)])
+            made.replace(library)
+    return library
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+
+
+def _cache() -> Path:
+    named = os.environ.get("MEGABASE_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(home) / "megabase"
+
+
+def _processor() -> str:
+    """What the compiler's `native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
