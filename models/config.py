@@ -102,7 +102,8 @@ class FeedForwardConfig:
 
     mult: width of the hidden layer as a multiple of `dim`.
     activation: gelu, relu or swiglu (gated: a third matrix of the same size).
-    chunk: tokens of the micro batch (batch × length) whose hidden layer exists at once; 0 = all of them.
+    chunk: tokens of the micro batch (batch × length) whose hidden layer exists at once; 0 = as many as suit the
+        device (1,024 on a CPU, 16,384 on a GPU).
     """
 
     mult: float = 4.0

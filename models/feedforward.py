@@ -1,12 +1,17 @@
 """The feed-forward branch, in chunks of tokens (paper, section 3: "chunking").
 
-The hidden layer is the largest activation of a block. With `chunk` set it never exists whole: one
-autograd.Function runs the chunks, forward and again in backward, and returns every weight's summed gradient
-once. (A backward for each chunk would use a weight several times in one pass, which ZeRO 2 and 3 refuse.)
+The hidden layer is the largest activation of a block; it never exists whole. One autograd.Function runs the chunks and
+returns every weight's summed gradient once. (A backward for each chunk would use a weight several times in one pass,
+which ZeRO 2 and 3 refuse.)
+
+Where the reversible stack runs a branch again, the gradient of its output is known already. A chunk is then served
+forward and backward in one go, while its hidden layer is in cache: chunking costs no second forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +20,15 @@ from torch import Tensor, nn
 
 from models.chance import Purpose, dropout
 from models.config import ReformerConfig
-from models.layers import Norm
+from models.layers import Norm, linear
 from models.precision import Precision
 from models.reversible import Call
+
+CHUNK = {"cpu": 1024}
+"""Tokens of a chunk where none are set: their hidden layer, of some thousand numbers each, should stay in cache."""
+
+GPU_CHUNK = 16384
+"""The same for other devices: enough to fill one."""
 
 
 class FeedForwardBranch(nn.Module):
@@ -31,11 +42,13 @@ class FeedForwardBranch(nn.Module):
         self.feedforward = FeedForward(config)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        y = self.feedforward(self.norm(x))
-        if not (call.training and self.rate):
-            return y
+        rate = self.rate if call.training else 0.0
         keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, x.shape[0], x.device)
-        return dropout(y, self.rate, keys)
+        x = self.norm(x)
+        grad = call.grad
+        if grad is not None:
+            grad = dropout(grad.to(Precision.current(x.device).compute_dtype(x.dtype)), rate, keys)
+        return dropout(self.feedforward(x, grad), rate, keys)
 
 
 class FeedForward(nn.Module):
@@ -53,18 +66,18 @@ class FeedForward(nn.Module):
         )
         self.outer_bias = nn.Parameter(torch.zeros(config.dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> Tensor:
+        """x and result: (..., dim). grad: the gradient that the result is going to get, where that is known."""
         weights = (self.inner, self.inner_bias, self.outer, self.outer_bias)
-        tokens = x.reshape(-1, x.shape[-1])
-        if self.chunk == 0 or self.chunk >= tokens.shape[0]:
-            return _feedforward(x, self.activation, *weights)
-        return _Chunked.apply(tokens, self.activation, self.chunk, *weights).view(x.shape)
+        tokens, known = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, grad))
+        chunk = self.chunk or CHUNK.get(x.device.type, GPU_CHUNK)
+        return _Chunked.apply(tokens, known, self.activation, chunk, *weights).view(x.shape)
 
 
 def _feedforward(
     x: Tensor, activation: str, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor
 ) -> Tensor:
-    hidden = F.linear(x, inner, inner_bias)
+    hidden = linear(x, inner, inner_bias)
     if activation == "gelu":
         hidden = F.gelu(hidden)
     elif activation == "relu":
@@ -72,37 +85,72 @@ def _feedforward(
     else:
         gate, value = hidden.chunk(2, dim=-1)
         hidden = F.silu(gate) * value
-    return F.linear(hidden, outer, outer_bias)
+    return linear(hidden, outer, outer_bias)
 
 
 class _Chunked(torch.autograd.Function):
-    """_feedforward of x (tokens, dim), `chunk` tokens at a time. Gradients of weights are summed in fp32."""
+    """_feedforward of x (tokens, dim), `chunk` tokens at a time. Gradients of weights are summed in fp32.
+
+    grad: (tokens, dim), what the backward pass is going to be given, or None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str, chunk: int, *weights: Tensor) -> Tensor:
-        ctx.activation, ctx.chunk = activation, chunk
-        ctx.precision = Precision.current(x.device)
-        ctx.save_for_backward(x, *weights)
-        with ctx.precision.restored():
-            y = torch.cat([_feedforward(piece, activation, *weights) for piece in x.split(chunk)])
-        ctx.dtype = y.dtype
+    def forward(
+        ctx: Any, x: Tensor, grad: Tensor | None, activation: str, chunk: int, *weights: Tensor
+    ) -> Tensor:
+        work = _Work(activation, chunk, Precision.current(x.device))
+        if grad is None:
+            ctx.work = work
+            ctx.save_for_backward(x, *weights)
+            return work.forward(x, *weights)
+        ctx.work = None
+        y, grads = work.both(x, grad, *weights)
+        ctx.save_for_backward(*grads)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        weights = [weight.detach().requires_grad_() for weight in saved]
-        sums = [
-            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-            for weight in saved
-        ]
-        for start in range(0, x.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            with torch.enable_grad(), ctx.precision.restored():
+        saved = ctx.saved_tensors
+        grad_x, *grad_weights = (
+            saved if ctx.work is None else ctx.work.both(saved[0], grads[0], *saved[1:])[1]
+        )
+        return grad_x, None, None, None, *grad_weights
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The chunks' forward pass, or forward and backward together, in the precision of the moment of the first."""
+
+    activation: str
+    chunk: int
+    precision: Precision
+
+    def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        out: Tensor | None = None
+        with self.precision.restored():
+            for part in self.parts(x):
+                y = _feedforward(x[part], self.activation, *weights)
+                out = x.new_empty(x.shape, dtype=y.dtype) if out is None else out
+                out[part] = y
+        assert out is not None
+        return out
+
+    def both(self, x: Tensor, grad: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The output, and the gradients of x and of every weight."""
+        out, grad_x = torch.empty_like(grad), torch.empty_like(x)
+        leaves = [weight.detach().requires_grad_() for weight in weights]
+        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        for part in self.parts(x):
+            with torch.enable_grad(), self.precision.restored():
                 piece = x[part].detach().requires_grad_()
-                y = _feedforward(piece, ctx.activation, *weights)
-            grad_x[part], *grad_weights = torch.autograd.grad(y, [piece, *weights], grads[0][part])
-            for total, grad in zip(sums, grad_weights, strict=True):
-                total += grad
-        return grad_x, None, None, *(total.to(w.dtype) for total, w in zip(sums, saved, strict=True))
+                y = _feedforward(piece, self.activation, *leaves)
+            out[part] = y.detach()
+            with torch.autocast(x.device.type, enabled=False):  # as in any backward pass
+                grad_x[part], *grad_weights = torch.autograd.grad(y, [piece, *leaves], grad[part])
+            for total, one in zip(sums, grad_weights, strict=True):
+                total += one
+        return out, [grad_x, *(total.to(w.dtype) for total, w in zip(sums, weights, strict=True))]
+
+    def parts(self, x: Tensor) -> Iterator[slice]:
+        for start in range(0, x.shape[0], self.chunk):
+            yield slice(start, start + self.chunk)

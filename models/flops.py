@@ -5,7 +5,7 @@ embeddings. Attention counts the pairs the rule lets meet, or the features and s
 kernel computes around them.
 
 A training step does 3 times the forward's work (backward is twice forward): MFU counts that. The reversible
-stack runs forward once more, and chunked feed-forward its own part again: HFU counts these too.
+stack runs forward once more: HFU counts that too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ def flops_per_token(config: ReformerConfig, length: int) -> float:
 def training_flops_per_token(config: ReformerConfig, length: int) -> tuple[float, float]:
     """FLOPs of forward and backward for one token: (of the model, for MFU; as run, for HFU)."""
     forward = flops_per_token(config, length)
-    again = forward - head_flops(config)
-    if config.feedforward.chunk:
-        again += config.depth * feedforward_flops(config)
-    return 3.0 * forward, 3.0 * forward + again
+    return 3.0 * forward, 4.0 * forward - head_flops(config)
 
 
 def attention_flops(config: ReformerConfig, kind: str, length: int) -> float:

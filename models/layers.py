@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.device import has_half_products, pieces
+from models.precision import Precision
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. Where products in half precision would be emulated (ten times slower than fp32 on a CPU without
+    units for them), it computes in fp32 and returns the half precision that was asked for."""
+    dtype = Precision.current(x.device).compute_dtype(x.dtype)
+    if dtype not in (torch.bfloat16, torch.float16) or has_half_products(x.device.type, dtype):
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
 
 
 class Linear(nn.Linear):
@@ -15,6 +30,9 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=gain * inputs**-0.5)
         if bias:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -55,9 +73,48 @@ class ShortConvolution(nn.Module):
         """mask: (batch, length) bool, True where a token is real: the others count as zero."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        length = x.shape[1]
-        padded = F.pad(x, (0, 0, self.before, self.after))
-        y = padded[:, :length] * self.weight[0]
-        for tap in range(1, self.weight.shape[0]):
-            y = torch.addcmul(y, padded[:, tap : tap + length], self.weight[tap])
+        return _Convolve.apply(x, self.weight, self.before)
+
+
+class _Convolve(torch.autograd.Function):
+    """y[i] = Σ over taps of weight[tap] · x[i + tap − before], what lies outside counting as zero.
+
+    x: (batch, length, dim), weight: (width, dim). Piece by piece along the length, all taps of a piece at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, before: int) -> Tensor:
+        ctx.before = before
+        ctx.save_for_backward(x, weight)
+        y = torch.empty_like(x)
+        for part in pieces(x.shape[1], x.shape[0] * x.shape[2], x.device):
+            torch.mul(x[:, part], weight[before], out=y[:, part])
+            for tap in (t for t in range(weight.shape[0]) if t != before):
+                here, there = _overlap(part, tap - before, x.shape[1])
+                y[:, here].addcmul_(x[:, there], weight[tap])
         return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, before = grads[0], ctx.before
+        grad_x, sums = (
+            torch.empty_like(x),
+            torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32)),
+        )
+        for part in pieces(x.shape[1], x.shape[0] * x.shape[2], x.device):
+            torch.mul(grad[:, part], weight[before], out=grad_x[:, part])
+            for tap in range(weight.shape[0]):
+                if tap != before:
+                    here, there = _overlap(part, before - tap, x.shape[1])
+                    grad_x[:, here].addcmul_(grad[:, there], weight[tap])
+                here, there = _overlap(part, tap - before, x.shape[1])
+                sums[tap] += (grad[:, here] * x[:, there]).sum((0, 1), dtype=sums.dtype)
+        return grad_x, sums.to(weight.dtype), None
+
+
+def _overlap(part: slice, shift: int, length: int) -> tuple[slice, slice]:
+    """Those of `part` whose place `shift` further on exists, and these places."""
+    start, stop = max(part.start, -shift), min(part.stop, length - shift)
+    stop = max(start, stop)
+    return slice(start, stop), slice(start + shift, stop + shift)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from models.chance import Seeds
+from models.device import pieces
 from models.precision import Precision
 
 SCALE = 65536.0
@@ -50,6 +51,8 @@ class Call:
     training: whether dropout is on. mask: (batch, length) bool, True where a token is real; None = all are.
     context: (batch, source length, width) fp32, what cross-attention reads, and context_mask: (batch, source
     length) bool, like mask; None where there is no cross-attention.
+    grad: (batch, length, dim) fp32, the gradient that the branch's output is going to get. Known where the backward
+    pass of the reversible stack runs a branch again, so that it may do both in one go; else None.
     """
 
     seeds: Seeds = field(default_factory=Seeds)
@@ -57,6 +60,7 @@ class Call:
     mask: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    grad: Tensor | None = None
 
 
 class Branch(Protocol):
@@ -86,8 +90,12 @@ class FixedPoint:
     @staticmethod
     def encode(x: Tensor) -> Tensor:
         """Round to the nearest unit (ties to even); saturate at the ends of the range."""
-        # 2147483520 is the largest fp32 below 2^31.
-        return (x.float() * SCALE).round_().clamp_(-2147483648.0, 2147483520.0).to(torch.int32)
+        stream = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+        flat, source = stream.view(-1), x.reshape(-1)
+        for part in pieces(flat.shape[0], 1, x.device):
+            # 2147483520 is the largest fp32 below 2^31.
+            flat[part] = (source[part].float() * SCALE).round_().clamp_(-2147483648.0, 2147483520.0)
+        return stream
 
     @staticmethod
     def decode(stream: Tensor) -> Tensor:
@@ -233,7 +241,7 @@ def _undo(
         # Behind a view of its own, what one branch passes back adds up before it meets that of the others.
         own = None if context is None else context.view_as(context)
         with ctx.precision.restored():
-            y = branch(x, replace(ctx.call, context=own))
+            y = branch(x, replace(ctx.call, context=own, grad=grad))
     step = arithmetic.encode(y.detach())
     before = torch.sub(after, step, out=step)
     torch.autograd.backward(y, grad.to(y.dtype))

@@ -317,7 +317,7 @@ def test_learns_to_copy(backwards):
         return source, nn.functional.pad(target[:, :-1], (1, 0)), target
 
     losses = []
-    for step in range(220):
+    for step in range(320):
         source, tokens, labels = words(step)
         loss = model.loss(source, tokens, labels, seeds=Seeds(0, step)) / labels.numel()
         optimizer.zero_grad()
