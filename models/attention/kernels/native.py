@@ -1,4 +1,4 @@
-"""native.cpp, built once for this machine and called through ctypes: the kernels of a CPU.
+"""cpp/, built once for this machine and called through ctypes: the kernels of a CPU.
 
 The source is compiled when attention first runs on a CPU, by the C++ compiler that $CXX names, else g++ or clang++,
 in some seconds, into $MEGABASE_CACHE (default: ~/.cache/megabase). The file's name is a hash of source, compiler,
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from models.attention.kernels import PairDropout, Rule, Seating
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 BUILD_SECONDS = 300
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 HIDDEN = -1e30
-"""What a running maximum of scores starts from, as in native.cpp."""
+"""What a running maximum of scores starts from, as in cpp/strip.h."""
 
 
 def available() -> bool:
@@ -143,7 +143,7 @@ class _Meet(torch.autograd.Function):
 
 
 class _Tensor(ctypes.Structure):
-    """`Tensor` of native.cpp: (batch, heads, length, width) with a dense last axis, strides in elements."""
+    """`Tensor` of cpp/tensors.h: (batch, heads, length, width) with a dense last axis, strides in elements."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -160,7 +160,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """`Problem` of native.cpp."""
+    """`Problem` of cpp/strip.h."""
 
     _fields_ = (
         *((name, _Tensor) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
@@ -176,7 +176,7 @@ class _Problem(ctypes.Structure):
 
 
 class _Hashing(ctypes.Structure):
-    """`Hashing` of native.cpp."""
+    """`Hashing` of cpp/hashing.h."""
 
     _fields_ = (
         ("x", _Tensor),
@@ -186,7 +186,7 @@ class _Hashing(ctypes.Structure):
 
 
 class _Sorting(ctypes.Structure):
-    """`Sorting` of native.cpp."""
+    """`Sorting` of cpp/hashing.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("buckets", "hidden", "order", "seated")),
@@ -224,7 +224,7 @@ def _problem(
         heads=heads,
         rounds=order.shape[1],
         length=length,
-        reach=rule.reach,
+        reach=min(rule.reach, length),  # what is longer changes nothing, and needs memory
         window=rule.attend == "window",
         causal=rule.causal,
         once=rule.once,
@@ -297,7 +297,8 @@ def _build(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
     )
-    identity = (SOURCE.read_text(), *command, version.stdout, _processor())
+    sources = (path.read_text() for path in sorted(SOURCE.parent.iterdir()))
+    identity = (*sources, *command, version.stdout, _processor())
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
     library = _cache() / f"attention-{name}.so"
     if not library.exists():

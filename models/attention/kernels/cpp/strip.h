@@ -1,0 +1,497 @@
+// One strip of seats: its keys are gathered, its queries served, its gradients returned.
+
+#pragma once
+
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "tensors.h"
+#include "tiles.h"
+
+extern "C" {
+
+// Attention of rows = batch × heads, as models/attention/kernels/native.py lays it out.
+struct Problem {
+    Tensor q, k, v;     // k.data null: keys are the queries, scaled to unit length
+    Tensor out;         // fp32
+    Tensor grad;        // backward: of out
+    Tensor dq, dk, dv;  // backward: fp32, zero; dk is scratch where keys are queries
+    float* most;        // (rows, length): running maximum; after the forward pass, the log-sum-exp
+    float* total;       // (rows, length): running sum; in the backward pass, the sum of grad · out
+    const int32_t *order, *rank, *buckets;     // (rows, rounds, length), as Seating has them; rank: only if once
+    int64_t order_row, rank_row, buckets_row;  // strides of a row in elements, 0 where all rows share it
+    const int32_t* real;                       // (rows)
+    const int64_t* keys;                       // (rows), of dropout, or null
+    double rate;                               // of dropout
+    float scale;                               // of scores, where keys are given
+    int32_t batch, heads, rounds, length, reach;
+    int32_t window, causal, once, shared;
+    int32_t threads;
+};
+}
+
+namespace {
+
+constexpr int BLOCK = 24;   // queries whose weights exist at once
+constexpr int STRIP = 240;  // seats of a strip, a multiple of BLOCK
+
+constexpr float HIDDEN = -1e30f;  // score of a pair that does not meet
+constexpr float NOBODY = 1e30f;   // log-sum-exp of a position that meets nothing: all its weights become 0
+
+// chance.random_bits.
+template <class U>
+inline U random_bits(uint64_t key, U bits) {
+    bits += (uint32_t)key;
+    bits ^= bits >> 16;
+    bits *= 0x7FEB352Du;
+    bits += (uint32_t)(key >> 32);
+    bits ^= bits >> 15;
+    bits *= 0x846CA68Bu;
+    bits ^= bits >> 16;
+    return bits;
+}
+
+// Attention dropout, as models.attention.kernels.PairDropout defines it.
+struct Dropout {
+    uint64_t seed;
+    int32_t least;  // bits from here on are kept
+    float scale;
+
+    Dropout(const Problem& p, int64_t row)
+        : seed((uint64_t)p.keys[row]),
+          least((int32_t)(std::llrint(p.rate * 4294967296.0) - 2147483648ll)),
+          scale((float)(1.0 / (1.0 - p.rate))) {}
+
+    Floats kept(int32_t query, Ints keys) const {
+        const Bits bits = random_bits<Bits>(seed, spread(random_bits<uint32_t>(seed, query)) ^ (Bits)keys);
+        return choose((Ints)((Ints)bits >= spread(least)), spread(scale), Floats{});
+    }
+};
+
+// What happens to the weight of a position for itself, where it meets nothing else.
+inline float self_scale(const Problem& p, int64_t row, int32_t position) {
+    return p.keys ? Dropout(p, row).kept(position, spread(position))[0] : 1.0f;
+}
+
+// key = query · scale, of unit length; inverse = 1 / (mean(query²) + 1e-6), query of d elements.
+struct Unit {
+    float scale, inverse;
+    Unit(const float* query, int d) : inverse(1.0f / (dot(query, query, d) / d + 1e-6f)) {
+        scale = std::sqrt(inverse / d);
+    }
+};
+
+struct Shape {
+    int before, after, strip, span;
+    int d, dv, wide, wide_v;  // widths, and widths padded to whole panels
+
+    explicit Shape(const Problem& p) {
+        before = p.reach;
+        after = p.window && !p.causal ? p.reach : 0;
+        strip = p.window ? STRIP : round_up(STRIP, p.reach);
+        if (strip < before + after) strip = round_up(before + after, BLOCK);
+        span = round_up(before + strip + after, PANEL) + PANEL;
+        d = p.q.width, dv = p.v.width;
+        wide = round_up(d, PANEL), wide_v = round_up(dv, PANEL);
+    }
+};
+
+// What one thread works in.
+struct Scratch {
+    Buffer<float> k, v, kt, vt, dk, dv;  // keys of the strip: rows, transposed panels, gradients
+    Buffer<float> q, grad, result;       // queries of the block
+    Buffer<float> weights, slopes;       // (BLOCK, span)
+    Buffer<int32_t> where;               // positions of the keys
+    std::vector<std::unique_ptr<Buffer<int32_t>>> rank, bucket, ring;  // `once`: keys in earlier rounds
+    std::vector<int32_t> low, high;      // of the strip's queries, in the strip's keys
+
+    Scratch(const Problem& p, const Shape& s, bool backward)
+        : k(s.span * s.wide),
+          v(backward ? 0 : s.span * s.wide_v),
+          kt(s.span * s.wide),
+          vt(backward ? s.span * s.wide_v : 0),
+          dk(backward ? s.span * s.wide : 0),
+          dv(backward ? s.span * s.wide_v : 0),
+          q(BLOCK * s.wide),
+          grad(backward ? BLOCK * s.wide_v : 0),
+          result(BLOCK * std::max(s.wide, s.wide_v)),
+          weights(BLOCK * s.span),
+          slopes(backward ? BLOCK * s.span : 0),
+          where(s.span),
+          low(s.strip),
+          high(s.strip) {
+        for (int r = 0; p.once && r < p.rounds; ++r) {
+            rank.emplace_back(new Buffer<int32_t>(s.span));
+            bucket.emplace_back(new Buffer<int32_t>(s.span));
+            ring.emplace_back(new Buffer<int32_t>(s.span));
+        }
+    }
+};
+
+// One strip of one round of one row, or what its first chunk meets in the ring.
+template <bool BACKWARD>
+struct Strip {
+    const Problem& p;
+    const Shape& s;
+    Scratch& x;
+    const int64_t row;
+    const int round;
+    const bool in_ring;
+    const int real;
+    const int32_t *order, *buckets;  // of this round
+    const char *q_row, *k_row, *v_row, *grad_row;
+    int first, last;  // seats of the queries
+    int keys = 0;     // how many, from x.where
+
+    Strip(const Problem& p, const Shape& s, Scratch& x, int64_t row, int round, int first, bool in_ring)
+        : p(p), s(s), x(x), row(row), round(round), in_ring(in_ring), real(p.real[row]) {
+        order = order_of(round);
+        buckets = p.buckets + row * p.buckets_row + (int64_t)round * p.length;
+        q_row = row_of(p.q, row, p.heads);
+        k_row = p.k.data ? row_of(p.k, row, p.heads) : q_row;
+        v_row = row_of(p.v, row, p.heads);
+        grad_row = BACKWARD ? row_of(p.grad, row, p.heads) : nullptr;
+        this->first = first;
+        last = std::min(first + (in_ring ? p.reach : s.strip), real);
+    }
+
+    const int32_t* order_of(int r) const { return p.order + row * p.order_row + (int64_t)r * p.length; }
+    const int32_t* rank_of(int r) const { return p.rank + row * p.rank_row + (int64_t)r * p.length; }
+    int previous(int r) const { return r ? r - 1 : p.rounds - 1; }
+    int ring_start() const { return (std::max(real, 1) - 1) / p.reach * p.reach; }
+
+    void run() {
+        if (first >= last) return;
+        seat_keys();
+        if (p.once) recall_earlier();
+        for (int i = first; i < std::min(first + BLOCK, last); ++i) expect(order[i]);
+        gather_keys();
+        for (int start = first; start < last; start += BLOCK) serve(start, std::min(start + BLOCK, last));
+        if (BACKWARD) return_gradients();
+    }
+
+    // The keys' positions, and of every query the interval of keys that it meets in this round.
+    void seat_keys() {
+        int from, to;
+        if (in_ring) {
+            from = ring_start(), to = real;
+            const int32_t* other = order_of(previous(round));
+            for (int j = from; j < to; ++j) x.where[j - from] = other[j];
+            for (int i = first; i < last; ++i) x.low[i - first] = 0, x.high[i - first] = to - from;
+        } else if (p.window) {
+            from = std::max(first - p.reach, 0), to = p.causal ? last : std::min(last + p.reach, real);
+            int start = first;  // of the bucket, no further back than matters
+            while (start > from && buckets[start - 1] == buckets[first]) --start;
+            from = start;
+            for (int i = first; i < last; ++i) {
+                if (i > first && buckets[i] != buckets[i - 1]) start = i;
+                x.low[i - first] = std::max(i - p.reach, start) - from;
+            }
+            int end = last;
+            while (end < to && buckets[end] == buckets[last - 1]) ++end;
+            to = end;
+            for (int i = last - 1; i >= first; --i) {
+                if (i < last - 1 && buckets[i] != buckets[i + 1]) end = i + 1;
+                const int high = p.causal ? i + !p.shared : std::min(i + p.reach + 1, end);
+                x.high[i - first] = high - from;
+            }
+            for (int j = from; j < to; ++j) x.where[j - from] = order[j];
+        } else {
+            from = std::max(first / p.reach - 1, 0) * p.reach, to = last;
+            for (int i = first; i < last; ++i) {
+                const int chunk = i / p.reach * p.reach;
+                x.low[i - first] = std::max(chunk - p.reach, 0) - from;
+                x.high[i - first] = std::min(chunk + p.reach, last) - from;
+            }
+            for (int j = from; j < to; ++j) x.where[j - from] = order[j];
+        }
+        keys = to - from;
+        for (int j = keys; j < round_up(keys, PANEL); ++j) x.where[j] = -1;
+    }
+
+    // Where the keys sat in earlier rounds (in the ring: in this one too).
+    void recall_earlier() {
+        for (int r = 0; r < round + in_ring; ++r) {
+            const int32_t *rank = rank_of(r), *bucket = p.buckets + row * p.buckets_row + (int64_t)r * p.length;
+            const int32_t* before = rank_of(previous(r));
+            for (int j = 0; j < keys; ++j) {
+                const int position = x.where[j], seat = rank[position];
+                (*x.rank[r])[j] = p.window ? seat : seat / p.reach;
+                (*x.bucket[r])[j] = bucket[seat];
+                (*x.ring[r])[j] = before[position] >= ring_start() ? -1 : 0;
+            }
+        }
+    }
+
+    void gather_keys() {
+        constexpr int AHEAD = 8;
+        const Tensor& keys_from = p.k.data ? p.k : p.q;
+        const int padded = round_up(keys, PANEL);
+        for (int j = 0; j < padded; ++j) {
+            float* k = x.k + j * s.wide;
+            if (j + AHEAD < keys) {
+                prefetch(keys_from, k_row, x.where[j + AHEAD]);
+                prefetch(p.v, v_row, x.where[j + AHEAD]);
+            }
+            if (j < keys) {
+                fetch(k, keys_from, k_row, x.where[j]);
+                const float scale = p.k.data ? p.scale : Unit(k, s.d).scale;
+                for (int i = 0; i < s.d; ++i) k[i] *= scale;
+            } else {
+                std::memset(k, 0, 4 * s.wide);
+            }
+            if (BACKWARD) continue;
+            float* v = x.v + j * s.wide_v;
+            if (j < keys)
+                fetch(v, p.v, v_row, x.where[j]);
+            else
+                std::memset(v, 0, 4 * s.wide_v);
+        }
+        for (int panel = 0; panel < padded; panel += PANEL)
+            transpose(x.kt + panel * s.wide, x.k + panel * s.wide, s.wide);
+        if (!BACKWARD) return;
+        // The gradients' rows hold the values until they are transposed.
+        for (int j = 0; j < padded; ++j) {
+            float* v = x.dv + j * s.wide_v;
+            if (j < keys)
+                fetch(v, p.v, v_row, x.where[j]);
+            else
+                std::memset(v, 0, 4 * s.wide_v);
+        }
+        for (int panel = 0; panel < padded; panel += PANEL)
+            transpose(x.vt + panel * s.wide_v, x.dv + panel * s.wide_v, s.wide_v);
+        std::memset(x.dk, 0, 4 * padded * s.wide);
+        std::memset(x.dv, 0, 4 * padded * s.wide_v);
+    }
+
+    // The queries of seats [start, stop).
+    void serve(int start, int stop) {
+        const int count = stop - start, groups = (count + ROWS - 1) / ROWS;
+        int begin[BLOCK / ROWS + 1], end[BLOCK / ROWS + 1];  // panels of each group
+        int base = std::numeric_limits<int>::max(), top = 0;
+        for (int g = 0; g < groups; ++g) {
+            int low = std::numeric_limits<int>::max(), high = 0;
+            for (int i = g * ROWS; i < std::min((g + 1) * ROWS, count); ++i) {
+                const int l = x.low[start - first + i], h = x.high[start - first + i];
+                if (l < h) low = std::min(low, l), high = std::max(high, h);
+            }
+            begin[g] = low < high ? low / PANEL : 0;
+            end[g] = low < high ? (high + PANEL - 1) / PANEL : 0;
+            if (low < high) base = std::min(base, begin[g]), top = std::max(top, end[g]);
+        }
+        if (top == 0) return;
+        const int64_t line = (int64_t)(top - base) * PANEL;
+        for (int i = 0; i < count; ++i) {
+            if (start + i + BLOCK < last) expect(order[start + i + BLOCK]);
+            fetch(x.q + i * s.wide, p.q, q_row, order[start + i]);
+            if (BACKWARD) fetch(x.grad + i * s.wide_v, p.grad, grad_row, order[start + i]);
+        }
+        for (int g = 0; g < groups; ++g) {
+            const int from = g * ROWS, rows = std::min(ROWS, count - from);
+            if (begin[g] == end[g]) {
+                continue;
+            }
+            for (int panel = begin[g]; panel < end[g]; ++panel) {
+                const int64_t place = from * line + (panel - base) * PANEL;
+                tiles<false>(rows, x.q + from * s.wide, s.wide, 1, x.kt + (int64_t)panel * PANEL * s.wide, PANEL, s.d,
+                             x.weights + place, line);
+                if (BACKWARD)
+                    tiles<false>(rows, x.grad + from * s.wide_v, s.wide_v, 1,
+                                 x.vt + (int64_t)panel * PANEL * s.wide_v, PANEL, s.dv, x.slopes + place, line);
+            }
+            for (int i = from; i < from + rows; ++i) {
+                float* weights = x.weights + i * line - base * PANEL;
+                if (BACKWARD)
+                    slope(start + i, weights, x.slopes + i * line - base * PANEL, begin[g], end[g]);
+                else
+                    soften(start + i, weights, begin[g], end[g], i);
+            }
+            const int64_t place = from * line + (begin[g] - base) * PANEL;
+            const int64_t key = begin[g] * PANEL, steps = (end[g] - begin[g]) * PANEL;
+            const int width = BACKWARD ? s.wide : s.wide_v;
+            const float* a = (BACKWARD ? x.slopes : x.weights) + place;
+            const float* b = (BACKWARD ? x.k + key * s.wide : x.v + key * s.wide_v);
+            for (int c = 0; c < width; c += PANEL)
+                tiles<false>(rows, a, line, 1, b + c, width, steps, x.result + from * width + c, width);
+            for (int i = from; i < from + rows; ++i) {
+                if (BACKWARD) {
+                    float* to = floats_at(p.dq, row, p.heads, order[start + i]);
+                    const float* result = x.result + i * width;
+                    for (int c = 0; c < s.d; ++c) to[c] += result[c];
+                } else {
+                    merge(order[start + i], x.result + i * width, i);
+                }
+            }
+        }
+        if (BACKWARD) give(count, groups, begin, end, base, top, line);
+    }
+
+    // What a query of the next block will need, on its way to the cache.
+    void expect(int position) const {
+        prefetch(p.q, q_row, position);
+        if (BACKWARD) prefetch(p.grad, grad_row, position);
+        const Tensor& to = BACKWARD ? p.dq : p.out;
+        prefetch_floats(to, (float*)row_of(to, row, p.heads), position);
+        __builtin_prefetch(p.most + row * p.length + position, 1);
+        __builtin_prefetch(p.total + row * p.length + position, 1);
+    }
+
+    float most[BLOCK], total[BLOCK];
+
+    // Scores of one query -> weights relative to their maximum.
+    void soften(int seat, float* weights, int begin, int end, int i) {
+        Floats high = spread(HIDDEN);
+        const Mask mask(*this, seat);
+        for (int panel = begin; panel < end; ++panel)
+            for (int half = 0; half < 2; ++half) {
+                float* at = weights + panel * PANEL + half * LANES;
+                const Floats score = mask.hide(load<Floats>(at), panel * PANEL + half * LANES);
+                high = larger(high, score);
+                store(at, score);
+            }
+        most[i] = largest(high);
+        // If all are hidden, a weight must still become 0.
+        const Floats from = spread(most[i] <= HIDDEN ? 0.0f : most[i]);
+        Floats sums{};
+        for (int panel = begin; panel < end; ++panel)
+            for (int half = 0; half < 2; ++half) {
+                float* at = weights + panel * PANEL + half * LANES;
+                Floats weight = exponential(load<Floats>(at) - from);
+                sums += weight;
+                if (p.keys) weight *= mask.kept(panel * PANEL + half * LANES);
+                store(at, weight);
+            }
+        total[i] = sum(sums);
+    }
+
+    // The result of one query joins those of the rounds before.
+    void merge(int position, const float* result, int i) {
+        float* out = floats_at(p.out, row, p.heads, position);
+        float &high = p.most[row * p.length + position], &all = p.total[row * p.length + position];
+        if (most[i] <= HIDDEN) return;
+        const float top = std::max(high, most[i]);
+        const float old = high <= HIDDEN ? 0.0f : std::exp(high - top), now = std::exp(most[i] - top);
+        for (int c = 0; c < s.dv; ++c) out[c] = out[c] * old + result[c] * now;
+        all = all * old + total[i] * now;
+        high = top;
+    }
+
+    // Scores and products grad · v of one query -> weights, and the slope of the loss in every score.
+    void slope(int seat, float* weights, float* slopes, int begin, int end) {
+        const int64_t place = row * p.length + order[seat];
+        const Floats lse = spread(p.most[place]), pull = spread(p.total[place]);
+        const Mask mask(*this, seat);
+        for (int panel = begin; panel < end; ++panel)
+            for (int half = 0; half < 2; ++half) {
+                const int key = panel * PANEL + half * LANES;
+                const Floats weight = exponential(mask.hide(load<Floats>(weights + key), key) - lse);
+                Floats dropped = weight, product = load<Floats>(slopes + key);
+                if (p.keys) {
+                    const Floats kept = mask.kept(key);
+                    dropped *= kept, product *= kept;
+                }
+                store(weights + key, dropped);
+                store(slopes + key, weight * (product - pull));
+            }
+    }
+
+    // Gradients of keys and values: every panel from the groups of queries that touched it.
+    void give(int count, int groups, const int* begin, const int* end, int base, int top, int64_t line) {
+        for (int panel = base; panel < top; ++panel) {
+            int g = 0;
+            while (g < groups) {
+                while (g < groups && !(begin[g] <= panel && panel < end[g])) ++g;
+                const int from = g * ROWS;
+                while (g < groups && begin[g] <= panel && panel < end[g]) ++g;
+                const int steps = std::min(g * ROWS, count) - from;
+                if (steps <= 0) break;
+                for (int r = 0; r < PANEL; r += ROWS) {
+                    const int rows = std::min(ROWS, PANEL - r);
+                    const int64_t key = (int64_t)panel * PANEL + r;
+                    const int64_t place = from * line + (panel - base) * PANEL + r;
+                    for (int c = 0; c < s.wide_v; c += PANEL)
+                        tiles<true>(rows, x.weights + place, 1, line, x.grad + from * s.wide_v + c, s.wide_v, steps,
+                                    x.dv + key * s.wide_v + c, s.wide_v);
+                    for (int c = 0; c < s.wide; c += PANEL)
+                        tiles<true>(rows, x.slopes + place, 1, line, x.q + from * s.wide + c, s.wide, steps,
+                                    x.dk + key * s.wide + c, s.wide);
+                }
+            }
+        }
+    }
+
+    void return_gradients() {
+        constexpr int AHEAD = 8;
+        float *dk = (float*)row_of(p.dk, row, p.heads), *dv = (float*)row_of(p.dv, row, p.heads);
+        for (int j = 0; j < keys; ++j) {
+            if (j + AHEAD < keys) {
+                prefetch_floats(p.dk, dk, x.where[j + AHEAD]);
+                prefetch_floats(p.dv, dv, x.where[j + AHEAD]);
+            }
+            float *to = dk + x.where[j] * p.dk.place, *to_v = dv + x.where[j] * p.dv.place;
+            const float scale = p.k.data ? p.scale : 1.0f;  // finish_backward scales to unit length
+            for (int c = 0; c < s.d; ++c) to[c] += scale * x.dk[j * s.wide + c];
+            for (int c = 0; c < s.dv; ++c) to_v[c] += x.dv[j * s.wide_v + c];
+        }
+    }
+
+    // Who of the strip's keys one query meets.
+    struct Mask {
+        const Strip& t;
+        const int32_t position, low, high;
+        const int seat;
+
+        Mask(const Strip& t, int seat)
+            : t(t),
+              position(t.order[seat]),
+              low(t.x.low[seat - t.first]),
+              high(t.x.high[seat - t.first]),
+              seat(seat) {}
+
+        Floats hide(Floats score, int key) const {
+            const Problem& p = t.p;
+            const bool plain = (p.window && (p.causal || !p.shared)) || (!p.window && !p.causal && !p.shared);
+            if (plain && !p.once && key >= low && key + LANES <= high) return score;
+            const Ints number = count_up() + key;
+            Ints met = (Ints)(number >= spread(low)) & (Ints)(number < spread(high));
+            if (!plain) {
+                const Ints other = load<Ints>(t.x.where + key);
+                if (!p.window && p.causal)
+                    met &= (Ints)(other < spread(position + !p.shared));
+                else
+                    met &= (Ints)(other != spread(position));
+            }
+            if (p.once) met &= ~met_before(key);
+            return choose(met, score, spread(HIDDEN));
+        }
+
+        Ints met_before(int key) const {
+            const Problem& p = t.p;
+            Ints met{};
+            for (int r = 0; r < t.round + t.in_ring; ++r) {
+                const int own = t.rank_of(r)[position];
+                const Ints rank = load<Ints>(*t.x.rank[r] + key);
+                if (p.window) {
+                    const int32_t bucket = t.p.buckets[t.row * p.buckets_row + (int64_t)r * p.length + own];
+                    const Ints same = (Ints)(load<Ints>(*t.x.bucket[r] + key) == spread(bucket));
+                    const Ints back = spread(own) - rank;
+                    const Ints near = (Ints)(back <= spread(p.reach)) & (Ints)(back >= spread(-p.reach));
+                    met |= same & near;
+                } else {
+                    const int chunk = own / p.reach;
+                    met |= (Ints)(rank == spread(chunk)) | (Ints)(rank == spread(chunk - 1));
+                    // The ring of this round is what is being asked about.
+                    if (chunk == 0 && r < t.round) met |= load<Ints>(*t.x.ring[r] + key);
+                }
+            }
+            return met;
+        }
+
+        Floats kept(int key) const {
+            return Dropout(t.p, t.row).kept(position, load<Ints>(t.x.where + key));
+        }
+    };
+};
+
+}  // namespace
