@@ -1,11 +1,13 @@
 # make demo: pretrain on a real genome, kill it, resume it.   make test: all tests.
-# Both make the environment (.venv) if it is not there. PYTHON chooses the interpreter (3.11 or newer).
+# make bench: time and memory against the peers (DEVICE=cuda on a GPU).
+# All make the environment (.venv) if it is not there. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
+DEVICE ?= cpu
 
-.PHONY: demo test quick lint lock clean
+.PHONY: demo test quick lint bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pipeline.demo
@@ -21,6 +23,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The figures of the README, with the machine named. On a small CPU: about an hour, in which nothing else should run.
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[bench]"
+	$(BIN)/megabase bench attention --device $(DEVICE) --json benchmarks/results/attention-$(DEVICE).json
+	$(BIN)/megabase bench model --device $(DEVICE) --json benchmarks/results/model-$(DEVICE).json
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import RunError, UserError, rank_zero
 
@@ -62,7 +63,65 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "submit":
             command.add_argument("--dry-run", action="store_true", help="show the sbatch call only")
         command.set_defaults(run=function)
+
+    _add_bench(commands.add_parser("bench", help="time and memory against the peers, on this machine"))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    """`bench attention` and `bench model`."""
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    attention = benchmarks.add_parser("attention", help="one attention layer's core, forward and backward")
+    attention.add_argument(
+        "--lengths",
+        metavar="L,L",
+        default="1k,2k,4k,8k,16k,32k,64k,128k,256k,512k,1M",
+        help="tokens (default: %(default)s, each contestant as far as time and memory allow)",
+    )
+    attention.add_argument("--contestants", metavar="A,B", help="default: ours and every peer")
+    attention.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: fp32; bf16 on a GPU")
+    attention.add_argument("--heads", type=int, metavar="N", help="default: 4; 8 on a GPU")
+    attention.add_argument("--head-dim", type=int, metavar="N", help="default: 64; 128 on a GPU")
+    attention.add_argument("--chunk", type=int, metavar="N", help="positions; default: 64; 128 on a GPU")
+    attention.add_argument("--rounds", type=int, metavar="N", default=4, help="of hashing (default: 4)")
+    attention.set_defaults(run=_bench_attention)
+
+    model = benchmarks.add_parser("model", help="one training step; memory against length and depth")
+    model.add_argument(
+        "--lengths", metavar="L,L", default="2k,4k,8k,16k", help="tokens (default: %(default)s)"
+    )
+    model.add_argument(
+        "--depths",
+        metavar="D,D",
+        default="2,6,12,24,48",
+        help="layers, for memory at the shortest length; 0: none (default: %(default)s)",
+    )
+    model.add_argument("--contestants", metavar="A,B", help="default: ours and every peer")
+    model.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation (default: fp32)"
+    )
+    for name, value in (("dim", 256), ("depth", 6), ("heads", 4), ("chunk", 64), ("rounds", 4)):
+        model.add_argument(f"--{name}", type=int, metavar="N", default=value, help="default: %(default)s")
+    model.add_argument(
+        "--longest", action="store_true", help="then double the length until a step no longer fits"
+    )
+    model.set_defaults(run=_bench_model)
+
+    for command in (attention, model):
+        command.add_argument(
+            "--repeat", type=int, metavar="N", default=7, help="timed calls at most (default: 7)"
+        )
+        command.add_argument(
+            "--seconds",
+            type=float,
+            metavar="S",
+            help="what a call may take, else it is left out (default: 40 to 60; 5 on a GPU)",
+        )
+        command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+        command.add_argument(
+            "--json", type=Path, metavar="FILE", help="write every sample, and a picture beside"
+        )
+        command.add_argument("--picture", type=Path, metavar="FILE.png", help="write the picture here")
 
 
 def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -108,6 +167,25 @@ def _submit(options: argparse.Namespace) -> int:
 
     files, overrides = split_settings(options.settings)
     return submit.submit_run(config.load(files, overrides), files, overrides, dry_run=options.dry_run)
+
+
+def _bench_attention(options: argparse.Namespace) -> int:
+    from pipeline.bench import attention
+
+    return attention.run(attention.AttentionOptions(**_typed(options)))
+
+
+def _bench_model(options: argparse.Namespace) -> int:
+    from pipeline.bench import model
+
+    return model.run(model.ModelOptions(**_typed(options)))
+
+
+def _typed(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a benchmark, without what argparse adds."""
+    return {
+        name: value for name, value in vars(options).items() if name not in ("command", "benchmark", "run")
+    }
 
 
 def _is_the_users(error: Exception) -> bool:

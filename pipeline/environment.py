@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from models.attention.kernels.dispatch import choose
+
 PACKAGES = (
     "megabase",
     "torch",
@@ -37,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Versions, git commit of the code, command line, host and hardware."""
+    """Versions, git commit of the code, command line, host, hardware, and the kernel that attention runs in there."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": versions(),
@@ -48,6 +50,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cpus": len(os.sched_getaffinity(0)),
         "gpus": gpus,
+        "attention": choose(torch.empty(1, 1, 1, 64, device="cuda" if gpus else "cpu")),
         "slurm": {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB")},
     }
 

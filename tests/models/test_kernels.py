@@ -177,6 +177,17 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
         native._library.cache_clear()
 
 
+@needs_native
+def test_a_cache_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEGABASE_CACHE", str(tmp_path / "file" / "cache"))
+    native._library.cache_clear()
+    try:
+        assert native.available()
+    finally:
+        native._library.cache_clear()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_chunked_in_lower_precision(dtype, tolerance):
     for seed in range(20):

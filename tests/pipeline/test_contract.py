@@ -1,5 +1,6 @@
 """The names that users type: they do not change without this test changing."""
 
+import argparse
 import subprocess
 import sys
 
@@ -11,6 +12,33 @@ COMMANDS = {
     "prepare": ["inputs", "output", "--alphabet", "--valid", "--test"],
     "train": ["settings"],
     "submit": ["settings", "--dry-run"],
+    "bench": ["benchmark"],
+}
+SHARED = ["--repeat", "--seconds", "--device", "--json", "--picture"]
+BENCHMARKS = {
+    "attention": [
+        "--lengths",
+        "--contestants",
+        "--dtype",
+        "--heads",
+        "--head-dim",
+        "--chunk",
+        "--rounds",
+        *SHARED,
+    ],
+    "model": [
+        "--lengths",
+        "--depths",
+        "--contestants",
+        "--dtype",
+        "--dim",
+        "--depth",
+        "--heads",
+        "--chunk",
+        "--rounds",
+        "--longest",
+        *SHARED,
+    ],
 }
 KEYS = [
     "run.name",
@@ -48,13 +76,28 @@ KEYS = [
 ]
 
 
+def subcommands(parser: argparse.ArgumentParser, dest: str) -> dict[str, argparse.ArgumentParser]:
+    subparsers = next(a for a in parser._actions if a.dest == dest)
+    assert isinstance(subparsers.choices, dict)
+    return subparsers.choices
+
+
+def arguments_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [a.option_strings[-1] if a.option_strings else a.dest for a in parser._actions]
+
+
 def test_commands() -> None:
-    subparsers = next(a for a in cli.build_parser()._actions if a.dest == "command")
-    assert set(subparsers.choices) == set(COMMANDS)
+    commands = subcommands(cli.build_parser(), "command")
+    assert set(commands) == set(COMMANDS)
     for name, arguments in COMMANDS.items():
-        actions = subparsers.choices[name]._actions
-        found = [a.option_strings[-1] if a.option_strings else a.dest for a in actions]
-        assert found == ["--help", *arguments], name
+        assert arguments_of(commands[name]) == ["--help", *arguments], name
+
+
+def test_benchmarks() -> None:
+    benchmarks = subcommands(subcommands(cli.build_parser(), "command")["bench"], "benchmark")
+    assert set(benchmarks) == set(BENCHMARKS)
+    for name, arguments in BENCHMARKS.items():
+        assert arguments_of(benchmarks[name]) == ["--help", *arguments], name
 
 
 def test_keys() -> None:
@@ -78,7 +121,9 @@ def test_signals_are_heard_before_the_heavy_libraries_load() -> None:
     assert done.stdout.strip() == "light", done.stderr
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), *(["bench", name] for name in BENCHMARKS)]
+)
 def test_help_does_not_need_the_heavy_libraries(command: list[str]) -> None:
     program = (
         "import sys; from pipeline import cli\n"

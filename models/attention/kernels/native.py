@@ -3,12 +3,14 @@
 The source is compiled when attention first runs on a CPU, by the C++ compiler that $CXX names, else g++ or clang++,
 in some seconds, into $MEGABASE_CACHE (default: ~/.cache/megabase). The file's name is a hash of source, compiler,
 flags and processor, so one home directory serves a cluster of different machines, and nothing stale is ever loaded.
+Where that folder cannot be written, every process builds its own.
 The library has a plain C interface: it needs neither torch's headers nor Python's, and any version of either
 may load it. Without a compiler a warning says so, once, and `chunked` takes over.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -302,7 +304,6 @@ def _build(compiler: str) -> Path:
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
     library = _cache() / f"attention-{name}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / library.name
             _run([*command, str(SOURCE), "-o", str(made)])
@@ -315,9 +316,18 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _cache() -> Path:
+    """Where libraries are kept; where that cannot be written, a folder that goes with this process."""
     named = os.environ.get("MEGABASE_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(home) / "megabase"
+    folder = Path(named) if named else Path(home) / "megabase"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        private = tempfile.mkdtemp(prefix="megabase-")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return Path(private)
 
 
 def _processor() -> str:

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Checks and measures megabase on a machine with one GPU and no network, in less than 8 minutes.
+#
+#   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of what the machine lacks (benchmarks/gpu_wheels.sh); default .whl
+#
+# The machine has Python 3.12, torch for CUDA, triton, pytorch-lightning, transformers, pyarrow, matplotlib and rich.
+# Stages: the wheels; the kernels against the reference; the kernels' tests; training steps with ZeRO-2 and ZeRO-3
+# under NCCL; bench attention; bench model; the longest context that trains. Each has its own time limit, and none
+# stops the others. At the end a table; the exit code is 1 if a check failed or a stage did not end.
+#
+# Environment: OUT, where everything goes (default ./gpu-results; 8 files at most, flat). PYTHON (default python3).
+# SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, to be named in the JSON where there is no
+# .git. DEVICE=cpu walks through all stages with tiny sizes, to try this script out. STAGES: which (default: all).
+set -u
+cd "$(dirname "$0")/.." || exit 2
+
+WHEELS=${1:-${WHEELS:-.whl}}
+OUT=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd) || exit 2
+PYTHON=${PYTHON:-python3}
+SITE=${SITE:-/tmp/site}
+DEVICE=${DEVICE:-cuda}
+STAGES=${STAGES:-wheels checks tests zero attention model longest}
+LOG=$OUT/log.txt
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export MEGABASE_CACHE=${MEGABASE_CACHE:-$WORK/cache}
+: >"$LOG"
+BAD=0
+TABLE=""
+
+# stage NAME SECONDS COMMAND...: run it under its time limit, and note how it ended.
+stage() {
+    local name=$1 limit=$2 began=$SECONDS code said
+    shift 2
+    case " $STAGES " in *" $name "*) ;; *) return 0 ;; esac
+    printf '\n== %s: %s\n' "$name" "$*" | tee -a "$LOG"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOG"
+    code=${PIPESTATUS[0]}
+    case $code in
+        0) said=ok ;;
+        124 | 137) said="stopped after $limit s" BAD=1 ;;
+        *) said="FAILED ($code)" BAD=1 ;;
+    esac
+    TABLE+=$(printf '%-10s %5d s  %s' "$name" $((SECONDS - began)) "$said")$'\n'
+}
+
+wheels() {
+    if compgen -G "$WHEELS/*.whl" >/dev/null; then
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$WHEELS"/*.whl
+    else
+        echo "no wheels in $WHEELS: taking what is installed"
+    fi
+    "$PYTHON" -c 'import torch; print("torch", torch.__version__, "on", torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")'
+}
+
+tests() {
+    if ! "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
+        echo "no pytest here: the checks above stand alone"
+        return 0
+    fi
+    # Side by side where pytest-xdist is there: compiling kernels takes the time, one core each.
+    local parallel=()
+    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+    "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider --basetemp="$WORK/pytest" "${parallel[@]}" \
+        tests/models/test_kernels.py tests/models/test_triton.py 2>&1 | tail -15
+    return "${PIPESTATUS[0]}"
+}
+
+# A few real steps of each stage on phage lambda, one rank; the journal must have all of them.
+zero() {
+    local stage steps=4
+    "$PYTHON" -m pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1
+    for stage in 2 3; do
+        "$PYTHON" -m pipeline.cli train run.root="$WORK" run.name="zero$stage" data.shards="$WORK/lambda" \
+            data.length=1024 data.global_batch=4 data.micro_batch=2 model.dim=128 model.heads=2 model.depth=4 \
+            trainer.devices=1 trainer.max_steps=$steps trainer.log_every_steps=1 trainer.eval_every_steps=0 \
+            optim.warmup_steps=1 zero.stage=$stage tracking.enabled=false || return 1
+        "$PYTHON" - "$WORK/zero$stage/metrics.jsonl" $steps <<'PYTHON' || return 1
+import json, math, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+losses = [row["loss"] for row in rows if "loss" in row]
+print("ZeRO losses:", *(f"{loss:.4f}" for loss in losses))
+assert len(losses) == int(sys.argv[2]) and all(map(math.isfinite, losses)), "steps are missing, or are no numbers"
+PYTHON
+    done
+}
+
+export -f wheels tests zero
+export PYTHON SITE WHEELS WORK OUT
+
+if [ "$DEVICE" = cuda ]; then
+    CASES=40 ATTENTION="--lengths 4k,8k,16k,32k,64k,128k,256k,512k,1M --seconds 4 --repeat 9"
+    MODEL="--lengths 4k,16k,64k --depths 2,6,12,24,48 --chunk 128 --dtype bf16 --seconds 4 --repeat 7"
+    LONGEST="--lengths 64k --dim 512 --depth 12 --heads 8 --chunk 128 --dtype bf16 --seconds 25"
+else
+    CASES=1 ATTENTION="--lengths 256,512 --seconds 2 --repeat 2"
+    MODEL="--lengths 256,512 --depths 2,4 --dim 64 --seconds 2 --repeat 2"
+    LONGEST="--lengths 256 --dim 32 --depth 2 --seconds 0.5"
+fi
+# shellcheck disable=SC2086  # the options are words
+{
+    stage wheels 30 bash -c wheels
+    stage checks 100 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
+    stage tests 60 bash -c tests
+    stage zero 65 bash -c zero
+    stage attention 100 "$PYTHON" -m pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
+    stage model 80 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
+    stage longest 45 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
+        --depths 0 --repeat 1 --longest --json "$OUT/longest.json"
+}
+
+printf '\n%s' "$TABLE" | tee -a "$LOG"
+printf '%-10s %5d s  %s\n' "in all" $SECONDS "$OUT" | tee -a "$LOG"
+exit $BAD

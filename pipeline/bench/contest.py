@@ -1,0 +1,219 @@
+"""How a contest is held: who runs, when, and how often. Pure: what runs, and where, is the lab's business.
+
+At every size each contestant first makes a probe: one call, whose memory is measured. Then all take turns, so that
+whatever else the machine does meets all of them alike; each round begins with another one. Who would take too long
+or too much memory at a size, judged by the sizes before, does not start there, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+LEAST_REPEATS = 3
+"""Fewer timed calls have no spread worth the name."""
+
+
+WARM_UP = 0
+"""The round that is not counted."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a contestant did not run at a size; the text is for the table.
+
+    for_good: it will not run at a larger size either. memory: there was not enough. failed: it should have run.
+    """
+
+    text: str
+    for_good: bool = False
+    memory: bool = False
+    failed: bool = False
+
+
+class LeftOut(Exception):
+    """A contestant does not run. Keep the reason, not the exception: that holds on to frames and their tensors."""
+
+    def __init__(self, reason: Reason | str) -> None:
+        self.reason = Reason(reason) if isinstance(reason, str) else reason
+        super().__init__(self.reason.text)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant. name: as typed. label: as shown. growth: time grows with size to this power, once large."""
+
+    name: str
+    label: str
+    growth: float = 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """seconds: what one call may take. repeats: timed calls of a contestant at a size; 0 = the probe alone."""
+
+    seconds: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call: its seconds, and the most bytes that it held above what was there before."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class Point:
+    """A contestant at a size: its samples (seconds), or why there are none."""
+
+    contestant: str
+    size: int
+    samples: list[float] = field(default_factory=list)
+    probe: Probe | None = None
+    left_out: Reason | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """The median of the samples, or the probe's time where nothing else was timed."""
+        if self.samples:
+            return statistics.median(self.samples)
+        return None if self.probe is None else self.probe.seconds
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The probe's peak memory."""
+        return None if self.probe is None else self.probe.peak_bytes
+
+
+class Lab(Protocol):
+    """Where calls are made. Both raise LeftOut."""
+
+    def probe(self, name: str, size: int, limit_s: float) -> Probe:
+        """One call whose memory is measured; it may be ended when it takes much more than limit_s."""
+
+    def clock(self, name: str, size: int, seed: int) -> float:
+        """Seconds of one call, on inputs drawn with this seed."""
+
+    def free_bytes(self) -> int | None:
+        """Memory that a probe may take; None: the lab finds out by trying, at no risk."""
+
+
+def hold(
+    entries: Sequence[Entry],
+    sizes: Iterable[int],
+    lab: Lab,
+    budget: Budget,
+    after: Callable[[list[Point]], None] = lambda points: None,
+) -> list[Point]:
+    """The points of every entry at every size, sizes ascending; `after` gets those of each size as they come."""
+    points: list[Point] = []
+    for size in sorted(sizes):
+        here = []
+        for entry in entries:
+            before = [point for point in points if point.contestant == entry.name]
+            here.append(probe(entry, size, before, lab, budget))
+        take_turns(here, lab, budget)
+        points += here
+        after(here)
+    return points
+
+
+def climb(
+    entry: Entry, start: int, lab: Lab, budget: Budget, after: Callable[[list[Point]], None]
+) -> list[Point]:
+    """Sizes start, 2 start, 4 start, ... up to the first at which the entry is left out: that is the last point."""
+    points: list[Point] = []
+    size = start
+    while not points or points[-1].left_out is None:
+        points.append(probe(entry, size, points, lab, budget))
+        after(points[-1:])
+        size *= 2
+    return points
+
+
+def probe(entry: Entry, size: int, before: Sequence[Point], lab: Lab, budget: Budget) -> Point:
+    """The entry's point at a size, not timed yet. before: its points at smaller sizes, ascending."""
+    point = Point(entry.name, size)
+    try:
+        foresee(entry, size, before, budget, lab.free_bytes())
+        point.probe = lab.probe(entry.name, size, budget.seconds)
+        # The first guess may have been low, or there was none.
+        if point.probe.seconds > 2 * budget.seconds:
+            raise LeftOut(too_slow(point.probe.seconds))
+    except LeftOut as error:
+        point.left_out = error.reason
+    return point
+
+
+def foresee(entry: Entry, size: int, before: Sequence[Point], budget: Budget, free_bytes: int | None) -> None:
+    """Raise LeftOut if what came before says that the entry cannot run at this size within budget and memory."""
+    stopped = next((p.left_out for p in before if p.left_out is not None and p.left_out.for_good), None)
+    ran = [point for point in before if point.probe is not None]
+    if ran and not (stopped and stopped.memory):
+        last = ran[-1]
+        assert last.seconds is not None and last.peak_bytes is not None
+        seconds = last.seconds * (size / last.size) ** entry.growth
+        if seconds > budget.seconds:
+            raise LeftOut(too_slow(seconds))
+        needed = last.peak_bytes * size / last.size
+        if free_bytes is not None and needed > free_bytes:
+            raise LeftOut(out_of_memory(f"out of memory (~{needed / 2**30:.0f} GiB)"))
+    if stopped is not None:
+        raise LeftOut(stopped)
+
+
+def too_slow(seconds: float) -> Reason:
+    """A contestant that takes so many seconds for a call."""
+    return Reason(f"too slow (~{seconds:,.{0 if seconds >= 10 else 1}f} s)", for_good=True)
+
+
+def out_of_memory(text: str = "out of memory") -> Reason:
+    """Not enough memory at this size, nor at a larger one."""
+    return Reason(text, for_good=True, memory=True)
+
+
+def take_turns(points: Sequence[Point], lab: Lab, budget: Budget) -> None:
+    """Time those that made their probe: each warms up, then they take turns."""
+    running = {point.contestant: point for point in points if point.left_out is None}
+    repeats = {name: repeats_of(budget, point.seconds or 0.0) for name, point in running.items()}
+    for turn, name in schedule(repeats):
+        point = running[name]
+        if point.left_out is None:
+            try:
+                seconds = lab.clock(name, point.size, seed=turn)
+            except LeftOut as error:
+                point.left_out = error.reason
+                continue
+            if turn != WARM_UP:
+                point.samples.append(seconds)
+
+
+def repeats_of(budget: Budget, seconds: float) -> int:
+    """Timed calls of a contestant whose call takes `seconds`: as many as fit in the budget of one, within limits."""
+    fitting = int(budget.seconds / seconds) if seconds > 0 else budget.repeats
+    return min(budget.repeats, max(LEAST_REPEATS, fitting))
+
+
+def schedule(repeats: dict[str, int]) -> Iterator[tuple[int, str]]:
+    """(round, name): everybody once a round until its repeats are done, each round beginning one further.
+
+    Round 0 warms up; the timed rounds are 1 to `repeats`.
+    """
+    names = [name for name, timed in repeats.items() if timed]
+    for turn in range(max(repeats.values(), default=0) + 1):
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            if turn <= repeats[name]:
+                yield turn, name
+
+
+def ratio(points: Sequence[Point], point: Point, to: str) -> float | None:
+    """The point's time as a multiple of contestant `to`'s at the same size; None where one of them has none."""
+    other = next((p for p in points if p.contestant == to and p.size == point.size), None)
+    if other is None or other.left_out or point.left_out or not other.seconds or point.seconds is None:
+        return None
+    return point.seconds / other.seconds

@@ -1,0 +1,208 @@
+"""Where calls are made and measured: `CpuLab` and `GpuLab`.
+
+Time. CPU: the host's clock. GPU: events around the call, then a synchronisation. Inputs are drawn before, outside
+what is timed, anew for every call.
+
+Memory is what a call holds at its peak beyond what there was before its inputs were made. GPU: the allocator's peak.
+CPU: the peak resident memory of a process of its own for every contestant and size, so that nobody inherits
+another's freed memory. It is forked from a server that has imported the libraries and computed nothing, and makes a
+tiny call of the same kind first: code pages and thread pools are not counted. Its allocator gives every large block
+back when it is freed, so what is counted is what is held, as on a GPU; left alone, glibc decides by what was freed
+before, and the same call comes out at twice the memory or not. That process may only take the memory that is free,
+and whoever needs more hears so from the allocator, before the machine does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from models.config import ConfigError
+from pipeline.bench.contest import Lab, LeftOut, Probe, Reason, out_of_memory
+from pipeline.config import first_line
+
+FREE_SHARE = 0.6
+"""Of the free memory, what a probe may take: afterwards, timed here, where the allocator keeps what is freed, the same
+call may take more."""
+
+START_S = 120.0
+"""What a process may take to start and warm up, beyond its call."""
+
+M_MMAP_THRESHOLD, BLOCK = -3, 128 << 10
+"""glibc: blocks from so many bytes on are mapped one by one. Setting it also stops it from changing by itself."""
+
+NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+"""What torch's allocators and libraries say in a RuntimeError."""
+
+Call = Callable[[], object]
+
+
+class Task(Protocol):
+    """What contestants do; it travels to other processes, so it must pickle."""
+
+    def prepare(self, name: str, size: int, seed: int) -> Call:
+        """The call to measure, with inputs drawn. Raises LeftOut."""
+
+    def tiny(self, name: str) -> Call:
+        """A call of the same kind at the smallest size that makes sense."""
+
+
+def open_lab(task: Task, device: str) -> Lab:
+    """The lab of a device, "cpu" or "cuda"."""
+    return GpuLab(task) if device == "cuda" else CpuLab(task)
+
+
+class CpuLab:
+    """Calls on the CPU, with this process's number of threads."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pipeline.bench.lab", "pipeline.bench.preload"])
+
+    def free_bytes(self) -> int:
+        return int(psutil.virtual_memory().available * FREE_SHARE)
+
+    def probe(self, name: str, size: int, limit_s: float) -> Probe:
+        """The call, in a process of its own, which is ended when it takes twice the limit."""
+        _return_freed_memory()
+        ours, theirs = self._context.Pipe(duplex=False)
+        arguments = (theirs, self._task, name, size, torch.get_num_threads(), self.free_bytes())
+        process = self._context.Process(target=_measure, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            if not ours.poll(START_S + 2 * limit_s):
+                raise LeftOut(Reason(f"too slow (over {2 * limit_s:.0f} s)", for_good=True))
+            answer = ours.recv()
+        except EOFError:
+            process.join()
+            if process.exitcode == -signal.SIGKILL:  # the kernel's, when memory runs out all the same
+                raise LeftOut(out_of_memory()) from None
+            raise LeftOut(Reason(f"failed: its process ended with {process.exitcode}", failed=True)) from None
+        finally:
+            process.kill()
+            process.join()
+        if isinstance(answer, Reason):
+            raise LeftOut(answer)
+        return answer
+
+    def clock(self, name: str, size: int, seed: int) -> float:
+        with reasons():
+            call = self._task.prepare(name, size, seed)
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+
+class GpuLab:
+    """Calls on the current CUDA device."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def free_bytes(self) -> None:
+        return None
+
+    def probe(self, name: str, size: int, limit_s: float) -> Probe:
+        """A first call compiles and warms up; the second is measured."""
+        self.clock(name, size, seed=0)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds = self.clock(name, size, seed=0)
+        return Probe(seconds, torch.cuda.max_memory_allocated() - before)
+
+    def clock(self, name: str, size: int, seed: int) -> float:
+        try:
+            with reasons():
+                return self._clock(name, size, seed)
+        except LeftOut as error:
+            reason = error.reason
+        # With the exception gone, what the call held can go too.
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise LeftOut(reason)
+
+    def _clock(self, name: str, size: int, seed: int) -> float:
+        call = self._task.prepare(name, size, seed)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Whatever goes wrong in a contestant becomes LeftOut with its reason; the others go on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except LeftOut:
+        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise LeftOut(out_of_memory()) from None
+    except ConfigError as error:
+        raise LeftOut(f"cannot run: {first_line(error)}"[:120]) from None
+    except Exception as error:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
+            raise LeftOut(out_of_memory()) from None
+        raise LeftOut(
+            Reason(f"failed: {type(error).__name__}: {first_line(error)}"[:120], failed=True)
+        ) from None
+
+
+def _measure(connection: Connection, task: Task, name: str, size: int, threads: int, free_bytes: int) -> None:
+    """In a process of its own: send the Probe of one call, or the LeftOut."""
+    torch.set_num_threads(threads)
+    _give_blocks_back()
+    answer: Any
+    try:
+        with reasons():
+            task.tiny(name)()
+            _return_freed_memory()
+            me = psutil.Process().memory_info()
+            resource.setrlimit(resource.RLIMIT_AS, (me.vms + free_bytes, resource.RLIM_INFINITY))
+            call = task.prepare(name, size, 0)
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            answer = Probe(seconds, max(0, _peak_resident() - me.rss))
+    except LeftOut as error:
+        answer = error.reason
+    connection.send(answer)
+
+
+def _give_blocks_back() -> None:
+    with suppress(AttributeError, OSError):  # glibc's
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)
+
+
+def _return_freed_memory() -> None:
+    gc.collect()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _peak_resident() -> int:
+    """Bytes. A forked process starts with its own mark."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
