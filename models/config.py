@@ -23,7 +23,7 @@ CLASSIFIERS = ("mean", "first")
 DEFAULT_BUCKETS = 64
 """Buckets of a hash round where neither `n_buckets` nor `max_length` is set."""
 
-SINGLE_ROTATION = 256
+SINGLE_ROTATION = 128
 """Up to so many buckets one rotation makes a hash; beyond, two rotations make a factor each (paper, section 2)."""
 
 
@@ -38,7 +38,7 @@ class LSHConfig:
     rounds: independent hash rounds; time grows with it, memory does not.
     chunk_length: positions. How many of its bucket a position meets in a round (`attend: window`), or the
         length of a chunk in sorted order (`attend: chunk`).
-    n_buckets: buckets of a round; even (a multiple of 4 above 256). None: `max_length / chunk_length` rounded
+    n_buckets: buckets of a round; even (a multiple of 4 above 128). None: `max_length / chunk_length` rounded
         down to a power of two, or 64 where `max_length` is not set. Never the length of the moment: then what
         a position sees would depend on what comes after it.
     attend: `window`, strictly causal: the last `chunk_length` positions of the own bucket (bidirectional: as

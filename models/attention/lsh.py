@@ -52,7 +52,7 @@ def lsh_attention(
     seed: the hash is a function of (seed, heads, head_dim, n_buckets, round), and of nothing else.
     duplicates: "average" weighs a key by the number of rounds it was met in; "once" makes the result exactly
         softmax over the union of what was met.
-    n_buckets: buckets of a round, even (a multiple of 4 above 256); None = 64, whatever the length.
+    n_buckets: buckets of a round, even (a multiple of 4 above 128); None = 64, whatever the length.
     mask: (batch, length) bool, True where a position is real. The others are as if they were not there: nobody
         meets them, they shift nothing, and their output is zero.
     buckets: (batch, heads, rounds, length) integers, to be used instead of hashing.
@@ -81,7 +81,7 @@ def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor
     """Angular hash of x (batch, heads, length, d): (batch, heads, rounds, length) int32 in [0, n_buckets).
 
     h(x) = argmax([xR, −xR]) with R random, one for every head and round (paper, section 2; Andoni et al. 2015).
-    Above 256 buckets the hash is made of two such factors, and R of two smaller parts. Computed in fp32.
+    Above 128 buckets the hash is made of two such factors, and R of two smaller parts. Computed in fp32.
     """
     heads, d = x.shape[1], x.shape[-1]
     return rotate_and_hash(x, draw_rotations(heads, d, rounds=rounds, n_buckets=n_buckets, seed=seed))

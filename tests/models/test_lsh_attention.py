@@ -263,7 +263,7 @@ def test_hash_is_a_function_of_its_seed_and_finds_neighbours():
 
 
 def test_many_buckets_are_two_factors():
-    assert bucket_factors(256) == [256]
+    assert bucket_factors(128) == [128]
     assert bucket_factors(1024) == [32, 32]
     assert bucket_factors(2048) == [32, 64]
     assert bucket_factors(260) == [10, 26]
