@@ -50,7 +50,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cpus": len(os.sched_getaffinity(0)),
         "gpus": gpus,
-        "attention": choose(torch.empty(1, 1, 1, 64, device="cuda" if gpus else "cpu")),
+        "attention": _kernel("cuda" if gpus else "cpu"),
         "slurm": {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB")},
     }
 
@@ -58,6 +58,11 @@ def describe() -> dict[str, Any]:
 def write(directory: Path) -> None:
     """Write `environment.json`."""
     (directory / "environment.json").write_text(json.dumps(describe(), indent=1) + "\n")
+
+
+def _kernel(device: str) -> str:
+    x = torch.empty(1, 1, 1, 64, device=device)
+    return choose(x, x)
 
 
 def _commit(directory: Path) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
-from models.attention.kernels import Rule, Seating, dispatch, native
+from models.attention.kernels import Rule, Seating, dispatch, native, triton
 from models.chance import Purpose, Seeds
 from models.config import (
     ATTENDS,
@@ -98,6 +98,8 @@ def draw_rotations(heads: int, d: int, *, rounds: int, n_buckets: int, seed: int
 
 def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None) -> Seating:
     """Seats of x (batch, heads, length, d) for rotations as drawn; mask: (batch, length) bool, True where real."""
+    if x.is_cuda and triton.available():
+        return triton.seat_by_hash(x, rotations, mask)
     buckets = rotate_and_hash(x, rotations)
     n_buckets = math.prod(2 * rotation.shape[-1] for rotation in rotations[0])
     return dispatch.seat(buckets.flatten(0, 1), n_buckets, _row_mask(mask, x.shape[1]))
@@ -109,6 +111,8 @@ def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
     x = x if x.dtype in native.DTYPES else x.float()
     if x.device.type == "cpu" and native.available():
         return native.hash_buckets(x, rotations)
+    if x.is_cuda and triton.available():
+        return triton.rotate_and_hash(x, rotations)
     buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()

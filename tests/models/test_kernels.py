@@ -154,8 +154,8 @@ def test_without_a_compiler_the_chunked_kernel_runs_and_says_so(monkeypatch):
     native._library.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*Install g\+\+, or set CXX"):
-            assert dispatch.choose(torch.randn(1, 1, 4, 8)) == "chunked"
-        qk = torch.randn(1, 2, 40, 8)
+            qk = torch.randn(1, 2, 40, 8)
+            assert dispatch.choose(qk, qk) == "chunked"
         with pytest.raises(ConfigError, match=r"backend='native' cannot run here.*chunked"):
             lsh_attention(qk, qk, rounds=1, chunk_length=8, causal=True, seed=0, backend="native")
     finally:
@@ -175,6 +175,21 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
         assert not list((tmp_path / "cache").iterdir())
     finally:
         native._library.cache_clear()
+
+
+def test_what_auto_chooses():
+    def choice(dtype: torch.dtype, d: int = 64, backend: str = "auto") -> str:
+        x = torch.empty(1, 1, 1, d, dtype=dtype)
+        return dispatch.choose(x, x, backend)
+
+    fused = "native" if native.available() else "chunked"
+    assert [choice(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [fused] * 3
+    assert choice(torch.float64) == "chunked"
+    for backend in ("native", "triton"):
+        with pytest.raises(
+            ConfigError, match=f"'{backend}' cannot run here, with torch.float64 of width 64 on cpu"
+        ):
+            choice(torch.float64, backend=backend)
 
 
 @needs_native

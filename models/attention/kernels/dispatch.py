@@ -12,43 +12,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating, chunked, native, reference
+from models.attention.kernels import PairDropout, Rule, Seating, chunked, native, reference, triton
 from models.config import ConfigError
 
-BACKENDS = ("auto", "reference", "chunked", "native")
+BACKENDS = ("auto", "reference", "chunked", "native", "triton")
 ANYWHERE = ("reference", "chunked")
-HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel that is not made of torch's operations: where it runs, and from which length on it is the fastest."""
+    """A kernel that is not made of torch's operations. takes: whether it can compute with queries and values (batch,
+    heads, length, d). It is the fastest on `device`, at lengths from `least` on."""
 
     backend: str
-    available: Callable[[], bool]
+    takes: Callable[[Tensor, Tensor], bool]
     device: str
-    dtypes: tuple[torch.dtype, ...]
     least: int = 1
 
-    def runs(self, q: Tensor) -> bool:
-        """Whether it can serve queries q (batch, heads, length, d)."""
-        return q.device.type == self.device and q.dtype in self.dtypes and self.available()
+    def fits(self, q: Tensor, v: Tensor) -> bool:
+        """Whether `auto` chooses it."""
+        return q.device.type == self.device and q.shape[2] >= self.least and self.takes(q, v)
 
 
-CHOICES = (Choice("native", native.available, "cpu", (torch.float32, *HALF)),)
-"""`auto` is the first that runs and is the fastest at this length; else `chunked`. Measured: docs/kernels.md."""
+CHOICES = (Choice("triton", triton.takes, "cuda"), Choice("native", native.takes, "cpu"))
+"""`auto` is the first that fits, else `chunked`. The lengths on CPUs are measured, see docs/kernels.md; on GPUs the
+kernel has not run yet, and is taken to be faster than `chunked` at any."""
 
 
-def choose(q: Tensor, backend: str = "auto") -> str:
-    """The kernel for queries (batch, heads, length, d). Raises ConfigError if the one asked for cannot run."""
-    able = [choice for choice in CHOICES if backend in ("auto", choice.backend) and choice.runs(q)]
+def choose(q: Tensor, v: Tensor, backend: str = "auto") -> str:
+    """The kernel for queries and values (batch, heads, length, d). Raises ConfigError if it cannot run here."""
     if backend == "auto":
-        return next((choice.backend for choice in able if q.shape[2] >= choice.least), "chunked")
-    if backend not in ANYWHERE and not able:
-        raise ConfigError(
-            f"backend={backend!r} cannot run here, with {q.dtype} on {q.device.type}: choose auto or chunked"
-        )
-    return backend
+        return next((choice.backend for choice in CHOICES if choice.fits(q, v)), "chunked")
+    if backend in ANYWHERE or any(choice.backend == backend and choice.takes(q, v) for choice in CHOICES):
+        return backend
+    raise ConfigError(
+        f"backend={backend!r} cannot run here, with {q.dtype} of width {q.shape[-1]} on {q.device.type}: "
+        "choose auto or chunked"
+    )
 
 
 def meet(
@@ -68,13 +68,17 @@ def meet(
     k = None: queries are keys, scaled to unit length (`unit_keys`), and a score is q · unit(q).
     Returns (batch, heads, length, d_v) in v's dtype.
     """
-    chosen = choose(q, backend)
+    chosen = choose(q, v, backend)
     if chosen == "native":
         return native.meet(q, k, v, seating, rule, dropout, scale)
-    kernel = {"reference": reference.meet, "chunked": chunked.meet}[chosen]
-    keys = unit_keys(q) if k is None else k * scale
-    out = kernel(q.flatten(0, 1), keys.flatten(0, 1), v.flatten(0, 1), seating, rule, dropout)
-    return out.view(v.shape)
+    rows, values = q.flatten(0, 1), v.flatten(0, 1)
+    keys = None if k is None else (k * scale).flatten(0, 1)
+    if chosen == "triton":
+        out = triton.meet(rows, keys, values, seating, rule, dropout)
+    else:
+        kernel = reference.meet if chosen == "reference" else chunked.meet
+        out = kernel(rows, unit_keys(rows) if keys is None else keys, values, seating, rule, dropout)
+    return out.unflatten(0, v.shape[:2])
 
 
 def seat(buckets: Tensor, n_buckets: int | None, mask: Tensor | None) -> Seating:

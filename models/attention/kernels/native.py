@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -41,6 +42,11 @@ HIDDEN = -1e30
 def available() -> bool:
     """Whether the library is there, or could be built."""
     return _library() is not None
+
+
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether `meet` computes with such tensors."""
+    return q.device.type == "cpu" and q.dtype in DTYPES and v.dtype in DTYPES and available()
 
 
 def meet(
@@ -271,7 +277,9 @@ def _library() -> ctypes.CDLL | None:
     try:
         if compiler is None:
             raise FileNotFoundError("there is no C++ compiler (looked for $CXX, else g++ and clang++)")
-        return ctypes.CDLL(str(_build(compiler)))
+        library = ctypes.CDLL(str(_build(compiler)))
+        library.megabase_use_threads(_torch_threads())
+        return library
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
         reason = f"{compiler} failed: " + next(
@@ -285,6 +293,15 @@ def _library() -> ctypes.CDLL | None:
         stacklevel=2,
     )
     return None
+
+
+def _torch_threads() -> ctypes.c_void_p | None:
+    """Address of GOMP_parallel in the OpenMP library of this process (GNU's; LLVM's and Intel's have it too)."""
+    try:
+        loaded = re.findall(r"/\S*/lib[gi]?omp[^/\s]*\.so\S*", Path("/proc/self/maps").read_text())
+        return ctypes.cast(ctypes.CDLL(loaded[0]).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, IndexError, AttributeError):
+        return None
 
 
 def _compiler() -> str | None:

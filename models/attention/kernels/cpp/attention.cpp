@@ -93,6 +93,8 @@ void add_phase(std::vector<Phase<Scratch>>& phases, int64_t first_row, int64_t r
 
 extern "C" {
 
+void megabase_use_threads(void* parallel) { torch_threads = (Parallel)parallel; }
+
 void megabase_hash(const Hashing* hashing) {
     const Hashing& h = *hashing;
     const int wide = round_up(h.x.width, PANEL);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -18,25 +19,36 @@ struct Phase {
     std::function<void(int64_t, Space&)> run;
 };
 
-template <class Space, class... Arguments>
-void run_phases(int threads, const std::vector<Phase<Space>>& phases, const Arguments&... arguments) {
-    threads = std::max(threads, 1);
-    std::vector<std::atomic<int64_t>> next(phases.size());
-    for (auto& n : next) n = 0;
-    std::atomic<int64_t> arrived{0};
-    auto work = [&] {
-        Space scratch(arguments...);
-        for (size_t i = 0; i < phases.size(); ++i) {
-            for (int64_t task; (task = next[i]++) < phases[i].tasks;) phases[i].run(task, scratch);
-            ++arrived;
-            for (int spins = 0; arrived < (int64_t)(i + 1) * threads; ++spins)
-                if (spins > 1000) std::this_thread::yield();
-        }
-    };
+// GOMP_parallel of the OpenMP that torch has loaded, or null. Two pools of threads would get in each other's way: after
+// an operation of torch's, its threads wait for the next one without sleeping.
+typedef void (*Parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+Parallel torch_threads = nullptr;
+
+// Runs work on up to `threads` threads, this one among them, and waits for them.
+inline void in_parallel(int threads, const std::function<void()>& work) {
+    if (threads > 1 && torch_threads) {
+        torch_threads([](void* data) { (*(const std::function<void()>*)data)(); }, (void*)&work, threads, 0);
+        return;
+    }
     std::vector<std::thread> others;
     for (int i = 1; i < threads; ++i) others.emplace_back(work);
     work();
     for (auto& thread : others) thread.join();
+}
+
+template <class Space, class... Arguments>
+void run_phases(int threads, const std::vector<Phase<Space>>& phases, const Arguments&... arguments) {
+    threads = std::max(threads, 1);
+    std::vector<std::unique_ptr<Space>> spaces(threads);
+    for (const Phase<Space>& phase : phases) {
+        std::atomic<int64_t> next{0};
+        std::atomic<int> arrived{0};
+        in_parallel((int)std::min<int64_t>(threads, phase.tasks), [&] {
+            std::unique_ptr<Space>& space = spaces[arrived++];
+            if (!space) space.reset(new Space(arguments...));
+            for (int64_t task; (task = next++) < phase.tasks;) phase.run(task, *space);
+        });
+    }
 }
 
 constexpr int SPREAD = 1024;  // positions of a task that only goes through them
