@@ -29,9 +29,15 @@ def has_half_products(device_type: str, dtype: torch.dtype) -> bool:
         torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
         torch.float16: {"avx512_fp16", "amx_fp16", "fphp"},
     }
+    lines = processor_lines("flags", "features")
+    return not lines or bool(wanted[dtype] & set(lines[0].split()))
+
+
+def processor_lines(*names: str) -> list[str]:
+    """The lines of /proc/cpuinfo that begin with one of these lower-case names, for every core; none where there is no
+    such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return True
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return bool(wanted[dtype] & set(flags.split()))
+        return []
+    return [line for line in lines if line.lower().startswith(names)]

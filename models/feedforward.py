@@ -24,11 +24,8 @@ from models.layers import Norm, linear
 from models.precision import Precision
 from models.reversible import Call
 
-CHUNK = {"cpu": 1024}
-"""Tokens of a chunk where none are set: their hidden layer, of some thousand numbers each, should stay in cache."""
-
-GPU_CHUNK = 16384
-"""The same for other devices: enough to fill one."""
+CPU_CHUNK, GPU_CHUNK = 1024, 16384
+"""Tokens of a chunk where none are set: on a CPU their hidden layer should stay in cache; a GPU wants to be filled."""
 
 
 class FeedForwardBranch(nn.Module):
@@ -42,13 +39,15 @@ class FeedForwardBranch(nn.Module):
         self.feedforward = FeedForward(config)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        rate = self.rate if call.training else 0.0
-        keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, x.shape[0], x.device)
-        x = self.norm(x)
-        grad = call.grad
+        x, grad = self.norm(x), call.grad
         if grad is not None:
-            grad = dropout(grad.to(Precision.current(x.device).compute_dtype(x.dtype)), rate, keys)
-        return dropout(self.feedforward(x, grad), rate, keys)
+            grad = grad.to(Precision.current(x.device).compute_dtype(x.dtype))
+        if not (call.training and self.rate):
+            return self.feedforward(x, grad)
+        keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, x.shape[0], x.device)
+        if grad is not None:
+            grad = dropout(grad, self.rate, keys)
+        return dropout(self.feedforward(x, grad), self.rate, keys)
 
 
 class FeedForward(nn.Module):
@@ -70,7 +69,7 @@ class FeedForward(nn.Module):
         """x and result: (..., dim). grad: the gradient that the result is going to get, where that is known."""
         weights = (self.inner, self.inner_bias, self.outer, self.outer_bias)
         tokens, known = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, grad))
-        chunk = self.chunk or CHUNK.get(x.device.type, GPU_CHUNK)
+        chunk = self.chunk or (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK)
         return _Chunked.apply(tokens, known, self.activation, chunk, *weights).view(x.shape)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from models.attention.kernels.dispatch import choose
+from models.device import processor_lines
 
 PACKAGES = (
     "megabase",
@@ -79,8 +80,5 @@ def _commit(directory: Path) -> str | None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    names = processor_lines("model name")
+    return names[0].split(":", 1)[1].strip() if names else platform.processor()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.attention.heads import SeparateAttention, pair_dropout
-from models.attention.kernels import PairDropout, Rule, Seating, dispatch
+from models.attention.kernels import PairDropout, Rule, Seating, dispatch, row_mask
 from models.reversible import Call
 
 
@@ -35,7 +35,7 @@ def local_attention(
         seating = Seating.in_order(rows, length, q.device)
     else:
         nowhere = torch.zeros(rows, 1, length, dtype=torch.int32, device=q.device)
-        seating = dispatch.seat(nowhere, 1, mask.repeat_interleave(heads, dim=0))
+        seating = dispatch.seat(nowhere, 1, row_mask(mask, heads))
     reach = window - 1 if attend == "window" else window
     rule = Rule(reach, attend, causal, once=False, shared=False)
     return dispatch.meet(q, k, v, seating, rule, dropout, scale=d**-0.5, backend=backend)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
-from models.attention.kernels import Rule, Seating, dispatch, native, triton
+from models.attention.kernels import Rule, Seating, dispatch, row_mask
+from models.attention.kernels.dispatch import rotate_and_hash, seat_by_hash
 from models.chance import Purpose, Seeds
 from models.config import (
     ATTENDS,
@@ -65,14 +66,13 @@ def lsh_attention(
     check_name("attend", attend, ATTENDS)
     check_name("duplicates", duplicates, DUPLICATES)
     check_name("backend", backend, dispatch.BACKENDS)
-    rows = _row_mask(mask, qk.shape[1])
     if buckets is None:
         n_buckets = DEFAULT_BUCKETS if n_buckets is None else n_buckets
         check_buckets(n_buckets, "n_buckets")
         rotations = draw_rotations(qk.shape[1], qk.shape[3], rounds=rounds, n_buckets=n_buckets, seed=seed)
         seating = seat_by_hash(qk, rotations, mask)
     else:
-        seating = dispatch.seat(buckets.flatten(0, 1), None, rows)
+        seating = dispatch.seat(buckets.flatten(0, 1), None, row_mask(mask, qk.shape[1]))
     rule = Rule(chunk_length, attend, causal, once=duplicates == "once", shared=True)
     return dispatch.meet(qk, None, v, seating, rule, backend=backend)
 
@@ -94,39 +94,6 @@ def draw_rotations(heads: int, d: int, *, rounds: int, n_buckets: int, seed: int
     return [
         [torch.randn(heads, d, factor // 2, generator=generator) for factor in factors] for _ in range(rounds)
     ]
-
-
-def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None) -> Seating:
-    """Seats of x (batch, heads, length, d) for rotations as drawn; mask: (batch, length) bool, True where real."""
-    if x.is_cuda and triton.available():
-        return triton.seat_by_hash(x, rotations, mask)
-    buckets = rotate_and_hash(x, rotations)
-    n_buckets = math.prod(2 * rotation.shape[-1] for rotation in rotations[0])
-    return dispatch.seat(buckets.flatten(0, 1), n_buckets, _row_mask(mask, x.shape[1]))
-
-
-@torch.no_grad()
-def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
-    """hash_buckets once the rotations are drawn."""
-    x = x if x.dtype in native.DTYPES else x.float()
-    if x.device.type == "cpu" and native.available():
-        return native.hash_buckets(x, rotations)
-    if x.is_cuda and triton.available():
-        return triton.rotate_and_hash(x, rotations)
-    buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int32, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.float()
-        for number, factors in enumerate(rotations):
-            bucket, weight = torch.zeros((), dtype=torch.int64, device=x.device), 1
-            for rotation in factors:
-                half = rotation.shape[-1]
-                rotated = x @ rotation.to(x.device)
-                most, place = rotated.max(dim=-1)
-                least, opposite = rotated.min(dim=-1)
-                bucket = bucket + weight * torch.where(most >= -least, place, opposite + half)
-                weight *= 2 * half
-            buckets[:, :, number] = bucket
-    return buckets
 
 
 def bucket_factors(n_buckets: int) -> list[int]:
@@ -180,11 +147,6 @@ class LSHAttention(nn.Module):
         qk, v = self.project(x, near)
         seating = seat_by_hash(qk, self.rotations(call.seeds), call.mask)
         return self.output(merge_heads(self.attend(qk, v, seating, call)))
-
-
-def _row_mask(mask: Tensor | None, heads: int) -> Tensor | None:
-    """(batch, length) -> (batch × heads, length)."""
-    return None if mask is None else mask.repeat_interleave(heads, dim=0)
 
 
 def _check(

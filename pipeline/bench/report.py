@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import sys
@@ -65,7 +66,7 @@ class Result:
             "settings": self.settings,
             "machine": machine(self.settings["device"]),
             "versions": versions(),
-            "commit": environment.describe()["commit"] or os.environ.get("MEGABASE_COMMIT"),
+            "commit": described()["commit"] or os.environ.get("MEGABASE_COMMIT"),
             "contestants": self.labels,
             **({"parameters": self.parameters} if self.parameters else {}),
             **({"states_bytes": self.states_bytes} if self.states_bytes else {}),
@@ -91,15 +92,20 @@ class Result:
         }
 
 
+@functools.cache
+def described() -> Json:
+    """environment.json's content, asked for once: it starts git, and does not change."""
+    return environment.describe()
+
+
 def machine(device: str) -> Json:
     """The machine: processor, cores, threads of torch, memory; on a GPU also that."""
-    described = environment.describe()
     found: Json = {
-        "processor": described["processor"],
-        "cores": described["cpus"],
+        "processor": described()["processor"],
+        "cores": described()["cpus"],
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "platform": described["platform"],
+        "platform": described()["platform"],
     }
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
@@ -109,7 +115,7 @@ def machine(device: str) -> Json:
 
 def versions() -> dict[str, str]:
     """Of Python, torch and the peers."""
-    found = {"python": environment.versions()["python"], "megabase": environment.versions()["megabase"]}
+    found = {name: described()["versions"][name] for name in ("python", "megabase")}
     for package in PACKAGES:
         try:
             found[package] = version(package)

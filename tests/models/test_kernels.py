@@ -1,7 +1,7 @@
 """The kernels agree with each other, and the readable one with finite differences."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +85,7 @@ def test_native_makes_unit_keys_and_reads_any_layout(seed):
     def kernel(backend: str) -> Callable[..., Tensor]:
         return lambda q, v: dispatch.meet(q[None], None, v[None], *case, backend=backend)[0]
 
-    expected = with_gradients(kernel("reference"), [q, v], *())
+    expected = with_gradients(kernel("reference"), [q, v])
     apart = [x.detach().float().mT.contiguous().mT.requires_grad_() for x in (q, v)]
     heads_inside = [
         x.detach().float().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, v)
@@ -149,32 +149,32 @@ def test_native_seats_equal_a_stable_sort():
         assert torch.equal(ours.buckets.where(real, -1), theirs.buckets.where(real, -1))
 
 
-def test_without_a_compiler_the_chunked_kernel_runs_and_says_so(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.fixture
+def unbuilt() -> Iterator[None]:
+    """As in a process in which attention has not run yet."""
     native._library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*Install g\+\+, or set CXX"):
-            qk = torch.randn(1, 2, 40, 8)
-            assert dispatch.choose(qk, qk) == "chunked"
-        with pytest.raises(ConfigError, match=r"backend='native' cannot run here.*chunked"):
-            lsh_attention(qk, qk, rounds=1, chunk_length=8, causal=True, seed=0, backend="native")
-    finally:
-        native._library.cache_clear()
+    yield
+    native._library.cache_clear()
 
 
-def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
+def test_without_a_compiler_the_chunked_kernel_runs_and_says_so(monkeypatch, unbuilt):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*Install g\+\+, or set CXX"):
+        qk = torch.randn(1, 2, 40, 8)
+        assert dispatch.choose(qk, qk) == "chunked"
+    with pytest.raises(ConfigError, match=r"backend='native' cannot run here.*chunked"):
+        lsh_attention(qk, qk, rounds=1, chunk_length=8, causal=True, seed=0, backend="native")
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path, unbuilt):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'cannot find -lstdc++' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("MEGABASE_CACHE", str(tmp_path / "cache"))
-    native._library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="cannot find -lstdc"):
-            assert not native.available()
-        assert not list((tmp_path / "cache").iterdir())
-    finally:
-        native._library.cache_clear()
+    with pytest.warns(UserWarning, match="cannot find -lstdc"):
+        assert not native.available()
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_what_auto_chooses():
@@ -193,14 +193,10 @@ def test_what_auto_chooses():
 
 
 @needs_native
-def test_a_cache_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path, unbuilt):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEGABASE_CACHE", str(tmp_path / "file" / "cache"))
-    native._library.cache_clear()
-    try:
-        assert native.available()
-    finally:
-        native._library.cache_clear()
+    assert native.available()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

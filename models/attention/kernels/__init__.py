@@ -10,6 +10,7 @@ GPUs. `dispatch` chooses, and is what layers call.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,3 +107,13 @@ class PairDropout:
         bits = random_bits(self.keys[row], query.to(torch.int32))
         bits = random_bits(self.keys[row], bits ^ key.to(torch.int32))
         return keep(bits, self.rate) * (1.0 / (1.0 - self.rate))
+
+
+def row_mask(mask: Tensor | None, heads: int) -> Tensor | None:
+    """(batch, length) -> (batch × heads, length)."""
+    return None if mask is None else mask.repeat_interleave(heads, dim=0)
+
+
+def count_buckets(rotations: list[list[Tensor]]) -> int:
+    """Buckets of a round whose factors have these rotations (heads, d, factor / 2)."""
+    return math.prod(2 * rotation.shape[-1] for rotation in rotations[0])

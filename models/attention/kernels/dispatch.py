@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating, chunked, native, reference, triton
+from models.attention.kernels import (
+    PairDropout,
+    Rule,
+    Seating,
+    chunked,
+    count_buckets,
+    native,
+    reference,
+    row_mask,
+    triton,
+)
 from models.config import ConfigError
 
 BACKENDS = ("auto", "reference", "chunked", "native", "triton")
@@ -79,6 +89,25 @@ def meet(
         kernel = reference.meet if chosen == "reference" else chunked.meet
         out = kernel(rows, unit_keys(rows) if keys is None else keys, values, seating, rule, dropout)
     return out.unflatten(0, v.shape[:2])
+
+
+def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+    """models.attention.lsh.hash_buckets once the rotations are drawn: x (batch, heads, length, d) to int32 (batch,
+    heads, rounds, length)."""
+    x = x.detach() if x.dtype in native.DTYPES else x.detach().float()
+    if x.is_cuda and triton.available():
+        return triton.rotate_and_hash(x, rotations)
+    if x.device.type == "cpu" and native.available():
+        return native.hash_buckets(x, rotations)
+    return reference.rotate_and_hash(x, rotations)
+
+
+def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None) -> Seating:
+    """Seats of x (batch, heads, length, d) for rotations as drawn; mask: (batch, length) bool, True where real."""
+    if x.is_cuda and triton.available():
+        return triton.seat_by_hash(x, rotations, mask)
+    buckets = rotate_and_hash(x, rotations)
+    return seat(buckets.flatten(0, 1), count_buckets(rotations), row_mask(mask, x.shape[1]))
 
 
 def seat(buckets: Tensor, n_buckets: int | None, mask: Tensor | None) -> Seating:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from models.attention.kernels import PairDropout, Rule, Seating
+from models.device import processor_lines
 
 SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -64,7 +65,7 @@ def meet(
 
 
 def hash_buckets(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
-    """models.attention.lsh.rotate_and_hash. A position's buckets do not depend on what else is hashed with it."""
+    """dispatch.rotate_and_hash. A position's buckets do not depend on what else is hashed with it."""
     x = _dense(x.detach())
     batch, heads, length = x.shape[:3]
     halves = [rotation.shape[-1] for rotation in rotations[0]]
@@ -123,16 +124,12 @@ class _Meet(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = _dense(q), None if k is None else _dense(k), _dense(v)
         out = _like(v)
-        rows = q.shape[0] * q.shape[1]
-        lse = torch.full((rows, q.shape[2]), HIDDEN)
-        problem, kept = _problem(q, k, v, seating, rule, dropout, scale)
-        problem.out, problem.most = _Tensor.of(out), lse.data_ptr()
-        total = torch.zeros_like(lse)
-        problem.total = total.data_ptr()
+        lse = torch.full((q.shape[0] * q.shape[1], q.shape[2]), HIDDEN)
+        problem, kept = _problem(q, k, v, out, lse, torch.zeros_like(lse), seating, rule, dropout, scale)
         _call("megabase_forward", problem)
         del kept
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.seating, ctx.rule, ctx.dropout, ctx.scale = seating, rule, dropout, scale
+        ctx.case = seating, rule, dropout, scale
         return out.to(v.dtype)
 
     @staticmethod
@@ -140,11 +137,8 @@ class _Meet(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad = _dense(grads[0] if grads[0].dtype in DTYPES else grads[0].float())
         dq, dk, dv = _like(q), _like(q), _like(v)
-        problem, kept = _problem(q, k, v, ctx.seating, ctx.rule, ctx.dropout, ctx.scale)
-        problem.out, problem.most = _Tensor.of(out), lse.data_ptr()
+        problem, kept = _problem(q, k, v, out, lse, torch.empty_like(lse), *ctx.case)
         problem.grad, problem.dq, problem.dk, problem.dv = map(_Tensor.of, (grad, dq, dk, dv))
-        total = torch.empty_like(lse)
-        problem.total = total.data_ptr()
         _call("megabase_backward", problem)
         del kept
         return dq.to(q.dtype), None if k is None else dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
@@ -206,12 +200,16 @@ def _problem(
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
+    out: Tensor,
+    most: Tensor,
+    total: Tensor,
     seating: Seating,
     rule: Rule,
     dropout: PairDropout | None,
     scale: float,
 ) -> tuple[_Problem, list[Tensor]]:
-    """What forward and backward share, and the tensors that must live while it is used."""
+    """What forward and backward share, and the tensors that must live while it is used. most, total: (rows, length),
+    as cpp/strip.h has them."""
     batch, heads, length, _ = q.shape
     order, buckets = _table(seating.order), _table(seating.buckets)
     rank = _table(seating.rank) if rule.once else order
@@ -220,6 +218,9 @@ def _problem(
         q=_Tensor.of(q),
         k=_Tensor() if k is None else _Tensor.of(k),
         v=_Tensor.of(v),
+        out=_Tensor.of(out),
+        most=most.data_ptr(),
+        total=total.data_ptr(),
         order=order.data_ptr(),
         rank=rank.data_ptr(),
         buckets=buckets.data_ptr(),
@@ -239,7 +240,7 @@ def _problem(
         shared=rule.shared,
         threads=torch.get_num_threads(),
     )
-    kept = [order, rank, buckets, real]
+    kept = [total, order, rank, buckets, real]
     if dropout is not None:
         keys = dropout.keys.contiguous()
         problem.keys, problem.rate = keys.data_ptr(), dropout.rate
@@ -313,11 +314,12 @@ def _build(compiler: str) -> Path:
     """Path of the library for this machine. Published by rename: several processes may build it at once."""
     tuned = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [compiler, *FLAGS, tuned]
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
-    )
     sources = (path.read_text() for path in sorted(SOURCE.parent.iterdir()))
-    identity = (*sources, *command, version.stdout, _processor())
+    # What the compiler's `native` depends on.
+    processor = sorted(set(processor_lines("model name", "flags", "features", "cpu part"))) or [
+        platform.processor()
+    ]
+    identity = (*sources, *command, _run([compiler, "--version"]), *processor)
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
     library = _cache() / f"attention-{name}.so"
     if not library.exists():
@@ -328,8 +330,8 @@ def _build(compiler: str) -> Path:
     return library
 
 
-def _run(command: Sequence[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+def _run(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True).stdout
 
 
 def _cache() -> Path:
@@ -345,13 +347,3 @@ def _cache() -> Path:
         private = tempfile.mkdtemp(prefix="megabase-")
         atexit.register(shutil.rmtree, private, ignore_errors=True)
         return Path(private)
-
-
-def _processor() -> str:
-    """What the compiler's `native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    telling = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))

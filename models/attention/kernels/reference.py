@@ -98,3 +98,22 @@ def _seated(seating: Seating) -> Tensor:
     """(rows, length) bool: whether a seat holds a real position."""
     seats = torch.arange(seating.order.shape[-1], device=seating.order.device)
     return seats < seating.real[:, None]
+
+
+@torch.no_grad()
+def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+    """See models.attention.kernels.dispatch. Computes in fp32."""
+    buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int32, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        for number, factors in enumerate(rotations):
+            bucket, weight = torch.zeros((), dtype=torch.int64, device=x.device), 1
+            for rotation in factors:
+                half = rotation.shape[-1]
+                rotated = x @ rotation.to(x.device)
+                most, place = rotated.max(dim=-1)
+                least, opposite = rotated.min(dim=-1)
+                bucket = bucket + weight * torch.where(most >= -least, place, opposite + half)
+                weight *= 2 * half
+            buckets[:, :, number] = bucket
+    return buckets

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating
+from models.attention.kernels import PairDropout, Rule, Seating, count_buckets, row_mask
 from models.config import ConfigError
 
 try:
@@ -92,14 +92,10 @@ def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None =
     rotations: see rotate_and_hash. mask: (batch, length) bool, True where a position is real; the others sit at
     the end, in the order of their positions, in a bucket of their own.
     """
-    n_buckets = _n_buckets(rotations)
+    n_buckets = count_buckets(rotations)
     small = next(t for t in (torch.uint8, torch.int16, torch.int32) if n_buckets <= torch.iinfo(t).max)
-    batch, heads, length, _ = x.shape
     seated, order = torch.sort(_hash(x, rotations, mask, small).flatten(0, 1), dim=-1, stable=True)
-    if mask is None:
-        real = torch.full((batch * heads,), length, dtype=torch.int32, device=x.device)
-    else:
-        real = mask.sum(-1, dtype=torch.int32).repeat_interleave(heads)
+    real = Seating.count(row_mask(mask, x.shape[1]), order)
     return Seating(order=order.to(torch.int32), buckets=seated.to(torch.int32), real=real)
 
 
@@ -320,13 +316,6 @@ def _hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None, dtype: 
             **FUSED,
         )
     return buckets
-
-
-def _n_buckets(rotations: list[list[Tensor]]) -> int:
-    number = 1
-    for factor in rotations[0]:
-        number *= 2 * factor.shape[-1]
-    return number
 
 
 def _padded(width: int) -> int:

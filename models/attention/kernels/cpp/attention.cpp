@@ -21,11 +21,17 @@
 
 namespace {
 
-// Rows at a time: few, so that their vectors stay in the shared cache; enough to keep all threads at work.
-int64_t rows_at_a_time(const Problem& p, const Shape& s) {
-    const int64_t strips = (p.length + s.strip - 1) / s.strip, rows = (int64_t)p.batch * p.heads;
-    return std::min(rows, std::max<int64_t>(1, (8 * p.threads + strips - 1) / strips));
-}
+// How many rows there are, how many strips and pieces each is cut into, and how many rows go at a time: few, so that
+// their vectors stay in the shared cache; enough to keep all threads at work.
+struct Cut {
+    int64_t rows, strips, pieces, step;
+
+    Cut(const Problem& p, const Shape& s)
+        : rows((int64_t)p.batch * p.heads),
+          strips((p.length + s.strip - 1) / s.strip),
+          pieces((p.length + SPREAD - 1) / SPREAD),
+          step(std::min(rows, std::max<int64_t>(1, (8 * p.threads + strips - 1) / strips))) {}
+};
 
 // By seat, since seats tell who is real.
 void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
@@ -116,17 +122,16 @@ void megabase_sort(const Sorting* sorting) {
 void megabase_forward(const Problem* problem) {
     const Problem& p = *problem;
     const Shape s(p);
-    const int64_t rows = (int64_t)p.batch * p.heads, step = rows_at_a_time(p, s);
-    const int64_t strips = (p.length + s.strip - 1) / s.strip, pieces = (p.length + SPREAD - 1) / SPREAD;
+    const Cut cut(p, s);
     std::vector<Phase<Scratch>> phases;
-    for (int64_t row = 0; row < rows; row += step) {
-        const int64_t some = std::min(step, rows - row);
+    for (int64_t row = 0; row < cut.rows; row += cut.step) {
+        const int64_t some = std::min(cut.step, cut.rows - row);
         for (int round = 0; round < p.rounds; ++round)
-            add_phase(phases, row, some, strips, [&p, &s, round](int64_t row, int64_t strip, Scratch& x) {
+            add_phase(phases, row, some, cut.strips, [&p, &s, round](int64_t row, int64_t strip, Scratch& x) {
                 Strip<false>(p, s, x, row, round, strip * s.strip, false).run();
                 if (!p.window && strip == 0) Strip<false>(p, s, x, row, round, 0, true).run();
             });
-        add_phase(phases, row, some, pieces,
+        add_phase(phases, row, some, cut.pieces,
                   [&p, &s](int64_t row, int64_t piece, Scratch&) { finish_forward(p, s, row, piece * SPREAD); });
     }
     run_phases(p.threads, phases, p, s, false);
@@ -135,16 +140,15 @@ void megabase_forward(const Problem* problem) {
 void megabase_backward(const Problem* problem) {
     const Problem& p = *problem;
     const Shape s(p);
-    const int64_t rows = (int64_t)p.batch * p.heads, step = rows_at_a_time(p, s);
-    const int64_t strips = (p.length + s.strip - 1) / s.strip, pieces = (p.length + SPREAD - 1) / SPREAD;
+    const Cut cut(p, s);
     std::vector<Phase<Scratch>> phases;
-    for (int64_t row = 0; row < rows; row += step) {
-        const int64_t some = std::min(step, rows - row);
-        add_phase(phases, row, some, pieces,
+    for (int64_t row = 0; row < cut.rows; row += cut.step) {
+        const int64_t some = std::min(cut.step, cut.rows - row);
+        add_phase(phases, row, some, cut.pieces,
                   [&p, &s](int64_t row, int64_t piece, Scratch&) { begin_backward(p, s, row, piece * SPREAD); });
         for (int round = 0; round < p.rounds; ++round) {
             for (int parity = 0; parity < 2; ++parity)
-                add_phase(phases, row, some, (strips + 1 - parity) / 2,
+                add_phase(phases, row, some, (cut.strips + 1 - parity) / 2,
                           [&p, &s, round, parity](int64_t row, int64_t pair, Scratch& x) {
                               Strip<true>(p, s, x, row, round, (2 * pair + parity) * s.strip, false).run();
                           });
@@ -154,7 +158,7 @@ void megabase_backward(const Problem* problem) {
                 });
         }
         if (!p.k.data)
-            add_phase(phases, row, some, pieces,
+            add_phase(phases, row, some, cut.pieces,
                       [&p, &s](int64_t row, int64_t piece, Scratch&) { finish_backward(p, s, row, piece * SPREAD); });
     }
     run_phases(p.threads, phases, p, s, true);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -147,7 +148,7 @@ struct Strip {
     Strip(const Problem& p, const Shape& s, Scratch& x, int64_t row, int round, int first, bool in_ring)
         : p(p), s(s), x(x), row(row), round(round), in_ring(in_ring), real(p.real[row]) {
         order = order_of(round);
-        buckets = p.buckets + row * p.buckets_row + (int64_t)round * p.length;
+        buckets = buckets_of(round);
         q_row = row_of(p.q, row, p.heads);
         k_row = p.k.data ? row_of(p.k, row, p.heads) : q_row;
         v_row = row_of(p.v, row, p.heads);
@@ -158,6 +159,7 @@ struct Strip {
 
     const int32_t* order_of(int r) const { return p.order + row * p.order_row + (int64_t)r * p.length; }
     const int32_t* rank_of(int r) const { return p.rank + row * p.rank_row + (int64_t)r * p.length; }
+    const int32_t* buckets_of(int r) const { return p.buckets + row * p.buckets_row + (int64_t)r * p.length; }
     int previous(int r) const { return r ? r - 1 : p.rounds - 1; }
     int ring_start() const { return (std::max(real, 1) - 1) / p.reach * p.reach; }
 
@@ -176,8 +178,6 @@ struct Strip {
         int from, to;
         if (in_ring) {
             from = ring_start(), to = real;
-            const int32_t* other = order_of(previous(round));
-            for (int j = from; j < to; ++j) x.where[j - from] = other[j];
             for (int i = first; i < last; ++i) x.low[i - first] = 0, x.high[i - first] = to - from;
         } else if (p.window) {
             from = std::max(first - p.reach, 0), to = p.causal ? last : std::min(last + p.reach, real);
@@ -196,7 +196,6 @@ struct Strip {
                 const int high = p.causal ? i + !p.shared : std::min(i + p.reach + 1, end);
                 x.high[i - first] = high - from;
             }
-            for (int j = from; j < to; ++j) x.where[j - from] = order[j];
         } else {
             from = std::max(first / p.reach - 1, 0) * p.reach, to = last;
             for (int i = first; i < last; ++i) {
@@ -204,17 +203,16 @@ struct Strip {
                 x.low[i - first] = std::max(chunk - p.reach, 0) - from;
                 x.high[i - first] = std::min(chunk + p.reach, last) - from;
             }
-            for (int j = from; j < to; ++j) x.where[j - from] = order[j];
         }
         keys = to - from;
+        std::copy_n((in_ring ? order_of(previous(round)) : order) + from, keys, (int32_t*)x.where);
         for (int j = keys; j < round_up(keys, PANEL); ++j) x.where[j] = -1;
     }
 
     // Where the keys sat in earlier rounds (in the ring: in this one too).
     void recall_earlier() {
         for (int r = 0; r < round + in_ring; ++r) {
-            const int32_t *rank = rank_of(r), *bucket = p.buckets + row * p.buckets_row + (int64_t)r * p.length;
-            const int32_t* before = rank_of(previous(r));
+            const int32_t *rank = rank_of(r), *bucket = buckets_of(r), *before = rank_of(previous(r));
             for (int j = 0; j < keys; ++j) {
                 const int position = x.where[j], seat = rank[position];
                 (*x.rank[r])[j] = p.window ? seat : seat / p.reach;
@@ -228,41 +226,30 @@ struct Strip {
         constexpr int AHEAD = 8;
         const Tensor& keys_from = p.k.data ? p.k : p.q;
         const int padded = round_up(keys, PANEL);
-        for (int j = 0; j < padded; ++j) {
-            float* k = x.k + j * s.wide;
+        // In the backward pass the gradients' rows hold the values until they are transposed.
+        float* values = BACKWARD ? x.dv : x.v;
+        for (int j = 0; j < keys; ++j) {
             if (j + AHEAD < keys) {
                 prefetch(keys_from, k_row, x.where[j + AHEAD]);
                 prefetch(p.v, v_row, x.where[j + AHEAD]);
             }
-            if (j < keys) {
-                fetch(k, keys_from, k_row, x.where[j]);
-                const float scale = p.k.data ? p.scale : Unit(k, s.d).scale;
-                for (int i = 0; i < s.d; ++i) k[i] *= scale;
-            } else {
-                std::memset(k, 0, 4 * s.wide);
-            }
-            if (BACKWARD) continue;
-            float* v = x.v + j * s.wide_v;
-            if (j < keys)
-                fetch(v, p.v, v_row, x.where[j]);
-            else
-                std::memset(v, 0, 4 * s.wide_v);
+            float* k = x.k + j * s.wide;
+            fetch(k, keys_from, k_row, x.where[j]);
+            const float scale = p.k.data ? p.scale : Unit(k, s.d).scale;
+            for (int i = 0; i < s.d; ++i) k[i] *= scale;
+            fetch(values + j * s.wide_v, p.v, v_row, x.where[j]);
         }
-        for (int panel = 0; panel < padded; panel += PANEL)
-            transpose(x.kt + panel * s.wide, x.k + panel * s.wide, s.wide);
+        std::memset(x.k + keys * s.wide, 0, 4 * (padded - keys) * s.wide);
+        std::memset(values + keys * s.wide_v, 0, 4 * (padded - keys) * s.wide_v);
+        transpose_panels(x.kt, x.k, padded, s.wide);
         if (!BACKWARD) return;
-        // The gradients' rows hold the values until they are transposed.
-        for (int j = 0; j < padded; ++j) {
-            float* v = x.dv + j * s.wide_v;
-            if (j < keys)
-                fetch(v, p.v, v_row, x.where[j]);
-            else
-                std::memset(v, 0, 4 * s.wide_v);
-        }
-        for (int panel = 0; panel < padded; panel += PANEL)
-            transpose(x.vt + panel * s.wide_v, x.dv + panel * s.wide_v, s.wide_v);
+        transpose_panels(x.vt, x.dv, padded, s.wide_v);
         std::memset(x.dk, 0, 4 * padded * s.wide);
         std::memset(x.dv, 0, 4 * padded * s.wide_v);
+    }
+
+    static void transpose_panels(float* to, const float* from, int rows, int wide) {
+        for (int row = 0; row < rows; row += PANEL) transpose(to + row * wide, from + row * wide, wide);
     }
 
     // The queries of seats [start, stop).
@@ -289,9 +276,7 @@ struct Strip {
         }
         for (int g = 0; g < groups; ++g) {
             const int from = g * ROWS, rows = std::min(ROWS, count - from);
-            if (begin[g] == end[g]) {
-                continue;
-            }
+            if (begin[g] == end[g]) continue;
             for (int panel = begin[g]; panel < end[g]; ++panel) {
                 const int64_t place = from * line + (panel - base) * PANEL;
                 tiles<false>(rows, x.q + from * s.wide, s.wide, 1, x.kt + (int64_t)panel * PANEL * s.wide, PANEL, s.d,
@@ -473,8 +458,7 @@ struct Strip {
                 const int own = t.rank_of(r)[position];
                 const Ints rank = load<Ints>(*t.x.rank[r] + key);
                 if (p.window) {
-                    const int32_t bucket = t.p.buckets[t.row * p.buckets_row + (int64_t)r * p.length + own];
-                    const Ints same = (Ints)(load<Ints>(*t.x.bucket[r] + key) == spread(bucket));
+                    const Ints same = (Ints)(load<Ints>(*t.x.bucket[r] + key) == spread(t.buckets_of(r)[own]));
                     const Ints back = spread(own) - rank;
                     const Ints near = (Ints)(back <= spread(p.reach)) & (Ints)(back >= spread(-p.reach));
                     met |= same & near;
