@@ -9,6 +9,7 @@ import logging
 import signal
 import warnings
 from functools import cached_property
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -23,6 +24,7 @@ from datamodules.splits import TEST, TRAIN, VALID
 from datamodules.windows import WindowPlan
 
 _PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ class SequenceDataModule(pl.LightningDataModule):
         return self._loader(EvalBatches(windows, self._place, most))
 
     def _loader(self, batches: NumberedBatches) -> DataLoader[Batch]:
-        return DataLoader(
+        return _Loader(
             batches,
             batch_size=None,
             num_workers=self.config.workers,
@@ -122,12 +124,27 @@ class SequenceDataModule(pl.LightningDataModule):
         )
 
 
+class _Loader(DataLoader[Batch]):
+    """Starts its readers with the stop signals held back, so that none finds a reader without `_belong_to_parent`.
+
+    The signal that a rank gets meanwhile is delivered to it right after.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _belong_to_parent(worker: int) -> None:
     """In a reader process: stop signals are the rank's business, and the reader ends when the rank does (Linux).
 
     A signal to the whole process group must not take the readers from a rank that is about to checkpoint, nor may
     they outlive one that was killed.
     """
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,6 +1,8 @@
 """What every rank sees: the loaders against the order they must follow, inside and outside a trainer."""
 
 import logging
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from torch.utils.data._utils import signal_handling
 
 from datamodules.collate import Batch
 from datamodules.config import DataConfig, accumulation
@@ -125,6 +128,24 @@ def test_workers_change_nothing(gappy_shards: ShardIndex, loader: str, objective
     alone, shared = (module(gappy_shards, workers=workers, **settings) for workers in (0, 2))
     for _, one, two in zip(range(7), getattr(alone, loader)(), getattr(shared, loader)(), strict=False):
         assert same(one, two)
+
+
+def test_a_stop_signal_finds_no_reader_unprepared(
+    lambda_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = signal_handling._set_worker_signal_handlers
+
+    def signalled(*arguments: Any) -> None:
+        """In a reader, as soon as torch's own handlers are there, which would end it."""
+        install(*arguments)
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", signalled)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    alone, shared = (take(module(lambda_shards, workers=workers), 2) for workers in (0, 2))
+    assert all(map(same, alone, shared))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_batches_hold_the_windows_they_name(gappy_shards: ShardIndex) -> None:
