@@ -9,47 +9,22 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.collate import FILLER, Batch, causal_batch, masked_batch, masked_count
+from datamodules.collate import FILLER, Batch
 from datamodules.hashing import visit_keys
-from datamodules.index import ShardIndex
-from datamodules.windows import WindowPlan, epochs_of_step, samples_of_step, slots
+from datamodules.order import Order, slots
+from datamodules.visits import Visits, Windows
+
+_PLANNED = 4096
+"""Windows, about, whose order is computed at once."""
 
 EVALUATION_SEED = 0
 """Of what is masked in evaluation: the same for every run, so that runs can be compared."""
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """The windows of a split, readable: a plan, the shards it was made for, and what is to be predicted.
-
-    mask_rate: share of the letters that are masked bases to predict; None predicts every next base.
-    """
-
-    index: ShardIndex
-    plan: WindowPlan
-    mask_rate: float | None = None
-
-    def targets(self, samples: NDArray[np.int64]) -> int:
-        """Number of labels in the windows `samples`, known from the index alone; -1 is filler and has none."""
-        letters = self.plan.letters(samples[samples != FILLER])
-        counts = letters if self.mask_rate is None else masked_count(letters, self.mask_rate)
-        return int(counts.sum())
-
-    def batch(self, samples: NDArray[np.int64], keys: NDArray[np.uint64], targets: int) -> Batch:
-        """The batch of window ids (batch,), -1 for filler. keys: (batch,), see `hashing.visit_keys`."""
-        sequences = np.zeros((len(samples), self.plan.length), np.uint8)
-        real = np.flatnonzero(samples != FILLER)
-        for slot, row, start in zip(real, *self.plan.locate(samples[real]), strict=True):
-            sequences[slot] = self.index.read(row, start, self.plan.length)
-        alphabet = self.index.alphabet
-        if self.mask_rate is None:
-            return causal_batch(sequences, samples, alphabet, targets)
-        return masked_batch(sequences, samples, alphabet, targets, keys=keys, rate=self.mask_rate)
 
 
 @dataclass(frozen=True)
@@ -92,18 +67,41 @@ class TrainBatches(NumberedBatches):
         self.seed = seed
         self.accumulation = accumulation
         self.first_step = first_step
+        self.order = Order(seed, windows.plan.bounds, windows.plan.weights)
+        self._planned: _Steps | None = None
 
     def numbers(self) -> Iterable[int]:
         return itertools.count(self.first_step * self.accumulation)
 
     def batch(self, number: int) -> Batch:
         step, turn = divmod(number, self.accumulation)
-        place, plan = self.place, self.windows.plan
-        global_batch = place.micro_batch * place.world_size * self.accumulation
-        samples = samples_of_step(self.seed, step, global_batch, len(plan))
-        keys = visit_keys(self.seed, epochs_of_step(step, global_batch, len(plan)), samples)
+        place, planned = self.place, self._plan_of(step)
+        before = (step - planned.first) * self._global_batch
         mine = slots(turn, place.rank, place.world_size, place.micro_batch)
-        return self.windows.batch(samples[mine], keys[mine], self.windows.targets(samples))
+        visits = planned.visits.part(slice(before + mine.start, before + mine.stop))
+        return self.windows.batch(visits, int(planned.targets[step - planned.first]))
+
+    @property
+    def _global_batch(self) -> int:
+        return self.place.micro_batch * self.place.world_size * self.accumulation
+
+    def _plan_of(self, step: int) -> "_Steps":
+        """The plan of the block of steps that `step` is in: numpy plans many in the time of a few."""
+        together = max(_PLANNED // self._global_batch, 1)
+        first = step // together * together
+        if self._planned is None or self._planned.first != first:
+            samples, epochs = self.order.of_step(first // together, together * self._global_batch)
+            visits = self.windows.visits(samples, visit_keys(self.seed, epochs, samples))
+            self._planned = _Steps(first, visits, visits.labels.reshape(together, -1).sum(axis=1))
+        return self._planned
+
+
+class _Steps(NamedTuple):
+    """What is known of the steps from `first` on: the visits of all ranks, and the labels of each step."""
+
+    first: int
+    visits: Visits
+    targets: NDArray[np.int64]
 
 
 class EvalBatches(NumberedBatches):
@@ -132,6 +130,6 @@ class EvalBatches(NumberedBatches):
         together = place.micro_batch * place.world_size
         turns = number * together + np.arange(together)
         samples = np.where(turns < self.count, turns * len(plan) // self.count, FILLER)
-        keys = visit_keys(EVALUATION_SEED, np.zeros_like(samples), samples)
+        visits = self.windows.visits(samples, visit_keys(EVALUATION_SEED, np.zeros_like(samples), samples))
         mine = slots(0, place.rank, place.world_size, place.micro_batch)
-        return self.windows.batch(samples[mine], keys[mine], self.windows.targets(samples))
+        return self.windows.batch(visits.part(mine), int(visits.labels.sum()))

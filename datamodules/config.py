@@ -1,10 +1,13 @@
 """Settings of the data, and the arithmetic of batch sizes."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from datamodules.errors import DataError
+from datamodules.order import quotas_of
 
 CAUSAL, MASKED = "causal", "masked"
+RAISE, SKIP = "raise", "skip"
 
 
 @dataclass
@@ -20,6 +23,20 @@ class DataConfig:
     objective: `causal` predicts every base from those before it, `masked` masked bases from both sides.
     mask_rate: with `masked`, the fraction of a window's letters to predict, above 0 up to 1: of these, 80% are masked,
         10% show a random letter and 10% themselves. New ones in every epoch, in evaluation always the same.
+    stride: bases from one training window's start to the next one's; null: `length`, so that windows do not overlap.
+    shift: in training, every visit of a window moves its start by up to so many bases, each way, inside its segment.
+    reverse_complement: in training, probability that a visit reads the other strand; dna only.
+    softmask_weight: in training, what a lower-case letter weighs in the loss, 0 to 1. The gradient is still divided by
+        the number of scored letters, which the index knows without asking other ranks (a constant factor, to which
+        AdamW is indifferent); the journal's loss is the weighted mean.
+    mixture: in training, weight of each genome: the name of an input file, or a pattern that matches such names or
+        records' (the first that matches counts; 0 leaves out). Each gets its exact share of every 1024 windows, and
+        goes through its own epochs. Empty: every window once an epoch.
+    pack: string segments shorter than `length` together into full windows, a separator between them; else they are
+        left out.
+    on_error: `raise` ends the run at bases that cannot be read or differ from their checksum; `skip` leaves their
+        window out of the loss and counts it.
+    prefetch: batches that each worker reads ahead.
     """
 
     shards: str = "???"  # how OmegaConf spells a value that must be given
@@ -30,6 +47,19 @@ class DataConfig:
     min_real: float = 0.5
     objective: str = CAUSAL
     mask_rate: float = 0.15
+    stride: int | None = None
+    shift: int = 0
+    reverse_complement: float = 0.0
+    softmask_weight: float = 1.0
+    mixture: dict[str, float] = field(default_factory=dict)
+    pack: bool = False
+    on_error: str = RAISE
+    prefetch: int = 2
+
+    @property
+    def uneven(self) -> bool:
+        """Whether training may score other than every label alike: the index alone cannot tell what was."""
+        return self.softmask_weight != 1 or self.on_error == SKIP
 
     def validate(self) -> None:
         """Raise DataError for a setting that cannot work whatever the shards hold."""
@@ -39,6 +69,28 @@ class DataConfig:
             raise DataError(f"data.objective {self.objective!r}: choose {CAUSAL} or {MASKED}")
         if not 0 < self.mask_rate <= 1:
             raise DataError(f"data.mask_rate {self.mask_rate}: must be above 0 and at most 1")
+        if self.stride is not None and self.stride < 1:
+            raise DataError(f"data.stride {self.stride}: must be at least 1 base, or null for data.length")
+        if self.shift < 0:
+            raise DataError(f"data.shift {self.shift}: must be 0 or more bases")
+        for name in ("reverse_complement", "softmask_weight"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise DataError(f"data.{name} {value}: must lie between 0 and 1")
+        self._check_mixture()
+        if self.on_error not in (RAISE, SKIP):
+            raise DataError(f"data.on_error {self.on_error!r}: choose {RAISE} or {SKIP}")
+        if self.prefetch < 1:
+            raise DataError(f"data.prefetch {self.prefetch}: must be at least 1 batch")
+
+    def _check_mixture(self) -> None:
+        for name, weight in self.mixture.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise DataError(f"data.mixture {name!r}: weight {weight} must be 0 or more")
+        if not self.mixture:
+            return
+        if not (weights := [weight for weight in self.mixture.values() if weight]):
+            raise DataError("data.mixture: every weight is 0: give one that is above")
+        quotas_of(weights)
 
 
 def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:

@@ -15,13 +15,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.batches import EvalBatches, NumberedBatches, Place, TrainBatches, Windows
+from datamodules.batches import EvalBatches, NumberedBatches, Place, TrainBatches
 from datamodules.collate import Batch
-from datamodules.config import MASKED, DataConfig, accumulation
+from datamodules.config import DataConfig, accumulation
 from datamodules.errors import DataError
 from datamodules.index import ShardIndex
-from datamodules.splits import TEST, TRAIN, VALID
-from datamodules.windows import WindowPlan
+from datamodules.splits import TEST, VALID
+from datamodules.visits import Windows, evaluation_windows, training_windows
 
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -56,10 +56,12 @@ class SequenceDataModule(pl.LightningDataModule):
         return self._validation is not None
 
     def windows(self, split: str) -> Windows:
-        """The windows of a split. Raises DataError if it has none (see `WindowPlan.of`)."""
-        config = self.config
-        plan = WindowPlan.of(self.index.segments, split, config.length, config.min_real)
-        return Windows(self.index, plan, config.mask_rate if config.objective == MASKED else None)
+        """The windows of a split as evaluation sees them. Raises DataError if there is none."""
+        return evaluation_windows(self.config, self.index, split)
+
+    def training_windows(self) -> Windows:
+        """The windows to train on. Raises DataError if there is none, or for settings that the data cannot have."""
+        return training_windows(self.config, self.index)
 
     def setup(self, stage: str) -> None:
         """Check that `stage` ("fit", "validate" or "test") has what it needs, or raise DataError."""
@@ -92,7 +94,15 @@ class SequenceDataModule(pl.LightningDataModule):
 
     @cached_property
     def _training(self) -> Windows:
-        return self.windows(TRAIN)
+        windows = self.training_windows()
+        if (bases := windows.plan.left_out) and self._place.rank == 0:
+            log.warning(
+                "%s bases for training lie in parts of records shorter than data.length %s and are left out:"
+                " data.pack=true trains on them too",
+                f"{bases:,}",
+                f"{self.config.length:,}",
+            )
+        return windows
 
     @cached_property
     def _validation(self) -> Windows | None:
@@ -118,7 +128,9 @@ class SequenceDataModule(pl.LightningDataModule):
         return _Loader(
             batches,
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.config.workers,
+            prefetch_factor=self.config.prefetch if self.config.workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_belong_to_parent,
         )
@@ -136,6 +148,11 @@ class _Loader(DataLoader[Batch]):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _as_it_is(batch: Any) -> Any:
+    """In place of torch's `default_convert`, which looks at every field of a batch for something to convert."""
+    return batch
 
 
 def _belong_to_parent(worker: int) -> None:

@@ -4,6 +4,8 @@ The mixing function is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast
 generators", OOPSLA 2014).
 """
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,15 @@ GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio, the step of splitmix64: counters times it are far apart."""
 
 _VISITS = 0x5851F42D4C957F2D
+
+
+class Purpose(IntEnum):
+    """What a key is drawn from for: words of different purposes have nothing in common."""
+
+    SHIFT = 0xA3EC647659359ACD
+    STRAND = 0xD1342543DE82EF95
+    MIXTURE = 0xAF251AF3B0F025B5
+    GROUP = 0x9FB21C651E98DF25
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -28,6 +39,16 @@ def word(value: int) -> NDArray[np.uint64]:
 def counted(keys: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.uint64]:
     """One word for every (key, counter), of shapes that broadcast; counters are taken modulo 2^64."""
     return mix(keys + counters.astype(np.uint64) * np.uint64(GOLDEN))
+
+
+def derived(keys: NDArray[np.uint64], purpose: Purpose) -> NDArray[np.uint64]:
+    """One word for every key (any shape, at least 1-d), apart from those of other purposes and of `counted`."""
+    return mix(keys ^ word(purpose))
+
+
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random words -> numbers in [0, 1), from their upper 53 bits."""
+    return np.asarray((words >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def visit_keys(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from datamodules.alphabet import FIRST_LETTER
 from datamodules.errors import DataError
-from datamodules.index import Segments, ShardIndex
+from datamodules.index import BLOCK_BYTES, Segments, ShardIndex
 from datamodules.splits import TRAIN, VALID
 
 FIT_BASES = 64_000_000
@@ -29,14 +29,17 @@ def bits_per_base(
     score: str = VALID,
     fit_bases: int = FIT_BASES,
     score_bases: int = SCORE_BASES,
+    skip: bool = False,
 ) -> dict[int, float]:
     """Order -> bits per letter of split `score` under the model fitted on split `fit`.
 
     orders: None is 0 to 5, as far as their counts can be held.
     fit_bases, score_bases: about as many bases are read, always the same: blocks spread evenly over the split.
+    skip: leave out bases that cannot be read.
     Memory is a block (a million bases) and the counts of one order, at most 2^24.
 
-    Raises DataError for a split without a full context in it, and for an order with more counts than that.
+    Raises DataError for a split without a full context in it, for an order with more counts than that, and for bases
+    that cannot be read.
     """
     letters = len(index.alphabet.letters)
     if orders is None:
@@ -47,26 +50,42 @@ def bits_per_base(
             raise DataError(
                 f"Markov order {order} with {letters} letters: needs more than {_MOST_COUNTS} counts"
             )
-        seen = _counts(index, fit, order, fit_bases)
-        scored = _counts(index, score, order, score_bases)
+        seen = _counts(index, fit, order, fit_bases, skip)
+        scored = _counts(index, score, order, score_bases, skip)
         predicted = (seen + 1) / (seen + 1).sum(axis=1, keepdims=True)
         result[order] = float(-(scored * np.log2(predicted)).sum() / scored.sum())
     return result
 
 
-def _counts(index: ShardIndex, split: str, order: int, bases: int) -> NDArray[np.int64]:
+def _counts(index: ShardIndex, split: str, order: int, bases: int, skip: bool) -> NDArray[np.int64]:
     """(A^order, A) how often each letter follows each context in about `bases` bases of the split."""
     letters = len(index.alphabet.letters)
     counts = np.zeros(letters ** (order + 1), np.int64)
     for row, start, length in _blocks(index.segments, split, bases):
         before = min(order, start)  # the context of the block's first letter
-        codes = index.alphabet.encode(index.read(row, start - before, before + length)) - FIRST_LETTER
-        counts += np.bincount(_words(codes, order + 1, letters), minlength=len(counts))
+        for tokens in _tokens(index, row, start - before, before + length, skip):
+            codes = tokens.astype(np.int64) - FIRST_LETTER
+            counts += np.bincount(_words(codes, order + 1, letters), minlength=len(counts))
     if not counts.any():
         raise DataError(
             f"split {split!r} holds no run of {order + 1} letters, which Markov order {order} needs"
         )
     return counts.reshape(-1, letters)
+
+
+def _tokens(
+    index: ShardIndex, row: int, start: int, length: int, skip: bool
+) -> Iterator[NDArray[np.integer]]:
+    """Tokens of a part of a row; or those of the checksum blocks of it that can be read."""
+    try:
+        yield index.alphabet.encode(index.read(row, start, length))
+    except DataError:
+        if not skip:
+            raise
+        cut = -(-(start + length // 2) // BLOCK_BYTES) * BLOCK_BYTES - start
+        if cut < length:
+            yield from _tokens(index, row, start, cut, skip)
+            yield from _tokens(index, row, start + cut, length - cut, skip)
 
 
 def _words(codes: NDArray[np.int64], size: int, letters: int) -> NDArray[np.int64]:

@@ -35,6 +35,8 @@ FREE = (
     "data.shards",
     "data.micro_batch",
     "data.workers",
+    "data.prefetch",
+    "data.on_error",
     "model.loss_chunk",
     "model.feedforward.chunk",
 )
@@ -227,7 +229,11 @@ def check_same_run(manifest: Manifest, now: Manifest, path: Path) -> None:
         UserError: they differ; the message shows each difference.
     """
     # What a checkpoint that was written before a setting existed had: its default.
-    then = flatten(as_dict(RunConfig())) | manifest.config
+    told = manifest.config
+    defaults = flatten(as_dict(RunConfig())).items()
+    then = {
+        key: value for key, value in defaults if not any(name.startswith(f"{key}.") for name in told)
+    } | told
     keys = sorted(k for k in {*then, *now.config} if k.startswith(IDENTITY) and k not in FREE)
     differences = [
         f"{key}: checkpoint {then.get(key)!r}, config {now.config.get(key)!r}"

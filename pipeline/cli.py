@@ -6,12 +6,16 @@ Exit codes: 0 done, 1 failed, 2 something given is wrong (one line on stderr), 7
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError, UserError, rank_zero
+
+if TYPE_CHECKING:
+    from datamodules.index import ShardIndex
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,19 +42,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    prepare = commands.add_parser("prepare", help="FASTA or text to WebDataset shards with an index")
+    prepare = commands.add_parser("prepare", help="sequence files to WebDataset shards with an index")
     prepare.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="FASTA (plain or gzip), or text with bytes"
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="FASTA, FASTQ, JSONL, or text with --alphabet bytes; plain, gzip, bgzip or zstd; globs",
     )
     prepare.add_argument("output", metavar="OUTPUT", help="directory of shards to make")
+    _add_splits(prepare)
+    prepare.add_argument("--field", metavar="NAME", default="text", help="of a JSONL line (default: text)")
+    prepare.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per CPU)")
     prepare.add_argument(
-        "--alphabet", choices=["dna", "protein", "bytes"], default="dna", help="bytes for text"
+        "--check", action="store_true", help="verify the shards OUTPUT against their checksums"
     )
-    prepare.add_argument(
-        "--valid", metavar="X", help="validation: a fraction of each record, or record names a,b"
-    )
-    prepare.add_argument("--test", metavar="X", help="test: likewise")
     prepare.set_defaults(run=_prepare)
+
+    index = commands.add_parser("index", help="an index beside the tars that others wrote")
+    index.add_argument("directory", metavar="DIR", help="of *.tar with .seq, .txt, .fasta or .npy members")
+    _add_splits(index)
+    index.set_defaults(run=_index)
+
+    data = commands.add_parser("data", help="what is in a shard set")
+    data.add_argument("directory", metavar="INDEX", help="directory or URL of the shards")
+    data.add_argument("--json", action="store_true", help="as JSON")
+    data.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="base composition and runs of N, drawn"
+    )
+    data.set_defaults(run=_data)
 
     for name, text, function in (
         ("train", "train, or resume, the run that a config describes", _train),
@@ -66,6 +85,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_bench(commands.add_parser("bench", help="time and memory against the peers, on this machine"))
     return parser
+
+
+def _add_splits(command: argparse.ArgumentParser) -> None:
+    """What `prepare` and `index` share."""
+    command.add_argument(
+        "--alphabet", choices=["dna", "protein", "bytes"], default="dna", help="bytes for text"
+    )
+    command.add_argument(
+        "--valid", metavar="X", help="validation: a fraction of each record, or record names a,b"
+    )
+    command.add_argument("--test", metavar="X", help="test: likewise")
+    command.add_argument(
+        "--intervals", type=Path, metavar="BED", help="chr, start, end, split: instead of --valid and --test"
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -107,7 +140,22 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     model.set_defaults(run=_bench_model)
 
+    data = benchmarks.add_parser(
+        "data", help="a loader's tokens a second, and its first batch after a resume"
+    )
+    data.add_argument("--lengths", metavar="L,L", default="8k,128k", help="bases (default: %(default)s)")
+    data.add_argument("--contestants", metavar="A,B", help="default: ours and every peer")
+    data.add_argument(
+        "--mebibytes", type=int, metavar="N", default=64, help="of records, for each length (default: 64)"
+    )
+    data.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where they are made (default: a temporary one)"
+    )
+    data.set_defaults(run=_bench_data)
+
     for command in (attention, model):
+        command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    for command in (attention, model, data):
         command.add_argument(
             "--repeat", type=int, metavar="N", default=7, help="timed calls at most (default: 7)"
         )
@@ -117,7 +165,6 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
             metavar="S",
             help="what a call may take, else it is left out (default: 40 to 60; 5 on a GPU)",
         )
-        command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
         command.add_argument(
             "--json", type=Path, metavar="FILE", help="write every sample, and a picture beside"
         )
@@ -131,25 +178,63 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from datamodules.prepare import prepare
+    from datamodules.prepare import check, prepare
 
+    shown = sys.stderr.isatty()
+    if options.check:
+        if options.inputs:
+            raise UserError(
+                f"prepare --check {options.inputs[0]} ...: give one directory of shards, no inputs"
+            )
+        bases = check(options.output, jobs=options.jobs, progress=shown)
+        print(f"{options.output}: {bases:,} letters as they were written")
+        return 0
+    if not options.inputs:
+        raise UserError(
+            f"prepare {options.output}: give INPUT... and then OUTPUT, a new directory for shards"
+        )
+    splits = _splits(options)
     index = prepare(
-        [Path(path) for path in options.inputs],
-        Path(options.output),
-        alphabet=options.alphabet,
-        valid=options.valid,
-        test=options.test,
-        progress=sys.stderr.isatty(),
+        options.inputs, options.output, jobs=options.jobs, field=options.field, progress=shown, **splits
     )
+    _print_splits(options.output, index)
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from datamodules.foreign import index_tars
+
+    index = index_tars(Path(options.directory), progress=sys.stderr.isatty(), **_splits(options))
+    _print_splits(options.directory, index)
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from datamodules import report
+    from datamodules.index import ShardIndex
+
+    index = ShardIndex.open(options.directory)
+    description = report.describe(index)
+    if options.picture:
+        report.draw(index, options.picture)
+    print(json.dumps(description.as_dict(), indent=2) if options.json else report.text(description))
+    return 0
+
+
+def _splits(options: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_splits` added."""
+    return {name: getattr(options, name) for name in ("alphabet", "valid", "test", "intervals")}
+
+
+def _print_splits(directory: str, index: ShardIndex) -> None:
     segments = index.segments
     records = len(set(segments.record))
-    print(f"{options.output}: {records:,} records in {len(index.sizes)} shards")
+    print(f"{directory}: {records:,} records in {len(index.sizes)} shards")
     for split in segments.splits():
         rows = segments.rows_of(split)
         letters = sum(int(segments.length[row]) - segments.gap_length(row) for row in rows)
         total = int(segments.length[rows].sum())
         print(f"  {split:5} {total:>15,} letters, {total - letters:,} of them outside the alphabet")
-    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -179,6 +264,12 @@ def _bench_model(options: argparse.Namespace) -> int:
     from pipeline.bench import model
 
     return model.run(model.ModelOptions(**_typed(options)))
+
+
+def _bench_data(options: argparse.Namespace) -> int:
+    from pipeline.bench import data
+
+    return data.run(data.DataOptions(**_typed(options)))
 
 
 def _typed(options: argparse.Namespace) -> dict[str, Any]:

@@ -38,14 +38,15 @@ def evaluate(
 
     Returns:
         valid_loss (nats per scored base), valid_bits_per_base, valid_bases (number of scored bases): every letter of
-        the windows, or with `data.objective` masked the masked ones.
+        the windows, or with `data.objective` masked the masked ones. valid_skipped: windows that could not be read
+        (`data.on_error` skip), if there were any.
     """
     loader = data.some_validation(most)
     if isinstance(loader, list):
         return None
     module = trainer.lightning_module
     strategy = trainer.strategy
-    total = torch.zeros(2, dtype=torch.float64, device=strategy.root_device)
+    total = torch.zeros(3, dtype=torch.float64, device=strategy.root_device)
     module.eval()
     with torch.no_grad():
         for index, batch in enumerate(loader):
@@ -55,20 +56,21 @@ def evaluate(
             moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             sums = strategy.validation_step(moved, index)
             assert isinstance(sums, dict)
-            total += torch.stack([sums["nats"].double(), sums["bases"].double()])
+            total += torch.stack([sums[name].double() for name in ("nats", "bases", "skipped")])
     module.train()
     if dist.is_initialized():
         dist.all_reduce(total)
-    nats_sum, bases_sum = total.tolist()
+    nats_sum, bases_sum, skipped = total.tolist()
     loss = nats_sum / max(bases_sum, 1)
-    return {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases_sum)}
+    result = {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases_sum)}
+    return result | ({"valid_skipped": int(skipped)} if skipped else {})
 
 
-def baselines(directory: Path, index: ShardIndex) -> list[float]:
+def baselines(directory: Path, index: ShardIndex, skip: bool) -> list[float]:
     """Bits per base of Markov models of order 0, 1, ..., fitted on the training and scored on the validation split.
 
     Up to order 5, or as far as counting goes with a larger alphabet. Computed once for a run and kept in
-    `baselines.json`. For rank 0.
+    `baselines.json`. skip: leave out bases that cannot be read. For rank 0.
     """
     path = directory / BASELINES
     identity = index.segments.identity
@@ -77,7 +79,7 @@ def baselines(directory: Path, index: ShardIndex) -> list[float]:
         if kept["data"] == identity:
             ladder: list[float] = kept["markov_bits_per_base"]
             return ladder
-    ladder = list(markov.bits_per_base(index).values())
+    ladder = list(markov.bits_per_base(index, skip=skip).values())
     publish_json(path, {"data": identity, "markov_bits_per_base": ladder})
     return ladder
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch.distributed as dist
 
+from datamodules.config import SKIP
 from datamodules.datamodule import SequenceDataModule
 from pipeline import checkpoint as checkpoints
 from pipeline.agreement import Agreed, Agreement, hash_samples
@@ -110,9 +111,11 @@ class Boundary(pl.Callback):
         """Sum the loss over ranks, tell the ranks about this step, write down the one before."""
         module = trainer.lightning_module
         assert isinstance(module, PretrainModule) and module.step_nats is not None
-        nats = module.step_nats.float()
+        nats, scored = module.step_nats.float(), module.step_scored
         if self.ranks.size > 1:
             dist.all_reduce(nats)
+            if scored is not None:
+                dist.all_reduce(scored)
         minutes = self.config.checkpoint.every_minutes
         overdue = bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
         agreed = self._agreement.exchange(
@@ -123,10 +126,10 @@ class Boundary(pl.Callback):
         )
         if self._main:
             self._main.confirm(agreed)
-            self._main.add(self.step, nats, module.step_targets, _gradient_norm(trainer))
+            self._main.add(self.step, nats, scored, module.step_targets, _gradient_norm(trainer))
             if self.step % self.config.trainer.log_every_steps == 0:
                 self._main.flush()
-        module.step_nats, module.step_samples = None, []
+        module.step_nats, module.step_scored, module.step_samples = None, None, []
         return agreed
 
     def _settle(self) -> Agreed | None:
@@ -174,7 +177,8 @@ class Boundary(pl.Callback):
         result = evaluate(trainer, self.data, 0 if last else self.config.trainer.eval_sequences, stop)
         asking.settle()
         if self._main and result is not None:
-            ladder = baselines(self.config.directory, self.data.index)
+            skip = self.config.data.on_error == SKIP
+            ladder = baselines(self.config.directory, self.data.index, skip)
             self._main.evaluated(evaluation_row(self.step, result, ladder))
         return not stopped
 

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from datamodules.collate import Wide
 from models import Reformer
 from models.chance import Seeds
 from models.reversible import ReversibleStack
@@ -21,7 +22,8 @@ class PretrainModule(pl.LightningModule):
 
     The loss that is differentiated is the sum of nats over the scored bases of the micro batch, divided by the
     number of scored bases in the whole global batch: every real base weighs the same, whatever rank, micro batch
-    or run of N it falls into.
+    or run of N it falls into. Where letters weigh differently (`data.softmask_weight`), or windows that cannot be read
+    are skipped, the divisor stays that number: the index knows it, so no rank must ask another.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -30,6 +32,8 @@ class PretrainModule(pl.LightningModule):
         self.model: Reformer | None = None
         # Of the optimizer step under way, on the device: nats of this rank so far. Read by `loop.Boundary`.
         self.step_nats: Tensor | None = None
+        # Likewise (2,) fp64: the weight of the labels and the skipped windows, where `step_targets` does not tell.
+        self.step_scored: Tensor | None = None
         self.step_samples: list[int] = []
         self.step_targets = 0
 
@@ -50,18 +54,24 @@ class PretrainModule(pl.LightningModule):
         """Loss of one micro batch as described above; fp32 scalar, nats per scored base of the global batch."""
         assert self.model is not None
         seeds = Seeds(run=self.config.run.seed, step=self.global_step, samples=batch.samples)
-        nats = self.model.loss(batch.tokens, batch.labels, seeds=seeds)
+        wide = batch.widened()
+        nats = self.model.loss(wide.tokens, wide.labels, weights=wide.weights, seeds=seeds)
         self.step_nats = nats.detach() if self.step_nats is None else self.step_nats + nats.detach()
         self.step_targets = batch.targets
+        if self.config.data.uneven:
+            scored = _scored(wide, batch.skipped)
+            self.step_scored = scored if self.step_scored is None else self.step_scored + scored
         # Gradients are averaged over ranks, and Lightning divides the loss by the micro batches of a step.
         averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return nats * (averaged / max(batch.targets, 1))
 
     def validation_step(self, batch: Any, batch_index: int) -> dict[str, Tensor]:
-        """Sum of `nats` and number of scored `bases` of one batch of windows."""
+        """Of one batch of windows: sum of `nats`, number of scored `bases`, and of `skipped` windows."""
         assert self.model is not None
-        nats = self.model.loss(batch.tokens, batch.labels, seeds=Seeds(run=self.config.run.seed))
-        return {"nats": nats, "bases": (batch.labels != -100).sum()}
+        wide = batch.widened()
+        nats = self.model.loss(wide.tokens, wide.labels, seeds=Seeds(run=self.config.run.seed))
+        bases, skipped = _scored(wide._replace(weights=None), batch.skipped)
+        return {"nats": nats, "bases": bases, "skipped": skipped}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices only (norms, biases and scales are vectors)."""
@@ -87,6 +97,13 @@ class PretrainModule(pl.LightningModule):
         rate = learning_rate(self.global_step, self.config.optim, self.config.trainer.max_steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
+
+
+def _scored(wide: Wide, skipped: int) -> Tensor:
+    """(2,) fp64 on the device of the batch: sum of its labels' weights, and `skipped`. Waits for nothing."""
+    labelled = wide.labels != -100
+    weight = labelled.sum() if wide.weights is None else wide.weights.double().where(labelled, 0.0).sum()
+    return torch.stack([weight.double(), torch.full_like(weight, skipped, dtype=torch.float64)])
 
 
 def refuse_shared_blocks(model: nn.Module, stage: int) -> None:

@@ -31,7 +31,7 @@ class Recorder:
         # What forbids to publish a checkpoint; empty: nothing.
         self.trouble = ""
         self._speed = Speed(config, ranks)
-        self._waiting: list[tuple[Row, torch.Tensor, int, Any]] = []
+        self._waiting: list[tuple[Row, torch.Tensor, torch.Tensor | None, int, Any]] = []
         self._progress: ProgressLine | None = None
         self._journal: Journal | None = None
         self._performance: Journal | None = None
@@ -54,10 +54,16 @@ class Recorder:
         self._progress = ProgressLine(self._config.trainer.max_steps, step)
         self._speed.restart()
 
-    def add(self, step: int, nats: torch.Tensor, targets: int, grad_norm: Any) -> None:
-        """Note a finished step; nothing is read from the device before `flush`."""
+    def add(
+        self, step: int, nats: torch.Tensor, scored: torch.Tensor | None, targets: int, grad_norm: Any
+    ) -> None:
+        """Note a finished step; nothing is read from the device before `flush`.
+
+        nats: of all ranks. scored: (2,) weight of the labels and skipped windows, of all ranks; None where all of the
+        `targets` labels were scored alike.
+        """
         rate = learning_rate(step - 1, self._config.optim, self._config.trainer.max_steps)
-        self._waiting.append(({"step": step, "lr": rate}, nats, targets, grad_norm))
+        self._waiting.append(({"step": step, "lr": rate}, nats, scored, targets, grad_norm))
         self._speed.steps += 1
 
     def confirm(self, agreed: Agreed | None) -> None:
@@ -74,11 +80,14 @@ class Recorder:
         if not complete:
             return
         rows = []
-        for row, nats, targets, grad_norm in complete:
-            loss = float(nats) / max(targets, 1)
+        for row, nats, scored, targets, grad_norm in complete:
+            weight, skipped = (targets, 0) if scored is None else scored.tolist()
+            loss = float(nats) / (weight or 1)
             rows.append({"step": row["step"], "loss": loss, "bits_per_base": bits(loss)} | row)
             if grad_norm is not None:  # stage 0 does not tell
                 rows[-1]["grad_norm"] = float(grad_norm)
+            if skipped:
+                rows[-1]["skipped"] = int(skipped)
             if not math.isfinite(loss) and not self.trouble:
                 self.trouble = f"the loss of step {row['step']} is {loss}"
         self._journal.append(rows)

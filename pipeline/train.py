@@ -20,7 +20,7 @@ import torch
 
 from datamodules.config import accumulation
 from datamodules.index import ShardIndex
-from datamodules.windows import WindowPlan
+from datamodules.visits import training_windows
 from pipeline import checkpoint, distributed, environment
 from pipeline import config as configs
 from pipeline.config import RunConfig
@@ -89,7 +89,7 @@ def check(config: RunConfig, ranks: int) -> None:
     if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
     index = ShardIndex.open(config.data.shards)
-    WindowPlan.of(index.segments, "train", config.data.length, config.data.min_real)
+    training_windows(config.data, index)
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
     for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:

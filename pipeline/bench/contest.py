@@ -60,10 +60,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Probe:
-    """One call: its seconds, and the most bytes that it held above what was there before."""
+    """One call: its seconds, and the most bytes that it held above what was there before; None: not measured."""
 
     seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Lab(Protocol):
     """Where calls are made. Both raise LeftOut."""
 
     def probe(self, name: str, size: int, limit_s: float) -> Probe:
-        """One call whose memory is measured; it may be ended when it takes much more than limit_s."""
+        """One call, its memory measured where the lab can; it may be ended when it takes much more than limit_s."""
 
     def clock(self, name: str, size: int, seed: int) -> float:
         """Seconds of one call, on inputs drawn with this seed."""
@@ -155,13 +155,14 @@ def foresee(entry: Entry, size: int, before: Sequence[Point], budget: Budget, fr
     ran = [point for point in before if point.probe is not None]
     if ran and not (stopped and stopped.memory):
         last = ran[-1]
-        assert last.seconds is not None and last.peak_bytes is not None
+        assert last.seconds is not None
         seconds = last.seconds * (size / last.size) ** entry.growth
         if seconds > budget.seconds:
             raise LeftOut(too_slow(seconds))
-        needed = last.peak_bytes * size / last.size
-        if free_bytes is not None and needed > free_bytes:
-            raise LeftOut(out_of_memory(f"out of memory (~{needed / 2**30:.0f} GiB)"))
+        if free_bytes is not None and last.peak_bytes is not None:
+            needed = last.peak_bytes * size / last.size
+            if needed > free_bytes:
+                raise LeftOut(out_of_memory(f"out of memory (~{needed / 2**30:.0f} GiB)"))
     if stopped is not None:
         raise LeftOut(stopped)
 

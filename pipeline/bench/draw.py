@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,17 @@ STYLES = {
     "transformers": ("#D55E00", "^"),
     "reformer-pytorch": ("#E69F00", "v"),
     "performer-pytorch": ("#009E73", "X"),
+    "ours-in-order": ("#56B4E9", "o"),
+    "webdataset": ("#D55E00", "^"),
+    "webdataset-shuffled": ("#EAAF80", "^"),
+    "webdataset-encoded": ("#8A3D00", "^"),
+    "mosaicml-streaming": ("#009E73", "v"),
+    "mosaicml-streaming-shuffled": ("#80CEB9", "v"),
+    "mosaicml-streaming-encoded": ("#005C43", "v"),
+    "litdata": ("#CC79A7", "X"),
+    "litdata-shuffled": ("#E5BCD3", "X"),
+    "litdata-encoded": ("#7D3F62", "X"),
+    "copy": ("#7F7F7F", "s"),
 }
 OTHERS = (("#CC79A7", "h"), ("#56B4E9", "D"), ("#8C6D1F", "<"), ("#5E3C99", ">"), ("#999999", "p"))
 
@@ -61,7 +72,7 @@ def model(result: Json, path: Path) -> None:
     deep = any(point["along"] == "depth" for point in result["points"])
     figure = Figure(figsize=(17 if deep else 12, 5.2), layout="constrained")
     panels = figure.subplots(1, 3 if deep else 2)
-    bars(panels[0], result)
+    speed_bars(panels[0], result)
     far = any(point["along"] == "longest" for point in result["points"])
     along = "longest" if far else "length"
     curves(panels[1], result, along, "peak_bytes", f"peak memory, depth {settings['depth']}")
@@ -74,6 +85,36 @@ def model(result: Json, path: Path) -> None:
         f"{settings['chunk']}, {settings['rounds']} rounds, {settings['dtype']}, batch 1",
     )
     save(figure, path)
+
+
+def data(result: Json, path: Path) -> None:
+    """Bars of what is read a second, and of the time to the first batch after resuming, logarithmic."""
+    figure = Figure(figsize=(14, 5.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[9, 7])
+    tokens_of = {int(length): count for length, count in result["tokens"].items()}
+    reading = Bars("length", lambda point: tokens_of[point["size"]] / point["seconds"] / 1e6, whole)
+    resuming = Bars("resume", lambda point: point["seconds"], duration)
+    log_bars(left, result, reading, "reading (million tokens/s, more is better)")
+    log_bars(right, result, resuming, "first batch after resuming (less is better)")
+    names = left.get_legend_handles_labels()
+    figure.legend(*names, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
+    title(
+        figure,
+        result,
+        f"Reading {result['settings']['bases'] >> 20} MiB of records in one process; megabase: encoded batches, "
+        "peers: raw records unless encoded",
+    )
+    save(figure, path)
+
+
+def log_bars(axes: Axes, result: Json, what: Bars, heading: str) -> None:
+    """Bars whose heights lie orders of magnitude apart."""
+    axes.set_yscale("log")
+    bars(axes, result, what)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.12)  # room for the values above the bars
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_title(heading, loc="left", fontsize=11)
 
 
 @dataclass
@@ -195,30 +236,45 @@ def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
     return places
 
 
-def bars(axes: Axes, result: Json) -> None:
-    """Tokens a second: a group for each length, a bar for each contestant, its value above it."""
-    points = [p for p in result["points"] if p["along"] == "length"]
+@dataclass(frozen=True)
+class Bars:
+    """What the bars of a picture are: the sweep, the height of a point's bar, and how a height is written."""
+
+    along: str
+    height: Callable[[Json], float]
+    show: Callable[[float], str]
+
+
+def speed_bars(axes: Axes, result: Json) -> None:
+    """Tokens a second of a training step."""
+    bars(axes, result, Bars("length", lambda point: point["size"] / point["seconds"], whole))
+    names = axes.get_legend_handles_labels()[1]
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.07 * len(names)))  # room for the legend
+    axes.set_title("speed (tokens/s, more is better)", loc="left", fontsize=11)
+    if names:
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+
+
+def bars(axes: Axes, result: Json, what: Bars) -> None:
+    """A group for each length, a bar for each contestant, its value above it."""
+    points = [p for p in result["points"] if p["along"] == what.along]
     sizes = sorted({point["size"] for point in points})
     names = [n for n in result["contestants"] if any(p["contestant"] == n and p["seconds"] for p in points)]
     width = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
         timed = [p for p in points if p["contestant"] == name and p["seconds"] is not None]
         x = [sizes.index(point["size"]) + (number - (len(names) - 1) / 2) * width for point in timed]
-        speeds = [point["size"] / point["seconds"] for point in timed]
+        heights = [what.height(point) for point in timed]
         colour, _ = style(name, result)
-        drawn = axes.bar(x, speeds, width * 0.92, color=colour, label=result["contestants"][name])
-        shown = [f"{speed:,.0f}" for speed in speeds]
+        drawn = axes.bar(x, heights, width * 0.92, color=colour, label=result["contestants"][name])
+        shown = [what.show(height) for height in heights]
         axes.bar_label(drawn, labels=shown, fontsize=8, padding=3, rotation=90)
-    axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.07 * len(names)))  # room for the legend
     axes.set_xticks(range(len(sizes)), [tokens(size) for size in sizes])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: what.show(value)))
     axes.set_xlabel("length (tokens)")
-    axes.set_title("speed (tokens/s, more is better)", loc="left", fontsize=11)
     axes.grid(True, axis="y", linewidth=0.6, color="#E4E4E4")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if names:
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def style(name: str, result: Json) -> tuple[str, str]:
@@ -254,6 +310,11 @@ def tokens(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def whole(value: float) -> str:
+    """1234.5 as 1,234; three digits below 100."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def duration(value: float) -> str:
     """Seconds as s, ms or µs."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
@@ -267,7 +328,7 @@ def storage(value: float) -> str:
     return f"{value / GIB:,.3g} GiB" if value >= GIB else f"{value / MIB:,.3g} MiB"
 
 
-DRAWERS = {"attention": attention, "model": model}
+DRAWERS = {"attention": attention, "model": model, "data": data}
 
 
 def main(arguments: Sequence[str]) -> int:

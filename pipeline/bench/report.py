@@ -37,6 +37,7 @@ class Result:
     """A benchmark's outcome. settings: of the task. labels: of the contestants, by name. points: by what varies.
 
     parameters: of the contestants. states_bytes: of our weights, gradients and optimizer states, by depth.
+    tokens: that a call reads, by length, where that is not the length. packages: whose versions matter.
     """
 
     benchmark: str
@@ -45,6 +46,8 @@ class Result:
     points: dict[str, list[Point]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     states_bytes: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    packages: Sequence[str] = PACKAGES
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
@@ -65,11 +68,12 @@ class Result:
             "date": self.date,
             "settings": self.settings,
             "machine": machine(self.settings["device"]),
-            "versions": versions(),
+            "versions": versions(self.packages),
             "commit": described()["commit"] or os.environ.get("MEGABASE_COMMIT"),
             "contestants": self.labels,
             **({"parameters": self.parameters} if self.parameters else {}),
             **({"states_bytes": self.states_bytes} if self.states_bytes else {}),
+            **({"tokens": self.tokens} if self.tokens else {}),
             "points": [
                 self._point(along, point) for along, points in self.points.items() for point in points
             ],
@@ -113,10 +117,10 @@ def machine(device: str) -> Json:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Of Python, torch and the peers."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python, megabase and `packages`."""
     found = {name: described()["versions"][name] for name in ("python", "megabase")}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -230,6 +234,51 @@ def model_tables(result: Result) -> None:
         title = f"\nPeak memory and time of one step, doubling the length, depth {settings['depth']}, {shape}"
         _print(title, _memory_table(result, "longest"))
     _print(_machine_line(settings["device"]))
+
+
+def data_tables(result: Result) -> None:
+    """Print what is read a second, and the time to the first batch after resuming."""
+    mebibytes = result.settings["bases"] >> 20
+    batches = ", ".join(f"{n} × {length:,}" for length, n in result.settings["micro_batch"].items())
+    _print(
+        f"Reading {mebibytes} MiB of records of each length, one process, files in memory; megabase: encoded "
+        f"training batches of {batches}; peers: raw records, unless encoded",
+        _reading_table(result, "length", "M tokens/s", lambda point, s: f"{rate(result, point, s):,.0f}"),
+        "\nTime to the first batch after resuming in the middle of the epoch, with a new loader",
+        _reading_table(result, "resume", "median", lambda point, s: seconds(s)),
+        _machine_line(result.settings["device"]),
+    )
+
+
+def rate(result: Result, point: Point, call_s: float) -> float:
+    """Million tokens a second of a call at the point that took so many seconds."""
+    return result.tokens[point.size] / call_s / 1e6
+
+
+def _reading_table(result: Result, along: str, what: str, show: Callable[[Point, float], str]) -> Table:
+    """A row for each length and contestant; `show` gives a cell for a point and a call's seconds."""
+    points = result.points.get(along, [])
+    table = Table(box=_box())
+    for heading in ("length", "contestant", what, "fastest – slowest", "time, × ours"):
+        table.add_column(heading, justify="left" if heading == "contestant" else "right")
+    if any(point.left_out for point in points):
+        table.add_column("left out")
+    for size in dict.fromkeys(point.size for point in points):
+        here = [point for point in points if point.size == size]
+        for point in here:
+            cells = [f"{size:,}" if point is here[0] else "", result.labels[point.contestant]]
+            if point.left_out or point.seconds is None:
+                table.add_row(*cells, "–", "", "", point.left_out.text if point.left_out else "")
+                continue
+            against = contest.ratio(points, point, OURS)
+            table.add_row(
+                *cells,
+                show(point, point.seconds),
+                f"{show(point, min(point.samples))} – {show(point, max(point.samples))}",
+                "" if against is None else f"{against:,.2f}",
+            )
+        table.add_section()
+    return table
 
 
 def model_columns(result: Result) -> Callable[[Point], list[str]]:

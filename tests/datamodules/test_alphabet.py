@@ -92,5 +92,26 @@ def test_an_unknown_name_is_refused() -> None:
         Alphabet.named("rna")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_as_narrow_as_they_can_be_and_any_shape_is_encoded(name: str) -> None:
+    alphabet = Alphabet.named(name)
+    every = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    tokens = alphabet.encode(every[:, ::2])  # not contiguous
+    assert np.array_equal(tokens, alphabet.table[every[:, ::2]])
+    assert tokens.dtype == alphabet.table.dtype == (np.int16 if name == "bytes" else np.uint8)
+    many = np.resize(every, (3, 700_001))
+    assert np.array_equal(alphabet.encode(many), alphabet.table[many])
+    tokens[:] = 0  # belongs to the caller
+    assert alphabet.encode(every).max() == alphabet.vocab_size - 1
+
+
+def test_soft_masked_letters_are_those_in_lower_case() -> None:
+    marked = Alphabet.named("dna").soft_masked(array(b"AacgtnrNT-"))
+    assert marked.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert Alphabet.named("protein").soft_masked(array(b"mMxX")).tolist() == [1, 0, 0, 0]
+    with pytest.raises(DataError, match="bytes has no soft-masked letters: its upper and lower case differ"):
+        Alphabet.named("bytes").soft_masked(array(b"a"))
+
+
 def test_a_worker_gets_the_same_alphabet() -> None:
     assert pickle.loads(pickle.dumps(Alphabet.named("dna"))) is Alphabet.named("dna")

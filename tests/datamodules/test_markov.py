@@ -79,3 +79,18 @@ def test_what_cannot_be_counted_is_refused(ecoli_shards: ShardIndex, tmp_path: P
     assert measured[1] < measured[0] < 8
     with pytest.raises(DataError, match="Markov order 3 with 256 letters"):
         bits_per_base(text, [3])
+
+
+def test_what_cannot_be_read_is_left_out_if_asked(lambda_fasta: Path, tmp_path: Path) -> None:
+    index = prepare([lambda_fasta], tmp_path / "shards", valid=0.4, progress=False)
+    whole = bits_per_base(index, [2])
+    shard = index.directory / index.segments.shard[0]
+    content = bytearray(shard.read_bytes())
+    content[index.segments.offset[0]] ^= 1
+    shard.write_bytes(content)
+    damaged = ShardIndex.open(index.directory)
+    with pytest.raises(DataError, match="differ from their checksum"):
+        bits_per_base(damaged, [2])
+    partial = bits_per_base(damaged, [2], skip=True)
+    assert partial != whole
+    assert partial[2] == pytest.approx(whole[2], abs=0.05)

@@ -3,23 +3,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import DataError
-from datamodules.splits import Splits
+from datamodules.splits import Segment, Splits
 
 
 def test_fractions_come_from_the_end_in_order() -> None:
-    assert Splits.parse("0.2", 0.1).of("a", 100) == [("train", 0, 70), ("valid", 70, 20), ("test", 90, 10)]
-    assert Splits.parse(None, "0.25").of("a", 10) == [("train", 0, 8), ("test", 8, 2)]
-    assert Splits.parse().of("a", 7) == [("train", 0, 7)]
+    assert Splits.parse("0.2", 0.1).of("a", 100) == [
+        Segment("train", 0, 70),
+        Segment("valid", 70, 20),
+        Segment("test", 90, 10),
+    ]
+    assert Splits.parse(None, "0.25").of("a", 10) == [Segment("train", 0, 8), Segment("test", 8, 2)]
+    assert Splits.parse().of("a", 7) == [Segment("train", 0, 7)]
 
 
 def test_named_records_go_whole_and_the_rest_by_fraction() -> None:
     splits = Splits.parse("chr8, chr9", 0.5)
-    assert splits.of("chr8", 10) == [("valid", 0, 10)]
-    assert splits.of("chr1", 10) == [("train", 0, 5), ("test", 5, 5)]
+    assert splits.of("chr8", 10) == [Segment("valid", 0, 10)]
+    assert splits.of("chr1", 10) == [Segment("train", 0, 5), Segment("test", 5, 5)]
 
 
 def test_chromosomes_may_be_numbers() -> None:
-    assert Splits.parse("1,2", "22").named == {"1": "valid", "2": "valid", "22": "test"}
+    assert Splits.parse("1,2", "22").whole == {"1": "valid", "2": "valid", "22": "test"}
 
 
 @given(
@@ -30,12 +34,12 @@ def test_chromosomes_may_be_numbers() -> None:
 def test_segments_tile_the_record(length: int, valid: float | None, test: float | None) -> None:
     segments = Splits.parse(valid, test).of("a", length)
     end = 0
-    for _, start, size in segments:
+    for _, start, size, _ in segments:
         assert start == end
         assert size > 0
         end += size
     assert end == length
-    sizes = {split: size for split, _, size in segments}
+    sizes = {split: size for split, _, size, _ in segments}
     for split, fraction in (("valid", valid), ("test", test)):
         assert abs(sizes.get(split, 0) - (fraction or 0) * length) <= 1
 

@@ -33,7 +33,7 @@ def test_prepare_no_such_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (b"", "holds no FASTA record"),
         (b"this is not a genome\n", "FASTA"),
-        (b"@read\nACGT\n+\n!!!!\n", "FASTA"),
+        (b"@read\nACGT\n+\n", "FASTQ"),
     ],
 )
 def test_prepare_empty_or_not_fasta(

@@ -161,6 +161,17 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> 
         checkpoint.check_same_run(then, settings("model.conv=0"), tmp_path)
 
 
+def test_a_mixture_of_genomes_belongs_to_the_run(tmp_path: Path) -> None:
+    then = settings("data.mixture={ecoli.fna.gz: 3, 'human*': 1}")
+    checkpoint.check_same_run(then, settings("data.mixture={ecoli.fna.gz: 3, 'human*': 1}"), tmp_path)
+    with pytest.raises(UserError, match=r"data\.mixture\.ecoli\.fna\.gz: checkpoint 3\.0, config 2"):
+        checkpoint.check_same_run(then, settings("data.mixture={ecoli.fna.gz: 2, 'human*': 1}"), tmp_path)
+    with pytest.raises(UserError, match=r"data\.mixture"):
+        checkpoint.check_same_run(then, settings(), tmp_path)
+    with pytest.raises(UserError, match=r"data\.mixture"):
+        checkpoint.check_same_run(settings(), then, tmp_path)
+
+
 def test_when_none_is_whole_nothing_starts_from_zero(tmp_path: Path, ranks: Ranks) -> None:
     truncate(publish(tmp_path, 2, ranks))
     for _ in range(2):  # the second time only the broken one is left

@@ -8,13 +8,16 @@ import pytest
 
 from pipeline import cli, config
 
+SPLITS = ["--alphabet", "--valid", "--test", "--intervals"]
 COMMANDS = {
-    "prepare": ["inputs", "output", "--alphabet", "--valid", "--test"],
+    "prepare": ["inputs", "output", *SPLITS, "--field", "--jobs", "--check"],
+    "index": ["directory", *SPLITS],
+    "data": ["directory", "--json", "--picture"],
     "train": ["settings"],
     "submit": ["settings", "--dry-run"],
     "bench": ["benchmark"],
 }
-SHARED = ["--repeat", "--seconds", "--device", "--json", "--picture"]
+SHARED = ["--repeat", "--seconds", "--json", "--picture"]
 BENCHMARKS = {
     "attention": [
         "--lengths",
@@ -24,6 +27,7 @@ BENCHMARKS = {
         "--head-dim",
         "--chunk",
         "--rounds",
+        "--device",
         *SHARED,
     ],
     "model": [
@@ -37,8 +41,10 @@ BENCHMARKS = {
         "--chunk",
         "--rounds",
         "--longest",
+        "--device",
         *SHARED,
     ],
+    "data": ["--lengths", "--contestants", "--mebibytes", "--directory", *SHARED],
 }
 KEYS = [
     "run.name",
@@ -55,6 +61,13 @@ KEYS = [
     "data.micro_batch",
     "data.objective",
     "data.mask_rate",
+    "data.stride",
+    "data.shift",
+    "data.reverse_complement",
+    "data.softmask_weight",
+    "data.mixture",
+    "data.pack",
+    "data.on_error",
     "optim.lr",
     "optim.weight_decay",
     "optim.warmup_steps",

@@ -1,15 +1,24 @@
 """The LightningModule's parts that need no trainer: the learning rate, weight decay, what ZeRO cannot train."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datamodules.alphabet import Alphabet
+from datamodules.collate import Raw, causal_batch
 from models import Reformer, ReformerConfig
 from pipeline import config
-from pipeline.config import OptimConfig
+from pipeline.agreement import Agreed
+from pipeline.config import OptimConfig, RunConfig
 from pipeline.errors import UserError
+from pipeline.journal import read
 from pipeline.module import PretrainModule, learning_rate, refuse_shared_blocks
+from pipeline.recorder import Recorder
 
 TINY = ReformerConfig(vocab_size=9, dim=8, depth=3, heads=2, layers=["local"])
 
@@ -60,3 +69,51 @@ def test_a_block_shared_between_depths_is_refused_where_zero_cannot_train_it() -
     for stage in (2, 3):
         with pytest.raises(UserError, match=f"blocks 0 and 2 share the parameter .* zero.stage={stage}"):
             refuse_shared_blocks(model, stage)
+
+
+def tiny_run(root: Path, *more: str) -> RunConfig:
+    settings = [f"run.root={root}", "run.name=x", "data.shards=s", "data.length=8"]
+    run = config.load(
+        [], [*settings, "model.dim=8", "model.depth=1", "model.heads=2", "model.layers=[local]", *more]
+    )
+    run.model.vocab_size = 9
+    return run
+
+
+def test_soft_masked_letters_weigh_less_in_training_and_the_same_in_evaluation(tmp_path: Path) -> None:
+    bases = np.frombuffer(b"\0ACgtaNGT" + b"\0aCGTACGT", np.uint8).reshape(2, 9)
+    raw = Raw(bases, np.arange(2), np.zeros(2, bool))
+    nats, scored = {}, {}
+    for weight in (1.0, 0.5, 0.0):
+        module = PretrainModule(tiny_run(tmp_path, f"data.softmask_weight={weight}"))
+        module.configure_model()
+        module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, global_step=0)
+        batch = causal_batch(raw, Alphabet.named("dna"), 20, weight)
+        loss = module.training_step(batch, 0)
+        module.training_step(batch, 1)
+        assert module.step_nats is not None
+        assert loss.item() * 20 == pytest.approx(module.step_nats.item() / 2)  # the divisor stays
+        nats[weight], scored[weight] = loss.item() * 20, module.step_scored
+        sums = module.validation_step(batch, 0)
+        assert sums["nats"].item() == pytest.approx(nats[1.0]) and sums["bases"] == 15
+    assert nats[0.5] == pytest.approx((nats[1.0] + nats[0.0]) / 2)
+    assert nats[0.0] < nats[1.0]
+    assert scored[1.0] is None  # the index knew
+    assert [scored[w].tolist() for w in (0.5, 0.0)] == [[26, 0], [22, 0]]
+
+
+def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    run.directory.mkdir()
+    recorder = Recorder(run, 1, None)
+    recorder.begin(0)
+    recorder.add(1, torch.tensor(6.0), None, 4, None)
+    recorder.add(2, torch.tensor(6.0), torch.tensor([0.75, 2.0], dtype=torch.float64), 4, None)
+    recorder.add(3, torch.tensor(0.0), torch.zeros(2, dtype=torch.float64), 4, None)
+    for step in (1, 2, 3):
+        recorder.confirm(Agreed(step, False, False, 0))
+    recorder.flush()
+    recorder.close()
+    rows = list(read(run.directory / "metrics.jsonl"))
+    assert [row["loss"] for row in rows] == [1.5, 8.0, 0.0]
+    assert [row.get("skipped") for row in rows] == [None, 2, None]

@@ -9,7 +9,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from datamodules.index import ShardIndex
-from datamodules.windows import WindowPlan, samples_of_step
+from datamodules.order import samples_of_step
+from datamodules.windows import WindowPlan
 from pipeline.agreement import hash_samples
 from pipeline.evaluate import bits
 from pipeline.journal import read
