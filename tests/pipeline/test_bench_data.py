@@ -55,7 +55,7 @@ def test_bench_data(tmp_path, capsys):
     assert outcome["machine"]["processor"]
     assert outcome["versions"]["webdataset"] == version("webdataset")
     assert outcome["tokens"] == {"1024": MIB, "8192": MIB}
-    assert outcome["settings"]["micro_batch"] == {"1024": 64, "8192": 8}
+    assert outcome["settings"]["micro_batch"] == {"1024": 128, "8192": 16}
     sweeps = {
         along: [p for p in outcome["points"] if p["along"] == along] for along in (data.LENGTH, data.RESUME)
     }
