@@ -19,7 +19,7 @@ FIRST_LETTER = 5
 
 # Nucleotide codes and what pairs with them: Cornish-Bowden, Nucleic Acids Research 13 (1985), table 1.
 _IUPAC = b"ACGTURYSWKMBDHVN"
-_PAIRED = b"TGCAAYRSWMKVHDBN"
+_PAIRED = b"TGCAUYRSWMKVHDBN"
 _GAPS_AND_STOPS = b"-.*"
 
 _WHOLE, _PIECE = 1 << 20, 1 << 16
@@ -40,7 +40,7 @@ class Alphabet:
     table: (256,) byte -> token; `OTHER` for what is no letter. uint8, or int16 for `bytes`.
     known: (256,) bool, bytes that a FASTA record may hold: letters, ambiguity codes, gaps, stops.
     complement: (256,) uint8, byte -> complementary byte, case kept; None where there is none. A byte that is
-        no IUPAC nucleotide code is its own complement, U pairs like T.
+        no IUPAC nucleotide code is its own complement; so is U, no letter here: a strand has as many as the other.
     unknown: the byte that `decode` writes for `MASK` and `OTHER`.
     soft: (256,) uint8, 1 for letters in lower case; None where case has a meaning of its own.
     """

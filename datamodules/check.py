@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ def _members(store: Store, shard: str, size: int) -> tuple[list[_Member], dict[s
                 members.append(_Member(member.name, member.offset_data, member.offset_data + member.size))
                 if member.name.endswith(".json"):
                     file.seek(member.offset_data)
-                    about = json.loads(file.read(member.size))
+                    about = _parsed(file.read(member.size))
                     if isinstance(about, dict) and isinstance(about.get("record"), str):
                         records[member.name.removesuffix(".json")] = about["record"]
     except (tarfile.TarError, StoreError, OSError, ValueError) as error:
@@ -163,3 +163,10 @@ class _StoreFile(io.RawIOBase):
             self._store.read_into(self._name, self._at, (memoryview(buffer)[:count],))
         self._at += count
         return count
+
+
+def _parsed(content: bytes) -> object:
+    """What JSON says; None for what is none: a tar of others may hold any file beside a sequence."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(content)
+    return None

@@ -27,8 +27,8 @@ class DataConfig:
     shift: in training, every visit of a window moves its start by up to so many bases, each way, inside its segment.
     reverse_complement: in training, probability that a visit reads the other strand; dna only.
     softmask_weight: in training, what a lower-case letter weighs in the loss, 0 to 1. The gradient is still divided by
-        the number of scored letters, which the index knows without asking other ranks (a constant factor, to which
-        AdamW is indifferent); the journal's loss is the weighted mean.
+        the number of scored letters, which the index knows without asking other ranks: a step with many soft-masked
+        letters counts for less; the journal's loss is the weighted mean.
     mixture: in training, weight of each genome: the name of an input file, or a pattern that matches such names or
         records' (the first that matches counts; 0 leaves out). Each gets its exact share of every 1024 windows, and
         goes through its own epochs. Empty: every window once an epoch.
@@ -84,6 +84,11 @@ class DataConfig:
 
     def _check_mixture(self) -> None:
         for name, weight in self.mixture.items():
+            if not isinstance(weight, int | float):
+                raise DataError(
+                    f"data.mixture {name!r}: {weight!r} is no weight: give names with a dot as "
+                    "'data.mixture={genome.fa: 2}'"
+                )
             if not (math.isfinite(weight) and weight >= 0):
                 raise DataError(f"data.mixture {name!r}: weight {weight} must be 0 or more")
         if not self.mixture:

@@ -20,6 +20,7 @@ from datamodules.collate import Batch
 from datamodules.config import DataConfig, accumulation
 from datamodules.errors import DataError
 from datamodules.index import ShardIndex
+from datamodules.mixture import identity_of
 from datamodules.splits import TEST, VALID
 from datamodules.visits import Windows, evaluation_windows, training_windows
 
@@ -44,6 +45,11 @@ class SequenceDataModule(pl.LightningDataModule):
     def index(self) -> ShardIndex:
         """The opened shards (DataError: see `open`); the model needs `index.alphabet.vocab_size`."""
         return ShardIndex.open(self.config.shards)
+
+    @property
+    def identity(self) -> str:
+        """A checksum of what the order of training is made of, the seed and the settings aside."""
+        return identity_of(self.index.segments, self.config.mixture)
 
     @property
     def accumulation(self) -> int:

@@ -313,7 +313,8 @@ def write_index(
     """Write rows of `SCHEMA` and the metadata: `sizes` in bytes per shard, `sources` names of input files."""
     metadata = {"version": INDEX_VERSION, "alphabet": alphabet.name, "shards": sizes, "sources": sources}
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata).encode()})
-    pq.write_table(pa.Table.from_batches(batches, SCHEMA).cast(schema), path)
+    with path.open("wb") as file:  # pyarrow takes a path with a colon for a URL
+        pq.write_table(pa.Table.from_batches(batches, SCHEMA).cast(schema), file)
 
 
 def _without_line_ends(

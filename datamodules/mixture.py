@@ -1,5 +1,7 @@
 """A mixture of genomes: which group each segment belongs to, and what groups weigh."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -10,6 +12,14 @@ from datamodules.errors import DataError
 from datamodules.index import Segments
 
 _SHOWN = 8
+
+
+def identity_of(segments: Segments, mixture: Mapping[str, float]) -> str:
+    """`Segments.identity`, and of a mixture what else its order is made of: its keys in order, and the input files."""
+    if not mixture:
+        return segments.identity
+    told = json.dumps([segments.identity, list(mixture.items()), segments.source.tolist()])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def groups_of(

@@ -73,7 +73,9 @@ def prepare(
     made, for an OUTPUT.partial of other arguments, of another prepare at work or of inputs that changed
     since, and when a process is killed or the disk is full.
     """
-    paths, output = expand(inputs), Path(output)
+    if "://" in str(output):
+        raise DataError(f"{output}: shards are written to a local directory: copy them there afterwards")
+    paths, output = expand(inputs), Path(output).absolute()
     splits = Splits.parse(valid, test, intervals)
     letters, jobs = Alphabet.named(alphabet), checked_jobs(jobs)
     check_inputs(paths)
@@ -89,6 +91,9 @@ def prepare(
         "shard_bytes": shard_bytes,
         "version of the index": INDEX_VERSION,
     }
+    rule = " and ".join(
+        f"{option} {value}" for option, value in (("--valid", valid), ("--test", test)) if value is not None
+    )
     with unfinished(output, arguments) as work:
         job = _Job(work.folder, letters, splits, shard_bytes, field)
         kept = work.kept(units)
@@ -99,7 +104,7 @@ def prepare(
         except DataError as error:
             raise work.told(error) from error
         try:
-            _check_whole(paths, splits, f"--valid {valid} and --test {test}", parts)
+            _check_whole(paths, splits, rule, parts)
         except DataError:
             work.forget(units)  # only other arguments help, and those begin anew
             raise

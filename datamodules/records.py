@@ -242,7 +242,8 @@ def _sequences(path: Path, file: io.BufferedReader, form: str) -> Iterator[Recor
     except (dnaio.FileFormatError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise DataError(
-            f"{path}: not {form.upper()} ({problem}): give FASTA, FASTQ or JSONL, plain or compressed"
+            f"{path}: not {form.upper()} ({problem}): mend it, or give FASTA, FASTQ or JSONL, plain or in "
+            "gzip, bgzip or zstd; text goes with --alphabet bytes"
         ) from error
     if empty:
         raise DataError(f"{path}: the file holds no FASTA record")

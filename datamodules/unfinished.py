@@ -113,7 +113,8 @@ class Unfinished:
         }
         path = self._manifest(unit.number)
         new = path.with_suffix(".new")
-        pq.write_table(part.rows.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), new)
+        with new.open("wb") as file:  # pyarrow takes a path with a colon for a URL
+            pq.write_table(part.rows.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), file)
         _fsync(new)
         new.rename(path)
 
@@ -139,7 +140,11 @@ class Unfinished:
         return DataError(f"{error}; what is finished stays in {self.folder}, and the same command goes on")
 
     def publish(self, output: Path, alphabet: Alphabet, parts: Sequence[Part]) -> None:
-        """Number the shards through, write the index, and rename all to `output`."""
+        """Number the shards through, write the index, and rename all to `output`.
+
+        Raises DataError, and loses nothing, if that has come to exist meanwhile.
+        """
+        _check_output(output)
         names: dict[str, str] = {}
         for part in parts:
             names.update({name: f"shard-{len(names) + at:05d}.tar" for at, name in enumerate(part.sizes)})
@@ -151,11 +156,11 @@ class Unfinished:
         _fsync(index)
         for name, new in names.items():
             (self.folder / name).rename(self.folder / new)
-        for path in self._manifests():
-            path.unlink()
         _fsync(self.folder)
         self.folder.rename(output)
         _fsync(output.parent)
+        for path in output.glob("part-*.parquet"):
+            path.unlink()
         (output / _ARGUMENTS).unlink()
         (output / _LOCK).unlink()
 
@@ -184,7 +189,10 @@ def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinishe
     lock = _locked(output, folder)
     try:
         work = Unfinished(folder, Lock(lock))
-        _check_arguments(folder, arguments)
+        try:
+            _check_arguments(folder, arguments)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written ({error.strerror}): make room there") from error
         try:
             yield work
         except BaseException:
@@ -216,7 +224,7 @@ def _state(path: Path) -> list[str | int]:
 def _read_manifest(path: Path) -> Manifest | None:
     """None for a file that is damaged."""
     try:
-        rows = pq.read_table(path)
+        rows = pq.read_table(pa.BufferReader(path.read_bytes()), use_threads=False)
         about = json.loads(rows.schema.metadata[METADATA_KEY])
         part = Part(
             rows.replace_schema_metadata(None).cast(SCHEMA),
@@ -303,6 +311,8 @@ def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:
     try:
         begun = json.loads(path.read_text())
     except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
         begun = {}
     if differing := [
         name for name in arguments if begun.get(name) != json.loads(json.dumps(arguments[name]))

@@ -186,8 +186,10 @@ def _prepare(options: argparse.Namespace) -> int:
             raise UserError(
                 f"prepare --check {options.inputs[0]} ...: give one directory of shards, no inputs"
             )
+        if any(_splits(options)[name] is not None for name in ("valid", "test", "intervals")):
+            raise UserError("prepare --check compares shards with their checksums: give no splits with it")
         bases = check(options.output, jobs=options.jobs, progress=shown)
-        print(f"{options.output}: {bases:,} letters as they were written")
+        print(f"{options.output}: {bases:,} bases as they were written")
         return 0
     if not options.inputs:
         raise UserError(
@@ -234,7 +236,7 @@ def _print_splits(directory: str, index: ShardIndex) -> None:
         rows = segments.rows_of(split)
         letters = sum(int(segments.length[row]) - segments.gap_length(row) for row in rows)
         total = int(segments.length[rows].sum())
-        print(f"  {split:5} {total:>15,} letters, {total - letters:,} of them outside the alphabet")
+        print(f"  {split:5} {total:>15,} bases, {total - letters:,} of them outside the alphabet")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -61,7 +61,7 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(total)
     nats_sum, bases_sum, skipped = total.tolist()
-    loss = nats_sum / max(bases_sum, 1)
+    loss = nats_sum / bases_sum if bases_sum else math.nan
     result = {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases_sum)}
     return result | ({"valid_skipped": int(skipped)} if skipped else {})
 

@@ -190,7 +190,7 @@ class Boundary(pl.Callback):
             checkpoints.clean(directory)
         self.ranks.check(None)  # nobody writes before that is done
         trainer.save_checkpoint(partial, weights_only=False)
-        manifest = manifest_of(self.config, self.step, self.ranks.size, self.data.index.segments.identity)
+        manifest = manifest_of(self.config, self.step, self.ranks.size, self.data.identity)
         path = checkpoints.publish(partial, manifest, self.ranks)
         if self._main:
             checkpoints.prune(directory, self.config.checkpoint.keep)

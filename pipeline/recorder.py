@@ -83,6 +83,8 @@ class Recorder:
         for row, nats, scored, targets, grad_norm in complete:
             weight, skipped = (targets, 0) if scored is None else scored.tolist()
             loss = float(nats) / (weight or 1)
+            if skipped and not weight:  # nothing could be read: going on would train on nothing
+                loss = math.nan
             rows.append({"step": row["step"], "loss": loss, "bits_per_base": bits(loss)} | row)
             if grad_norm is not None:  # stage 0 does not tell
                 rows[-1]["grad_norm"] = float(grad_norm)

@@ -168,7 +168,11 @@ class Mirror:
         """Send the settings. MLflow's parameters are immutable: one that has changed since becomes a tag."""
         from mlflow.entities import Param, RunTag
 
-        settings = {k: str(v)[:PARAM_LENGTH] for k, v in flatten(as_dict(self._config)).items()}
+        tree = as_dict(self._config)
+        tree["data"]["mixture"] = json.dumps(
+            tree["data"]["mixture"]
+        )  # patterns are no names that MLflow takes
+        settings = {key: str(value)[:PARAM_LENGTH] for key, value in flatten(tree).items()}
         new = [Param(key, value) for key, value in settings.items() if key not in there]
         changed = [
             RunTag(f"changed.{key}", value)

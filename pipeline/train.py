@@ -20,6 +20,7 @@ import torch
 
 from datamodules.config import accumulation
 from datamodules.index import ShardIndex
+from datamodules.mixture import identity_of
 from datamodules.visits import training_windows
 from pipeline import checkpoint, distributed, environment
 from pipeline import config as configs
@@ -95,7 +96,7 @@ def check(config: RunConfig, ranks: int) -> None:
     for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:
         with suppress(checkpoint.Damaged, OSError):  # `choose` finds out and says so
             manifest = checkpoint.read_manifest(path)
-            now = checkpoint.manifest_of(config, 0, ranks, index.segments.identity)
+            now = checkpoint.manifest_of(config, 0, ranks, identity_of(index.segments, config.data.mixture))
             checkpoint.check_same_run(manifest, now, path)
 
 
@@ -163,7 +164,7 @@ def _resume_point(
     if chosen is None:
         return None, 0
     path, manifest = chosen
-    now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.index.segments.identity)
+    now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.identity)
     checkpoint.check_same_run(manifest, now, path)
     return path, manifest.step
 

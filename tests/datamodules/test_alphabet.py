@@ -45,7 +45,7 @@ def test_decode_leaves_out_what_is_no_sequence() -> None:
 def test_the_complement_pairs_iupac_codes_and_keeps_case() -> None:
     dna = Alphabet.named("dna")
     assert dna.reverse_complement(array(b"AACGTTRYKMBVDHSWN")).tobytes() == b"NWSDHBVKMRYAACGTT"
-    assert dna.reverse_complement(array(b"acgtrykmbvdhswnu-")).tobytes() == b"-anwsdhbvkmryacgt"
+    assert dna.reverse_complement(array(b"acgtrykmbvdhswnu-")).tobytes() == b"-unwsdhbvkmryacgt"
     # Every code stands for a set of bases, and its complement for their partners.
     sets = {
         "A": "A",
@@ -115,3 +115,9 @@ def test_soft_masked_letters_are_those_in_lower_case() -> None:
 
 def test_a_worker_gets_the_same_alphabet() -> None:
     assert pickle.loads(pickle.dumps(Alphabet.named("dna"))) is Alphabet.named("dna")
+
+
+def test_the_other_strand_has_as_many_letters() -> None:
+    dna = Alphabet.named("dna")
+    every = np.arange(256, dtype=np.uint8)
+    assert ((dna.encode(dna.reverse_complement(every)) >= 5)[::-1] == (dna.encode(every) >= 5)).all()

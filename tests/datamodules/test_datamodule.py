@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from datamodules.datamodule import SequenceDataModule
 from datamodules.errors import DataError
 from datamodules.hashing import mix, visit_keys
 from datamodules.index import ShardIndex
+from datamodules.mixture import identity_of
 from datamodules.order import CYCLE, Permutation, samples_of_step
 from datamodules.prepare import prepare
 from datamodules.windows import PACKED
@@ -578,6 +580,7 @@ def test_workers_read_as_many_batches_ahead_as_asked(lambda_shards: ShardIndex) 
         ({"softmask_weight": -0.1}, "data.softmask_weight -0.1: must lie between 0 and 1"),
         ({"mixture": {"a.fa": -1.0}}, "data.mixture 'a.fa': weight -1.0 must be 0 or more"),
         ({"mixture": {"a.fa": float("inf")}}, "data.mixture 'a.fa': weight inf must be 0 or more"),
+        ({"mixture": {"a": {"fa": 2.0}}}, "data.mixture 'a': {'fa': 2.0} is no weight"),
         ({"mixture": {"a.fa": 0.0}}, "data.mixture: every weight is 0"),
         ({"mixture": {"other.fa": 1.0}}, "data.mixture: 'other.fa' matches nothing .* 'lambda_phage.fna.gz'"),
         (
@@ -626,3 +629,11 @@ def test_the_config_is_a_schema_for_omegaconf() -> None:
     config = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.from_dotlist(["length=64"]))
     assert config.length == 64
     assert OmegaConf.missing_keys(config) == {"shards"}
+
+
+def test_a_mixture_s_identity_knows_its_keys_order_and_files(genomes: ShardIndex) -> None:
+    one, two = ({"a.fa": 2.0, "b*": 1.0}, {"b*": 1.0, "a.fa": 2.0})
+    identities = {identity_of(genomes.segments, mixture) for mixture in ({}, one, two)}
+    moved = replace(genomes.segments, source=genomes.segments.source[::-1])
+    assert moved.identity == genomes.segments.identity == identity_of(moved, {})
+    assert len(identities | {identity_of(moved, one)}) == 4

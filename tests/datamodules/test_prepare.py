@@ -1,12 +1,14 @@
 """prepare: the same bytes however many processes did it and however often it was killed; and its check."""
 
 import gzip
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +117,7 @@ def test_text_becomes_shards(tmp_path: Path) -> None:
     [
         (b">a\nACGT\n>a\nACGT\n", {}, "in.fa: a second record is named 'a'"),
         (b">a\nACGT\n", {"valid": "b"}, "--valid 'b' is neither a fraction between 0 and 1 nor a record"),
-        (b">a\nACGT\n", {"valid": "a"}, "--valid a and --test None name every record: leave one to train on"),
+        (b">a\nACGT\n", {"valid": "a"}, "--valid a name every record: leave one to train on"),
         (b">a\n>b\n", {}, "hold no base at all"),
         (b">a\nACGT\n", {"alphabet": "rna"}, "unknown alphabet 'rna'"),
         (gzip.compress(b">a\nACGT\n")[:-4], {}, "cut off or damaged"),
@@ -416,3 +418,40 @@ def test_the_check_finds_shards_cut_short_or_missing(shards: ShardIndex) -> None
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-00001.tar: the index names this shard but it is not there"):
         check(shards.directory, progress=False)
+
+
+def test_an_output_that_appears_meanwhile_costs_nothing(
+    fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    publish = unfinished.Unfinished.publish
+
+    def late(*arguments: Any) -> None:
+        output.mkdir()
+        publish(*arguments)
+
+    monkeypatch.setattr(unfinished.Unfinished, "publish", late)
+    with pytest.raises(DataError, match="out: exists already"):
+        prepare(fastas, output, **OPTIONS)
+    monkeypatch.undo()
+    assert list((tmp_path / "out.partial").glob("part-*.parquet"))
+    output.rmdir()
+    assert check(prepare(fastas, output, **OPTIONS).directory, progress=False) > 0
+
+
+def test_odd_outputs(fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check(prepare(fastas, "hg38:v2", **OPTIONS).directory, progress=False) > 0
+    for output, message in ((".", "exists already"), ("s3://bucket/out", "written to a local directory")):
+        with pytest.raises(DataError, match=message):
+            prepare(fastas, output, **OPTIONS)
+
+
+def test_the_check_leaves_other_files_of_a_tar_alone(lambda_bases: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("._k.json", b"\0\5"), ("k.seq", lambda_bases), ("k.json", b"{}")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index_tars(tmp_path, progress=False)
+    assert check(tmp_path, progress=False) == len(lambda_bases)

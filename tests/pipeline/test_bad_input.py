@@ -80,7 +80,7 @@ def test_prepare_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "2 records in 1 shards" in printed
     assert [line.split()[:2] for line in printed.splitlines()[1:]] == [["train", "10"], ["valid", "4"]]
-    assert "letters, 2 of them outside the alphabet" in printed
+    assert "bases, 2 of them outside the alphabet" in printed
 
 
 def test_no_record_is_long_enough(

@@ -94,6 +94,7 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = settings(tmp_path, server.uri)
+    run.data.mixture = {"gi|1|*": 2.0, "human.fa": 1.0}
     journal = Journal(run.directory / "metrics.jsonl", 0)
     journal.append(rows(1, 30))
     mirror = Mirror(run, run.directory).start()
@@ -112,6 +113,7 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     (first,) = client.search_runs([experiment.experiment_id])
     assert first.info.status == "KILLED" and first.info.run_name == "r"
     assert first.data.params["data.length"] == "8192"
+    assert json.loads(first.data.params["data.mixture"]) == run.data.mixture
     assert history(client, first.info.run_id) == [(row["step"], row["loss"]) for row in rows(1, 2500)]
 
     # The id of the run was not written down when the process died: its key finds it.
