@@ -29,7 +29,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[bench]"
 	$(BIN)/megabase bench attention --device $(DEVICE) --json benchmarks/results/attention-$(DEVICE).json
 	$(BIN)/megabase bench model --device $(DEVICE) --json benchmarks/results/model-$(DEVICE).json
-	$(BIN)/megabase bench data --json benchmarks/results/data.json
+	$(BIN)/megabase bench data --json benchmarks/results/data-cpu.json
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

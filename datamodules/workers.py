@@ -123,20 +123,18 @@ def _work(connection: Connection, task: Callable[[Any, Report], Any]) -> None:
     """What a worker does: items in, results out, until the parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     reporter = _Reporter(connection)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        while True:
             item = connection.recv()
-        except EOFError:
-            return
-        try:
-            result = task(item, reporter)
-        except (DataError, OSError) as error:
-            connection.send(("error", error))
-        except Exception:
-            connection.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
-        else:
-            reporter.flush()
-            connection.send(("result", result))
+            try:
+                result = task(item, reporter)
+            except (DataError, OSError) as error:
+                connection.send(("error", error))
+            except Exception:
+                connection.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+            else:
+                reporter.flush()
+                connection.send(("result", result))
 
 
 def _end_with_parent() -> None:

@@ -33,6 +33,7 @@ import os, signal, sys, time
 from pathlib import Path
 import datamodules.prepare as module
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without
 read, blocked, doing = module.read_file, Path(sys.argv[1]), sys.argv[2]
 
 def read_and_stop(path, *rest):
