@@ -21,7 +21,7 @@ from numpy.lib import format as npy_format
 
 from datamodules.alphabet import Alphabet
 from datamodules.errors import DataError
-from datamodules.index import INDEX_NAME, SCHEMA, ShardIndex, segment_row, write_index
+from datamodules.index import INDEX_NAME, RowBatches, ShardIndex, segment_row, write_index
 from datamodules.progress import bar
 from datamodules.records import Names, check_characters, compression
 from datamodules.splits import TRAIN, Splits
@@ -30,7 +30,6 @@ _COMPRESSED = (".gz", ".bgz", ".zst", ".bz2", ".xz")
 _COMPRESSED_TARS = (*(f".tar{suffix}" for suffix in _COMPRESSED), ".tgz", ".tbz2", ".txz")
 _LINE_ENDS = b"\r\n"
 _NPY_HEAD_BYTES = 64 << 10
-_ROWS_PER_BATCH = 4096
 
 
 class _Span(NamedTuple):
@@ -132,8 +131,7 @@ class _Rows:
         self._members = 0
         self._in_split: set[str] = set()
         self._trained = False
-        self._rows: list[dict[str, object]] = []
-        self._batches: list[pa.RecordBatch] = []
+        self._rows = RowBatches()
 
     def add(self, path: Path) -> None:
         """The rows of one tar."""
@@ -154,8 +152,7 @@ class _Rows:
 
     def batches(self) -> list[pa.RecordBatch]:
         """All rows."""
-        self._pack()
-        return self._batches
+        return self._rows.all()
 
     def _add_member(self, path: Path, content: mmap.mmap, member: _Member) -> None:
         place = f"{path}: member {member.path}"
@@ -185,14 +182,7 @@ class _Rows:
                 segment.intervals,
             )
             self._trained = self._trained or segment.split == TRAIN
-            self._rows.append(row)
-            if len(self._rows) == _ROWS_PER_BATCH:
-                self._pack()
-
-    def _pack(self) -> None:
-        """Python objects to Arrow, which holds a row in about a hundred bytes."""
-        self._batches.append(pa.RecordBatch.from_pylist(self._rows, SCHEMA))
-        self._rows = []
+            self._rows.add(row)
 
 
 def _tars(directory: Path) -> list[Path]:

@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
     ]
 )
 _SINCE_VERSION_2 = ("source", "line_bases", "line_bytes", "blocks", "intervals")
+_ROWS_PER_BATCH = 4096
 _VERIFY_BYTES = 512 * BLOCK_BYTES
 
 
@@ -88,6 +89,29 @@ def segment_row(
         "gaps": alphabet.gaps(np.frombuffer(bases, np.uint8)).tolist(),
         "intervals": [list(interval) for interval in intervals],
     }
+
+
+class RowBatches:
+    """Rows of `SCHEMA` as they come, in Arrow's batches: these hold a row in about a hundred bytes."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, object]] = []
+        self._batches: list[pa.RecordBatch] = []
+
+    def add(self, row: dict[str, object]) -> None:
+        """Append a row (see `segment_row`)."""
+        self._rows.append(row)
+        if len(self._rows) == _ROWS_PER_BATCH:
+            self._pack()
+
+    def all(self) -> list[pa.RecordBatch]:
+        """Every row so far."""
+        self._pack()
+        return self._batches
+
+    def _pack(self) -> None:
+        self._batches.append(pa.RecordBatch.from_pylist(self._rows, SCHEMA))
+        self._rows = []
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,12 +18,11 @@ import pyarrow as pa
 
 from datamodules.alphabet import Alphabet
 from datamodules.errors import DataError
-from datamodules.index import SCHEMA, segment_row
+from datamodules.index import SCHEMA, RowBatches, segment_row
 from datamodules.records import Record
 from datamodules.splits import Segment
 
 SHARD_BYTES = 256 << 20
-_ROWS_PER_BATCH = 4096
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)
 _LARGEST = 8 << 30
@@ -71,8 +70,7 @@ class ShardWriter:
         self._unlisted: list[str] = []
         self._members = 0
         self._bases = 0
-        self._rows: list[dict[str, object]] = []
-        self._batches: list[pa.RecordBatch] = []
+        self._rows = RowBatches()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -109,8 +107,7 @@ class ShardWriter:
     def finish(self) -> Part:
         """Bring the last shard to the disk; what was written."""
         self._finish_shard()
-        self._pack_rows()
-        rows = pa.Table.from_batches(self._batches, SCHEMA)
+        rows = pa.Table.from_batches(self._rows.all(), SCHEMA)
         return Part(rows, self._sizes, list(self._sources), self._unlisted, self._bases)
 
     def _shard_for(self, size: int) -> BinaryIO:
@@ -144,14 +141,7 @@ class ShardWriter:
             self._alphabet,
             intervals=segment.intervals,
         )
-        self._rows.append(row)
-        if len(self._rows) == _ROWS_PER_BATCH:
-            self._pack_rows()
-
-    def _pack_rows(self) -> None:
-        """Python objects to Arrow, which holds a row in about a hundred bytes."""
-        self._batches.append(pa.RecordBatch.from_pylist(self._rows, SCHEMA))
-        self._rows = []
+        self._rows.add(row)
 
 
 def _in_tar(size: int) -> int:
