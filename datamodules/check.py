@@ -20,6 +20,7 @@ from datamodules.store import Store, StoreError
 from datamodules.workers import Report, checked_jobs, run
 
 _READ_BYTES = 1 << 20
+_SHOWN = 5
 
 
 def check(output: str | Path, jobs: int | None = None, progress: bool = True) -> int:
@@ -27,7 +28,8 @@ def check(output: str | Path, jobs: int | None = None, progress: bool = True) ->
 
     jobs, progress: as in `prepare`.
 
-    Raises DataError, naming shard and record, for bases that differ from their checksum, a row of the index
+    Raises DataError, naming shard and record, for bases that differ from their checksum (the first place of every
+    segment), a row of the index
     that does not lie in one member of its tar, or in that of another record, and a tar that is damaged; and
     as `ShardIndex.open`.
     """
@@ -41,7 +43,22 @@ def check(output: str | Path, jobs: int | None = None, progress: bool = True) ->
             run(task, [(name, rows[name]) for name in shards], checked_jobs(jobs), report, _shard_of)
         ) as done,
     ):
-        return sum(bases for _, bases in done)
+        checked = [result for _, result in done]
+    damages = [damage for each in checked for damage in each.damages]
+    if len(damages) > 1:
+        more = f", {len(damages) - _SHOWN} more" if len(damages) > _SHOWN else ""
+        raise DataError(f"{len(damages)} damaged records: {'; '.join(damages[:_SHOWN])}{more}")
+    if damages:
+        raise DataError(damages[0])
+    return sum(each.bases for each in checked)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Of a shard: bases verified, and what is wrong with each of its segments that is not as it was."""
+
+    bases: int
+    damages: list[str]
 
 
 def _rows_by_shard(index: ShardIndex) -> dict[str, NDArray[np.int64]]:
@@ -60,16 +77,18 @@ def _shard_of(item: tuple[str, NDArray[np.int64]]) -> str:
     return item[0]
 
 
-def _check_shard(index: ShardIndex, item: tuple[str, NDArray[np.int64]], report: Report) -> int:
-    """Check a shard and its rows; returns the bases verified."""
+def _check_shard(index: ShardIndex, item: tuple[str, NDArray[np.int64]], report: Report) -> _Checked:
+    """Check a shard and its rows."""
     shard, rows = item
     _check_members(index, shard, rows)
-    bases = 0
+    bases, damages = 0, []
     for row in rows.tolist():
-        done = index.verify_row(row)
-        report(done)
-        bases += done
-    return bases
+        try:
+            bases += index.verify_row(row)
+        except DataError as error:
+            damages.append(str(error))
+        report(int(index.segments.length[row]))
+    return _Checked(bases, damages)
 
 
 def _check_members(index: ShardIndex, shard: str, rows: NDArray[np.int64]) -> None:

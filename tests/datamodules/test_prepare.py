@@ -376,6 +376,9 @@ def test_the_check_reads_every_base(shards: ShardIndex, jobs: int) -> None:
     name = shards.segments.record[row]
     with pytest.raises(DataError, match=rf"{shards.segments.shard[row]}: record '{name}': .*checksum"):
         check(shards.directory, jobs, progress=False)
+    flip(shards, shards.segments.shard[0], int(shards.segments.offset[0]))
+    with pytest.raises(DataError, match=rf"2 damaged records: .*record '({name}|r0.0)'.*; .*checksum"):
+        check(shards.directory, jobs, progress=False)
 
 
 def test_the_check_finds_members_that_are_elsewhere(shards: ShardIndex) -> None:
