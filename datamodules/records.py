@@ -25,6 +25,13 @@ from datamodules.errors import DataError
 
 _COMPRESSED_NAMES = (".gz", ".bgz", ".zst", ".zstd")
 _JSONL_NAMES = (".jsonl", ".ndjson")
+_UNREAD = {
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
+    b"\xfd7zXZ\0": "xz",
+    b"PK\3\4": "zip",
+}
+"""Compressions that other tools write, by a file's first bytes."""
+
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPED = (
@@ -95,7 +102,7 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def check_inputs(paths: Sequence[Path]) -> None:
-    """Raise DataError unless every path is a file that can be opened, and there is one at all."""
+    """Raise DataError unless there is a path, and each is a file that can be opened, of a kind that is read."""
     if not paths:
         raise DataError("no input files: name at least one")
     for path in paths:
@@ -103,7 +110,8 @@ def check_inputs(paths: Sequence[Path]) -> None:
             raise DataError(f"{path}: no such file")
         if not path.is_file():
             raise DataError(f"{path}: not a file: name the sequence files themselves")
-        _head(path)
+        if unread := [name for magic, name in _UNREAD.items() if _head(path).startswith(magic)]:
+            raise DataError(f"{path}: {unread[0]} is not read: decompress it, or use gzip, bgzip or zstd")
 
 
 def _open(path: Path) -> BinaryIO:

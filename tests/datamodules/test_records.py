@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import struct
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from datamodules.alphabet import Alphabet
 from datamodules.errors import DataError
-from datamodules.records import Names, check_characters, expand, read_file, read_records
+from datamodules.records import Names, check_characters, check_inputs, expand, read_file, read_records
 
 FASTA = b">one first record\nACGTN\nacgt\n\n>two\r\nGG\r\n>three\n"
 FASTQ = b"@one first read\nACGTN\n+\nIIIII\n@two\r\nGG\r\n+two\r\nII\r\n"
@@ -305,3 +307,13 @@ def test_patterns_become_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(DataError, match="no file matches this pattern") as error:
             expand(["a.fa", pattern])
         assert pattern in str(error.value)
+
+
+@pytest.mark.parametrize(("module", "name"), [(bz2, "bzip2"), (lzma, "xz")])
+def test_other_compressions_are_told(tmp_path: Path, module: Any, name: str) -> None:
+    path = tmp_path / "a.fa"
+    path.write_bytes(module.compress(b">a\nACGT\n"))
+    with pytest.raises(
+        DataError, match=f"a.fa: {name} is not read: decompress it, or use gzip, bgzip or zstd"
+    ):
+        check_inputs([path])
