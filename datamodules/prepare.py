@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datamodules.alphabet import Alphabet
-from datamodules.check import check
 from datamodules.errors import DataError
 from datamodules.index import INDEX_VERSION, ShardIndex
 from datamodules.progress import bar
@@ -26,8 +25,6 @@ from datamodules.shards import SHARD_BYTES, Part, ShardWriter
 from datamodules.splits import TRAIN, Splits
 from datamodules.unfinished import Unfinished, Unit, digest, states, unfinished
 from datamodules.workers import Report, checked_jobs, run
-
-__all__ = ["check", "prepare"]
 
 _UNITS_PER_SHARD = 8
 """Small files share a unit up to this part of a shard: enough units to keep processes busy, few small shards."""

@@ -178,7 +178,8 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from datamodules.prepare import check, prepare
+    from datamodules.check import check
+    from datamodules.prepare import prepare
 
     shown = sys.stderr.isatty()
     if options.check:

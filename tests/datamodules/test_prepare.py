@@ -20,10 +20,11 @@ import pytest
 import webdataset
 
 from datamodules import unfinished
+from datamodules.check import check
 from datamodules.errors import DataError
 from datamodules.foreign import index_tars
 from datamodules.index import INDEX_NAME, ShardIndex
-from datamodules.prepare import _units, check, prepare
+from datamodules.prepare import _units, prepare
 
 LENGTHS = (9000, 5000, 3000, 200, 100, 1)
 OPTIONS: dict[str, Any] = {"valid": 0.2, "shard_bytes": 4096, "progress": False}
