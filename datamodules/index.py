@@ -213,12 +213,13 @@ class ShardIndex:
         """Open the shards in `directory`, a path or any URL fsspec knows, and check that they are all there.
 
         Raises DataError for a directory that is missing or has no index, an index that is damaged or newer
-        than this version reads, a shard that is missing or of another size than the index says, and a URL
-        that cannot be read or that does not serve ranges of bytes.
+        than this version reads, or that names a shard elsewhere than in the directory, a shard that is missing or of
+        another size than the index says, and a URL that cannot be read or that does not serve ranges of bytes.
         """
         store = open_store(directory)
         metadata, table = _read_index(store)
-        sizes: dict[str, int] = metadata["shards"]
+        sizes: Any = metadata.get("shards")
+        _check_shards(store.name_of(INDEX_NAME), sizes, table)
         store.check(sizes)
         return cls(store.root, Alphabet.named(metadata["alphabet"]), sizes, Segments.from_table(table), store)
 
@@ -372,6 +373,23 @@ def _flat(table: pa.Table, name: str) -> tuple[pa.Array, NDArray[np.int64]]:
 
 def _values(array: pa.Array, kind: type[np.integer]) -> NDArray[Any]:
     return array.to_numpy(zero_copy_only=False).astype(kind)
+
+
+def _check_shards(path: str, sizes: Any, table: pa.Table) -> None:
+    """Raise DataError for a shard that is no file of the directory: an index may come from anybody."""
+    if not isinstance(sizes, dict) or any(type(size) is not int or size < 0 for size in sizes.values()):
+        raise DataError(f"{path}: does not say the sizes of its shards: prepare the shards again")
+    for name in sizes:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise DataError(
+                f"{path}: names a shard that is no file of its directory, {name[:80]!r}: do not use it, or prepare the"
+                " shards again"
+            )
+    for name in table.column("shard").unique().to_pylist():
+        if name not in sizes:
+            raise DataError(
+                f"{path}: a record lies in a shard that it has no size of, {str(name)[:80]!r}: prepare the shards again"
+            )
 
 
 def _read_index(store: Store) -> tuple[dict[str, Any], pa.Table]:

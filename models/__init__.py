@@ -3,7 +3,7 @@
     from models import Reformer, ReformerConfig, Seeds
 
 Nothing here knows of Lightning, DeepSpeed, files or configs on disk: a config is a dataclass, a model is an
-``nn.Module``, and all chance comes in with the call.
+``nn.Module``, and all chance comes in with the call. (One module reads files: `pretrained`, for exported models.)
 """
 
 from models.chance import Seeds

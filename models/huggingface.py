@@ -254,7 +254,7 @@ def _their_settings(config: ReformerConfig, kept: Mapping[str, Any]) -> dict[str
 
     kept: their settings as they were; what still says the same stays in the same words.
     """
-    _check_ours(config)
+    check_ours(config)
     settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -297,7 +297,8 @@ def _their_settings(config: ReformerConfig, kept: Mapping[str, Any]) -> dict[str
     return settings
 
 
-def _check_ours(config: ReformerConfig) -> None:
+def check_ours(config: ReformerConfig) -> None:
+    """Raise ConfigError for a setting of a language model that theirs cannot express."""
     for kind in sorted(set(config.pattern) - set(PROJECTIONS)):
         raise ConfigError(f"transformers' Reformer has no {kind!r} layers (model.layers): take local and lsh")
     lsh, local = "lsh" in config.pattern, "local" in config.pattern

@@ -18,12 +18,18 @@ from pipeline.distributed import Ranks
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know of one finished step. samples: sum over ranks of `hash_samples`, modulo 2^64."""
+    """What all ranks know of one finished step.
+
+    stop, save: a rank wants that. saved: every rank has written its part of the checkpoint that is being written.
+    samples: sum over ranks of `hash_samples`, modulo 2^64. trouble: the books of rank 0 forbid to go on.
+    """
 
     step: int
     stop: bool
     save: bool
+    saved: bool
     samples: int
+    trouble: bool = False
 
 
 class Agreement:
@@ -33,10 +39,13 @@ class Agreement:
         self._ranks = ranks
         self._pending: tuple[int, torch.Tensor, dist.Work] | None = None
 
-    def exchange(self, step: int, *, stop: bool, save: bool, samples: int) -> Agreed | None:
+    def exchange(
+        self, step: int, *, stop: bool, save: bool, saved: bool, samples: int, trouble: bool = False
+    ) -> Agreed | None:
         """Tell the others about `step`; return what was agreed about the step before (None: there is none)."""
         previous = self.settle()
-        counters = torch.tensor([int(stop), int(save), samples], dtype=torch.int64)
+        told = [int(stop), int(save), int(saved), samples, int(trouble)]
+        counters = torch.tensor(told, dtype=torch.int64)
         self._pending = (step, counters, self._ranks.sum_async(counters))
         return previous
 
@@ -47,8 +56,8 @@ class Agreement:
         step, counters, work = self._pending
         work.wait()
         self._pending = None
-        stop, save, samples = counters.tolist()
-        return Agreed(step, stop > 0, save > 0, samples % 2**64)
+        stop, save, saved, samples, trouble = counters.tolist()
+        return Agreed(step, stop > 0, save > 0, saved == self._ranks.size, samples % 2**64, trouble > 0)
 
 
 def hash_samples(ids: Iterable[int]) -> int:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: publish, verify, choose, keep.
+"""Sharded checkpoints: publish, verify, choose.
 
 DeepSpeed's ranks write their files into `step-N.partial/`; every rank checksums its own; rank 0 writes
 `megabase.json` (step, ranks, stage, config, and size and checksum of every file), everything is synced to disk,
@@ -9,25 +9,38 @@ again, all ranks together, and falls back to the one before, loudly.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, as_dict, flatten
 from pipeline.distributed import Ranks
 from pipeline.environment import versions
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.hardware import precision_of
+from pipeline.manifest import (
+    MANIFEST,
+    Damaged,
+    Manifest,
+    damage,
+    list_checkpoints,
+    read_manifest,
+    step_of,
+    verify,
+)
+from pipeline.space import is_full
 
-MANIFEST = "megabase.json"
-MANIFEST_VERSION = 1
+__all__ = ["MANIFEST", "Damaged", "Manifest", "list_checkpoints", "read_manifest", "step_of", "verify"]
+
+# The directory of DeepSpeed's files within a checkpoint, and the file that names it.
+TAG = "checkpoint"
+LATEST = "latest"
+# The journal up to the checkpoint's step.
+JOURNAL = "metrics.jsonl"
 # Settings that a checkpoint belongs to: with another value the run would be another one...
 IDENTITY = ("model.", "data.", "run.seed")
 # ...but for these, which change where and how fast it is computed.
@@ -40,29 +53,10 @@ FREE = (
     "model.loss_chunk",
     "model.feedforward.chunk",
 )
-# Fields of a manifest that must be the same because shards are not converted, and what the user calls them.
-LAUNCH = {"ranks": "number of ranks", "stage": "zero.stage", "precision": "trainer.precision"}
 
 
-@dataclass
-class Manifest:
-    """What a checkpoint says of itself.
-
-    samples: windows consumed so far. config: flattened. data: identity of the shards (`Segments.identity`).
-    created: Unix time. files: {path: {size, sha256}}.
-    """
-
-    step: int
-    samples: int
-    ranks: int
-    stage: int
-    precision: str
-    config: dict[str, Any]
-    data: str
-    versions: dict[str, str]
-    created: float = field(default_factory=time.time)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    version: int = MANIFEST_VERSION
+class DiskFull(RunError):
+    """There is no room to write a checkpoint."""
 
 
 def manifest_of(config: RunConfig, step: int, ranks: int, data: str) -> Manifest:
@@ -84,29 +78,35 @@ def partial_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step}.partial"
 
 
-def publish(partial: Path, manifest: Manifest, ranks: Ranks) -> Path:
+def publish(
+    partial: Path, manifest: Manifest, ranks: Ranks, written: dict[Path, dict[str, Any]] | None = None
+) -> Path:
     """Turn a directory that every rank has written into a checkpoint; all ranks call it.
+
+    Args:
+        written: size and sha256 of files of this rank that are on disk already; others are read and synced here.
 
     Returns:
         The published directory, `step-N`.
 
     Raises:
-        RunError: on every rank, if any rank could not read or sync its files.
+        DiskFull, RunError: on every rank, if any rank could not read or sync its files.
     """
     described: dict[str, dict[str, Any]] = {}
-    error = None
+    error: OSError | None = None
     try:
         for path in _own_files(partial, ranks.rank, ranks.size):
-            described[path.relative_to(partial).as_posix()] = _describe(path, sync=True)
+            known = (written or {}).get(path)
+            described[path.relative_to(partial).as_posix()] = known or _describe(path, sync=True)
     except OSError as caught:
-        error = f"cannot sync checkpoint files: {caught}"
-    ranks.check(error)
+        error = caught
+    agree(ranks, error)
     for part in ranks.gather(described):
         manifest.files.update(part)
     final = partial.with_name(f"step-{manifest.step}")
     if ranks.rank == 0:
         try:
-            _write_synced(partial / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True))
+            _write_synced(partial / MANIFEST, manifest.sealed())
             for directory in {path.parent for path in partial.rglob("*")}:
                 _sync_directory(directory)
             if final.exists():
@@ -114,9 +114,19 @@ def publish(partial: Path, manifest: Manifest, ranks: Ranks) -> Path:
             partial.rename(final)
             _sync_directory(final.parent)
         except OSError as caught:
-            error = f"cannot publish {final}: {caught}"
-    ranks.check(error)
+            error = caught
+    agree(ranks, error)
     return final
+
+
+def agree(ranks: Ranks, error: Exception | None) -> None:
+    """Raise on every rank if any passes an error: DiskFull if all are of that kind, else RunError."""
+    found = ranks.gather((str(error), is_full(error)) if error else None)
+    errors = {rank: what for rank, what in enumerate(found) if what}
+    if errors:
+        full = all(is_one for _, is_one in errors.values())
+        said = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in errors.items())
+        raise (DiskFull if full else RunError)(said)
 
 
 def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
@@ -133,7 +143,7 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
     for path in ranks.broadcast(list_checkpoints(checkpoints) if ranks.rank == 0 else None):
         mine = error = None
         try:
-            mine = _damage(path, ranks.rank, ranks.size)
+            mine = damage(path, ranks.rank, ranks.size)
         except OSError as caught:
             error = f"{platform.node()}: {path} cannot be read: {caught}"
         ranks.check(error)
@@ -166,59 +176,6 @@ def _put_aside(path: Path, damages: dict[int, str]) -> str | None:
     return None
 
 
-def verify(path: Path) -> str | None:
-    """Check one checkpoint completely; the damage in one line, or None when it is whole.
-
-    Raises:
-        OSError: it cannot be read, for another reason than that a file is missing.
-    """
-    return _damage(path, 0, 1)
-
-
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Published checkpoints, newest first."""
-    found = [p for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a published checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-class Damaged(Exception):
-    """A checkpoint's content is not what was written."""
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        Damaged: it is missing, torn, or names files outside its directory.
-        UserError: a newer megabase wrote it.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads((path / MANIFEST).read_text())
-        # Before the fields: a newer version may have others.
-        version = int(content["version"])
-        if version <= MANIFEST_VERSION:
-            manifest = Manifest(**content)
-    except FileNotFoundError:
-        raise Damaged(f"{MANIFEST} is missing") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
-    if version > MANIFEST_VERSION:
-        raise UserError(
-            f"{path} was written by a newer megabase (manifest version {version}; this one reads up to"
-            f" {MANIFEST_VERSION}): update megabase"
-        )
-    outside = [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise Damaged(f"{MANIFEST} names a file outside its directory: {outside[0]!r}")
-    return manifest
-
-
 def check_same_run(manifest: Manifest, now: Manifest, path: Path) -> None:
     """Compare what a checkpoint belongs to with the run that wants to resume from it.
 
@@ -245,28 +202,13 @@ def check_same_run(manifest: Manifest, now: Manifest, path: Path) -> None:
             f"the shards: checkpoint's {then.get('data.shards')} holds other records or splits than"
             f" {now.config.get('data.shards')}"
         )
-    for name, key in LAUNCH.items():
-        before, after = getattr(manifest, name), getattr(now, name)
-        if before != after:
-            differences.append(f"{key}: checkpoint {before}, now {after}")
+    if manifest.precision != now.precision:
+        differences.append(f"trainer.precision: checkpoint {manifest.precision}, now {now.precision}")
     if differences:
         raise UserError(
             f"the config differs from checkpoint {path}: {'; '.join(differences)}."
             " Use the checkpoint's values, or another run.name for a new run"
         )
-
-
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. A reader never sees one that is half deleted."""
-    for path in list_checkpoints(checkpoints)[keep:]:
-        doomed = path.with_name(path.name + ".deleting")
-        try:
-            path.rename(doomed)
-        except OSError as error:
-            # Too many checkpoints are no reason to end a training.
-            print(f"megabase: cannot delete {path}: {error}", file=sys.stderr)
-            return
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean(checkpoints: Path) -> None:
@@ -288,38 +230,17 @@ def set_aside(path: Path) -> Path:
 
 
 def _own_files(partial: Path, rank: int, size: int) -> list[Path]:
-    """The files that rank `rank` answers for: DeepSpeed names shards by rank; rank 0 takes all others."""
+    """The files that rank `rank` answers for: DeepSpeed names shards by rank; rank 0 takes all others.
+
+    Hidden ones are nobody's: a file server makes such when an open file is deleted, and takes them away again.
+    """
     own = []
-    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+    for path in sorted(p for p in partial.rglob("*") if p.is_file() and not p.name.startswith(".")):
         match = re.search(r"zero_pp_rank_(\d+)_", path.name)
         owner = int(match.group(1)) if match else 0
         if owner == rank or (owner >= size and rank == 0):
             own.append(path)
     return own
-
-
-def _damage(path: Path, rank: int, size: int) -> str | None:
-    """What is wrong with this rank's share of a checkpoint: its manifest and every `size`-th file, largest first.
-
-    Raises:
-        OSError: something cannot be read. A file that is not there is damage, not an error.
-    """
-    try:
-        manifest = read_manifest(path)
-    except Damaged as damage:
-        return str(damage)
-    by_size = sorted(manifest.files.items(), key=lambda item: (-item[1]["size"], item[0]))
-    for name, expected in by_size[rank::size]:
-        try:
-            # The size first: a truncated file should not cost reading the whole of it.
-            actual = (path / name).stat().st_size
-            if actual != expected["size"]:
-                return f"{name} has {actual} bytes instead of {expected['size']}"
-            if _describe(path / name, sync=False)["sha256"] != expected["sha256"]:
-                return f"{name} has another checksum than when it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-    return None
 
 
 def _describe(path: Path, sync: bool) -> dict[str, Any]:

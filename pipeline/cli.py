@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         _complain(error)
         return 1
+    except UserError as error:
+        _complain(error)
+        return 2
     except Exception as error:
         if not _is_the_users(error):
             raise
@@ -83,8 +86,39 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--dry-run", action="store_true", help="show the sbatch call only")
         command.set_defaults(run=function)
 
+    checkpoints = commands.add_parser("checkpoints", help="a run's checkpoints, and whether they are whole")
+    checkpoints.add_argument("directory", metavar="RUN", help="run directory; it may be training")
+    checkpoints.add_argument("--json", action="store_true", help="as JSON")
+    checkpoints.add_argument("--fast", action="store_true", help="compare names and sizes, not every byte")
+    checkpoints.set_defaults(run=_checkpoints)
+
+    _add_export(commands)
     _add_bench(commands.add_parser("bench", help="time and memory against the peers, on this machine"))
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    """`export`."""
+    export = commands.add_parser(
+        "export",
+        help="a run's weights as one file",
+        description="Write the weights of a run's newest checkpoint that verifies as one model, without ranks or"
+        " DeepSpeed. The run may be training. Load it with models.pretrained.from_pretrained(OUT).",
+    )
+    export.add_argument("directory", metavar="RUN", help="run directory: <run.root>/<run.name>")
+    export.add_argument("output", metavar="OUT", type=Path, help="directory to make; complete, or not there")
+    export.add_argument(
+        "--format",
+        choices=["safetensors", "huggingface"],
+        default="safetensors",
+        help="safetensors (the default): in pieces, in little memory; huggingface: for transformers, where the"
+        " model maps; takes memory for three of the model",
+    )
+    export.add_argument("--step", type=int, metavar="N", help="of another checkpoint than the newest")
+    export.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights there (default: fp32)"
+    )
+    export.set_defaults(run=_export)
 
 
 def _add_splits(command: argparse.ArgumentParser) -> None:
@@ -257,6 +291,29 @@ def _submit(options: argparse.Namespace) -> int:
     return submit.submit_run(config.load(files, overrides), files, overrides, dry_run=options.dry_run)
 
 
+def _checkpoints(options: argparse.Namespace) -> int:
+    from pipeline import listing
+
+    run = Path(options.directory)
+    entries = listing.list_run(run, fast=options.fast, progress=sys.stderr.isatty())
+    print(listing.as_json(run, entries) if options.json else listing.text(run, entries))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pipeline.export import export
+
+    checkpoint = export(
+        Path(options.directory),
+        options.output,
+        form=options.format,
+        step=options.step,
+        dtype=options.dtype,
+    )
+    print(f"{options.output}: the weights of {checkpoint}")
+    return 0
+
+
 def _bench_attention(options: argparse.Namespace) -> int:
     from pipeline.bench import attention
 
@@ -287,7 +344,7 @@ def _is_the_users(error: Exception) -> bool:
     from datamodules.errors import DataError
     from models.config import ConfigError
 
-    return isinstance(error, UserError | DataError | ConfigError)
+    return isinstance(error, DataError | ConfigError)
 
 
 def _complain(error: Exception) -> None:

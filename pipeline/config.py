@@ -25,6 +25,8 @@ from pipeline.errors import UserError
 from pipeline.submit import SlurmConfig
 
 PRECISIONS = {"auto", "32", "bf16", "16"}
+NONE, CPU, NVME = OFFLOAD = ("none", "cpu", "nvme")
+ON_BAD = {"stop", "skip"}
 
 
 @dataclass
@@ -69,6 +71,10 @@ class TrainerConfig:
     eval_every_steps: steps between evaluations on the validation split (0: only at the end).
     eval_sequences: windows of one evaluation, spread evenly over the split (0: all). The last one takes all.
     log_every_steps: steps between writes of the journal; each write reads the losses from the device.
+    max_minutes: a start asks itself to stop so long after its ranks began, and leaves with a checkpoint and the exit
+    code 75 (0: never). It always trains a step. Leave room for a step and a checkpoint before a limit of the machine.
+    hang_minutes: a rank that has finished no micro batch, batch of an evaluation or phase of a checkpoint for so long
+    writes its stacks to logs/ and ends the job (0: never). Until the first micro batch is done: 30 at least.
     """
 
     max_steps: int = 1000
@@ -78,19 +84,48 @@ class TrainerConfig:
     eval_every_steps: int = 500
     eval_sequences: int = 0
     log_every_steps: int = 10
+    max_minutes: float = 0.0
+    hang_minutes: float = 30.0
 
 
 @dataclass
 class ZeroConfig:
     """DeepSpeed ZeRO. stage: 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters).
 
-    offload: keep optimizer states (and parameters in stage 3) in host memory. bucket_mb: size of a
-    communication bucket in MiB.
+    offload: where AdamW's states and the fp32 weights are kept and updated: none (on the device), cpu (host memory) or
+    nvme; true means cpu, false none. offload_parameters: likewise the parameters between uses, in stage 3.
+    nvme_path: directory on a disk of each node, for nvme. bucket_mb: size of a communication bucket in MiB.
+    deepspeed: further keys of DeepSpeed's configuration, such as
+    `zero.deepspeed.zero_optimization.round_robin_gradients=true`; one that a setting here decides is refused.
     """
 
     stage: int = 2
-    offload: bool = False
+    offload: str = NONE
+    offload_parameters: str = NONE
+    nvme_path: str | None = None
     bucket_mb: int = 200
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("offload", "offload_parameters"):
+            said = str(getattr(self, key)).lower()
+            setattr(self, key, {"true": CPU, "false": NONE}.get(said, said))
+
+    def validate(self) -> None:
+        """Raise UserError for settings that do not fit together."""
+        if self.stage not in (0, 1, 2, 3):
+            raise UserError(f"zero.stage={self.stage}: DeepSpeed ZeRO has stages 0, 1, 2 and 3")
+        offloads = {"offload": self.offload, "offload_parameters": self.offload_parameters}
+        for key, device in offloads.items():
+            if device not in OFFLOAD:
+                raise UserError(f"zero.{key}={device!r}: choose one of {', '.join(OFFLOAD)}")
+        if self.offload != NONE and self.stage == 0:
+            raise UserError(f"zero.offload={self.offload} needs sharded states: set zero.stage to 1, 2 or 3")
+        for key, device in offloads.items():
+            if self.stage != 3 and (device == NVME or (key == "offload_parameters" and device != NONE)):
+                raise UserError(f"zero.{key}={device} needs zero.stage=3, not {self.stage}")
+        if NVME in offloads.values() and not self.nvme_path:
+            raise UserError("offload to nvme needs zero.nvme_path: a directory on a disk of each node")
 
 
 @dataclass
@@ -99,11 +134,33 @@ class CheckpointConfig:
 
     every_steps: optimizer steps between checkpoints (0: never by steps). every_minutes: minutes between them
     (0: never by time). keep: newest checkpoints that stay. One is always written at the end and when stopping.
+    keep_every: checkpoints of steps that it divides stay for good (0: none). keep_best: so many with the lowest
+    validation loss, of those evaluated at their very step, stay besides (0: none).
+    background: copy the states to host memory and write them while training goes on.
     """
 
     every_steps: int = 500
     every_minutes: float = 30.0
     keep: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    background: bool = False
+
+
+@dataclass
+class GuardConfig:
+    """What happens when the numbers of a step are bad: a loss or gradient norm that is not finite, an exploding loss.
+
+    on_bad: stop ends the run before a checkpoint and names the windows; skip leaves the update of that step out, on
+    all ranks, and goes on (each step then waits for its loss once). spike: a loss above so many times the median of the
+    last ones, and above what guessing costs, has exploded (0: none ever has). window: training steps that count as
+    the last ones. max_skips: so many skipped updates among the last ones end the run.
+    """
+
+    on_bad: str = "stop"
+    spike: float = 3.0
+    window: int = 100
+    max_skips: int = 10
 
 
 @dataclass
@@ -129,6 +186,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
@@ -151,6 +209,8 @@ class RunConfig:
             "optim.lr": self.optim.lr,
             "checkpoint.keep": self.checkpoint.keep,
             "zero.bucket_mb": self.zero.bucket_mb,
+            "guard.window": self.guard.window,
+            "guard.max_skips": self.guard.max_skips,
         }
         if self.trainer.devices is not None:
             positive["trainer.devices"] = self.trainer.devices
@@ -160,8 +220,12 @@ class RunConfig:
         not_negative = {
             "trainer.eval_every_steps": self.trainer.eval_every_steps,
             "trainer.eval_sequences": self.trainer.eval_sequences,
+            "trainer.max_minutes": self.trainer.max_minutes,
+            "trainer.hang_minutes": self.trainer.hang_minutes,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "checkpoint.every_minutes": self.checkpoint.every_minutes,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
+            "checkpoint.keep_best": self.checkpoint.keep_best,
             "optim.warmup_steps": self.optim.warmup_steps,
             "optim.min_lr": self.optim.min_lr,
             "optim.weight_decay": self.optim.weight_decay,
@@ -175,14 +239,23 @@ class RunConfig:
                 raise UserError(f"{key}={beta}: must be at least 0 and below 1")
         if self.optim.min_lr > 1:
             raise UserError(f"optim.min_lr={self.optim.min_lr}: it is a fraction of optim.lr, at most 1")
-        if self.zero.offload and self.zero.stage == 0:
-            raise UserError("zero.offload=true needs sharded states: set zero.stage to 1, 2 or 3")
-        if self.zero.stage not in (0, 1, 2, 3):
-            raise UserError(f"zero.stage={self.zero.stage}: DeepSpeed ZeRO has stages 0, 1, 2 and 3")
+        self.zero.validate()
         if self.trainer.precision not in PRECISIONS:
             raise UserError(
                 f"trainer.precision={self.trainer.precision!r}: choose one of {', '.join(sorted(PRECISIONS))}"
             )
+        if self.guard.on_bad not in ON_BAD:
+            raise UserError(f"guard.on_bad={self.guard.on_bad!r}: choose one of {', '.join(sorted(ON_BAD))}")
+        if self.guard.spike and self.guard.spike <= 1:
+            raise UserError(
+                f"guard.spike={self.guard.spike}: a multiple of the usual loss, above 1 (0 switches it off)"
+            )
+        if self.guard.max_skips > self.guard.window:
+            raise UserError(
+                f"guard.max_skips={self.guard.max_skips}: at most guard.window={self.guard.window}, the steps in"
+                " which skipped updates are counted"
+            )
+        _check_retention(self.checkpoint, self.trainer.eval_every_steps)
         self.data.validate()
         if self.data.objective == CAUSAL and not self.model.causal:
             raise UserError(
@@ -197,6 +270,22 @@ class RunConfig:
         # The vocabulary comes from the shards; what does not depend on it is checked here.
         vocab_size = self.model.vocab_size or 1
         dataclasses.replace(self.model, vocab_size=vocab_size).validate(self.data.length)
+
+
+def _check_retention(settings: CheckpointConfig, evaluated: int) -> None:
+    """Raise UserError where `keep_every` or `keep_best` would keep less than they say.
+
+    evaluated: steps between evaluations.
+    """
+    every, kept, best = settings.every_steps, settings.keep_every, settings.keep_best
+    if kept and (not every or (kept % every and every % kept)):
+        way = f"take a multiple of checkpoint.every_steps={every}" if every else "set checkpoint.every_steps"
+        raise UserError(f"checkpoint.keep_every={kept}: no checkpoint is due at most of these steps: {way}")
+    if best and (not every or not evaluated or (evaluated % every and every % evaluated)):
+        raise UserError(
+            f"checkpoint.keep_best={best} needs evaluations at the steps of checkpoints: make one of"
+            f" checkpoint.every_steps={every} and trainer.eval_every_steps={evaluated} a multiple of the other"
+        )
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:

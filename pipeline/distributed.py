@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,18 @@ import torch.distributed as dist
 
 from pipeline.errors import RunError, UserError
 from pipeline.preemption import STOP_SIGNALS, StopRequest
+from pipeline.watchdog import START_MINUTES
 
 # After one rank has failed, the others get this long to leave by themselves, in seconds.
 GRACE_S = 10.0
+# A process that was killed is waited for so long: one that waits for a dead disk does not even die.
+BURIAL_S = 30.0
+# Ranks start together, but may need minutes to import their libraries from a busy file system.
+MEETING_TIMEOUT = timedelta(minutes=10)
+# How much longer a collective waits than the watchdog does: who finds a hang first should be the one who can say
+# where it is.
+MARGIN_MINUTES = 10.0
+STARTING_TIMEOUT = timedelta(minutes=START_MINUTES + MARGIN_MINUTES)
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: a child of a process with threads must not load libraries.
 _LIBC = ctypes.CDLL(None)
@@ -112,7 +125,7 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
         subprocess.Popen(
             command,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            preexec_fn=_before_exec,
+            preexec_fn=partial(_before_exec, os.getpid()),
         )
         for rank in range(ranks)
     ]
@@ -132,12 +145,71 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
 
 
 def start() -> None:
-    """Make the process group from torchrun's variables: NCCL for tensors on GPUs, else gloo."""
+    """Make the process group from torchrun's variables: NCCL for tensors on GPUs, else gloo.
+
+    Raises:
+        RunError: ranks did not come within MEETING_TIMEOUT; the message says which, and where they were expected.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    from pipeline.strategy import COLLECTIVE_TIMEOUT
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=_meet(rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=STARTING_TIMEOUT,
+    )
 
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+def wait_longer_than(hang_minutes: float) -> None:
+    """Let the collectives of every group there is wait longer than the watchdog (`trainer.hang_minutes`) does.
+
+    DeepSpeed makes its groups with torch's default, which for NCCL is 10 minutes. Without a watchdog: for a day.
+    """
+    minutes = max(hang_minutes, START_MINUTES) + MARGIN_MINUTES if hang_minutes else 24 * 60
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, once every rank has come to it."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    minutes = f"{MEETING_TIMEOUT.total_seconds() / 60:g} minutes"
+    # torchrun keeps the store itself, and the same one for all its restarts.
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store: dist.Store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=rank == 0 and not hosted,
+            timeout=MEETING_TIMEOUT,
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        said = str(error).splitlines()[0]
+        problem = (
+            f"rank {rank} on {platform.node()} cannot {'open' if rank == 0 else 'reach'} the meeting place {place}"
+            f" within {minutes} ({said}). Is the address that of rank 0's node, the port free there and open between"
+            " nodes, and did rank 0 start?"
+        )
+        if rank:  # this one knows what rank 0, which speaks for all, does not
+            print(f"megabase: {problem}", file=sys.stderr)
+        raise RunError(problem) from None
+    store = dist.PrefixStore(f"megabase/{attempt}", store)
+    arrivals = [f"rank {each}" for each in range(size)]
+    store.set(arrivals[rank], platform.node())
+    try:
+        store.wait(arrivals, MEETING_TIMEOUT)
+    except dist.DistError:
+        missing = [each for each in arrivals if not store.check([each])]
+        named = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise RunError(
+            f"{named} of {size} did not come to {place} within {minutes}: look in the log for why they ended, and"
+            f" whether their nodes reach {place}"
+        ) from None
+    return store
 
 
 class Ranks:
@@ -146,7 +218,7 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=STARTING_TIMEOUT)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
@@ -180,19 +252,26 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> int:
     for process in processes:
         if process.poll() is None:
             process.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(BURIAL_S)
     for rank in failed:
         code = processes[rank].returncode
         if code < 0:
-            print(f"megabase: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+            print(
+                f"megabase: rank {rank} was ended by {signal.Signals(-code).name}; the same command goes on from the"
+                " newest checkpoint",
+                file=sys.stderr,
+            )
     code = processes[failed[0] if failed else 0].returncode
     return 1 if code < 0 else code
 
 
-def _before_exec() -> None:
+def _before_exec(supervisor: int) -> None:
     """In a child: hold back stop signals until it listens, and have the kernel kill it when its parent ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor:  # it has ended already
+        os._exit(1)
 
 
 def _free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,10 @@ def baselines(directory: Path, index: ShardIndex, skip: bool) -> list[float]:
     """
     path = directory / BASELINES
     identity = index.segments.identity
-    if path.exists():
-        kept = json.loads(path.read_text())
+    with suppress(
+        FileNotFoundError, ValueError, KeyError, TypeError
+    ):  # torn, or of another version: count again
+        kept = json.loads(path.read_bytes())
         if kept["data"] == identity:
             ladder: list[float] = kept["markov_bits_per_base"]
             return ladder

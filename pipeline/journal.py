@@ -50,17 +50,42 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The rows of a journal; a line torn by a crash ends it."""
+    """The rows of a journal; a line that is torn or no row ends it."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for line in file:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 return
+            if not isinstance(row, dict) or "step" not in row:
+                return
+            yield row
+
+
+def restore(path: Path, saved: Path) -> str | None:
+    """Give a journal the rows up to a checkpoint's step back, if it has lost or changed any of them.
+
+    Args:
+        saved: the copy of the journal in the checkpoint.
+
+    Returns:
+        What was wrong, or None.
+    """
+    rows = saved.read_bytes()
+    there = path.read_bytes() if path.exists() else b""
+    if there.startswith(rows):
+        return None
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return "lacks rows" if rows.startswith(there) else "has other rows"
 
 
 def has_evaluation(path: Path, step: int) -> bool:

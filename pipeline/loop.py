@@ -11,21 +11,21 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
-import torch.distributed as dist
 
 from datamodules.config import SKIP
 from datamodules.datamodule import SequenceDataModule
-from pipeline import checkpoint as checkpoints
+from pipeline import watchdog
 from pipeline.agreement import Agreed, Agreement, hash_samples
-from pipeline.checkpoint import manifest_of
 from pipeline.config import RunConfig
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, wait_longer_than
 from pipeline.errors import RunError
 from pipeline.evaluate import baselines, evaluate, evaluation_row
+from pipeline.guard import Trouble, report
 from pipeline.journal import has_evaluation
 from pipeline.module import PretrainModule
-from pipeline.preemption import StopRequest
+from pipeline.preemption import STOP_FILE, StopRequest
 from pipeline.recorder import Recorder
+from pipeline.saving import Saver
 from pipeline.strategy import ZeroStrategy
 from pipeline.tracking import Mirror
 
@@ -53,13 +53,31 @@ class Boundary(pl.Callback):
         self._idle_since = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(trainer.strategy, ZeroStrategy)
+        self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy.storage)
         self.step = trainer.global_step
+        self._open_books()
+        wait_longer_than(self.config.trainer.hang_minutes)
+        if any(self.ranks.gather(bool(self.stop))):  # told while starting: what is on disk is all there is
+            self._say_why()
+            self.stopped_early = trainer.should_stop = True
+            return
         if self._main:
-            self._main.begin(self.step)
+            self.stop.watch(self.config.directory / STOP_FILE, self.config.trainer.max_minutes)
         if self.step and self._evaluation_due() and not self._has_evaluation():
             self.stopped_early = not self._evaluate(trainer)
         if self.stopped_early or self.step >= self.config.trainer.max_steps:
             trainer.should_stop = True
+
+    def _open_books(self) -> None:
+        """On rank 0, begin to write; all ranks hear if that cannot be."""
+        error = None
+        if self._main:
+            try:
+                self._main.begin(self.step)
+            except OSError as caught:
+                error = f"cannot write in {self.config.directory}: {caught}"
+        self.ranks.check(error)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
@@ -72,6 +90,7 @@ class Boundary(pl.Callback):
     ) -> None:
         if trainer.global_step != self.step:  # else more micro batches belong to this step
             self._between_steps(trainer)
+        watchdog.beat("training", self.step)
         self._idle_since = time.monotonic()
 
     def _between_steps(self, trainer: pl.Trainer) -> None:
@@ -86,18 +105,25 @@ class Boundary(pl.Callback):
             heard.append(self._settle())
         stop = any(agreed and agreed.stop for agreed in heard)
         save = save or stop or any(agreed and agreed.save for agreed in heard)
+        if any(agreed and agreed.saved for agreed in heard):
+            self._publish()
         if save:
-            self._save(trainer)
+            self._save(trainer, final=stop or last)
         complete = not evaluation or self._evaluate(trainer)
-        if not complete and not save:
-            self._save(trainer)
+        if not complete:
+            self._publish()
+            if not save:
+                self._save(trainer, final=True)
 
         if stop or not complete:
-            if self._main:
-                self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
+            self._say_why()
             self.stopped_early = not (last and complete)
         if stop or last or not complete:
             trainer.should_stop = True
+
+    def _say_why(self) -> None:
+        if self._main:
+            self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if self._main:
@@ -109,34 +135,40 @@ class Boundary(pl.Callback):
 
     def _finish_step(self, trainer: pl.Trainer) -> Agreed | None:
         """Sum the loss over ranks, tell the ranks about this step, write down the one before."""
-        module = trainer.lightning_module
-        assert isinstance(module, PretrainModule) and module.step_nats is not None
-        nats, scored = module.step_nats.float(), module.step_scored
-        if self.ranks.size > 1:
-            dist.all_reduce(nats)
-            if scored is not None:
-                dist.all_reduce(scored)
+        module, strategy = trainer.lightning_module, trainer.strategy
+        assert isinstance(module, PretrainModule) and isinstance(strategy, ZeroStrategy)
+        nats, scored = module.totals()
+        applied = strategy.deepspeed_engine.was_step_applied()
         minutes = self.config.checkpoint.every_minutes
         overdue = bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
         agreed = self._agreement.exchange(
             self.step,
             stop=bool(self.stop),
             save=self.ranks.rank == 0 and overdue,
+            saved=self._saver.done,
             samples=hash_samples(module.step_samples),
+            trouble=self._main is not None and self._main.trouble is not None,
         )
         if self._main:
             self._main.confirm(agreed)
-            self._main.add(self.step, nats, scored, module.step_targets, _gradient_norm(trainer))
+            self._main.add(self.step, nats, scored, module.step_targets, _gradient_norm(trainer), applied)
             if self.step % self.config.trainer.log_every_steps == 0:
                 self._main.flush()
-        module.step_nats, module.step_scored, module.step_samples = None, None, []
+        skipped = module.guard.finish(self.step, module.micro_nats, applied)
+        module.next_step()
+        if module.guard.skips and not applied and (skipped := self.ranks.broadcast(skipped)):
+            windows = self._report(Trouble(self.step, skipped))
+            if self._main:
+                self._main.say(f"{skipped}: its update is skipped; {windows}")
+        if agreed and agreed.trouble:
+            self._settle()  # which says what it is
         return agreed
 
     def _settle(self) -> Agreed | None:
         """Complete the journal up to this step, and learn now what was agreed about it.
 
-        Before anything is published that counts on the journal. A loss that is not finite ends the run here: on
-        every rank, and before a poisoned checkpoint could push out a good one.
+        Before anything is published that counts on the journal. Numbers that are bad end the run here: on every
+        rank, and before a poisoned checkpoint could push out a good one.
         """
         agreed = self._agreement.settle()
         trouble = None
@@ -146,10 +178,19 @@ class Boundary(pl.Callback):
             trouble = self._main.trouble
         if trouble := self.ranks.broadcast(trouble):
             raise RunError(
-                f"{trouble}: stopped before a checkpoint of it was written. The same command goes on from the last"
-                " good one; a lower optim.lr or optim.clip may help"
+                f"{trouble.text}: stopped before a checkpoint of it was written; {self._report(trouble)}. The same"
+                f" command goes on from the last good checkpoint, and comes to the same numbers: {trouble.way_out}"
             )
         return agreed
+
+    def _report(self, trouble: Trouble) -> str:
+        """What is known of the windows of a bad step, also written to a file; all ranks call it."""
+        trainer = self.data.trainer
+        assert trainer is not None and trainer.train_dataloader is not None
+        module = trainer.lightning_module
+        assert isinstance(module, PretrainModule)
+        nats = module.guard.micro_nats(trouble.step)
+        return report(self.config, trouble, self.ranks, nats, trainer.train_dataloader.dataset)
 
     def _evaluation_due(self) -> bool:
         every = self.config.trainer.eval_every_steps
@@ -168,7 +209,8 @@ class Boundary(pl.Callback):
         def stop() -> bool:
             nonlocal asked, stopped
             asked += 1
-            agreed = asking.exchange(asked, stop=bool(self.stop), save=False, samples=0)
+            watchdog.beat("evaluating", self.step)
+            agreed = asking.exchange(asked, stop=bool(self.stop), save=False, saved=False, samples=0)
             stopped = agreed is not None and agreed.stop
             return stopped
 
@@ -177,25 +219,32 @@ class Boundary(pl.Callback):
         result = evaluate(trainer, self.data, 0 if last else self.config.trainer.eval_sequences, stop)
         asking.settle()
         if self._main and result is not None:
+            watchdog.beat("fitting Markov models", self.step)
             skip = self.config.data.on_error == SKIP
             ladder = baselines(self.config.directory, self.data.index, skip)
             self._main.evaluated(evaluation_row(self.step, result, ladder))
         return not stopped
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        started = time.monotonic()
-        directory = self.config.directory / "checkpoints"
-        partial = checkpoints.partial_directory(directory, self.step)
-        if self.ranks.rank == 0:
-            checkpoints.clean(directory)
-        self.ranks.check(None)  # nobody writes before that is done
-        trainer.save_checkpoint(partial, weights_only=False)
-        manifest = manifest_of(self.config, self.step, self.ranks.size, self.data.identity)
-        path = checkpoints.publish(partial, manifest, self.ranks)
-        if self._main:
-            checkpoints.prune(directory, self.config.checkpoint.keep)
-            self._main.saved(self.step, path, time.monotonic() - started)
+    def _save(self, trainer: pl.Trainer, *, final: bool) -> None:
+        """Write a checkpoint of this step, or begin to; the one with which a run ends is there on return."""
+        self._publish()
+        watchdog.beat("writing a checkpoint", self.step)
+        self._saver.begin(trainer, self.step, must=final)
         self._saved_at = time.monotonic()
+        if final or not self.config.checkpoint.background:
+            self._publish()
+        if self._main:
+            self._main.held()
+
+    def _publish(self) -> None:
+        """Publish the checkpoint that is being written, if there is one; waits for the slowest rank."""
+        if not self._saver.pending:
+            return
+        watchdog.beat("publishing a checkpoint", self.step)
+        saved = self._saver.finish()
+        watchdog.beat("training", self.step)
+        if self._main and saved:
+            self._main.saved(saved)
 
 
 def _gradient_norm(trainer: pl.Trainer) -> Any:

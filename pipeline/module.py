@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from datamodules.collate import Wide
@@ -15,6 +16,11 @@ from models.chance import Seeds
 from models.reversible import ReversibleStack
 from pipeline.config import OptimConfig, RunConfig
 from pipeline.errors import UserError
+from pipeline.guard import Guard, WatchedAdamW, recent_rows, step_loss
+from pipeline.hardware import precision_of
+
+# A parameter and its name.
+Named = tuple[str, nn.Parameter]
 
 
 class PretrainModule(pl.LightningModule):
@@ -32,10 +38,14 @@ class PretrainModule(pl.LightningModule):
         self.model: Reformer | None = None
         # Of the optimizer step under way, on the device: nats of this rank so far. Read by `loop.Boundary`.
         self.step_nats: Tensor | None = None
+        # The same, of each of its micro batches.
+        self.micro_nats: list[Tensor] = []
         # Likewise (2,) fp64: the weight of the labels and the skipped windows, where `step_targets` does not tell.
         self.step_scored: Tensor | None = None
         self.step_samples: list[int] = []
         self.step_targets = 0
+        self.guard = Guard(config)
+        self._totals: tuple[Tensor, Tensor | None] | None = None
 
     def configure_model(self) -> None:
         """Build the Reformer, sharded from the start under ZeRO stage 3; the same weights on every rank."""
@@ -57,13 +67,53 @@ class PretrainModule(pl.LightningModule):
         wide = batch.widened()
         nats = self.model.loss(wide.tokens, wide.labels, weights=wide.weights, seeds=seeds)
         self.step_nats = nats.detach() if self.step_nats is None else self.step_nats + nats.detach()
+        self.micro_nats.append(nats.detach())
         self.step_targets = batch.targets
         if self.config.data.uneven:
             scored = _scored(wide, batch.skipped)
             self.step_scored = scored if self.step_scored is None else self.step_scored + scored
         # Gradients are averaged over ranks, and Lightning divides the loss by the micro batches of a step.
         averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return nats * (averaged / max(batch.targets, 1))
+        loss = nats * (averaged / max(batch.targets, 1))
+        if self.guard.skips and self._step_is_whole():
+            total, _ = step_loss(*self.totals(), self.step_targets)
+            if self.guard.drops(total):
+                loss = loss * math.nan  # which makes DeepSpeed drop the gradients of the step on every rank
+        return loss
+
+    def totals(self) -> tuple[Tensor, Tensor | None]:
+        """Nats (fp32 scalar) and `step_scored` of the step over all ranks, on the device.
+
+        The first call in a step is a collective one.
+        """
+        if self._totals is None:
+            assert self.step_nats is not None
+            # A copy: the only micro batch of a step is what `micro_nats` holds, too.
+            self._totals = self.step_nats.float().clone(), self.step_scored
+            if self.trainer.world_size > 1:
+                for total in self._totals:
+                    if total is not None:
+                        dist.all_reduce(total)
+        return self._totals
+
+    def next_step(self) -> None:
+        """Forget the step that is finished."""
+        self.step_nats, self.step_scored, self._totals = None, None, None
+        self.step_samples, self.micro_nats = [], []
+
+    def on_train_start(self) -> None:
+        """Where updates may be skipped, every rank judges by what the run's journal says."""
+        if self.guard.skips:
+            rows = recent_rows(self.config, self.global_step) if self.trainer.is_global_zero else []
+            self.guard.resume(self.trainer.strategy.broadcast(rows))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Stage 0 in fp32: note the gradient norm before it is clipped, as DeepSpeed does in all other cases."""
+        if isinstance(optimizer, WatchedAdamW) and self._step_is_whole():
+            optimizer.measure()
+
+    def _step_is_whole(self) -> bool:
+        return len(self.micro_nats) == self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Any, batch_index: int) -> dict[str, Tensor]:
         """Of one batch of windows: sum of `nats`, number of scored `bases`, and of `skipped` windows."""
@@ -76,21 +126,36 @@ class PretrainModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices only (norms, biases and scales are vectors)."""
         optim = self.config.optim
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        # Under ZeRO stage 3 a parameter is an empty placeholder here; its real shape is kept beside it.
-        shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
+        decays = (optim.weight_decay, 0.0)
         groups = [
-            {
-                "params": [p for p, s in zip(parameters, shapes, strict=True) if len(s) >= 2],
-                "weight_decay": optim.weight_decay,
-            },
-            {
-                "params": [p for p, s in zip(parameters, shapes, strict=True) if len(s) < 2],
-                "weight_decay": 0.0,
-            },
+            {"params": [parameter for _, parameter in group], "weight_decay": decay}
+            for group, decay in zip(self._parameter_groups(), decays, strict=True)
+            if group
         ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        # DeepSpeed wraps the optimizer in every case but this one.
+        plain = self.config.zero.stage == 0 and precision_of(self.config.trainer.precision) == "32"
+        kind = WatchedAdamW if plain else torch.optim.AdamW
+        adam = kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        if isinstance(adam, WatchedAdamW):
+            adam.drops = self.guard.skips
+        return adam
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add `parameters`: names in the order of the optimizer's groups, which its states are numbered by."""
+        checkpoint["parameters"] = [
+            [name for name, _ in group] for group in self._parameter_groups() if group
+        ]
+
+    def _parameter_groups(self) -> tuple[list[Named], list[Named]]:
+        """Trainable parameters with their names: matrices, and vectors."""
+        matrices: list[Named] = []
+        vectors: list[Named] = []
+        for name, parameter in self.named_parameters():
+            # Under ZeRO stage 3 a parameter is an empty placeholder here; its real shape is kept beside it.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if parameter.requires_grad:
+                (matrices if len(shape) >= 2 else vectors).append((name, parameter))
+        return matrices, vectors
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Set the learning rate of the step: a function of its number, so there is no schedule to restore."""

@@ -1,4 +1,4 @@
-"""Being told to stop: a flag that signals set, from the first moment of a process on.
+"""Being told to stop: a flag that signals, a STOP file or the clock set, from the first moment of a process on.
 
 Nothing happens in the signal frame. What the flag leads to is agreed between ranks (`agreement.py`) and done
 between two steps (`loop.py`). This module imports nothing heavy: the handlers must be there before the seconds
@@ -8,20 +8,33 @@ that importing torch takes.
 from __future__ import annotations
 
 import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # `megabase train` leaves with this code (EX_TEMPFAIL) when it has checkpointed and wants to be started again.
 EXIT_AGAIN = 75
+# A file of this name in the run directory stops the run, and keeps it from starting again while it is there.
+STOP_FILE = "STOP"
+# Seconds between two looks for it: each is a question to the file server.
+POLL_S = 1.0
 
 
 class StopRequest:
-    """A flag that signals set. Setting it twice changes nothing, but for a second Ctrl-C: that interrupts."""
+    """A flag. Setting it twice changes nothing, but for a second Ctrl-C: that interrupts.
+
+    reason: who asked first, "" before anyone has. by_person: a STOP file asks, so nobody should start the run again.
+    """
 
     def __init__(self) -> None:
-        # The name of the signal; plain data, because a handler may interrupt another and must take no lock.
+        # Plain data, because a handler may interrupt another and must take no lock.
         self.reason = ""
+        self.by_person = False
+        self._began = time.monotonic()
 
     def listen(self) -> StopRequest:
         """Take over SIGTERM, SIGUSR1 and SIGINT of this process, from now until it ends."""
@@ -31,8 +44,25 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
+    def watch(self, file: Path, minutes: float) -> None:
+        """Look for `file` about once a second, and ask for a stop `minutes` after this process began (0: never).
+
+        In a thread of its own, so that a slow file server delays no step. For one rank: the others agree with it.
+        """
+        threading.Thread(target=self._watch, args=(file, minutes), name="stop", daemon=True).start()
+
     def __bool__(self) -> bool:
         return bool(self.reason)
+
+    def _watch(self, file: Path, minutes: float) -> None:
+        while not self.by_person:
+            with suppress(OSError):  # a file server that is unwell is no wish to stop
+                self.by_person = file.exists()
+            if self.by_person:
+                self.reason = self.reason or str(file)
+            if minutes and time.monotonic() - self._began > minutes * 60:
+                self.reason = self.reason or f"trainer.max_minutes={minutes:g}"
+            time.sleep(POLL_S)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.reason == "SIGINT":

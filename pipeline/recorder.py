@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +12,13 @@ from models.flops import training_flops_per_token
 from pipeline.agreement import Agreed
 from pipeline.config import RunConfig, first_line
 from pipeline.evaluate import bits
+from pipeline.guard import SKIP, History, Trouble, step_loss
 from pipeline.hardware import peak_flops, peak_memory, precision_of
-from pipeline.journal import Journal, Row
+from pipeline.journal import Journal, Row, read
 from pipeline.module import learning_rate
 from pipeline.plot import loss_curve
 from pipeline.progress import ProgressLine
+from pipeline.saving import Saved
 from pipeline.tracking import Mirror
 
 
@@ -28,10 +28,12 @@ class Recorder:
     def __init__(self, config: RunConfig, ranks: int, mirror: Mirror | None) -> None:
         self._config = config
         self._mirror = mirror
-        # What forbids to publish a checkpoint; empty: nothing.
-        self.trouble = ""
+        # What forbids to publish a checkpoint and to go on.
+        self.trouble: Trouble | None = None
+        self._skips = config.guard.on_bad == SKIP
+        self._history = History(config)
         self._speed = Speed(config, ranks)
-        self._waiting: list[tuple[Row, torch.Tensor, torch.Tensor | None, int, Any]] = []
+        self._waiting: list[tuple[Row, torch.Tensor, torch.Tensor | None, int, Any, bool]] = []
         self._progress: ProgressLine | None = None
         self._journal: Journal | None = None
         self._performance: Journal | None = None
@@ -46,6 +48,7 @@ class Recorder:
                 f" {step}: the rows between are lost, training goes on",
                 file=sys.stderr,
             )
+        self._history = History(self._config, read(self._journal.path))
         # What happened stays: a restart adds to the record of speed and removes nothing from it.
         self._performance = Journal(directory / "performance.jsonl", sys.maxsize)
         self._performance.append([{"step": step, "time": time.time(), "started": True}])
@@ -55,15 +58,21 @@ class Recorder:
         self._speed.restart()
 
     def add(
-        self, step: int, nats: torch.Tensor, scored: torch.Tensor | None, targets: int, grad_norm: Any
+        self,
+        step: int,
+        nats: torch.Tensor,
+        scored: torch.Tensor | None,
+        targets: int,
+        grad_norm: Any,
+        applied: bool = True,
     ) -> None:
         """Note a finished step; nothing is read from the device before `flush`.
 
-        nats: of all ranks. scored: (2,) weight of the labels and skipped windows, of all ranks; None where all of the
-        `targets` labels were scored alike.
+        nats, scored, targets: see `guard.step_loss`. applied: whether DeepSpeed made the update; it drops one whose
+        gradients are not finite.
         """
         rate = learning_rate(step - 1, self._config.optim, self._config.trainer.max_steps)
-        self._waiting.append(({"step": step, "lr": rate}, nats, scored, targets, grad_norm))
+        self._waiting.append(({"step": step, "lr": rate}, nats, scored, targets, grad_norm, applied))
         self._speed.steps += 1
 
     def confirm(self, agreed: Agreed | None) -> None:
@@ -80,21 +89,18 @@ class Recorder:
         if not complete:
             return
         rows = []
-        for row, nats, scored, targets, grad_norm in complete:
-            weight, skipped = (targets, 0) if scored is None else scored.tolist()
-            loss = float(nats) / (weight or 1)
-            if skipped and not weight:  # nothing could be read: going on would train on nothing
-                loss = math.nan
+        for row, nats, scored, targets, grad_norm, applied in complete:
+            loss, unread = step_loss(nats, scored, targets)
             rows.append({"step": row["step"], "loss": loss, "bits_per_base": bits(loss)} | row)
-            if grad_norm is not None:  # stage 0 does not tell
-                rows[-1]["grad_norm"] = float(grad_norm)
-            if skipped:
-                rows[-1]["skipped"] = int(skipped)
-            if not math.isfinite(loss) and not self.trouble:
-                self.trouble = f"the loss of step {row['step']} is {loss}"
+            if unread:
+                rows[-1]["skipped"] = unread
+            trouble = self._history.judge(rows[-1], grad_norm, applied)
+            self.trouble = self.trouble or trouble
         self._journal.append(rows)
         if self._speed.steps:
             speed = self._speed.measure()
+            if self._skips:
+                speed["skipped_updates"] = self._history.skipped
             self._performance.append([{"step": rows[-1]["step"], "time": time.time(), **speed}])
             last = rows[-1]
             self._progress.update(
@@ -121,19 +127,28 @@ class Recorder:
         assert self._progress
         self._progress.say(text)
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
-        """Note the published checkpoint of a step."""
+    def saved(self, saved: Saved) -> None:
+        """Note a published checkpoint."""
         assert self._performance and self._progress
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        self._performance.append(
-            [{"step": step, "time": time.time(), "checkpoint_seconds": seconds, "checkpoint_bytes": size}]
+        size = sum(file.stat().st_size for file in saved.path.rglob("*") if file.is_file())
+        row = {"step": saved.step, "time": time.time(), "checkpoint_bytes": size}
+        times = {"checkpoint_seconds": saved.seconds, "checkpoint_held_seconds": saved.held}
+        self._performance.append([row | times])
+        self.say(
+            f"step {saved.step}: checkpoint {saved.path} ({size / 2**20:.1f} MiB, {saved.seconds:.1f} s, of which"
+            f" training waited {saved.held:.1f} s)"
         )
+
+    def held(self) -> None:
+        """Training was held up: what passed since the last measurement is no speed of training."""
         self._speed.restart()
-        self.say(f"step {step}: checkpoint {path} ({size / 2**20:.1f} MiB, {seconds:.1f} s)")
 
     def close(self) -> None:
         """Draw the picture and close the books."""
         if self._journal and self._performance and self._progress:
+            if self._history.skipped:
+                logs = self._config.directory / "logs"
+                self.say(f"updates skipped so far: {self._history.skipped}; their windows are in {logs}")
             self._progress.close()
             self._journal.close()
             self._performance.close()

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from datetime import timedelta
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,13 +30,16 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from pipeline.config import RunConfig
-from pipeline.hardware import precision_of
+from pipeline.checkpoint import TAG, read_manifest
+from pipeline.config import RunConfig, as_dict, flatten
+from pipeline.construction import Sharded
+from pipeline.distributed import STARTING_TIMEOUT
+from pipeline.reshard import reshard
+from pipeline.shards import Shards
+from pipeline.storage import Storage
+from pipeline.zero import deepspeed_config, layout, verify
 
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-
-# Collectives may wait this long for the slowest rank: a checkpoint on a slow file system, a cold data cache.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -49,8 +54,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             config=deepspeed_config(config),
             cluster_environment=TorchElasticEnvironment(),
             process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=STARTING_TIMEOUT,
         )
+        self.run_config = config
+        self.storage = Storage(config.checkpoint.background)
 
     def setup_environment(self) -> None:
         # DDPStrategy's: DeepSpeedStrategy's adds nothing but the refusal of CPUs.
@@ -59,6 +66,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         start_deepspeed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """Under stage 3, shard a model while it is built (`construction.py`)."""
+        self._init_config_if_needed()
+        with Sharded(config_dict_or_path=self.config) if self.zero_stage_3 else nullcontext():
+            yield
 
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
@@ -73,7 +87,32 @@ class ZeroStrategy(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        verify(engine, self.run_config)
+        engine.checkpoint_engine = self.storage
+        # `megabase export` does better than DeepSpeed's script; rank 0 would copy it while the others wait.
+        engine._copy_recovery_script = lambda _: None
         return engine, zero_optimizer
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write this rank's files of a checkpoint; `storage` knows when they are on disk and what went wrong."""
+        engines_own = ("state_dict", "optimizer_states")
+        client = {key: value for key, value in checkpoint.items() if key not in engines_own}
+        self.deepspeed_engine.save_checkpoint(str(filepath), tag=TAG, client_state=client, save_latest=False)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Take over the states of a checkpoint, whatever ranks and stage wrote it; returns Lightning's part."""
+        path = Path(checkpoint_path)
+        engine = self.deepspeed_engine
+        manifest, config = read_manifest(path), self.run_config
+        then = manifest.ranks, manifest.stage, layout(manifest.config)
+        if then != (dist.get_world_size(), config.zero.stage, layout(flatten(as_dict(config)))):
+            client = reshard(engine, Shards.open(path))
+        else:
+            _, client = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+        _recount(client, engine.gradient_accumulation_steps())
+        return client
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
@@ -90,6 +129,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().barrier(name)
 
 
+def _recount(client: dict[str, Any], accumulation: int) -> None:
+    """Have Lightning continue to count micro batches as if a step had always had `accumulation` of them."""
+    batches = client["global_step"] * accumulation
+    for progress in client["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+        if isinstance(progress, dict):
+            # A checkpoint is written while Lightning is still in the last micro batch of its step.
+            progress |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+
+
 def start_deepspeed() -> None:
     """Tell DeepSpeed of the process group that is there (`distributed.start`)."""
     if not torch.cuda.is_available():
@@ -97,35 +145,7 @@ def start_deepspeed() -> None:
         # node, for what gloo does well enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
-
-
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. Accumulation and clipping are filled in by Lightning's Trainer."""
-    bytes_each = 4 if precision_of(config.trainer.precision) == "32" else 2
-    bucket = config.zero.bucket_mb * 2**20 // bytes_each
-    zero: dict[str, Any] = {
-        "stage": config.zero.stage,
-        "contiguous_gradients": True,
-        # With overlap the order of reduction follows timing; without it, it follows the program: exact resume.
-        "overlap_comm": False,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    if config.zero.stage == 3:
-        # Small layers stay whole on every rank; sharding them would cost more than it saves.
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 10_000}
-    if config.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if config.zero.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": config.data.micro_batch,
-        "zero_optimization": zero,
-        # torch's AdamW with our parameter groups, on every device.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=STARTING_TIMEOUT)
 
 
 def quiet(trainer: pl.Trainer) -> pl.Trainer:

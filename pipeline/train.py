@@ -14,21 +14,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from datamodules.config import accumulation
+from datamodules.errors import DataError
 from datamodules.index import ShardIndex
 from datamodules.mixture import identity_of
+from datamodules.splits import VALID
 from datamodules.visits import training_windows
-from pipeline import checkpoint, distributed, environment
+from models.config import ConfigError
+from pipeline import checkpoint, distributed, environment, watchdog, zero
 from pipeline import config as configs
 from pipeline.config import RunConfig
-from pipeline.errors import UserError, rank_zero
+from pipeline.errors import RunError, UserError, rank_zero
 from pipeline.hardware import precision_of
-from pipeline.journal import has_evaluation, publish_json
-from pipeline.preemption import EXIT_AGAIN, StopRequest
+from pipeline.journal import has_evaluation, publish_json, restore
+from pipeline.preemption import EXIT_AGAIN, STOP_FILE, StopRequest
 from pipeline.tracking import Mirror
 
 if TYPE_CHECKING:
@@ -41,7 +44,16 @@ if TYPE_CHECKING:
 MLFLOW_FAREWELL_S = 20.0
 # How long the lock of a job that is gone may stay: file servers keep it for a lease of about 90 s.
 LOCK_LEASE_S = 120.0
-MLFLOW_STATUS = {"finished": "FINISHED", "again": "KILLED", "failed": "FAILED"}
+# How a start ends, in status.json and in MLflow. again, stopped: at a checkpoint, to go on later; the second because of
+# a STOP file, so that nothing starts it again by itself. failed: for a reason that another start would meet as well.
+# crashed: for any other.
+MLFLOW_STATUS = {
+    "finished": "FINISHED",
+    "again": "KILLED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "crashed": "FAILED",
+}
 
 
 def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
@@ -64,7 +76,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
             check(config, config.trainer.nodes * devices)
         except BaseException:
             # Only where the launcher asked: the run directory may be another job's.
-            _write_status([], "failed", None)
+            _write_status(None, "failed", None)
             raise
         return _rank(config, devices, stop)
     check(config, config.trainer.nodes * devices)
@@ -86,11 +98,21 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
 def check(config: RunConfig, ranks: int) -> None:
     """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
     config.validate()
+    stop_file = config.directory / STOP_FILE
+    # One rank looks: the file may come or go between two looks.
+    if rank_zero() and stop_file.exists():
+        raise UserError(f"{stop_file} stopped this run and keeps it so: remove it to go on")
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    zero.check(config)
     if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
     index = ShardIndex.open(config.data.shards)
     training_windows(config.data, index)
+    if config.checkpoint.keep_best and VALID not in index.segments.splits():
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
+            " the best with: prepare it with --valid, or set checkpoint.keep_best=0"
+        )
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
     for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:
@@ -105,28 +127,39 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     distributed.start()
     ranks = distributed.Ranks()
     with _lock(config.directory, ranks):
-        finished = _fit(config, devices, ranks, stop)
+        watch = watchdog.Watchdog(config.directory / "logs", ranks.rank, config.trainer.hang_minutes).start()
+        state = _fit(config, devices, ranks, stop)
         ranks.check(None)
     torch.distributed.destroy_process_group()
-    if ranks.rank == 0:
-        again = "" if finished else "; the same command goes on from its checkpoint"
-        print(
-            f"megabase: {'finished' if finished else 'stopped'}: {config.directory}{again}", file=sys.stderr
-        )
-    # Only rank 0 says "again": a launcher that sees a rank fail would end the others.
-    return EXIT_AGAIN if not finished and ranks.rank == 0 else 0
+    watch.stop()
+    if ranks.rank:
+        # Only rank 0 says "again": a launcher that sees a rank fail would end the others.
+        return 0
+    if state == "finished":
+        print(f"megabase: finished: {config.directory}", file=sys.stderr)
+        return 0
+    first = f"remove {config.directory / STOP_FILE}, then " if state == "stopped" else ""
+    print(
+        f"megabase: stopped: {config.directory}; {first}the same command goes on where it was",
+        file=sys.stderr,
+    )
+    return EXIT_AGAIN
 
 
-def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRequest) -> bool:
-    """Train until the end (True) or an agreed stop (False); however it ends, the status file and MLflow hear of it."""
+def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRequest) -> str:
+    """Train until the end or an agreed stop; returns the state, a key of MLFLOW_STATUS.
+
+    However it ends, the status file and MLflow hear of it.
+    """
     from datamodules.datamodule import SequenceDataModule
     from pipeline.loop import Boundary
     from pipeline.module import PretrainModule
 
     directory = config.directory
     mirror = Mirror(config, directory) if config.tracking.enabled and ranks.rank == 0 else None
-    state, step = "failed", 0
+    state, step = "crashed", 0
     try:
+        watchdog.beat("choosing a checkpoint")
         data = SequenceDataModule(config.data, config.run.seed)
         resume_from, step = _resume_point(config, data, ranks)
         if resume_from and _finished(config, step, data.has_validation, ranks):
@@ -135,25 +168,45 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
                 print(f"megabase: {config.run.name} is finished (step {step})", file=sys.stderr)
             if mirror:
                 mirror.start()  # it may not have got everything
-            return True
+            return state
         if ranks.rank == 0:
             if resume_from:
                 print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
+                if (resume_from / checkpoint.JOURNAL).exists():  # older checkpoints have no copy
+                    _restore_journal(directory, resume_from)
             configs.save(config, directory / "config.yaml")
             environment.write(directory)
+        _write_status(directory, "running", step)
+        watchdog.beat("building the model")
         boundary = Boundary(config, data, ranks, stop, mirror)
         try:
             trainer = _trainer(config, devices, ranks, boundary)
             trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
         finally:
             step = max(step, boundary.step)
-        state = "again" if boundary.stopped_early else "finished"
-        return not boundary.stopped_early
+        state = "finished"
+        if boundary.stopped_early:
+            state = "stopped" if stop.by_person else "again"
+        return state
+    except (RunError, UserError, DataError, ConfigError):
+        state = "failed"
+        raise
     finally:
         # First this: MLflow may be slow, and whoever waits for the status may kill what lingers.
-        _write_status([directory], state, step)
+        _write_status(directory, state, step)
         if mirror:
             _farewell(mirror, MLFLOW_STATUS[state])
+
+
+def _restore_journal(directory: Path, resume_from: Path) -> None:
+    """On rank 0: the journal holds at least what it held when the checkpoint was written."""
+    wrong = restore(directory / checkpoint.JOURNAL, resume_from / checkpoint.JOURNAL)
+    if wrong:
+        print(
+            f"megabase: {directory / checkpoint.JOURNAL} {wrong} before the checkpoint's step: put back from the"
+            " checkpoint",
+            file=sys.stderr,
+        )
 
 
 def _resume_point(
@@ -291,15 +344,22 @@ def _take_lock(directory: Path) -> int:
     return descriptor
 
 
-def _write_status(directories: list[Path], state: str, step: int | None) -> None:
-    """Say how the run ended, for people and for `slurm/train.sbatch`: in the run directory and where it asked."""
+def _write_status(directory: Path | None, state: str, step: int | None) -> None:
+    """Say how the run goes or ended, for people in the run directory and for `slurm/train.sbatch` where it asked.
+
+    A run that was killed, or ended by its watchdog, leaves "running" behind.
+    """
     if not rank_zero():
         return
-    targets = [directory / "status.json" for directory in directories]
+    status: dict[str, Any] = {"state": state, "step": step}
+    targets = {}
+    if directory:
+        targets[directory / "status.json"] = status
     if os.environ.get("MEGABASE_STATUS_FILE"):
-        targets.append(Path(os.environ["MEGABASE_STATUS_FILE"]))
-    for target in targets:
+        place = {"checkpoints": str(directory / "checkpoints")} if directory else {}
+        targets[Path(os.environ["MEGABASE_STATUS_FILE"])] = status | place
+    for target, content in targets.items():
         try:
-            publish_json(target, {"state": state, "step": step})
+            publish_json(target, content)
         except OSError as error:
             print(f"megabase: cannot write {target}: {error}", file=sys.stderr)

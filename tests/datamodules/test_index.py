@@ -103,6 +103,41 @@ def test_what_is_no_index_is_refused(copy: Path) -> None:
         ShardIndex.open(copy)
 
 
+def change_index(copy: Path, shards: object = None, rows: str | None = None) -> None:
+    """Name other shards in an index: in its metadata, and in the rows."""
+    table = pq.read_table(copy / "index.parquet")
+    metadata = json.loads(table.schema.metadata[METADATA_KEY])
+    metadata["shards"] = shards
+    if rows is not None:
+        table = table.set_column(
+            table.column_names.index("shard"), SCHEMA.field("shard"), [[rows] * len(table)]
+        )
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
+    pq.write_table(table, copy / "index.parquet")
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/b.tar", "..", ".", "", "x\0.tar"])
+def test_no_shard_lies_elsewhere(copy: Path, name: str) -> None:
+    (copy.parent / "x.tar").write_bytes(b"secret")
+    change_index(copy, {name: 6}, name)
+    with pytest.raises(DataError, match=r"index.parquet: names a shard that is no file of its directory, "):
+        ShardIndex.open(copy)
+
+
+def test_no_record_lies_in_a_shard_that_was_not_checked(copy: Path) -> None:
+    size = (copy / "shard-00000.tar").stat().st_size
+    change_index(copy, {"shard-00000.tar": size}, "../x.tar")
+    with pytest.raises(DataError, match=r"lies in a shard that it has no size of, '../x.tar'"):
+        ShardIndex.open(copy)
+
+
+@pytest.mark.parametrize("shards", [None, [], {"shard-00000.tar": -1}, {"shard-00000.tar": "1"}])
+def test_an_index_without_sizes_is_refused(copy: Path, shards: object) -> None:
+    change_index(copy, shards)
+    with pytest.raises(DataError, match="does not say the sizes of its shards"):
+        ShardIndex.open(copy)
+
+
 def test_a_missing_shard_is_named(copy: Path) -> None:
     (copy / "shard-00000.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00000.tar: the index names this shard but it is not there"):

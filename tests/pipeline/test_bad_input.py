@@ -1,8 +1,6 @@
 """Everything a user can get wrong ends in one line on stderr and exit code 2, before any process is started."""
 
 import gzip
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -132,10 +130,12 @@ def test_resume_with_another_model(
     step = tmp_path / "t" / "checkpoints" / "step-5"
     step.mkdir(parents=True)
     manifest = checkpoint.manifest_of(then, 5, 1, ShardIndex.open(lambda_shards).segments.identity)
-    (step / checkpoint.MANIFEST).write_text(json.dumps(asdict(manifest)))
+    (step / checkpoint.MANIFEST).write_text(manifest.sealed())
     message = complaint(capsys, *settings, "model.depth=2", "model.lsh.rounds=8")
     assert "model.depth: checkpoint 6, config 2; model.lsh.rounds: checkpoint 4, config 8" in message
-    assert "number of ranks: checkpoint 1, now 2" in complaint(capsys, *settings, "trainer.devices=2")
+    assert "trainer.precision: checkpoint 32, now bf16" in complaint(
+        capsys, *settings, "trainer.precision=bf16"
+    )
 
 
 def test_ranks_that_a_launcher_started_must_be_those_of_the_config(

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pipeline import checkpoint, config
+from pipeline import checkpoint, config, manifest
 from pipeline.checkpoint import MANIFEST, Manifest
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError, UserError
+from pipeline.manifest import seal_of
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,12 @@ def tear_manifest(path: Path) -> None:
 
 def escape(path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"]["../../outside"] = {"size": 0, "sha256": ""}
+    manifest["files"]["../../outside"] = {"size": 0, "sha256": "0" * 64}
     (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def add_shard(path: Path) -> None:
+    (path / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"x")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,7 @@ def escape(path: Path) -> None:
         (remove_manifest, "megabase.json is missing"),
         (tear_manifest, "megabase.json cannot be read"),
         (escape, "outside its directory"),
+        (add_shard, "zero_pp_rank_1_mp_rank_00_optim_states.pt is there, but megabase.json does not name it"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_chosen(
@@ -104,13 +110,6 @@ def test_half_written_ones_are_not_seen(tmp_path: Path, ranks: Ranks) -> None:
     assert checkpoint.choose(tmp_path, ranks) is None
     checkpoint.clean(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_newest_stay(tmp_path: Path, ranks: Ranks) -> None:
-    for step in (5, 10, 9, 100):
-        publish(tmp_path, step, ranks)
-    checkpoint.prune(tmp_path, 2)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-100", "step-10"]
 
 
 def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ranks: Ranks) -> None:
@@ -134,12 +133,13 @@ def test_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
         "model.loss_chunk=8",
         "data.shards=moved",
         "trainer.max_steps=9",
+        "zero.stage=3",
     ]
     checkpoint.check_same_run(then, settings(*free), tmp_path)
     refused = {
         "model.dim=128": r"model\.dim: checkpoint 256, config 128",
         "data.length=64": r"data\.length: checkpoint 8192, config 64",
-        "zero.stage=3": r"zero\.stage: checkpoint 2, now 3",
+        "trainer.precision=bf16": r"trainer\.precision: checkpoint 32, now bf16",
         "run.seed=2": r"run\.seed: checkpoint 1, config 2",
     }
     for change, message in refused.items():
@@ -149,8 +149,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
         checkpoint.check_same_run(then, settings("model.dim=128", "data.length=64"), tmp_path)
     with pytest.raises(UserError, match="holds other records or splits"):
         checkpoint.check_same_run(then, replace(settings(), data="others"), tmp_path)
-    with pytest.raises(UserError, match="number of ranks: checkpoint 2, now 4"):
-        checkpoint.check_same_run(then, replace(settings(), ranks=4), tmp_path)
+    checkpoint.check_same_run(then, replace(settings(), ranks=4), tmp_path)
 
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
@@ -182,6 +181,7 @@ def test_when_none_is_whole_nothing_starts_from_zero(tmp_path: Path, ranks: Rank
 def test_a_checkpoint_of_a_newer_version_stays_where_it_is(tmp_path: Path, ranks: Ranks) -> None:
     path = publish(tmp_path, 2, ranks)
     newer = json.loads((path / MANIFEST).read_text()) | {"version": 99, "unheard_of": 1}
+    newer["seal"] = seal_of(newer)
     (path / MANIFEST).write_text(json.dumps(newer))
     with pytest.raises(UserError, match="update megabase"):
         checkpoint.choose(tmp_path, ranks)
@@ -196,7 +196,7 @@ def test_what_cannot_be_read_is_no_damage(
     def stale(*_: object, **__: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(checkpoint, "_describe", stale)
+    monkeypatch.setattr(manifest, "checksum", stale)
     with pytest.raises(RunError, match=r"rank 0: .*Stale file handle"):
         checkpoint.choose(tmp_path, ranks)
     assert path.is_dir()
@@ -213,6 +213,8 @@ def test_each_rank_answers_for_its_own_shards(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    # A file server's, which goes away by itself.
+    (tmp_path / "a" / ".nfs00000000deadbeef").touch()
     shares = [
         [p.relative_to(tmp_path).as_posix() for p in checkpoint._own_files(tmp_path, r, 12)]
         for r in range(12)

@@ -65,6 +65,11 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
         ("trainer.max_steps=soon", r"trainer\.max_steps.*'soon'.*[Ii]nteger"),
         ("trainer.max_steps=0", r"trainer\.max_steps=0: must be above zero"),
         ("zero.stage=4", r"zero\.stage=4"),
+        ("trainer.max_minutes=-1", r"trainer\.max_minutes=-1\.0: must not be negative"),
+        (
+            "trainer.hang_minutes=-1",
+            r"trainer\.hang_minutes=-1\.0: must not be negative \(0 switches it off\)",
+        ),
         ("checkpoint.every_minutes=-1", r"checkpoint\.every_minutes=-1\.0: must not be negative"),
         ("trainer.precision=fp8", r"trainer\.precision='fp8': choose one of"),
         ("run.name=a/b", r"run\.name='a/b'"),

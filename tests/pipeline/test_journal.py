@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.journal import Journal, Tail, read
+from pipeline.journal import Journal, Tail, read, restore
 
 
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
@@ -54,3 +54,29 @@ def test_tail_returns_each_whole_row_once(tmp_path: Path) -> None:
         file.flush()
         assert tail.new() == [{"step": 2}, {"step": 3}]
         assert tail.new() == []
+
+
+def test_rows_that_a_checkpoint_has_come_back(tmp_path: Path) -> None:
+    journal, saved = tmp_path / "metrics.jsonl", tmp_path / "saved.jsonl"
+    rows = [b'{"step": 1, "loss": 2.0}\n', b'{"step": 2, "loss": 1.5}\n', b'{"step": 3, "loss": 1.0}\n']
+    saved.write_bytes(b"".join(rows[:2]))
+    for there, wrong in (
+        (rows, None),
+        (rows[:2], None),
+        (rows[:1], "lacks rows"),
+        ([], "lacks rows"),
+        ([rows[0], rows[1][:9]], "lacks rows"),
+        ([rows[0].replace(b"2.0", b"3.0"), *rows[1:]], "has other rows"),
+    ):
+        journal.write_bytes(b"".join(there))
+        assert restore(journal, saved) == wrong
+        assert journal.read_bytes() == b"".join(there if wrong is None else rows[:2])
+    journal.unlink()
+    assert restore(journal, saved) == "lacks rows" and journal.read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"loss": 1.0}\n', b'{"step": 2'])
+def test_what_is_no_row_ends_a_journal(tmp_path: Path, line: bytes) -> None:
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_bytes(b'{"step": 1}\n' + line)
+    assert list(read(journal)) == [{"step": 1}]

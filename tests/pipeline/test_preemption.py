@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import preemption
 from pipeline.agreement import hash_samples
 from pipeline.preemption import StopRequest
 
@@ -49,6 +52,52 @@ def test_a_second_ctrl_c_interrupts() -> None:
     assert stop
     with pytest.raises(KeyboardInterrupt):
         stop._handle(signal.SIGINT, None)
+
+
+def wait_for(stop: StopRequest) -> str:
+    deadline = time.monotonic() + 10
+    while not stop and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return stop.reason
+
+
+def test_a_file_asks_to_stop_and_says_that_a_person_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "POLL_S", 0.01)
+    stop = StopRequest()
+    stop.watch(tmp_path / "STOP", 0)
+    time.sleep(0.1)
+    assert not stop and not stop.by_person
+    (tmp_path / "STOP").touch()
+    assert wait_for(stop) == str(tmp_path / "STOP")
+    assert stop.by_person
+
+
+def test_a_file_after_a_signal_is_still_a_persons_wish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "POLL_S", 0.01)
+    stop = StopRequest()
+    stop._handle(signal.SIGUSR1, None)
+    (tmp_path / "STOP").touch()
+    stop.watch(tmp_path / "STOP", 0)
+    deadline = time.monotonic() + 10
+    while not stop.by_person and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (stop.reason, stop.by_person) == ("SIGUSR1", True)
+
+
+def test_minutes_ask_to_stop_but_no_person_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "POLL_S", 0.01)
+    stop = StopRequest()
+    began = time.monotonic()
+    stop.watch(tmp_path / "STOP", 0.005)
+    assert wait_for(stop) == "trainer.max_minutes=0.005"
+    assert time.monotonic() - began >= 0.29
+    # Threads of these tests end with the file.
+    assert not stop.by_person
+    (tmp_path / "STOP").touch()
 
 
 @given(st.lists(st.integers(-1, 2**40), max_size=30), st.integers(1, 5), st.randoms())

@@ -45,9 +45,12 @@ write()
 print(f"start {start} rank {rank}", flush=True)
 while part.get("waits") and not caught:
     time.sleep(0.02)
+if "checkpoint" in part:
+    (home / f"run \u00fc/checkpoints/step-{part['checkpoint']}").mkdir(parents=True, exist_ok=True)
 if state := part.get("state"):
     status = pathlib.Path(os.environ["MEGABASE_STATUS_FILE"])
-    status.with_suffix(".new").write_text(json.dumps({"state": state, "step": 7}) + "\\n")
+    said = {"state": state, "step": 7, "checkpoints": str(home / "run \u00fc/checkpoints")}
+    status.with_suffix(".new").write_text(json.dumps(said) + "\\n")
     status.with_suffix(".new").rename(status)
 time.sleep(part.get("lingers", 0))
 sys.exit(part.get("code", 0))
@@ -60,7 +63,12 @@ class Job:
     """A submitted train.sbatch whose `megabase` follows `plan`: plan[start][rank]."""
 
     def __init__(
-        self, cluster: TestCluster, home: Path, plan: list[list[dict[str, Any]]], *options: str
+        self,
+        cluster: TestCluster,
+        home: Path,
+        plan: list[list[dict[str, Any]]],
+        *options: str,
+        max_restarts: int = 1,
     ) -> None:
         self.cluster, self.home, self.ranks = cluster, home, range(len(plan[0]))
         (home / "records").mkdir()
@@ -74,7 +82,11 @@ class Job:
             *options,
             *(str(TRAIN_SCRIPT), "a b.yaml", "run.name=x"),
             cwd=home,
-            env={"PATH": search_path, "MEGABASE_MAX_RESTARTS": "1"},
+            env={
+                "PATH": search_path,
+                "MEGABASE_MAX_RESTARTS": str(max_restarts),
+                "MEGABASE_MAX_FAILURES": "2",
+            },
         )
 
     def listens(self) -> None:
@@ -97,7 +109,7 @@ class Job:
         shown = self.cluster.show(self.id)
         assert (shown["Restarts"], shown["ExitCode"]) == (str(restarts), code), self.log()
         # Nothing of the protocol stays beside the log.
-        assert not list(self.home.glob("*status*"))
+        assert not [*self.home.glob("*status*"), *self.home.glob("*failures*")]
 
     def log(self) -> str:
         return (self.home / "log").read_text()
@@ -106,7 +118,7 @@ class Job:
 @pytest.fixture
 def start(cluster: TestCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Submit a plan; what a failed test leaves running does not take the nodes from the next."""
-    yield lambda plan, *options: Job(cluster, tmp_path, plan, *options)
+    yield lambda plan, *options, **more: Job(cluster, tmp_path, plan, *options, **more)
     cluster.clear()
 
 
@@ -157,6 +169,39 @@ def test_a_failure_ends_the_job(start: Callable[..., Job]) -> None:
     assert "ended with code 1 (failed); not started again" in job.log()
 
 
+def test_a_crash_after_a_checkpoint_starts_the_job_again_but_not_forever(start: Callable[..., Job]) -> None:
+    # Killed after a checkpoint, once more after a newer one, then twice at the same place: the second before it could
+    # say anything.
+    plan = [
+        [{"state": "running", "checkpoint": 10, "code": 137}],
+        [{"state": "crashed", "checkpoint": 20, "code": 1}],
+        [{"state": "crashed", "code": 1}],
+        [{"code": 1}],
+    ]
+    job = start(plan, max_restarts=9)
+    job.ends("FAILED", restarts=3, code="1:0", timeout_s=120)
+    log = job.log()
+    assert log.count("back in the queue") == 3
+    assert "ended with code 1, 3 times after the checkpoint of step 20 (MEGABASE_MAX_FAILURES=2)" in log
+
+
+def test_a_stop_file_and_a_failure_that_would_come_again_end_the_job(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
+    said = {
+        "stopped": "a STOP file in the run directory stopped it: not started again",
+        "failed": "ended with code 1 (failed); not started again",
+    }
+    jobs = {}
+    for state, code in (("stopped", 75), ("failed", 1)):
+        (tmp_path / state).mkdir()
+        jobs[state] = Job(cluster, tmp_path / state, [[{"state": state, "checkpoint": 10, "code": code}]])
+    for state, code in (("stopped", 75), ("failed", 1)):
+        jobs[state].ends("FAILED", restarts=0, code=f"{code}:0")
+        assert said[state] in jobs[state].log()
+    cluster.clear()
+
+
 def test_bad_input_ends_the_job(start: Callable[..., Job]) -> None:
     job = start([[{"code": 2}]])
     job.ends("FAILED", restarts=0, code="2:0")
@@ -166,9 +211,9 @@ def test_bad_input_ends_the_job(start: Callable[..., Job]) -> None:
 def test_a_limit_that_is_no_number_is_found_before_training(
     start: Callable[..., Job],
 ) -> None:
-    job = start([[DONE]], "--export=ALL,MEGABASE_MAX_RESTARTS=many")
+    job = start([[DONE]], "--export=ALL,MEGABASE_MAX_FAILURES=many")
     job.ends("FAILED", restarts=0, code="2:0")
-    assert "MEGABASE_MAX_RESTARTS=many: must be a whole number" in job.log()
+    assert "MEGABASE_MAX_FAILURES=many: must be a whole number" in job.log()
     assert not list((job.home / "records").iterdir())
 
 

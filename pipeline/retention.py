@@ -1,0 +1,101 @@
+"""Which checkpoints stay: the newest, those of round steps, and the best; all others are deleted.
+
+`doomed` decides, from steps and losses alone; `prune` deletes. To prune after every checkpoint leaves what pruning once
+at the end would: a checkpoint that falls behind stays behind. The evaluation of a step comes after its checkpoint,
+so the newest is not measured yet: it is always among those that stay. What is damaged neither counts nor is deleted:
+it cannot push out a good one, and the next start sets it aside and names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.manifest import glance, list_checkpoints, step_of
+
+if TYPE_CHECKING:
+    from pipeline.config import CheckpointConfig
+
+
+def doomed(steps: Iterable[int], losses: Mapping[int, float], settings: CheckpointConfig) -> set[int]:
+    """The steps whose checkpoints are to be deleted.
+
+    Args:
+        steps: of all checkpoints, in any order.
+        losses: validation loss by step, of the steps that were evaluated; a NaN is as good as none.
+        settings: its keep, keep_every and keep_best. Of equal losses the newer is better.
+    """
+    there = sorted(set(steps), reverse=True)
+    stay = set(there[: settings.keep])
+    if settings.keep_every:
+        stay |= {step for step in there if step % settings.keep_every == 0}
+    return set(there) - stay - set(best(there, losses, settings.keep_best))
+
+
+def best(steps: Iterable[int], losses: Mapping[int, float], number: int) -> list[int]:
+    """The steps with the lowest losses, at most `number`, best first."""
+    measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
+    return sorted(measured, key=lambda step: (losses[step], -step))[:number]
+
+
+def evaluations(journal: Path) -> dict[int, float]:
+    """Validation loss by step, from a run's `metrics.jsonl`; without those that are not finite."""
+    losses: dict[int, float] = {}
+    if not journal.exists():
+        return losses
+    with journal.open() as file:
+        # A journal has a row for every step and few evaluations: the others need no parsing.
+        for line in file:
+            if '"valid_loss"' not in line:
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:  # torn by a crash
+                break
+            # The journal writes NaN and infinities as text.
+            if isinstance(row["valid_loss"], float):
+                losses[row["step"]] = row["valid_loss"]
+    return losses
+
+
+def prune(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig) -> None:
+    """Delete the checkpoints that are not to stay. A reader never sees one that is half deleted.
+
+    Too many checkpoints are no reason to end a training: what cannot be deleted is named on stderr.
+
+    Args:
+        losses: as `doomed`.
+    """
+    try:
+        for step in sorted(doomed(_sound(checkpoints, settings.keep), losses, settings)):
+            _delete(checkpoints / f"step-{step}")
+    except OSError as error:
+        print(f"megabase: old checkpoints in {checkpoints} cannot be deleted: {error}", file=sys.stderr)
+
+
+def _sound(checkpoints: Path, keep: int) -> list[int]:
+    """The steps of all checkpoints but for damaged ones that are newer than the `keep` newest whole ones.
+
+    As far as names and sizes tell: more would be to read them all.
+    """
+    newest: list[Path] = []
+    there = list_checkpoints(checkpoints)
+    while there and len(newest) < keep:
+        path = there.pop(0)
+        if found := glance(path):
+            print(f"megabase: checkpoint {path} is broken ({found}): it does not count", file=sys.stderr)
+        else:
+            newest.append(path)
+    return [step_of(path) for path in [*newest, *there]]
+
+
+def _delete(path: Path) -> None:
+    """Remove a checkpoint, from its name on."""
+    leaving = path.with_name(path.name + ".deleting")
+    path.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)

@@ -1,0 +1,36 @@
+"""Checkpoints made by hand, for tests that need no training."""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.manifest import MANIFEST, Manifest, seal_of
+
+
+def write_checkpoint(path: Path, name: str | None = None, **fields: object) -> Path:
+    """A whole checkpoint in `path`, called step-N; `name`: what it is called in the end. `fields`: of its manifest."""
+    step = int(path.name.removeprefix("step-"))
+    path = path.with_name(name or path.name)
+    contents = {
+        "latest": b"checkpoint",
+        "checkpoint/mp_rank_00_model_states.pt": bytes(range(256)) * 3,
+        "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt": bytes(range(256)) * step,
+    }
+    for file, content in contents.items():
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_bytes(content)
+    files = {
+        file: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for file, content in contents.items()
+    }
+    manifest = Manifest(step, step * 8, 2, 2, "32", {"model.dim": 8}, "d", {"torch": "2"}, time.time(), files)
+    (path / MANIFEST).write_text(sealed(asdict(manifest) | fields))
+    return path
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """A manifest's content as a malicious or careless hand would write it: with a seal that fits."""
+    return json.dumps(content | {"seal": seal_of(content)})

@@ -1,0 +1,106 @@
+"""Resuming: bit for bit on as many ranks, within rounding on others; in every ZeRO stage."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import list_checkpoints
+from pipeline.shards import MOMENTS, WEIGHTS, Shards
+from tests.conftest import Job, train_settings, training_rows
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+Start = Callable[..., Job]
+
+
+def finish(start: Start, shards: Path, root: Path, name: str, *settings: str) -> str:
+    """Start a run and wait for its end; returns what it printed."""
+    code, output = start(
+        "train", *train_settings(shards, root, name, "tracking.enabled=false", *settings)
+    ).wait()
+    assert code == 0, output
+    return output
+
+
+def assert_same_states(run: Path, other: Path) -> None:
+    """The newest checkpoints of two runs hold the same weights and AdamW states, to the last bit."""
+    one, two = (Shards.open(list_checkpoints(path / "checkpoints")[0]) for path in (run, other))
+    assert one.manifest.step == two.manifest.step and one.names == two.names
+    assert one.optimizer_step == two.optimizer_step
+    for name in one.names:
+        for what in (WEIGHTS, *MOMENTS):
+            assert torch.equal(one.read(name, what), two.read(name, what)), (name, what)
+
+
+# Stage 2 is in test_training.py. Stage 3 writes its checkpoints in the background here, stage 1 computes in bf16.
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [(0, []), (1, ["trainer.precision=bf16"]), (3, ["checkpoint.background=true"])],
+    ids=["0", "1-bf16", "3-background"],
+)
+def test_killed_and_resumed_is_the_run_that_would_have_been(
+    tmp_path: Path, lambda_shards: Path, start_job: Start, stage: int, more: list[str]
+) -> None:
+    settings = [f"zero.stage={stage}", "trainer.max_steps=16", *more]
+    finish(start_job, lambda_shards, tmp_path, "whole", *settings)
+
+    killed = start_job(
+        "train", *train_settings(lambda_shards, tmp_path, "killed", "tracking.enabled=false", *settings)
+    )
+    killed.until(lambda: len(training_rows(tmp_path / "killed")) >= 8)
+    killed.kill()
+    killed.wait()
+    assert len(training_rows(tmp_path / "killed")) < 16
+    output = finish(start_job, lambda_shards, tmp_path, "killed", *settings)
+
+    assert "resuming killed from" in output
+    journals = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert journals[0] == journals[1]
+    assert_same_states(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_other_ranks_and_stages_continue_the_curve(
+    tmp_path: Path, lambda_shards: Path, start_job: Start
+) -> None:
+    batch = ["data.global_batch=12", "trainer.eval_every_steps=0", "checkpoint.every_steps=0"]
+    finish(start_job, lambda_shards, tmp_path, "whole", *batch, "data.micro_batch=6", "trainer.max_steps=15")
+    chain = [  # up to step, ranks, stage, micro batch
+        (3, 4, 3, 3),
+        (6, 2, 1, 3),
+        (9, 1, 0, 4),
+        (12, 3, 3, 1),
+        (15, 2, 2, 6),
+    ]
+    for step, ranks, stage, micro in chain:
+        output = finish(
+            start_job,
+            lambda_shards,
+            tmp_path,
+            "moved",
+            *batch,
+            f"trainer.max_steps={step}",
+            f"trainer.devices={ranks}",
+            f"zero.stage={stage}",
+            f"data.micro_batch={micro}",
+        )
+        assert ("resuming" in output) == (step > 3)
+    whole, moved = (training_rows(tmp_path / name) for name in ("whole", "moved"))
+    assert [row["step"] for row in moved] == list(range(1, 16))
+    assert [row["samples"] for row in moved] == [row["samples"] for row in whole]
+    # Only the order in which gradients are added differs.
+    assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in whole], rel=2e-5)
+
+
+def test_a_lost_tail_of_the_journal_comes_back_from_the_checkpoint(
+    tmp_path: Path, lambda_shards: Path, start_job: Start
+) -> None:
+    settings = ["trainer.max_steps=10", "trainer.eval_every_steps=0"]
+    finish(start_job, lambda_shards, tmp_path, "torn", *settings)
+    journal = tmp_path / "torn" / "metrics.jsonl"
+    before = journal.read_bytes()
+    journal.write_bytes(before[: len(before) // 3])
+    output = finish(start_job, lambda_shards, tmp_path, "torn", *settings)
+    assert "lacks rows before the checkpoint's step: put back from the checkpoint" in output
+    assert journal.read_bytes() == before

@@ -1,0 +1,116 @@
+"""The torture test, shortly: five kills in the phases that matter most; and the parts that it stands on."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import verify
+from tests import torture
+from tests.torture import ALL, CHECKPOINT_DAMAGES, PHASES, RANK, SUPERVISOR, Lost, Options, plan
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_killed_five_times_is_the_run_that_nothing_disturbed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = torture.run(Options(kills=5, seed=3, directory=tmp_path / "torture", chance=0.8))
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert "5 kills survived" in output and "metrics.jsonl identical" in output
+
+
+def drawn(seed: int, kills: int) -> list[torture.Blow]:
+    return plan(seed, kills, 2, small_disk=True, deep=True, chance=0.5)
+
+
+def test_the_plan_is_the_seeds_and_leaves_nothing_out() -> None:
+    assert drawn(7, 40) == drawn(7, 40) != drawn(8, 40)
+    assert drawn(7, 40)[:10] == drawn(7, 10)
+    assert {blow.phase for blow in drawn(7, len(PHASES))} == set(PHASES)
+    assert {blow.target for blow in drawn(7, 40)} == {ALL, SUPERVISOR, f"{RANK} 0", f"{RANK} 1"}
+    assert {name for blow in drawn(7, 100) for name in blow.damages} >= CHECKPOINT_DAMAGES.keys()
+
+
+def test_without_a_small_disk_none_is_filled() -> None:
+    blows = plan(7, 40, 2, small_disk=False, deep=False, chance=1.0)
+    assert not {blow.phase for blow in blows} & set(torture.NEED_A_SMALL_DISK)
+    assert not {name for blow in blows for name in blow.damages} & set(torture.DEEP_DAMAGES)
+
+
+def make_checkpoint(path: Path) -> Path:
+    """A checkpoint of one shard, as far as a manifest tells."""
+    (path / "checkpoint").mkdir(parents=True)
+    state = {"weight": torch.arange(6, dtype=torch.float32), "step": 3, "betas": (0.9, 0.95)}
+    torch.save(state, path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (path / "latest").write_text("checkpoint")
+    files = {
+        str(file.relative_to(path)): {
+            "size": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in path.rglob("*")
+        if file.is_file()
+    }
+    manifest = {
+        "version": 1,
+        "step": 3,
+        "samples": 12,
+        "ranks": 1,
+        "stage": 2,
+        "precision": "32",
+        "config": {},
+        "data": "d",
+        "versions": {},
+        "created": 1.0,
+        "files": files,
+    }
+    (path / "megabase.json").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINT_DAMAGES if name != "manifest flipped"])
+def test_every_damage_to_a_checkpoint_is_one(tmp_path: Path, name: str) -> None:
+    path = make_checkpoint(tmp_path / "step-3")
+    assert torture.damage_of(path) is None
+    CHECKPOINT_DAMAGES[name](path, random.Random(1))
+    assert torture.damage_of(path) is not None and verify(path) is not None
+
+
+def test_lost_rows_are_those_after_the_newest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.9}, {"step": 2, "valid_loss": 1.8}]
+    rows += [{"step": step, "loss": 1.7} for step in (3, 4, 5)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    left = set()
+    for seed in range(20):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        torture.OTHER_DAMAGES["journal's tail lost"](tmp_path, random.Random(seed))
+        now = (tmp_path / "metrics.jsonl").read_text()
+        assert text.startswith(now)
+        left.add(now.count("\n"))
+    assert left == {3, 4, 5, 6}
+
+
+def test_the_comparison_sees_one_bit(tmp_path: Path) -> None:
+    one, other = make_checkpoint(tmp_path / "one"), make_checkpoint(tmp_path / "other")
+    assert torture.compare_checkpoints(one, other) == (1, 24)
+    shard = other / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    state = torch.load(shard, weights_only=True)
+    state["weight"][0] = -0.0  # equal to 0.0, but for a bit
+    torch.save(state, shard)
+    with pytest.raises(Lost, match="weight differs"):
+        torture.compare_checkpoints(one, other)
+    torch.save(state | {"more": 1}, shard)
+    with pytest.raises(Lost, match="only in one"):
+        torture.compare_checkpoints(one, other)
+
+
+def test_the_first_difference_of_two_journals_is_shown() -> None:
+    told = torture.first_difference(b'{"step": 1}\n{"step": 2}\n', b'{"step": 1}\n{"step": 3}\n')
+    assert "line 2" in told and '{"step": 3}' in told
+    assert "1 lines, the undisturbed one 2" in torture.first_difference(b"a\nb\n", b"a\n")
