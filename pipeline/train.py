@@ -169,13 +169,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
             if mirror:
                 mirror.start()  # it may not have got everything
             return state
-        if ranks.rank == 0:
-            if resume_from:
-                print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
-                if (resume_from / checkpoint.JOURNAL).exists():  # older checkpoints have no copy
-                    _restore_journal(directory, resume_from)
-            configs.save(config, directory / "config.yaml")
-            environment.write(directory)
+        ranks.check(_describe_run(config, resume_from) if ranks.rank == 0 else None)
         _write_status(directory, "running", step)
         watchdog.beat("building the model")
         boundary = Boundary(config, data, ranks, stop, mirror)
@@ -196,6 +190,21 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         _write_status(directory, state, step)
         if mirror:
             _farewell(mirror, MLFLOW_STATUS[state])
+
+
+def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
+    """On rank 0: write what the run directory says of the run; returns why not, if not."""
+    directory = config.directory
+    try:
+        if resume_from:
+            print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
+            if (resume_from / checkpoint.JOURNAL).exists():  # older checkpoints have no copy
+                _restore_journal(directory, resume_from)
+        configs.save(config, directory / "config.yaml")
+        environment.write(directory)
+    except OSError as error:
+        return f"cannot write in {directory}: {error}"
+    return None
 
 
 def _restore_journal(directory: Path, resume_from: Path) -> None:

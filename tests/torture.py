@@ -819,11 +819,15 @@ class Ballast:
     def fill(self, left: int) -> None:
         """Take all space but `left` bytes."""
         self.left = left
-        disk = os.statvfs(self.path.parent)
-        size = disk.f_bavail * disk.f_frsize - left
         with self.path.open("wb") as file:
-            if size > 0:
-                os.posix_fallocate(file.fileno(), 0, size)
+            taken = False
+            while not taken:  # the run writes, too: there may be less by then
+                disk = os.statvfs(self.path.parent)
+                size = disk.f_bavail * disk.f_frsize - left
+                with suppress(OSError):
+                    if size > 0:
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    taken = True
 
     def clear(self) -> None:
         """Give it back."""
@@ -966,7 +970,8 @@ def _unmount(disk: Path, keep: bool) -> None:
     kept = disk.with_name("disk.kept")
     if keep:
         shutil.copytree(disk, kept, symlinks=True)
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazily: processes that were just killed may still hold a file.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
     if keep:
         disk.rmdir()
         kept.rename(disk)
