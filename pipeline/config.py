@@ -92,8 +92,8 @@ class TrainerConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO. stage: 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters).
 
-    offload: where AdamW's states and the fp32 weights are kept and updated: none (on the device), cpu (host memory) or
-    nvme; true means cpu, false none. offload_parameters: likewise the parameters between uses, in stage 3.
+    offload: where AdamW's states and the fp32 weights are kept and updated: none (on the device) or cpu (host memory);
+    true means cpu, false none. offload_parameters: where parameters are between uses, in stage 3: none, cpu or nvme.
     nvme_path: directory on a disk of each node, for nvme. bucket_mb: size of a communication bucket in MiB.
     deepspeed: further keys of DeepSpeed's configuration, such as
     `zero.deepspeed.zero_optimization.round_robin_gradients=true`; one that a setting here decides is refused.
@@ -121,10 +121,16 @@ class ZeroConfig:
                 raise UserError(f"zero.{key}={device!r}: choose one of {', '.join(OFFLOAD)}")
         if self.offload != NONE and self.stage == 0:
             raise UserError(f"zero.offload={self.offload} needs sharded states: set zero.stage to 1, 2 or 3")
-        for key, device in offloads.items():
-            if self.stage != 3 and (device == NVME or (key == "offload_parameters" and device != NONE)):
-                raise UserError(f"zero.{key}={device} needs zero.stage=3, not {self.stage}")
-        if NVME in offloads.values() and not self.nvme_path:
+        if self.offload == NVME:
+            raise UserError(
+                "zero.offload=nvme: DeepSpeed does not resume AdamW's states from NVMe as they were; set"
+                " zero.offload=cpu (zero.offload_parameters=nvme resumes exactly)"
+            )
+        if self.offload_parameters != NONE and self.stage != 3:
+            raise UserError(
+                f"zero.offload_parameters={self.offload_parameters} needs zero.stage=3, not {self.stage}"
+            )
+        if self.offload_parameters == NVME and not self.nvme_path:
             raise UserError("offload to nvme needs zero.nvme_path: a directory on a disk of each node")
 
 

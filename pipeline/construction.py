@@ -35,5 +35,5 @@ class Sharded(deepspeed.zero.Init):
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(self.dtype)
         super()._post_init_method(module)
-        if any(True for _ in module.parameters(recurse=False)):
+        if next(module.parameters(recurse=False), None) is not None:
             _trim(0)

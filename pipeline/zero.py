@@ -42,7 +42,7 @@ OURS = {
     f"{ZERO}.reduce_bucket_size": "zero.bucket_mb",
     f"{ZERO}.allgather_bucket_size": "zero.bucket_mb",
     f"{ZERO}.offload_optimizer.device": "zero.offload",
-    f"{ZERO}.offload_optimizer.nvme_path": "zero.nvme_path",
+    f"{ZERO}.offload_optimizer.nvme_path": "zero.offload=cpu",
     f"{ZERO}.offload_param.device": "zero.offload_parameters",
     f"{ZERO}.offload_param.nvme_path": "zero.nvme_path",
     f"{ZERO}.cpu_offload": "zero.offload",
@@ -123,7 +123,7 @@ def check(config: RunConfig) -> None:
             DeepSpeed takes; `zero.nvme_path` cannot be written, or DeepSpeed cannot use NVMe here.
     """
     zero = config.zero
-    if NVME in (zero.offload, zero.offload_parameters):
+    if zero.offload_parameters == NVME:
         _check_nvme(zero)
     if zero.deepspeed:
         _check_passthrough(config)
@@ -270,7 +270,7 @@ def _refuse(key: str, config: RunConfig) -> None:
         "fp16": ("fp16" in own, "trainer.precision=16"),
         "bf16": ("bf16" in own, "trainer.precision=bf16"),
         "aio": (
-            NVME in (config.zero.offload, config.zero.offload_parameters),
+            config.zero.offload_parameters == NVME,
             "zero.offload_parameters=nvme",
         ),
         f"{ZERO}.offload_optimizer": (config.zero.offload != "none", "zero.offload=cpu"),
@@ -370,5 +370,5 @@ def _check_nvme(zero: ZeroConfig) -> None:
     if not AsyncIOBuilder().is_compatible():
         raise UserError(
             "DeepSpeed cannot use NVMe on this machine: install libaio's headers (libaio-dev, libaio-devel) and a C++"
-            " compiler, or set zero.offload and zero.offload_parameters to cpu"
+            " compiler, or set zero.offload_parameters=cpu"
         )
