@@ -272,8 +272,8 @@ def zero() -> Row:
             for stage in STAGES
             for accumulation in ACCUMULATIONS
             for a, b in zip(
-                results[f"alone-{precision}"]["losses"],
-                results[f"{stage}-{accumulation}-{precision}"]["losses"],
+                results[f"alone-{precision}-0.0"]["losses"],
+                results[f"{stage}-{accumulation}-{precision}-0.0"]["losses"],
                 strict=True,
             )
         )
