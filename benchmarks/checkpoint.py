@@ -504,6 +504,8 @@ class Peer:
             self._threads[-1].start()
             return
         if task.contestant == LIGHTNING:
+            from datamodules.disk import sync
+
             trainer.save_checkpoint(partial, weights_only=False)
             for path in self._own(partial):
                 sync(path)
@@ -588,13 +590,6 @@ def write_plainly(path: Path, states: Any) -> None:
             file.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Wait until a file is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def checkpoint_bytes(checkpoints: Path) -> int:

@@ -8,7 +8,6 @@ bases are read out of them by byte range, so a tar must be uncompressed, and so 
 import io
 import json
 import mmap
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow as pa
 from numpy.lib import format as npy_format
 
 from datamodules.alphabet import Alphabet
+from datamodules.disk import sync
 from datamodules.errors import DataError
 from datamodules.index import INDEX_NAME, RowBatches, ShardIndex, segment_row, write_index
 from datamodules.progress import bar
@@ -108,8 +108,7 @@ def index_tars(
     partial = index.with_name(f"{INDEX_NAME}.partial")
     try:
         write_index(partial, rows.batches(), letters, sizes, list(rows.sources))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         partial.rename(index)
     except OSError as error:
         raise DataError(

@@ -170,6 +170,11 @@ class Segments:
         """Bases of a row that are no letters."""
         return int(self.gaps[self.gap_bounds[row] : self.gap_bounds[row + 1], 1].sum())
 
+    def letters_of(self, split: str) -> int:
+        """Bases of a split that are letters."""
+        rows = self.rows_of(split)
+        return int(self.length[rows].sum()) - sum(self.gap_length(row) for row in rows)
+
     def splits(self) -> list[str]:
         """The splits that have a row, sorted."""
         return sorted(set(self.split))

@@ -198,7 +198,7 @@ def _describe_split(segments: Segments, split: str) -> SplitReport:
         split=split,
         segments=len(rows),
         bases=bases,
-        letters=bases - sum(segments.gap_length(row) for row in rows),
+        letters=segments.letters_of(split),
         windows={name: _windows(segments, split, length) for name, length in LENGTHS.items()},
     )
 

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.alphabet import Alphabet
+from datamodules.disk import sync
 from datamodules.errors import DataError
 from datamodules.index import INDEX_NAME, METADATA_KEY, SCHEMA, write_index
 from datamodules.shards import Part
@@ -115,7 +116,7 @@ class Unfinished:
         new = path.with_suffix(".new")
         with new.open("wb") as file:  # pyarrow takes a path with a colon for a URL
             pq.write_table(part.rows.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), file)
-        _fsync(new)
+        sync(new)
         new.rename(path)
 
     def forget(self, units: Sequence[Unit]) -> None:
@@ -153,12 +154,12 @@ class Unfinished:
         batches = [batch for part in parts for batch in _renamed(part.rows, names).to_batches()]
         index = self.folder / INDEX_NAME
         write_index(index, batches, alphabet, sizes, sources)
-        _fsync(index)
+        sync(index)
         for name, new in names.items():
             (self.folder / name).rename(self.folder / new)
-        _fsync(self.folder)
+        sync(self.folder)
         self.folder.rename(output)
-        _fsync(output.parent)
+        sync(output.parent)
         for path in output.glob("part-*.parquet"):
             path.unlink()
         (output / _ARGUMENTS).unlink()
@@ -305,7 +306,7 @@ def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:
             )
         new = path.with_name(_ARGUMENTS + ".new")
         new.write_text(json.dumps(arguments))
-        _fsync(new)
+        sync(new)
         new.rename(path)
         return
     try:
@@ -321,12 +322,3 @@ def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:
             f"{folder}: was begun with other arguments ({', '.join(differing)}): give the same to go on, or remove "
             "the directory to begin anew"
         )
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file, or a directory's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

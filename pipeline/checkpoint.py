@@ -8,8 +8,6 @@ again, all ranks together, and falls back to the one before, loudly.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import platform
 import re
 import shutil
@@ -17,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from datamodules.disk import sync
 from pipeline.config import RunConfig, as_dict, flatten
 from pipeline.distributed import Ranks
 from pipeline.environment import versions
@@ -26,6 +25,7 @@ from pipeline.manifest import (
     MANIFEST,
     Damaged,
     Manifest,
+    checksum,
     damage,
     list_checkpoints,
     read_manifest,
@@ -39,8 +39,6 @@ __all__ = ["MANIFEST", "Damaged", "Manifest", "list_checkpoints", "read_manifest
 # The directory of DeepSpeed's files within a checkpoint, and the file that names it.
 TAG = "checkpoint"
 LATEST = "latest"
-# The journal up to the checkpoint's step.
-JOURNAL = "metrics.jsonl"
 # Settings that a checkpoint belongs to: with another value the run would be another one...
 IDENTITY = ("model.", "data.", "run.seed")
 # ...but for these, which change where and how fast it is computed.
@@ -97,7 +95,7 @@ def publish(
     try:
         for path in _own_files(partial, ranks.rank, ranks.size):
             known = (written or {}).get(path)
-            described[path.relative_to(partial).as_posix()] = known or _describe(path, sync=True)
+            described[path.relative_to(partial).as_posix()] = known or _synced(path)
     except OSError as caught:
         error = caught
     agree(ranks, error)
@@ -108,11 +106,11 @@ def publish(
         try:
             _write_synced(partial / MANIFEST, manifest.sealed())
             for directory in {path.parent for path in partial.rglob("*")}:
-                _sync_directory(directory)
+                sync(directory)
             if final.exists():
                 set_aside(final)
             partial.rename(final)
-            _sync_directory(final.parent)
+            sync(final.parent)
         except OSError as caught:
             error = caught
     agree(ranks, error)
@@ -243,24 +241,12 @@ def _own_files(partial: Path, rank: int, size: int) -> list[Path]:
     return own
 
 
-def _describe(path: Path, sync: bool) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": digest}
+def _synced(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file that is on disk."""
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": checksum(path)}
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(text)
+    sync(path)

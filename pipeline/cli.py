@@ -268,10 +268,10 @@ def _print_splits(directory: str, index: ShardIndex) -> None:
     records = len(set(segments.record))
     print(f"{directory}: {records:,} records in {len(index.sizes)} shards")
     for split in segments.splits():
-        rows = segments.rows_of(split)
-        letters = sum(int(segments.length[row]) - segments.gap_length(row) for row in rows)
-        total = int(segments.length[rows].sum())
-        print(f"  {split:5} {total:>15,} bases, {total - letters:,} of them outside the alphabet")
+        total = int(segments.length[segments.rows_of(split)].sum())
+        print(
+            f"  {split:5} {total:>15,} bases, {total - segments.letters_of(split):,} of them outside the alphabet"
+        )
 
 
 def _train(options: argparse.Namespace) -> int:

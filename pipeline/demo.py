@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import RunError
-from pipeline.journal import Row, read
+from pipeline.journal import JOURNAL, Row, read
 
 ROOT = Path(__file__).resolve().parents[1]
 GENOME = ROOT / "tests" / "data" / "ecoli_536.fna.gz"
@@ -98,7 +98,7 @@ def _check_seam(before: dict[int, Row]) -> None:
 
 
 def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
-    rows = list(read(RUN / "metrics.jsonl"))
+    rows = list(read(RUN / JOURNAL))
     speed = [row for row in read(RUN / "performance.jsonl") if "tokens_per_second" in row]
     final = next(row for row in reversed(rows) if "valid_bits_per_base" in row)
     bits = final["valid_bits_per_base"]
@@ -123,7 +123,7 @@ def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
 
 
 def _training_rows() -> list[Row]:
-    return [row for row in read(RUN / "metrics.jsonl") if "loss" in row]
+    return [row for row in read(RUN / JOURNAL) if "loss" in row]
 
 
 def _command(*arguments: str) -> list[str]:

@@ -7,9 +7,7 @@ not there. `models.pretrained.from_pretrained` loads it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +19,22 @@ import torch
 from torch import Tensor
 
 from datamodules.alphabet import Alphabet
+from datamodules.disk import sync
 from models import huggingface, pretrained, safetensors
 from models.config import ReformerConfig
 from models.reformer import Reformer
-from pipeline import strategy  # noqa: F401  (sets DeepSpeed, whose files are read, up for this machine)
 from pipeline.environment import versions
 from pipeline.errors import RunError, UserError
-from pipeline.manifest import MANIFEST, Damaged, Manifest, list_checkpoints, read_manifest, step_of, verify
+from pipeline.manifest import (
+    MANIFEST,
+    Damaged,
+    Manifest,
+    checksum,
+    list_checkpoints,
+    read_manifest,
+    step_of,
+    verify,
+)
 from pipeline.shards import Shards
 
 SAFETENSORS, HUGGINGFACE = "safetensors", "huggingface"
@@ -142,7 +149,7 @@ def source_of(checkpoint: Path, manifest: Manifest, config: ReformerConfig, dtyp
         "step": manifest.step,
         "samples": manifest.samples,
         "checkpoint": str(checkpoint.absolute()),
-        "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        "manifest_sha256": checksum(checkpoint / MANIFEST),
         "trained_with": manifest.versions,
         "exported_with": versions(),
     }
@@ -220,16 +227,8 @@ def _write_huggingface(
 def _publish(partial: Path, out: Path) -> None:
     """Bring everything to disk and give it its name."""
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     if out.exists():  # an empty directory would be replaced
         raise UserError(f"{out} has come to exist meanwhile: choose another OUT")
     partial.rename(out)
-    _sync(out.absolute().parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(out.absolute().parent)

@@ -32,7 +32,7 @@ from datamodules.windows import PACKED
 from pipeline.config import RunConfig, first_line
 from pipeline.distributed import Ranks
 from pipeline.hardware import precision_of
-from pipeline.journal import Row, publish_json, read
+from pipeline.journal import JOURNAL, Row, publish_json, read
 
 SKIP = "skip"
 # A loss can only have exploded when so many are known.
@@ -183,7 +183,7 @@ class Guard:
 
 def recent_rows(config: RunConfig, step: int) -> list[Row]:
     """The training rows of the run's journal up to `step` that `History` looks at."""
-    rows = read(config.directory / "metrics.jsonl")
+    rows = read(config.directory / JOURNAL)
     return list(
         deque((row for row in rows if "loss" in row and row["step"] <= step), maxlen=config.guard.window)
     )

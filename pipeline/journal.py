@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datamodules.disk import sync
+
 Row = dict[str, Any]
+# The journal of a run, in its directory; a checkpoint holds a copy of it up to its step.
+JOURNAL = "metrics.jsonl"
 
 
 class Journal:
@@ -25,15 +29,7 @@ class Journal:
         self.path = path
         kept = [row for row in read(path) if row["step"] <= resume_step] if resume_step else []
         self.last_step = max((row["step"] for row in kept), default=0)
-        replacement = path.with_suffix(".partial")
-        with replacement.open("w") as file:
-            file.writelines(_line(row) for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        _replace(path, "".join(map(_line, kept)).encode())
         self._file = path.open("a")
 
     def append(self, rows: list[Row]) -> None:
@@ -49,12 +45,18 @@ class Journal:
         self._file.close()
 
 
-def read(path: Path) -> Iterator[Row]:
-    """The rows of a journal; a line that is torn or no row ends it."""
+def read(path: Path, having: str = "") -> Iterator[Row]:
+    """The rows of a journal, or those with a field; a line that is torn or no row ends it.
+
+    A journal has a row for every step and few of some kinds: lines without `having` in them are not parsed.
+    """
+    mark = having.encode()
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
+            if mark not in line:
+                continue
             if not line.endswith(b"\n"):
                 return
             try:
@@ -79,12 +81,7 @@ def restore(path: Path, saved: Path) -> str | None:
     there = path.read_bytes() if path.exists() else b""
     if there.startswith(rows):
         return None
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    _replace(path, rows)
     return "lacks rows" if rows.startswith(there) else "has other rows"
 
 
@@ -117,6 +114,15 @@ class Tail:
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Give a file another content, all of it or none, on disk when this returns."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def _line(row: Row) -> str:

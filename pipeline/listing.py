@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datamodules.progress import bar
 from pipeline.errors import UserError
+from pipeline.journal import JOURNAL
 from pipeline.manifest import Damaged, Manifest, damage, directory_size, glance, read_manifest
 from pipeline.retention import evaluations
 from pipeline.space import amount
@@ -67,7 +68,7 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
         UserError: it is not a run directory, or has no checkpoint.
     """
     found = _find(run)
-    losses = evaluations(run / "metrics.jsonl")
+    losses = evaluations(run / JOURNAL)
     whole_bytes = sum(_promised(path) for path in found) if not fast else 0
     entries = []
     with bar("Verifying", whole_bytes, progress and not fast) as report:

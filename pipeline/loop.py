@@ -21,7 +21,7 @@ from pipeline.distributed import Ranks, wait_longer_than
 from pipeline.errors import RunError
 from pipeline.evaluate import baselines, evaluate, evaluation_row
 from pipeline.guard import Trouble, report
-from pipeline.journal import has_evaluation
+from pipeline.journal import JOURNAL, has_evaluation
 from pipeline.module import PretrainModule
 from pipeline.preemption import STOP_FILE, StopRequest
 from pipeline.recorder import Recorder
@@ -54,7 +54,7 @@ class Boundary(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(trainer.strategy, ZeroStrategy)
-        self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy.storage)
+        self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy)
         self.step = trainer.global_step
         self._open_books()
         wait_longer_than(self.config.trainer.hang_minutes)
@@ -198,7 +198,7 @@ class Boundary(pl.Callback):
         return self.data.has_validation and (last or (bool(every) and self.step % every == 0))
 
     def _has_evaluation(self) -> bool:
-        journal = self.config.directory / "metrics.jsonl"
+        journal = self.config.directory / JOURNAL
         return bool(self.ranks.broadcast(self.ranks.rank == 0 and has_evaluation(journal, self.step)))
 
     def _evaluate(self, trainer: pl.Trainer) -> bool:

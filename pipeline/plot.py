@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.evaluate import bits
-from pipeline.journal import read
+from pipeline.journal import JOURNAL, read
 
 
 def loss_curve(directory: Path) -> Path | None:
@@ -16,7 +16,7 @@ def loss_curve(directory: Path) -> Path | None:
     # The object interface: pyplot keeps global state and looks for a display.
     from matplotlib.figure import Figure
 
-    rows = list(read(directory / "metrics.jsonl"))
+    rows = list(read(directory / JOURNAL))
     train = [(row["step"], bits(row["loss"])) for row in rows if isinstance(row.get("loss"), float)]
     valid = [
         (row["step"], row["valid_bits_per_base"])

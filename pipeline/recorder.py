@@ -14,7 +14,7 @@ from pipeline.config import RunConfig, first_line
 from pipeline.evaluate import bits
 from pipeline.guard import SKIP, History, Trouble, step_loss
 from pipeline.hardware import peak_flops, peak_memory, precision_of
-from pipeline.journal import Journal, Row, read
+from pipeline.journal import JOURNAL, Journal, Row, read
 from pipeline.module import learning_rate
 from pipeline.plot import loss_curve
 from pipeline.progress import ProgressLine
@@ -41,7 +41,7 @@ class Recorder:
     def begin(self, step: int) -> None:
         """Open the books at `step`: later rows are dropped, training computes them again."""
         directory = self._config.directory
-        self._journal = Journal(directory / "metrics.jsonl", step)
+        self._journal = Journal(directory / JOURNAL, step)
         if self._journal.last_step < step:
             print(
                 f"megabase: {self._journal.path} ends at step {self._journal.last_step}, the checkpoint is of step"

@@ -8,7 +8,6 @@ it cannot push out a good one, and the next start sets it aside and names it.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.journal import read
 from pipeline.manifest import glance, list_checkpoints, step_of
 
 if TYPE_CHECKING:
@@ -45,22 +45,9 @@ def best(steps: Iterable[int], losses: Mapping[int, float], number: int) -> list
 
 def evaluations(journal: Path) -> dict[int, float]:
     """Validation loss by step, from a run's `metrics.jsonl`; without those that are not finite."""
-    losses: dict[int, float] = {}
-    if not journal.exists():
-        return losses
-    with journal.open() as file:
-        # A journal has a row for every step and few evaluations: the others need no parsing.
-        for line in file:
-            if '"valid_loss"' not in line:
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn by a crash
-                break
-            # The journal writes NaN and infinities as text.
-            if isinstance(row["valid_loss"], float):
-                losses[row["step"]] = row["valid_loss"]
-    return losses
+    rows = read(journal, having="valid_loss")
+    # The journal writes NaN and infinities as text.
+    return {row["step"]: row["valid_loss"] for row in rows if isinstance(row.get("valid_loss"), float)}
 
 
 def prune(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig) -> None:

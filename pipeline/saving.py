@@ -20,15 +20,16 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from pipeline import checkpoint
-from pipeline.checkpoint import JOURNAL, LATEST, TAG, DiskFull, manifest_of
+from pipeline.checkpoint import LATEST, TAG, DiskFull, manifest_of
 from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError
 from pipeline.guard import poison_in
 from pipeline.hardware import precision_of
+from pipeline.journal import JOURNAL
 from pipeline.retention import evaluations, prune
 from pipeline.space import lacking
-from pipeline.storage import Storage, Written
+from pipeline.storage import Written
 from pipeline.strategy import ZeroStrategy
 
 
@@ -57,12 +58,13 @@ class Pending:
 class Saver:
     """Writes a run's checkpoints. Every rank has one and calls the same methods at the same steps."""
 
-    def __init__(self, config: RunConfig, data: str, ranks: Ranks, storage: Storage) -> None:
+    def __init__(self, config: RunConfig, data: str, ranks: Ranks, strategy: ZeroStrategy) -> None:
         """data: identity of the shards, for the manifest."""
         self._config = config
         self._data = data
         self._ranks = ranks
-        self._storage = storage
+        self._strategy = strategy
+        self._storage = strategy.storage
         self._directory = config.directory / "checkpoints"
         self.pending: Pending | None = None
 
@@ -89,8 +91,7 @@ class Saver:
             self._prune()  # before room is looked for: `checkpoint.keep` may have been lowered to make some
             journal = (self._config.directory / JOURNAL).stat().st_size
             lacks = self._lacking(trainer)
-        assert isinstance(trainer.strategy, ZeroStrategy)
-        self._ranks.check(poison_in(trainer.strategy.deepspeed_engine))
+        self._ranks.check(poison_in(self._strategy.deepspeed_engine))
         # Also: nobody writes before rank 0 has cleaned up.
         if lacks := self._ranks.broadcast(lacks):
             self._left_out(step, lacks, must)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, as_dict, flatten
-from pipeline.journal import Row, Tail, publish_json
+from pipeline.journal import JOURNAL, Row, Tail, publish_json
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -50,7 +50,7 @@ class Mirror:
         self._run_id: str | None = None
         # For each metric, the last step that MLflow has.
         self._sent: dict[str, int] = {}
-        self._tails = [Tail(directory / name) for name in ("metrics.jsonl", "performance.jsonl")]
+        self._tails = [Tail(directory / name) for name in (JOURNAL, "performance.jsonl")]
         self._queue: list[tuple[str, float, int]] = []
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
 

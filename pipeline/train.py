@@ -30,7 +30,7 @@ from pipeline import config as configs
 from pipeline.config import RunConfig
 from pipeline.errors import RunError, UserError, rank_zero
 from pipeline.hardware import precision_of
-from pipeline.journal import has_evaluation, publish_json, restore
+from pipeline.journal import JOURNAL, has_evaluation, publish_json, restore
 from pipeline.preemption import EXIT_AGAIN, STOP_FILE, StopRequest
 from pipeline.tracking import Mirror
 
@@ -198,7 +198,7 @@ def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
     try:
         if resume_from:
             print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
-            if (resume_from / checkpoint.JOURNAL).exists():  # older checkpoints have no copy
+            if (resume_from / JOURNAL).exists():  # older checkpoints have no copy
                 _restore_journal(directory, resume_from)
         configs.save(config, directory / "config.yaml")
         environment.write(directory)
@@ -209,10 +209,10 @@ def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
 
 def _restore_journal(directory: Path, resume_from: Path) -> None:
     """On rank 0: the journal holds at least what it held when the checkpoint was written."""
-    wrong = restore(directory / checkpoint.JOURNAL, resume_from / checkpoint.JOURNAL)
+    wrong = restore(directory / JOURNAL, resume_from / JOURNAL)
     if wrong:
         print(
-            f"megabase: {directory / checkpoint.JOURNAL} {wrong} before the checkpoint's step: put back from the"
+            f"megabase: {directory / JOURNAL} {wrong} before the checkpoint's step: put back from the"
             " checkpoint",
             file=sys.stderr,
         )
@@ -270,7 +270,7 @@ def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.
         return False
     if not evaluates:
         return True
-    evaluated = ranks.rank == 0 and has_evaluation(config.directory / "metrics.jsonl", step)
+    evaluated = ranks.rank == 0 and has_evaluation(config.directory / JOURNAL, step)
     return bool(ranks.broadcast(evaluated))
 
 

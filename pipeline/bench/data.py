@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,19 +129,11 @@ def run(options: DataOptions) -> int:
         task = DataTask(Path(folder), bases)
         result = new_result(task, lengths, names, Budget(seconds, options.repeat))
 
-        def after(along: str) -> Callable[[Sequence[contest.Point]], None]:
-            def add(points: Sequence[contest.Point]) -> None:
-                result.add(along, points)
-                report.say(points, result)
-                files.write_json(result)
-
-            return add
-
         for along in (LENGTH, RESUME):
             taking_part = [CONTESTANTS[name] for name in names]
             entries = [each.entry for each in taking_part if along == LENGTH or each.resumes]
             lab = ReadingLab(replace(task, along=along))
-            contest.hold(entries, lengths, lab, Budget(seconds, options.repeat), after(along))
+            contest.hold(entries, lengths, lab, Budget(seconds, options.repeat), files.collect(result, along))
     report.data_tables(result)
     files.write_picture(result, draw.data)
     return result.exit_code()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,22 +214,15 @@ def run(options: ModelOptions) -> int:
     result = report.Result("model", settings, {entry.name: entry.label for entry in entries})
     result.parameters = count_parameters(task, names)
 
-    def after(along: str) -> Callable[[Sequence[contest.Point]], None]:
-        def add(points: Sequence[contest.Point]) -> None:
-            result.add(along, points)
-            report.say(points, result)
-            files.write_json(result)
-
-        return add
-
+    collect = partial(files.collect, result)
     lab = open_lab(task, task.device)
-    contest.hold(entries, lengths, lab, Budget(seconds, options.repeat), after("length"))
+    contest.hold(entries, lengths, lab, Budget(seconds, options.repeat), collect("length"))
     deep = replace(task, along="depth")
     result.states_bytes = {depth: states_bytes(deep.at(depth)) for depth in depths}
-    contest.hold(entries, depths, open_lab(deep, task.device), Budget(seconds, repeats=0), after("depth"))
+    contest.hold(entries, depths, open_lab(deep, task.device), Budget(seconds, repeats=0), collect("depth"))
     if options.longest:
         for entry in entries:
-            contest.climb(entry, lengths[-1], lab, Budget(seconds, repeats=0), after("longest"))
+            contest.climb(entry, lengths[-1], lab, Budget(seconds, repeats=0), collect("longest"))
     report.model_tables(result)
     files.write_picture(result, draw.model)
     return result.exit_code()

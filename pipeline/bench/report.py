@@ -152,6 +152,16 @@ class Files:
                 check_writable(option, path)
         return cls(json, picture)
 
+    def collect(self, result: Result, along: str) -> Callable[[Sequence[Point]], None]:
+        """What takes the points of a contest as they come: into `result`, on the screen, and into the JSON."""
+
+        def add(points: Sequence[Point]) -> None:
+            result.add(along, points)
+            say(points, result)
+            self.write_json(result)
+
+        return add
+
     def write_json(self, result: Result) -> None:
         """After every size: what is killed later leaves what it has."""
         if self.json is not None:
