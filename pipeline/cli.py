@@ -278,10 +278,13 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.preemption import StopRequest
 
     stop = StopRequest().listen()  # before the seconds of importing torch, in which a signal may come
-    from pipeline import config, train
+    from pipeline import config, distributed, train
 
     files, overrides = split_settings(options.settings)
-    return train.train(config.load(files, overrides), options.settings, stop)
+    code = train.train(config.load(files, overrides), options.settings, stop)
+    if distributed.launched():
+        distributed.leave(code)
+    return code
 
 
 def _submit(options: argparse.Namespace) -> int:

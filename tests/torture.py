@@ -1003,4 +1003,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # else tests/pipeline would be taken for the product
     sys.exit(main())
