@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Checks and measures megabase on a machine with one GPU and no network, in less than 8 minutes.
+# Checks and measures megabase on a machine with one GPU and no network, in 8 minutes.
 #
 #   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of what the machine lacks (benchmarks/gpu_wheels.sh); default .whl
 #
 # The machine has Python 3.12, torch for CUDA, triton, pytorch-lightning, transformers, pyarrow, matplotlib and rich.
-# Stages: the wheels; the kernels against the reference; the kernels' tests; training steps with ZeRO-2 and ZeRO-3
-# under NCCL; bench attention; bench model; the longest context that trains. Each has its own time limit, and none
-# stops the others. At the end a table; the exit code is 1 if a check failed or a stage did not end.
+# Stages: the wheels; the kernels against the reference; the kernels' tests; ZeRO 1 to 3 under NCCL in bf16 and fp16,
+# with a resume that must be exact; bench attention; bench model; the longest context that trains. Each has its own time
+# limit, and none stops the others. At the end a table; the exit code is 1 if a check failed or a stage did not end.
 #
 # Environment: OUT, where everything goes (default ./gpu-results; 8 files at most, flat). PYTHON (default python3).
 # SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, to be named in the JSON where there is no
@@ -61,40 +61,61 @@ tests() {
     fi
     # Side by side where pytest-xdist is there: compiling kernels takes the time, one core each.
     local parallel=()
-    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n auto)
     "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider --basetemp="$WORK/pytest" "${parallel[@]}" \
-        tests/models/test_kernels.py tests/models/test_triton.py 2>&1 | tail -15
+        tests/models/test_fused.py tests/models/test_kernels.py tests/models/test_triton.py 2>&1 | tail -15
     return "${PIPESTATUS[0]}"
 }
 
-# A few real steps of each stage on phage lambda, one rank; the journal must have all of them.
+# Real runs on phage lambda, one rank, side by side: each trains 8 steps, loses its last checkpoint, starts again from
+# step 4, and must have written the same journal, byte for byte.
 zero() {
-    local stage steps=4
+    local variant wait_for=() bad=0
     "$PYTHON" -m pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1
-    for stage in 2 3; do
-        "$PYTHON" -m pipeline.cli train run.root="$WORK" run.name="zero$stage" data.shards="$WORK/lambda" \
-            data.length=1024 data.global_batch=4 data.micro_batch=2 model.dim=128 model.heads=2 model.depth=4 \
-            trainer.devices=1 trainer.max_steps=$steps trainer.log_every_steps=1 trainer.eval_every_steps=0 \
-            optim.warmup_steps=1 zero.stage=$stage tracking.enabled=false || return 1
-        "$PYTHON" - "$WORK/zero$stage/metrics.jsonl" $steps <<'PYTHON' || return 1
-import json, math, sys
-rows = [json.loads(line) for line in open(sys.argv[1])]
-losses = [row["loss"] for row in rows if "loss" in row]
-print("ZeRO losses:", *(f"{loss:.4f}" for loss in losses))
-assert len(losses) == int(sys.argv[2]) and all(map(math.isfinite, losses)), "steps are missing, or are no numbers"
-PYTHON
+    for variant in 2-bf16-true 3-bf16-false 1-"$HALF"-true 3-"$HALF"-true; do
+        resumed "$variant" >"$WORK/zero-$variant.log" 2>&1 &
+        wait_for+=($!)
     done
+    for variant in "${wait_for[@]}"; do wait "$variant" || bad=1; done
+    tail -n 100 "$WORK"/zero-*.log
+    return $bad
 }
 
-export -f wheels tests zero
-export PYTHON SITE WHEELS WORK OUT
+# resumed STAGE-PRECISION-BACKGROUND
+resumed() {
+    local stage precision background run=$WORK/zero-$1 again
+    IFS=- read -r stage precision background <<<"$1"
+    for again in first second; do
+        MASTER_PORT=$((20000 + RANDOM % 20000)) "$PYTHON" -m pipeline.cli train run.root="$WORK" run.name="zero-$1" \
+            data.shards="$WORK/lambda" data.length=1024 data.global_batch=4 data.micro_batch=2 model.dim=128 \
+            model.heads=2 model.depth=4 model.dropout=0.1 model.attention_dropout=0.1 trainer.devices=1 \
+            trainer.max_steps=8 trainer.log_every_steps=1 trainer.eval_every_steps=0 optim.warmup_steps=1 \
+            zero.stage="$stage" trainer.precision="$precision" checkpoint.background="$background" \
+            checkpoint.every_steps=4 tracking.enabled=false || return 1
+        if [ $again = first ]; then
+            cp "$run/metrics.jsonl" "$run.jsonl"
+            rm -r "$run/checkpoints/step-8"
+        fi
+    done
+    cmp "$run/metrics.jsonl" "$run.jsonl" || return 1
+    "$PYTHON" - "$run/metrics.jsonl" <<'PYTHON'
+import json, math, sys
+losses = [row["loss"] for row in map(json.loads, open(sys.argv[1])) if "loss" in row]
+print("losses, the same after a resume:", *(f"{loss:.4f}" for loss in losses))
+assert len(losses) == 8 and all(map(math.isfinite, losses)), "steps are missing, or are no numbers"
+PYTHON
+}
+
+export -f wheels tests zero resumed
+HALF=$([ "$DEVICE" = cuda ] && echo 16 || echo 32)  # DeepSpeed has no fp16 on CPUs
+export PYTHON SITE WHEELS WORK OUT HALF
 
 if [ "$DEVICE" = cuda ]; then
-    CASES=40 ATTENTION="--lengths 4k,8k,16k,32k,64k,128k,256k,512k,1M --seconds 4 --repeat 9"
-    MODEL="--lengths 4k,16k,64k --depths 2,6,12,24,48 --chunk 128 --dtype bf16 --seconds 4 --repeat 7"
+    SLOW=1 CASES=40 ATTENTION="--lengths 4k,8k,16k,32k,64k,128k,256k,512k,1M --seconds 4 --repeat 9"
+    MODEL="--lengths 4k,16k,64k --depths 2,6,12,24,48 --dim 1024 --depth 12 --heads 16 --chunk 128 --dtype bf16 --seconds 3 --repeat 7"
     LONGEST="--lengths 64k --dim 512 --depth 12 --heads 8 --chunk 128 --dtype bf16 --seconds 25"
 else
-    CASES=1 ATTENTION="--lengths 256,512 --seconds 2 --repeat 2"
+    SLOW=4 CASES=1 ATTENTION="--lengths 256,512 --seconds 2 --repeat 2"
     MODEL="--lengths 256,512 --depths 2,4 --dim 64 --seconds 2 --repeat 2"
     LONGEST="--lengths 256 --dim 32 --depth 2 --seconds 0.5"
 fi
@@ -102,8 +123,8 @@ fi
 {
     stage wheels 30 bash -c wheels
     stage checks 100 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
-    stage tests 60 bash -c tests
-    stage zero 65 bash -c zero
+    stage tests 130 bash -c tests
+    stage zero $((90 * SLOW)) bash -c zero
     stage attention 100 "$PYTHON" -m pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
     stage model 80 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
     stage longest 45 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \

@@ -1,8 +1,8 @@
 """Chance as a function: every random number of a pass follows from (run, step, layer, purpose, sample).
 
-No generator has a history here. Numbers that belong to a layer (hash rotations) come from a seed mixed out of
-(run, step, purpose, layer); numbers that belong to a sample (dropout) from a counter hashed with a key mixed
-out of these and the sample's id. So they are the same on whatever rank, in whatever micro batch, before and
+No generator has a history here: a number is a counter hashed with a key. Keys of numbers that belong to a layer (hash
+rotations) are mixed out of (run, step, purpose, layer); of those that belong to a sample (dropout) out of these and the
+sample's id. So they are the same on whatever rank, in whatever micro batch, before and
 after a restart, in the forward pass and when the backward pass rebuilds it, on a CPU and on a GPU.
 
 The mixing functions are splitmix64's finaliser (Steele, Lea & Flood 2014) and a 32-bit one of the same make
@@ -12,10 +12,13 @@ The mixing functions are splitmix64's finaliser (Steele, Lea & Flood 2014) and a
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from models import fused
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -96,6 +99,25 @@ def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
     return bits
 
 
+def normals(key: int, n: int, device: torch.device | None = None) -> Tensor:
+    """n numbers of N(0, 1) in bf16, the same on every device: 2^16 quantiles, chosen by hashing. key: 64 bits."""
+    key = _signed(key & _MASK)
+    table = _quantiles(torch.device("cpu") if device is None else device)
+    if fused.fits(table):
+        return fused.normals(key, n, table)
+    counters = torch.arange(n, dtype=torch.int32, device=table.device)
+    bits = random_bits(torch.tensor(key, device=table.device), counters)
+    return table[(bits >> 16).bitwise_and_(0xFFFF)]
+
+
+@functools.cache
+def _quantiles(device: torch.device) -> Tensor:
+    """The 2^16 numbers that cut N(0, 1) into equal parts, each in the middle of its part: bf16, ascending."""
+    with torch.inference_mode(False):
+        middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+        return torch.special.ndtri(middles).to(torch.bfloat16).to(device)
+
+
 def keep(bits: Tensor, rate: float) -> Tensor:
     """Bool of the bits' shape: False with probability `rate`, in steps of 2^-32."""
     return bits >= round(rate * 2.0**32) - (1 << 31)
@@ -108,6 +130,8 @@ def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     """
     if rate == 0.0:
         return x
+    if fused.fits(x):
+        return fused.dropout(x, rate, keys)
     n = x[0].numel()
     counters = torch.arange(n, dtype=torch.int32, device=x.device)
     kept = keep(random_bits(keys[:, None], counters[None]), rate).view_as(x)

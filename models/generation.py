@@ -342,7 +342,7 @@ class BucketRings:
     def __init__(self, layer: LSHAttention, seeds: Seeds, nothing: Tensor) -> None:
         config, (batch, heads, _, d) = layer.config, nothing.shape
         rings = (batch * heads, config.lsh.rounds, config.buckets, config.lsh.chunk_length)
-        self.rotations = [[r.to(nothing.device) for r in factors] for factors in layer.rotations(seeds)]
+        self.rotations = layer.rotations(seeds, nothing.device)
         self.positions = torch.full(rings, -1, device=nothing.device)
         # Not zeroed: a system that gives memory on first use then gives it to rings that are used.
         self.keys = nothing.new_empty(*rings, d)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fused
 from models.device import has_half_products, pieces
 from models.precision import Precision
 
@@ -47,6 +48,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = self.weight.shape
+        if fused.fits(x) and shape[0] <= fused.WIDEST:
+            return fused.norm(x, self.weight, self.bias, self.eps)
         if x.dtype != torch.float64:
             x = x.float()
         weight = self.weight.to(x.dtype)
@@ -73,7 +76,8 @@ class ShortConvolution(nn.Module):
         """mask: (batch, length) bool, True where a token is real: the others count as zero."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        return _Convolve.apply(x, self.weight, self.before)
+        convolve = fused.convolve if fused.fits(x) else _Convolve.apply
+        return convolve(x, self.weight, self.before)
 
 
 class _Convolve(torch.autograd.Function):

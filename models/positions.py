@@ -6,9 +6,12 @@ attention. LSH attention compares content alone: what it knows of order comes fr
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
+from models import fused
 from models.config import ReformerConfig
 
 ROTARY_BASE = 10_000.0
@@ -64,10 +67,20 @@ def rotary(x: Tensor, start: int = 0) -> Tensor:
     start: the position of the first. Products of two turned vectors depend on the distance between them only.
     Norms stay.
     """
-    length, d = x.shape[-2:]
-    wide = torch.float64 if x.device.type != "mps" else torch.float32
-    waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=x.device, dtype=wide) / d)
-    angles = torch.outer(torch.arange(start, start + length, device=x.device, dtype=wide), waves)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = _turns(start, *x.shape[-2:], x.dtype, x.device)
+    if fused.fits(x) and x.dim() == 4:
+        return fused.turn(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(
+    start: int, length: int, d: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, d / 2) of every position's angles: the same for all layers."""
+    wide = torch.float64 if device.type != "mps" else torch.float32
+    with torch.inference_mode(False):
+        waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)
+        angles = torch.outer(torch.arange(start, start + length, device=device, dtype=wide), waves)
+        return angles.cos().to(dtype), angles.sin().to(dtype)

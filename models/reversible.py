@@ -33,6 +33,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from models import fused
 from models.chance import Seeds
 from models.device import pieces
 from models.precision import Precision
@@ -85,47 +86,75 @@ class Block(nn.Module):
 
 
 class FixedPoint:
-    """Streams as int32 in units of 1 / SCALE."""
+    """Streams as int32 in units of 1 / SCALE. On a GPU each of these is one pass over memory."""
 
     @staticmethod
-    def encode(x: Tensor) -> Tensor:
-        """Round to the nearest unit (ties to even); saturate at the ends of the range."""
+    def encode(x: Tensor, alarm: Tensor | None = None) -> Tensor:
+        """Round to the nearest unit (ties to even); saturate at the ends of the range. alarm: see `add`."""
+        if fused.fits(x):
+            return fused.add_to_stream(None, x, 1, SCALE, LIMIT, alarm)
         stream = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         flat, source = stream.view(-1), x.reshape(-1)
         for part in pieces(flat.shape[0], 1, x.device):
             # 2147483520 is the largest fp32 below 2^31.
             flat[part] = (source[part].float() * SCALE).round_().clamp_(-2147483648.0, 2147483520.0)
+        if alarm is not None:
+            FixedPoint.watch(x, stream, alarm)
         return stream
 
     @staticmethod
     def decode(stream: Tensor) -> Tensor:
         """fp32 value of a stream. Beyond ±256 its last bits are rounded: the same way every time."""
+        if stream.is_cuda:
+            return fused.decode(stream, 1.0 / SCALE)
         return stream.to(torch.float32).mul_(1.0 / SCALE)
 
     @staticmethod
-    def alarm(branch: Tensor, stream: Tensor) -> Tensor:
-        """0 (fp32) if both are finite and within ±LIMIT, else NaN. Adds no synchronisation with a device."""
-        low, high = torch.aminmax(branch)
+    def add(stream: Tensor, branch: Tensor, alarm: Tensor) -> Tensor:
+        """The stream plus a branch's output. alarm: a scalar fp32; becomes NaN if one of the two is not finite or
+        beyond ±LIMIT. Adds no synchronisation with a device."""
+        if fused.fits(branch):
+            return fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
+        result = FixedPoint.encode(branch).add_(stream)
+        FixedPoint.watch(branch, result, alarm)
+        return result
+
+    @staticmethod
+    def subtract(stream: Tensor, branch: Tensor) -> Tensor:
+        """What the stream was before `add`."""
+        if fused.fits(branch):
+            return fused.add_to_stream(stream, branch, -1, SCALE, LIMIT, None)
+        step = FixedPoint.encode(branch)
+        return torch.sub(stream, step, out=step)
+
+    @staticmethod
+    def watch(x: Tensor, stream: Tensor, alarm: Tensor) -> None:
+        """What `add` says of the alarm."""
+        low, high = torch.aminmax(x)
         bottom, top = torch.aminmax(stream)
         edge = round(LIMIT * SCALE)
         fine = (low > -LIMIT) & (high < LIMIT) & (bottom > -edge) & (top < edge)
-        return torch.where(fine, 0.0, torch.nan)
+        alarm += torch.where(fine, 0.0, torch.nan)
 
 
 class FloatingPoint:
     """Streams as fp32: what a reversible network usually does. Inversion is not exact; for comparison."""
 
     @staticmethod
-    def encode(x: Tensor) -> Tensor:
+    def encode(x: Tensor, alarm: Tensor | None = None) -> Tensor:
         return x.to(torch.float32, copy=True)
 
     @staticmethod
     def decode(stream: Tensor) -> Tensor:
         return stream.clone()
 
-    @staticmethod
-    def alarm(branch: Tensor, stream: Tensor) -> Tensor:
-        return torch.zeros((), device=branch.device)
+    @classmethod
+    def add(cls, stream: Tensor, branch: Tensor, alarm: Tensor) -> Tensor:
+        return cls.encode(branch).add_(stream)
+
+    @classmethod
+    def subtract(cls, stream: Tensor, branch: Tensor) -> Tensor:
+        return stream - cls.encode(branch)
 
 
 Arithmetic = type[FixedPoint] | type[FloatingPoint]
@@ -171,13 +200,10 @@ def _advance(
     arithmetic: Arithmetic, branches: Iterable[Callable[[Tensor], Tensor]], x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The streams behind `branches`, the one written last at the second place, and the alarm of all of them."""
-    one = two = arithmetic.encode(x)
-    alarm = arithmetic.alarm(x, one)
+    alarm = torch.zeros((), device=x.device)
+    one = two = arithmetic.encode(x, alarm)
     for branch in branches:
-        y = branch(arithmetic.decode(two))
-        one, two = two, arithmetic.encode(y).add_(one)
-        alarm += arithmetic.alarm(y, two)
-        del y
+        one, two = two, arithmetic.add(one, branch(arithmetic.decode(two)), alarm)
     return one, two, alarm
 
 
@@ -242,8 +268,7 @@ def _undo(
         own = None if context is None else context.view_as(context)
         with ctx.precision.restored():
             y = branch(x, replace(ctx.call, context=own, grad=grad))
-    step = arithmetic.encode(y.detach())
-    before = torch.sub(after, step, out=step)
+    before = arithmetic.subtract(after, y.detach())
     torch.autograd.backward(y, grad.to(y.dtype))
     assert x.grad is not None
     return before, x.grad.add_(grad_source)
@@ -253,8 +278,8 @@ def _ordinary(
     arithmetic: Arithmetic, branches: Iterable[Branch], x: Tensor, context: Tensor | None, call: Call
 ) -> Tensor:
     """The stack through ordinary autograd. Each stream is carried twice: encoded, and as the float autograd sees."""
-    one = two = arithmetic.encode(x.detach())
-    alarm = arithmetic.alarm(x.detach(), one)
+    alarm = torch.zeros((), device=x.device)
+    one = two = arithmetic.encode(x.detach(), alarm)
     x = _Rounded.apply(x, one, arithmetic)
     # Behind a view of its own, what a stream or a branch passes back adds up before it meets anything else's
     # gradient: the order of sums that the reversible pass has.
@@ -262,8 +287,7 @@ def _ordinary(
     for branch in branches:
         own = None if context is None else context.view_as(context)
         y = branch(x_two.view_as(x_two), replace(call, context=own))
-        one, two = two, arithmetic.encode(y.detach()).add_(one)
-        alarm += arithmetic.alarm(y.detach(), two)
+        one, two = two, arithmetic.add(one, y.detach(), alarm)
         x_one, x_two = x_two, _Added.apply(x_one, y, two, arithmetic)
     return torch.cat((x_one, x_two), dim=-1) + alarm
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
-from models.attention.kernels import Rule, Seating, dispatch, row_mask
+from models.attention.kernels import Rotations, Rule, Seating, dispatch, row_mask
 from models.attention.kernels.dispatch import rotate_and_hash, seat_by_hash
-from models.chance import Purpose, Seeds
+from models.chance import Purpose, Seeds, normals
 from models.config import (
     ATTENDS,
     DEFAULT_BUCKETS,
@@ -69,7 +69,8 @@ def lsh_attention(
     if buckets is None:
         n_buckets = DEFAULT_BUCKETS if n_buckets is None else n_buckets
         check_buckets(n_buckets, "n_buckets")
-        rotations = draw_rotations(qk.shape[1], qk.shape[3], rounds=rounds, n_buckets=n_buckets, seed=seed)
+        shape = qk.shape[1], qk.shape[3]
+        rotations = draw_rotations(*shape, rounds=rounds, n_buckets=n_buckets, seed=seed, device=qk.device)
         seating = seat_by_hash(qk, rotations, mask)
     else:
         seating = dispatch.seat(buckets.flatten(0, 1), None, row_mask(mask, qk.shape[1]))
@@ -84,16 +85,17 @@ def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor
     Above 128 buckets the hash is made of two such factors, and R of two smaller parts. Computed in fp32.
     """
     heads, d = x.shape[1], x.shape[-1]
-    return rotate_and_hash(x, draw_rotations(heads, d, rounds=rounds, n_buckets=n_buckets, seed=seed))
+    rotations = draw_rotations(heads, d, rounds=rounds, n_buckets=n_buckets, seed=seed, device=x.device)
+    return rotate_and_hash(x, rotations)
 
 
-def draw_rotations(heads: int, d: int, *, rounds: int, n_buckets: int, seed: int) -> list[list[Tensor]]:
-    """R of every round and factor, (heads, d, factor / 2) fp32 on the CPU: a function of the arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    factors = bucket_factors(n_buckets)
-    return [
-        [torch.randn(heads, d, factor // 2, generator=generator) for factor in factors] for _ in range(rounds)
-    ]
+def draw_rotations(
+    heads: int, d: int, *, rounds: int, n_buckets: int, seed: int, device: torch.device | None = None
+) -> Rotations:
+    """N(0, 1) in bf16: a function of the arguments, the same on every device."""
+    halves = tuple(factor // 2 for factor in bucket_factors(n_buckets))
+    shape = rounds, heads, d, sum(halves)
+    return Rotations(normals(seed, math.prod(shape), device).view(shape), halves)
 
 
 def bucket_factors(n_buckets: int) -> list[int]:
@@ -131,12 +133,16 @@ class LSHAttention(nn.Module):
         heads = self.config.heads
         return split_heads(self.query_key(near), heads), split_heads(self.value(x), heads)
 
-    def rotations(self, seeds: Seeds) -> list[list[Tensor]]:
+    def rotations(self, seeds: Seeds, device: torch.device) -> Rotations:
         """The rotations that hash the query-keys of this layer."""
         config = self.config
-        seed = seeds.number(Purpose.HASH, self.layer)
         return draw_rotations(
-            config.heads, config.width, rounds=config.lsh.rounds, n_buckets=config.buckets, seed=seed
+            config.heads,
+            config.width,
+            rounds=config.lsh.rounds,
+            n_buckets=config.buckets,
+            seed=seeds.number(Purpose.HASH, self.layer),
+            device=device,
         )
 
     def attend(self, qk: Tensor, v: Tensor, seating: Seating, call: Call) -> Tensor:
@@ -145,7 +151,7 @@ class LSHAttention(nn.Module):
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
         qk, v = self.project(x, near)
-        seating = seat_by_hash(qk, self.rotations(call.seeds), call.mask)
+        seating = seat_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
         return self.output(merge_heads(self.attend(qk, v, seating, call)))
 
 

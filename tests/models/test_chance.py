@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import Seeds
-from models.chance import Purpose, dropout, keep, random_bits
+from models.chance import Purpose, dropout, keep, normals, random_bits
 
 CPU = torch.device("cpu")
 
@@ -71,3 +71,16 @@ def test_bits_are_uniform():
 def test_ids_must_match_the_batch():
     with pytest.raises(ValueError, match="one id each"):
         Seeds(samples=torch.arange(3)).keys(Purpose.HASH, 0, 4, CPU)
+
+
+def test_normals_are_normal_and_stay_what_they_are():
+    """Hash rotations: a function of the key, so they must never change; their first moments, and no correlation."""
+    x = normals(123, 1 << 18).double()
+    assert x.mean().abs() < 0.01
+    assert (x.var() - 1.0).abs() < 0.01
+    assert (x.pow(4).mean() - 3.0).abs() < 0.1
+    assert (x[1:] * x[:-1]).mean().abs() < 0.01
+    assert (x * normals(124, 1 << 18).double()).mean().abs() < 0.01
+    assert torch.equal(normals(123, 50), normals(123, 1 << 18)[:50])
+    assert torch.equal(normals(-1, 5), normals((1 << 64) - 1, 5))
+    assert normals(7, 4).tolist() == [0.2021484375, 1.375, -0.64453125, 0.5859375]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating, reference
+from models.attention.kernels import PairDropout, Rotations, Rule, Seating, reference
 from models.attention.kernels import triton as kernels
 from models.attention.kernels.dispatch import unit_keys
 from models.attention.lsh import draw_rotations, rotate_and_hash
@@ -215,14 +215,14 @@ class TestHashing:
     __test__ = HERE
 
     @staticmethod
-    def draw(n_buckets: int, d: int, dtype: torch.dtype) -> tuple[Tensor, list[list[Tensor]]]:
+    def draw(n_buckets: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Rotations]:
         """x (2, 3, 90, d) and rotations for which no choice of a bucket is a matter of rounding; some rows are 0."""
         rotations = draw_rotations(3, d, rounds=3, n_buckets=n_buckets, seed=n_buckets)
         generator = torch.Generator().manual_seed(d)
         while True:
             x = torch.randn(2, 3, 90, d, generator=generator).to(dtype)
             margin = 1.0
-            for rotation in (r.double() for factors in rotations for r in factors):
+            for rotation in (r.double() for number in range(3) for r in rotations.factors(number)):
                 rotated = x.double() @ rotation
                 best = torch.cat([rotated, -rotated], dim=-1).topk(2).values
                 margin = min(margin, (best[..., 0] - best[..., 1]).min().item())

@@ -114,6 +114,26 @@ def row_mask(mask: Tensor | None, heads: int) -> Tensor | None:
     return None if mask is None else mask.repeat_interleave(heads, dim=0)
 
 
-def count_buckets(rotations: list[list[Tensor]]) -> int:
-    """Buckets of a round whose factors have these rotations (heads, d, factor / 2)."""
-    return math.prod(2 * rotation.shape[-1] for rotation in rotations[0])
+@dataclass(frozen=True)
+class Rotations:
+    """R of every round, head and factor of the hash h(x) = argmax([xR, −xR]).
+
+    table: (rounds, heads, d, columns), any float dtype, the factors side by side; halves: columns of each, half as many
+    as the sectors that it tells apart.
+    """
+
+    table: Tensor
+    halves: tuple[int, ...]
+
+    @property
+    def rounds(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def n_buckets(self) -> int:
+        """Of a round."""
+        return math.prod(2 * half for half in self.halves)
+
+    def factors(self, number: int) -> tuple[Tensor, ...]:
+        """R (heads, d, half) of each factor of a round, fp32."""
+        return self.table[number].float().split(self.halves, dim=-1)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from models.attention.kernels import (
     PairDropout,
+    Rotations,
     Rule,
     Seating,
     chunked,
-    count_buckets,
     native,
     reference,
     row_mask,
@@ -91,7 +91,7 @@ def meet(
     return out.unflatten(0, v.shape[:2])
 
 
-def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     """models.attention.lsh.hash_buckets once the rotations are drawn: x (batch, heads, length, d) to int32 (batch,
     heads, rounds, length)."""
     x = x.detach() if x.dtype in native.DTYPES else x.detach().float()
@@ -102,12 +102,12 @@ def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
     return reference.rotate_and_hash(x, rotations)
 
 
-def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None) -> Seating:
+def seat_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None) -> Seating:
     """Seats of x (batch, heads, length, d) for rotations as drawn; mask: (batch, length) bool, True where real."""
     if x.is_cuda and triton.available():
         return triton.seat_by_hash(x, rotations, mask)
     buckets = rotate_and_hash(x, rotations)
-    return seat(buckets.flatten(0, 1), count_buckets(rotations), row_mask(mask, x.shape[1]))
+    return seat(buckets.flatten(0, 1), rotations.n_buckets, row_mask(mask, x.shape[1]))
 
 
 def seat(buckets: Tensor, n_buckets: int | None, mask: Tensor | None) -> Seating:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating
+from models.attention.kernels import PairDropout, Rotations, Rule, Seating
 from models.device import processor_lines
 
 SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
@@ -64,15 +64,16 @@ def meet(
     return _Meet.apply(q, k, v, seating, rule, dropout, scale)
 
 
-def hash_buckets(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+def hash_buckets(x: Tensor, rotations: Rotations) -> Tensor:
     """dispatch.rotate_and_hash. A position's buckets do not depend on what else is hashed with it."""
     x = _dense(x.detach())
     batch, heads, length = x.shape[:3]
-    halves = [rotation.shape[-1] for rotation in rotations[0]]
+    halves = rotations.halves
     # (rounds, factors, heads, half, d), end to end: factors differ in size.
-    flat = torch.cat([rotation.float().mT.flatten() for factors in rotations for rotation in factors])
+    each = (factor for number in range(rotations.rounds) for factor in rotations.factors(number))
+    flat = torch.cat([factor.mT.flatten() for factor in each])
     sizes = torch.tensor(halves, dtype=torch.int32)
-    buckets = torch.empty(batch, heads, len(rotations), length, dtype=torch.int32)
+    buckets = torch.empty(batch, heads, rotations.rounds, length, dtype=torch.int32)
     hashing = _Hashing(
         x=_Tensor.of(x),
         rotations=flat.data_ptr(),
@@ -81,7 +82,7 @@ def hash_buckets(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
         factors=len(halves),
         batch=batch,
         heads=heads,
-        rounds=len(rotations),
+        rounds=rotations.rounds,
         length=length,
         threads=torch.get_num_threads(),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating
+from models.attention.kernels import PairDropout, Rotations, Rule, Seating
 
 
 def meet(
@@ -101,14 +101,14 @@ def _seated(seating: Seating) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     """See models.attention.kernels.dispatch. Computes in fp32."""
-    buckets = torch.empty(*x.shape[:2], len(rotations), x.shape[2], dtype=torch.int32, device=x.device)
+    buckets = torch.empty(*x.shape[:2], rotations.rounds, x.shape[2], dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
-        for number, factors in enumerate(rotations):
+        for number in range(rotations.rounds):
             bucket, weight = torch.zeros((), dtype=torch.int64, device=x.device), 1
-            for rotation in factors:
+            for rotation in rotations.factors(number):
                 half = rotation.shape[-1]
                 rotated = x @ rotation.to(x.device)
                 most, place = rotated.max(dim=-1)

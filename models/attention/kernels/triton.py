@@ -14,8 +14,8 @@ What is special:
   `once` makes tables, of every position's seat and interval: whether a pair has met before is one comparison for each
   round before.
 - Operands bf16, fp16 or fp32 (fp32 as three products of tf32), softmax and sums fp32. Tables of any integer dtype.
-- Hashing is one kernel: projection and argmax of all rounds from one reading of x. Buckets are sorted in the
-  smallest integer type that holds them, stably: a radix sort passes once over keys of 8 bits.
+- Hashing is one kernel: projection and argmax of all rounds from one reading of x, as exact as in fp32. Buckets are
+  sorted in the smallest integer type that holds them, stably: a radix sort passes once over keys of 8 bits.
 
 docs/kernels.md has the reasons and the figures. Without a GPU the kernels run in Triton's interpreter
 (TRITON_INTERPRET=1 before triton is imported): right, and slow.
@@ -26,36 +26,23 @@ docs/kernels.md has the reasons and the figures. Without a GPU the kernels run i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating, count_buckets, row_mask
+from models.attention.kernels import PairDropout, Rotations, Rule, Seating, row_mask
 from models.config import ConfigError
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for CPUs comes without it
-    triton = tl = None
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What q, k and v may be made of."""
+from models.gpu import DTYPES, FUSED, INTERPRETED, available, jit, padded, random_bits, tl, triton
 
 WIDEST = 128
 """Largest width of q, k and v: beyond it the tiles of the backward pass do not fit into registers."""
 
 
-def available() -> bool:
-    """Whether the kernels can run here: compiled on a CUDA device, or interpreted."""
-    return triton is not None and (_INTERPRETED or torch.cuda.is_available())
-
-
 def takes(q: Tensor, v: Tensor) -> bool:
     """Whether `meet` computes with such tensors: their device, dtypes and widths."""
-    here = q.is_cuda or _INTERPRETED
+    here = q.is_cuda or INTERPRETED
     return available() and here and all(x.dtype in DTYPES and x.shape[-1] <= WIDEST for x in (q, v))
 
 
@@ -78,21 +65,21 @@ def meet(
     return _Meet.apply(_rows_apart(q), k, _rows_apart(v), seating, rule, dropout)
 
 
-def rotate_and_hash(x: Tensor, rotations: list[list[Tensor]]) -> Tensor:
+def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     """Buckets of x (batch, heads, length, d): (batch, heads, rounds, length) int32, as models.attention.lsh's.
 
-    rotations: for every round and factor (heads, d, factor / 2) fp32, on any device.
+    rotations: on any device.
     """
     return _hash(x, rotations, None, torch.int32)
 
 
-def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None = None) -> Seating:
+def seat_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None = None) -> Seating:
     """Hash x (batch, heads, length, d) and sort: the seats of rows = batch × heads, tables of int32.
 
     rotations: see rotate_and_hash. mask: (batch, length) bool, True where a position is real; the others sit at
     the end, in the order of their positions, in a bucket of their own.
     """
-    n_buckets = count_buckets(rotations)
+    n_buckets = rotations.n_buckets
     small = next(t for t in (torch.uint8, torch.int16, torch.int32) if n_buckets <= torch.iinfo(t).max)
     seated, order = torch.sort(_hash(x, rotations, mask, small).flatten(0, 1), dim=-1, stable=True)
     real = Seating.count(row_mask(mask, x.shape[1]), order)
@@ -100,8 +87,8 @@ def seat_by_hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None =
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut. Seats that a program owns, and seats that it meets at a time; warps of a program; depth of
-    the software pipeline; registers of a thread at the most (None: as the compiler likes)."""
+    """How a kernel is cut. own: seats of a program; other: seats that it meets at a time; warps: of a program; stages:
+    of the software pipeline; registers: of a thread at the most (None: as the compiler likes)."""
 
     own: int
     other: int
@@ -120,7 +107,7 @@ BACKWARD = {
     16: Tiles(64, 32, 4, 1, 168),
     32: Tiles(64, 32, 4, 1, 168),
     64: Tiles(64, 32, 4, 1, 168),
-    128: Tiles(64, 32, 4, 3),
+    128: Tiles(32, 32, 2, 2),
 }
 """By the width of q, k and v, padded; operands of 16 bits.
 
@@ -133,11 +120,7 @@ the limits on registers make room for them. Where only 2 fit, the pipeline is wo
 SINGLE = {16: Tiles(32, 32, 4, 1), 32: Tiles(32, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1)}
 """Operands of fp32, forward and backward."""
 
-HASH = Tiles(64, 0, 4, 1)
-
-FUSED = {"enable_fp_fusion": True}
-"""a · b + c in one step: Triton up to 3.9 does so unasked."""
-
+HASH = Tiles(128, 0, 4, 1)
 
 PART = 1 << 28
 """Elements that one tensor of those a round leaves to the next holds at once (1 GiB); further rows wait."""
@@ -162,7 +145,7 @@ class _Meet(torch.autograd.Function):
             if unit:
                 _unit_scales[(lse.shape[0] * triton.cdiv(lse.shape[1], 64),)](
                     *(q, scales, lse.shape[1], *_strides(q)),
-                    **{"D": q.shape[-1], "PAD": _padded(q.shape[-1]), "BLOCK": 64, **FUSED},
+                    **{"D": q.shape[-1], "PAD": padded(q.shape[-1]), "BLOCK": 64, **FUSED},
                 )
             for part in _parts(q, v):
                 launch = _Launch(q, v, seating, rule, dropout, part, unit)
@@ -185,7 +168,7 @@ class _Meet(torch.autograd.Function):
         with torch.cuda.device_of(q):
             _delta[(lse.shape[0] * triton.cdiv(lse.shape[1], 64),)](
                 *(grad, out, delta, lse.shape[1], *_strides(grad), *_strides(out)),
-                **{"D_V": v.shape[-1], "PAD_V": _padded(v.shape[-1]), "BLOCK": 64, **FUSED},
+                **{"D_V": v.shape[-1], "PAD_V": padded(v.shape[-1]), "BLOCK": 64, **FUSED},
             )
             for part in _parts(q, v):
                 launch = _Launch(q, v, seating, rule, dropout, part, unit)
@@ -232,7 +215,7 @@ class _Launch:
             )
 
     def tiles(self, table: dict[int, Tiles]) -> Tiles:
-        tiles = (SINGLE if self.single else table)[max(_padded(self.d), _padded(self.d_v))]
+        tiles = (SINGLE if self.single else table)[max(padded(self.d), padded(self.d_v))]
         plain = self.rule.attend == "window" and not self.rule.once and not self.dropout
         if table is BACKWARD and not plain:
             # What the other rules keep at hand besides would spill.
@@ -282,9 +265,9 @@ class _Launch:
             "DROPOUT": self.dropout,
             "UNIT": self.unit,
             "D": self.d,
-            "PAD": _padded(self.d),
+            "PAD": padded(self.d),
             "D_V": self.d_v,
-            "PAD_V": _padded(self.d_v),
+            "PAD_V": padded(self.d_v),
             "OWN": tiles.own,
             "OTHER": tiles.other,
             "num_warps": tiles.warps,
@@ -294,33 +277,27 @@ class _Launch:
         }
 
 
-def _hash(x: Tensor, rotations: list[list[Tensor]], mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _hash(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Buckets (batch, heads, rounds, length) of a dtype; n_buckets where the mask (batch, length) is False."""
     if not available():
         raise ConfigError("hashing in Triton needs a CUDA device: take models.attention.lsh.rotate_and_hash")
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, d = x.shape
-    halves = [factor.shape[-1] for factor in rotations[0]]
-    first, second = halves if len(halves) == 2 else (*halves, 0)
-    # One table (rounds, heads, d, first + second).
-    table = torch.stack([torch.cat(factors, dim=-1) for factors in rotations]).to(x.device, torch.float32)
-    buckets = torch.empty(batch, heads, len(rotations), length, dtype=dtype, device=x.device)
+    first, second = rotations.halves if len(rotations.halves) == 2 else (*rotations.halves, 0)
+    table = rotations.table.to(x.device).contiguous()
+    buckets = torch.empty(batch, heads, rotations.rounds, length, dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
         _hash_kernel[(batch * heads * triton.cdiv(length, HASH.own),)](
             *(x, table, buckets if mask is None else mask.contiguous().view(torch.uint8), buckets),
-            *(*x.stride()[:3], heads, length, len(rotations)),
-            **{"D": d, "PAD": _padded(d), "FIRST": first, "FIRST_PAD": _padded(first)},
-            **{"SECOND": second, "SECOND_PAD": _padded(second), "MASKED": mask is not None, "OWN": HASH.own},
+            *(*x.stride()[:3], heads, length, rotations.rounds),
+            **{"D": d, "PAD": padded(d), "FIRST": first, "FIRST_PAD": padded(first)},
+            **{"SECOND": second, "SECOND_PAD": padded(second), "MASKED": mask is not None},
+            OWN=HASH.own,
             num_warps=HASH.warps,
             num_stages=HASH.stages,
             **FUSED,
         )
     return buckets
-
-
-def _padded(width: int) -> int:
-    """A power of two that products of matrices can have as a side."""
-    return max(16, triton.next_power_of_2(width))
 
 
 def _rows_apart(x: Tensor) -> Tensor:
@@ -341,10 +318,6 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
-def _jit(**options: Any) -> Callable[[Any], Any]:
-    return triton.jit(**options) if triton is not None else lambda function: function
-
-
 _NUMBERS = (
     *("least", "order_row", "order_round", "buckets_row", "buckets_round"),
     *("length", "reach", "number", "rounds", "steps"),
@@ -357,27 +330,11 @@ _NUMBERS = (
 # bucket (rule `window`) or its chunk; NOBODY's is none, and the two are no neighbours either.
 
 
-@_jit()
-def _random_bits(counter, low, high):
-    """models.chance.random_bits, the key in two halves; all uint32."""
-    bits = counter + low
-    bits ^= bits >> 16
-    bits *= 0x7FEB352D
-    bits += high
-    bits ^= bits >> 15
-    bits *= 0x846CA68B
-    bits ^= bits >> 16
-    return bits
-
-
-_INTERPRETED = triton is not None and not isinstance(_random_bits, triton.JITFunction)
-"""Whether triton was imported with TRITON_INTERPRET=1."""
-
-_WIDEN = triton and tl.constexpr(_INTERPRETED)
+_WIDEN = triton and tl.constexpr(INTERPRETED)
 """The interpreter multiplies matrices of bf16 as if they were integers; in fp32 their products are the same."""
 
 
-@_jit()
+@jit()
 def _product(a, b, acc=None):
     """a @ b + acc in fp32; operands of fp32 in three products of tf32, which keep 22 bits of each."""
     if _WIDEN:
@@ -385,16 +342,16 @@ def _product(a, b, acc=None):
     return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
-@_jit()
+@jit()
 def _dropped(q_pos, k_pos, key, least, kept):
     """PairDropout.scale: `kept` or 0 for pairs of positions, of shapes that broadcast."""
     low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    bits = _random_bits(q_pos.to(tl.uint32), low, high)
-    bits = _random_bits(bits ^ k_pos.to(tl.uint32), low, high)
+    bits = random_bits(q_pos.to(tl.uint32), low, high)
+    bits = random_bits(bits ^ k_pos.to(tl.uint32), low, high)
     return tl.where(bits.to(tl.int32, bitcast=True) >= least, kept, 0.0)
 
 
-@_jit()
+@jit()
 def _load_rows(x, row, stride, there, WIDTH: tl.constexpr, PAD: tl.constexpr):
     """Rows of x by number: (rows, PAD), 0 where they are not there and beyond WIDTH."""
     column = tl.arange(0, PAD)
@@ -404,7 +361,7 @@ def _load_rows(x, row, stride, there, WIDTH: tl.constexpr, PAD: tl.constexpr):
     return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
-@_jit()
+@jit()
 def _store_rows(x, row, stride, there, y, WIDTH: tl.constexpr, PAD: tl.constexpr):
     """The inverse of _load_rows: y where it is there."""
     column = tl.arange(0, PAD)
@@ -414,25 +371,25 @@ def _store_rows(x, row, stride, there, y, WIDTH: tl.constexpr, PAD: tl.constexpr
     tl.store(x + row.to(tl.int64)[:, None] * stride + column[None, :], y.to(x.dtype.element_ty), mask=mask)
 
 
-@_jit()
+@jit()
 def _load_numbers(table, index, there):
     """Entries of a table of integers as int32; 0 where they are not there."""
     return tl.load(table + index, mask=there, other=0).to(tl.int32)
 
 
-@_jit()
+@jit()
 def _again(table, index, there):
     """_load_numbers anew: what was made of the numbers before, such as addresses, need not stay in registers."""
     return tl.load(table + index, mask=there, other=0, volatile=True).to(tl.int32)
 
 
-@_jit()
+@jit()
 def _label(buckets, seat, there, reach, nobody, WINDOW: tl.constexpr):
     label = _load_numbers(buckets, seat, there) if WINDOW else seat // reach
     return tl.where(there, label, nobody)
 
 
-@_jit()
+@jit()
 def _neighbours(buckets, bucket, seat, reach, count, BEHIND: tl.constexpr, STEP: tl.constexpr):
     """How many of the `reach` seats before `seat` (BEHIND: from it on) belong to `bucket`: one number."""
     found = tl.zeros((STEP,), dtype=tl.int32)
@@ -444,7 +401,7 @@ def _neighbours(buckets, bucket, seat, reach, count, BEHIND: tl.constexpr, STEP:
     return tl.sum(found, axis=0)
 
 
-@_jit()
+@jit()
 def _span(
     buckets,
     start,
@@ -477,7 +434,7 @@ def _span(
     return first, tl.where(start < stop, last, first)
 
 
-@_jit()
+@jit()
 def _meets(
     q_seat,
     q_label,
@@ -509,7 +466,7 @@ def _meets(
     return met
 
 
-@_jit()
+@jit()
 def _met_before(
     q_pos,
     k_pos,
@@ -545,7 +502,7 @@ def _met_before(
     return met
 
 
-@_jit()
+@jit()
 def _met(
     q_seat,
     q_label,
@@ -576,7 +533,7 @@ def _met(
     return met
 
 
-@_jit()
+@jit()
 def _begin(
     wide,
     pos,
@@ -594,7 +551,7 @@ def _begin(
     return _load_rows(wide + row * length * WIDTH, pos, WIDTH, there, WIDTH, PAD)
 
 
-@_jit()
+@jit()
 def _finish(
     wide,
     x,
@@ -616,14 +573,14 @@ def _finish(
         _store_rows(wide + row * length * WIDTH, pos, WIDTH, inside, y, WIDTH, PAD)
 
 
-@_jit()
+@jit()
 def _last_chunk(start, reach, count):
     """The seats [first, last) of the last chunk, for the programs that own seats of the first chunk."""
     first = tl.maximum(count - 1, 0) // reach * reach
     return first, tl.where(start < reach, count, first)
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _forward(
     q,
     k,
@@ -746,7 +703,7 @@ def _forward(
     tl.store(lse + row * length + q_pos, tl.where(lonely, -1e30, peak + tl.log2(total)), mask=inside)
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _backward(
     q,
     k,
@@ -938,7 +895,7 @@ def _backward(
     _finish(wide_q, grad_q, q_row, q_step, own_pos, inside, length, row, acc, LAST, D, PAD)
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _history(
     order,
     buckets,
@@ -985,7 +942,7 @@ def _history(
         tl.store(high + pos, least + 1, mask=there)
 
 
-@_jit()
+@jit()
 def _unit_scales(q, scales, length, q_row, q_step, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr):
     """What makes unit keys of BLOCK queries: 1 / √(Σ q² + 1e-6 · D), as models.attention.kernels.dispatch.unit_keys."""
     blocks = tl.cdiv(length, BLOCK)
@@ -996,7 +953,7 @@ def _unit_scales(q, scales, length, q_row, q_step, D: tl.constexpr, PAD: tl.cons
     tl.store(scales + row * length + pos, tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6 * D), mask=there)
 
 
-@_jit()
+@jit()
 def _delta(
     grad,
     out,
@@ -1020,22 +977,25 @@ def _delta(
     tl.store(delta + row * length + pos, tl.sum(x * y, axis=1), mask=there)
 
 
-@_jit()
+@jit()
 def _sector(x, table, width, D: tl.constexpr, PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """argmax([xR, −xR]) for x (OWN, PAD) fp32 and R (D, HALF), whose rows lie `width` apart; the first on ties."""
+    """argmax([xR, −xR]) for x (OWN, PAD) and R (D, HALF), whose rows lie `width` apart; the first on ties."""
     line, column = tl.arange(0, PAD), tl.arange(0, HALF_PAD)
     exists = column < HALF
     rotation = tl.load(
         table + line[:, None] * width + column[None, :], mask=(line < D)[:, None] & exists[None, :], other=0.0
     )
-    rotated = tl.dot(x, rotation, input_precision="tf32x3")
+    # Drawn rotations are of bf16: with x of 16 bits, every single product is exact.
+    if x.dtype != rotation.dtype:
+        x, rotation = x.to(tl.float32), rotation.to(tl.float32)
+    rotated = _product(x, rotation)
     most, place = tl.max(tl.where(exists[None, :], rotated, float("-inf")), axis=1, return_indices=True)
     least, opposite = tl.min(tl.where(exists[None, :], rotated, float("inf")), axis=1, return_indices=True)
     # What is not a number may win anywhere: no bucket beyond the last.
     return tl.minimum(tl.where(most >= -least, place, opposite + HALF), 2 * HALF - 1)
 
 
-@_jit(do_not_specialize=["length", "heads", "rounds"])
+@jit(do_not_specialize=["length", "heads", "rounds"])
 def _hash_kernel(
     x,
     table,
@@ -1062,7 +1022,7 @@ def _hash_kernel(
     pos = tl.program_id(0) % blocks * OWN + tl.arange(0, OWN)
     there = pos < length
     batch, head = row // heads, row % heads
-    rows = _load_rows(x + batch * x_batch + head * x_head, pos, x_step, there, D, PAD).to(tl.float32)
+    rows = _load_rows(x + batch * x_batch + head * x_head, pos, x_step, there, D, PAD)
     for number in range(rounds):
         drawn = table + (number * heads + head) * D * (FIRST + SECOND)
         bucket = _sector(rows, drawn, FIRST + SECOND, D, PAD, FIRST, FIRST_PAD)

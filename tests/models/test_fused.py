@@ -1,0 +1,238 @@
+"""The elementwise Triton kernels against plain torch: compiled where there is a GPU, else interpreted (as in
+test_triton.py, in a process of its own)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import fused
+from models.chance import _quantiles, dropout, normals
+from models.layers import _Convolve
+from models.positions import rotary
+from models.reversible import LIMIT, SCALE, FixedPoint
+
+pytest.importorskip("triton")
+
+GPU = torch.cuda.is_available()
+HERE = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if GPU else "cpu")
+ROOT = Path(__file__).parents[2]
+HALVES = (torch.bfloat16, torch.float16)
+# One rounding of the result, and of the sums of many.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+
+interpreted_only_elsewhere = pytest.mark.skipif(not HERE, reason="runs in test_interpreted's process")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(HERE, reason="the kernels run in this process")
+def test_interpreted(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            __file__,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--basetemp={tmp_path}/inner",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within the rounding of dtype, measured by norms."""
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).norm()
+    assert error <= TOLERANCE[dtype] * expected.double().norm().clamp_min(1.0), error
+
+
+def gradients(function: Any, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output and gradients of all tensors."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@interpreted_only_elsewhere
+class TestStreams:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n", [1, 100, 5000])
+    def test_are_those_of_plain_torch(self, n, dtype):
+        branch = draw(n, seed=n, dtype=dtype) * 100
+        stream = torch.randint(-(2**30), 2**30, (n,), dtype=torch.int32, device=DEVICE)
+        encoded = FixedPoint.encode(branch.cpu()).to(DEVICE)
+        alarm = torch.zeros((), device=DEVICE)
+        assert torch.equal(fused.add_to_stream(None, branch, 1, SCALE, LIMIT, alarm), encoded)
+        after = fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
+        assert torch.equal(after, stream + encoded)
+        assert torch.equal(fused.add_to_stream(after, branch, -1, SCALE, LIMIT, None), stream)
+        assert torch.equal(fused.decode(stream, 1 / SCALE), stream.float() / SCALE)
+        # A stream of 2^30 units is at the limit.
+        assert alarm.isnan() == (after.abs() >= LIMIT * SCALE).any()
+
+    def test_round_half_to_even_and_saturate(self):
+        units = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49, -0.51, 8388607.5, 8388609.0, 1e30, -1e30, 2.0**31]
+        x = torch.tensor(units, device=DEVICE, dtype=torch.float64).float() / SCALE
+        expected = FixedPoint.encode(x.cpu()).to(DEVICE)
+        assert torch.equal(fused.add_to_stream(None, x, 1, SCALE, LIMIT, None), expected)
+
+    def test_wrap_and_come_back(self):
+        stream = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32, device=DEVICE)
+        branch = torch.tensor([3.0, -3.0], device=DEVICE)
+        after = fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, None)
+        assert torch.equal(fused.add_to_stream(after, branch, -1, SCALE, LIMIT, None), stream)
+
+    @pytest.mark.parametrize(
+        ("value", "there"),
+        [(0.0, 0), (LIMIT, 0), (-LIMIT, 0), (float("nan"), 0), (float("inf"), 0), (0.0, 2**30)],
+    )
+    def test_alarm(self, value, there):
+        """At the limit, beyond it, or no number at all; the same as without a GPU."""
+        branch = torch.zeros(3000, device=DEVICE)
+        stream = torch.zeros(3000, dtype=torch.int32, device=DEVICE)
+        branch[2500], stream[17] = value, there
+        alarm, plain = torch.zeros((), device=DEVICE), torch.zeros(())
+        fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
+        FixedPoint.add(stream.cpu(), branch.cpu(), plain)
+        assert alarm.isnan() == plain.isnan() == bool(value or there)
+
+    def test_empty(self):
+        empty = torch.empty(0, 4, device=DEVICE)
+        assert fused.add_to_stream(None, empty, 1, SCALE, LIMIT, None).shape == (0, 4)
+
+
+@interpreted_only_elsewhere
+class TestNorm:
+    @pytest.mark.parametrize("layer", [True, False])
+    @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 5), (70, 64), (33, 96), (5, 1500)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_plain_torch(self, rows, width, layer, dtype):
+        """x is fp32, as streams are; weights and result of a dtype."""
+        x = draw(2, rows, width, seed=1) * 3 + 1
+        weight, bias = draw(width, seed=2, dtype=dtype), draw(width, seed=3, dtype=dtype)
+        grad = draw(2, rows, width, seed=4, dtype=dtype)
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if bias is None:
+                return F.rms_norm(x, (width,), weight, 1e-6)
+            return F.layer_norm(x, (width,), weight, bias, 1e-6)
+
+        def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return fused.norm(x, weight, bias, 1e-6)
+
+        tensors = [x, weight, bias] if layer else [x, weight]
+        got = gradients(ours, tensors, grad)
+        expected = gradients(plain, [t.double() for t in tensors], grad)
+        assert [t.dtype for t in got] == [dtype, torch.float32, dtype, dtype][: len(got)]
+        if width == 1 and layer:
+            expected[1] = torch.zeros_like(expected[1])  # what is left of it is eps
+            got[1] = got[1] * 0
+        for a, b, kind in zip(got, expected, [dtype, torch.float32, dtype, dtype], strict=False):
+            close(a, b, kind)
+
+    def test_many_rows_have_one_order_of_sums(self, monkeypatch):
+        x, weight, grad = draw(300, 16), draw(16, seed=1), draw(300, 16, seed=2)
+        monkeypatch.setattr(fused, "BLOCK", 64)
+        monkeypatch.setattr(fused, "PROGRAMS", 7)
+        got = [gradients(lambda x, w: fused.norm(x, w, None, 1e-6), [x, weight], grad) for _ in range(2)]
+        assert all(map(torch.equal, *got))
+        expected = gradients(lambda x, w: F.rms_norm(x, (16,), w, 1e-6), [x.double(), weight.double()], grad)
+        for a, b in zip(got[0], expected, strict=True):
+            close(a, b, torch.float32)
+
+
+@interpreted_only_elsewhere
+class TestDropout:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_plain_torch(self, dtype):
+        """The same numbers drop, forward and backward, and nothing is rounded otherwise."""
+        x, grad = draw(3, 50, 50, dtype=dtype), draw(3, 50, 50, seed=1, dtype=dtype)
+        keys = torch.tensor([0, -5, 2**61 + 12345], device=DEVICE)
+        got = gradients(lambda x: fused.dropout(x, 0.3, keys), [x], grad)
+        expected = gradients(lambda x: dropout(x, 0.3, keys.cpu()), [x.cpu()], grad.cpu())
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a.cpu() == 0.0, b == 0.0)
+            if GPU or dtype != torch.bfloat16:  # the interpreter cuts off where it should round to bf16
+                assert torch.equal(a.cpu(), b)
+
+    def test_keeps_no_mask(self):
+        kept = []
+        x = draw(2, 64).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            fused.dropout(x, 0.5, torch.tensor([1, 2], device=DEVICE))
+        assert kept == [2]
+
+
+@interpreted_only_elsewhere
+class TestRotary:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("d", "start"), [(2, 0), (24, 3), (64, 1000)])
+    def test_equals_plain_torch(self, d, start, dtype):
+        x = draw(2, 9, 3, d, dtype=dtype).transpose(1, 2)
+        grad = draw(2, 3, 9, d, seed=1, dtype=dtype)
+        cos, sin = turns(9, d, start)
+
+        def plain(x: Tensor) -> Tensor:
+            return rotary(x.cpu().double(), start).to(x.device)
+
+        got = gradients(lambda x: fused.turn(x, cos.to(dtype), sin.to(dtype)), [x], grad)
+        for a, b in zip(got, gradients(plain, [x], grad), strict=True):
+            close(a, b, dtype if dtype in HALVES else torch.float32)
+        assert got[0].stride() == x.stride()
+
+
+def turns(length: int, d: int, start: int) -> tuple[Tensor, Tensor]:
+    """cos and sin as positions.rotary makes them: those of a unit vector that it turns."""
+    unit = torch.cat([torch.ones(length, d // 2), torch.zeros(length, d // 2)], dim=-1).double()
+    turned = rotary(unit, start).to(DEVICE, torch.float32)
+    return turned[:, : d // 2].contiguous(), turned[:, d // 2 :].contiguous()
+
+
+@interpreted_only_elsewhere
+class TestConvolution:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("taps", "before"), [(1, 0), (3, 2), (4, 3), (5, 2)])
+    @pytest.mark.parametrize(("length", "width"), [(1, 3), (40, 130)])
+    def test_equals_plain_torch(self, length, width, taps, before, dtype):
+        x, grad = draw(2, length, width, dtype=dtype), draw(2, length, width, seed=1, dtype=dtype)
+        weight = draw(taps, width, seed=2, dtype=dtype)
+        got = gradients(lambda x, w: fused.convolve(x, w, before), [x, weight], grad)
+        expected = gradients(
+            lambda x, w: _Convolve.apply(x, w, before), [x.cpu().double(), weight.cpu().double()], grad.cpu()
+        )
+        for a, b in zip(got, expected, strict=True):
+            close(a.cpu(), b, dtype)
+
+    def test_programs_share_the_tokens(self, monkeypatch):
+        monkeypatch.setattr(fused, "PROGRAMS", 2)
+        self.test_equals_plain_torch(90, 8, 4, 3, torch.float32)
+
+
+@interpreted_only_elsewhere
+@pytest.mark.parametrize("key", [0, 5, -1, 2**62 + 987654321])
+def test_normals_equal_plain_torch(key):
+    plain = normals(key, 5000)
+    assert torch.equal(fused.normals(key, 5000, _quantiles(DEVICE)).cpu(), plain)
