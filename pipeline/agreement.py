@@ -20,14 +20,14 @@ from pipeline.distributed import Ranks
 class Agreed:
     """What all ranks know of one finished step.
 
-    stop, save: a rank wants that. saved: every rank has written its part of the checkpoint that is being written.
+    stop, save: a rank wants that. progress: how much of saving a checkpoint every rank is done with (`Saver.progress`).
     samples: sum over ranks of `hash_samples`, modulo 2^64. trouble: the books of rank 0 forbid to go on.
     """
 
     step: int
     stop: bool
     save: bool
-    saved: bool
+    progress: int
     samples: int
     trouble: bool = False
 
@@ -40,11 +40,11 @@ class Agreement:
         self._pending: tuple[int, torch.Tensor, dist.Work] | None = None
 
     def exchange(
-        self, step: int, *, stop: bool, save: bool, saved: bool, samples: int, trouble: bool = False
+        self, step: int, *, stop: bool, save: bool, progress: int, samples: int, trouble: bool = False
     ) -> Agreed | None:
         """Tell the others about `step`; return what was agreed about the step before (None: there is none)."""
         previous = self.settle()
-        told = [int(stop), int(save), int(saved), samples, int(trouble)]
+        told = [int(stop), int(save), int(progress > 0), int(progress > 1), samples, int(trouble)]
         counters = torch.tensor(told, dtype=torch.int64)
         self._pending = (step, counters, self._ranks.sum_async(counters))
         return previous
@@ -56,8 +56,9 @@ class Agreement:
         step, counters, work = self._pending
         work.wait()
         self._pending = None
-        stop, save, saved, samples, trouble = counters.tolist()
-        return Agreed(step, stop > 0, save > 0, saved == self._ranks.size, samples % 2**64, trouble > 0)
+        stop, save, written, named, samples, trouble = counters.tolist()
+        progress = (written == self._ranks.size) + (named == self._ranks.size)
+        return Agreed(step, stop > 0, save > 0, progress, samples % 2**64, trouble > 0)
 
 
 def hash_samples(ids: Iterable[int]) -> int:

@@ -76,16 +76,19 @@ def partial_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step}.partial"
 
 
-def publish(
+def published(partial: Path) -> Path:
+    """The name that a partial directory gets."""
+    return partial.with_suffix("")
+
+
+def describe(
     partial: Path, manifest: Manifest, ranks: Ranks, written: dict[Path, dict[str, Any]] | None = None
-) -> Path:
-    """Turn a directory that every rank has written into a checkpoint; all ranks call it.
+) -> None:
+    """The first half of publishing a checkpoint, of all ranks: their files are on disk then, and in the manifest.
 
     Args:
+        partial: the directory that every rank has written.
         written: size and sha256 of files of this rank that are on disk already; others are read and synced here.
-
-    Returns:
-        The published directory, `step-N`.
 
     Raises:
         DiskFull, RunError: on every rank, if any rank could not read or sync its files.
@@ -95,29 +98,27 @@ def publish(
     try:
         for path in _own_files(partial, ranks.rank, ranks.size):
             known = (written or {}).get(path)
-            described[path.relative_to(partial).as_posix()] = known or _synced(path)
+            described[path.relative_to(partial).as_posix()] = known or synced(path)
     except OSError as caught:
         error = caught
     agree(ranks, error)
     for part in ranks.gather(described):
         manifest.files.update(part)
-    final = partial.with_name(f"step-{manifest.step}")
-    if ranks.rank == 0:
-        try:
-            _write_synced(partial / MANIFEST, manifest.sealed())
-            for directory in {path.parent for path in partial.rglob("*")}:
-                sync(directory)
-            if final.exists():
-                set_aside(final)
-            partial.rename(final)
-            sync(final.parent)
-        except OSError as caught:
-            error = caught
-    agree(ranks, error)
-    return final
 
 
-def agree(ranks: Ranks, error: Exception | None) -> None:
+def seal(partial: Path, manifest: Manifest) -> None:
+    """The second half, of rank 0 alone: write the manifest, and give the directory its name. Raises OSError."""
+    final = published(partial)
+    _write_synced(partial / MANIFEST, manifest.sealed())
+    for directory in {path.parent for path in partial.rglob("*")}:
+        sync(directory)
+    if final.exists():
+        set_aside(final)
+    partial.rename(final)
+    sync(final.parent)
+
+
+def agree(ranks: Ranks, error: BaseException | None) -> None:
     """Raise on every rank if any passes an error: DiskFull if all are of that kind, else RunError."""
     found = ranks.gather((str(error), is_full(error)) if error else None)
     errors = {rank: what for rank, what in enumerate(found) if what}
@@ -241,7 +242,7 @@ def _own_files(partial: Path, rank: int, size: int) -> list[Path]:
     return own
 
 
-def _synced(path: Path) -> dict[str, Any]:
+def synced(path: Path) -> dict[str, Any]:
     """Size and checksum of a file that is on disk."""
     sync(path)
     return {"size": path.stat().st_size, "sha256": checksum(path)}

@@ -105,8 +105,8 @@ class Boundary(pl.Callback):
             heard.append(self._settle())
         stop = any(agreed and agreed.stop for agreed in heard)
         save = save or stop or any(agreed and agreed.save for agreed in heard)
-        if any(agreed and agreed.saved for agreed in heard):
-            self._publish()
+        if any(agreed and agreed.progress > self._saver.stage for agreed in heard):
+            self._publish(wait=False)
         if save:
             self._save(trainer, final=stop or last)
         complete = not evaluation or self._evaluate(trainer)
@@ -145,7 +145,7 @@ class Boundary(pl.Callback):
             self.step,
             stop=bool(self.stop),
             save=self.ranks.rank == 0 and overdue,
-            saved=self._saver.done,
+            progress=self._saver.progress,
             samples=hash_samples(module.step_samples),
             trouble=self._main is not None and self._main.trouble is not None,
         )
@@ -210,7 +210,7 @@ class Boundary(pl.Callback):
             nonlocal asked, stopped
             asked += 1
             watchdog.beat("evaluating", self.step)
-            agreed = asking.exchange(asked, stop=bool(self.stop), save=False, saved=False, samples=0)
+            agreed = asking.exchange(asked, stop=bool(self.stop), save=False, progress=0, samples=0)
             stopped = agreed is not None and agreed.stop
             return stopped
 
@@ -236,15 +236,17 @@ class Boundary(pl.Callback):
         if self._main:
             self._main.held()
 
-    def _publish(self) -> None:
-        """Publish the checkpoint that is being written, if there is one; waits for the slowest rank."""
-        if not self._saver.pending:
-            return
-        watchdog.beat("publishing a checkpoint", self.step)
-        saved = self._saver.finish()
-        watchdog.beat("training", self.step)
-        if self._main and saved:
-            self._main.saved(saved)
+    def _publish(self, *, wait: bool = True) -> None:
+        """Publish the checkpoint that is being written, if there is one, waiting for the slowest rank; or only the next
+        thing of that."""
+        while self._saver.pending:
+            watchdog.beat("publishing a checkpoint", self.step)
+            saved = self._saver.advance()
+            watchdog.beat("training", self.step)
+            if self._main and saved:
+                self._main.saved(saved)
+            if not wait:
+                return
 
 
 def _gradient_norm(trainer: pl.Trainer) -> Any:

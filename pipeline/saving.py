@@ -1,9 +1,9 @@
 """Saving a run: one checkpoint after the other, published when every rank has written its part.
 
-In the foreground a checkpoint is whole when `begin` returns. In the background (`checkpoint.background`) training
-goes on as soon as the states are copied; the ranks tell each other in the message of every step whether they are
-done (`agreement.py`), and publish together when all are. A checkpoint that never came to that is not there: the one
-before counts.
+First every rank writes its files; then rank 0 writes the manifest, names the directory and deletes old ones. In the
+background (`checkpoint.background`) training goes on as soon as the states are copied, and again while rank 0 does
+that: the ranks tell each other in the message of every step what they are done with (`agreement.py`), and `advance`
+together when all are. A checkpoint that never came to its name is not there: the one before counts.
 
 A full disk ends no training: the checkpoint is left out, loudly, and tried again when the next is due. Only the one
 that a run stops with must be written.
@@ -14,13 +14,14 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 
 from pipeline import checkpoint
-from pipeline.checkpoint import LATEST, TAG, DiskFull, manifest_of
+from pipeline.checkpoint import LATEST, TAG, DiskFull, Manifest, manifest_of
 from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError
@@ -29,7 +30,6 @@ from pipeline.hardware import precision_of
 from pipeline.journal import JOURNAL
 from pipeline.retention import evaluations, prune
 from pipeline.space import lacking
-from pipeline.storage import Written
 from pipeline.strategy import ZeroStrategy
 
 
@@ -45,7 +45,8 @@ class Saved:
 
 @dataclass
 class Pending:
-    """A checkpoint that is being written. journal: bytes of the journal that belong to it. must: see `Saver.begin`."""
+    """A checkpoint that is being written. journal: bytes of the journal that belong to it. must: see `Saver.begin`.
+    naming: what rank 0 does once all is written; None before that."""
 
     step: int
     partial: Path
@@ -53,6 +54,7 @@ class Pending:
     journal: int
     began: float
     held: float
+    naming: Future[None] | None = None
 
 
 class Saver:
@@ -69,9 +71,18 @@ class Saver:
         self.pending: Pending | None = None
 
     @property
-    def done(self) -> bool:
-        """Whether this rank has written its part of a pending checkpoint."""
-        return self.pending is not None and self._storage.done
+    def stage(self) -> int:
+        """How often all ranks have advanced with the pending checkpoint: 0 or 1."""
+        return int(self.pending is not None and self.pending.naming is not None)
+
+    @property
+    def progress(self) -> int:
+        """What this rank is done with, of the pending checkpoint: 0 nothing, 1 its part is written, 2 it has a name."""
+        if self.pending is None:
+            return 0
+        if self.pending.naming is None:
+            return int(self._storage.done)
+        return 1 + int(self.pending.naming.done())
 
     def begin(self, trainer: pl.Trainer, step: int, *, must: bool) -> None:
         """Write the states of `step`, or start to. Nothing may be pending, nor is it if the disk has no room.
@@ -99,34 +110,49 @@ class Saver:
         trainer.save_checkpoint(partial, weights_only=False)
         self.pending = Pending(step, partial, must, journal, began, time.monotonic() - began)
 
-    def finish(self) -> Saved | None:
-        """Wait for the pending checkpoint and publish it; None if the disk was full.
+    def advance(self) -> Saved | None:
+        """The next thing for the pending checkpoint; waits for what is not done. None: it goes on, or is left out.
 
         Raises:
             RunError: on every rank, if any rank could not write its part; but for a full disk, if the run goes on.
         """
-        pending, self.pending = self.pending, None
+        pending = self.pending
         assert pending is not None
         began = time.monotonic()
-        written = self._storage.result()
-        if self._ranks.rank == 0 and not written.error:
-            self._add_ours(pending, written)
-        manifest = manifest_of(self._config, pending.step, self._ranks.size, self._data)
         try:
-            checkpoint.agree(self._ranks, written.error)
-            path = checkpoint.publish(pending.partial, manifest, self._ranks, written.files)
+            if pending.naming is None:
+                pending.naming = self._name_it(pending)
+                if self._config.checkpoint.background:
+                    pending.held += time.monotonic() - began
+                    return None
+            checkpoint.agree(self._ranks, pending.naming.exception())
         except RunError as error:
+            self.pending = None
             if self._ranks.rank == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)  # also to give the room back
             self._left_out(pending.step, str(error), pending.must or not isinstance(error, DiskFull))
             return None
-        if self._ranks.rank == 0:
-            self._prune()
+        self.pending = None
         now = time.monotonic()
+        path = checkpoint.published(pending.partial)
         return Saved(pending.step, path, pending.held + now - began, now - pending.began)
 
+    def _name_it(self, pending: Pending) -> Future[None]:
+        """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it."""
+        written = self._storage.result()
+        manifest = manifest_of(self._config, pending.step, self._ranks.size, self._data)
+        checkpoint.agree(self._ranks, written.error)
+        checkpoint.describe(pending.partial, manifest, self._ranks, written.files)
+
+        def name() -> None:
+            self._add_ours(pending, manifest)
+            checkpoint.seal(pending.partial, manifest)
+            self._prune()
+
+        return self._storage.run(name if self._ranks.rank == 0 else lambda: None)
+
     def _prune(self) -> None:
-        """On rank 0, while the others wait: delete the checkpoints that are not to stay."""
+        """On rank 0: delete the checkpoints that are not to stay."""
         settings = self._config.checkpoint
         try:
             losses = evaluations(self._config.directory / JOURNAL) if settings.keep_best else {}
@@ -135,15 +161,14 @@ class Saver:
             return
         prune(self._directory, losses, settings)
 
-    def _add_ours(self, pending: Pending, written: Written) -> None:
+    def _add_ours(self, pending: Pending, manifest: Manifest) -> None:
         """On rank 0: the journal up to the step, and the file that DeepSpeed's own tools look for."""
-        try:
-            (pending.partial / LATEST).write_text(TAG)
-            source = self._config.directory / JOURNAL
-            with source.open("rb") as rows, (pending.partial / JOURNAL).open("wb") as copy:
-                copy.write(rows.read(pending.journal))
-        except OSError as error:
-            written.error = error
+        with (self._config.directory / JOURNAL).open("rb") as rows:
+            contents = {LATEST: TAG.encode(), JOURNAL: rows.read(pending.journal)}
+        for name, content in contents.items():
+            path = pending.partial / name
+            path.write_bytes(content)
+            manifest.files[name] = checkpoint.synced(path)
 
     def _left_out(self, step: int, why: str, must: bool) -> None:
         """Say that a checkpoint is not written; raise RunError if it had to be."""

@@ -16,6 +16,7 @@ import hashlib
 import os
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,19 @@ class Storage(CheckpointEngine):
         else:
             snapshot = self._snapshots.take(state_dict)
             self._pending.append(self._writer.submit(self._write, snapshot, Path(path)))
+
+    def run(self, work: Callable[[], None]) -> Future[None]:
+        """Other work on a checkpoint, after what is being written, where that is written: now or in the background."""
+        if self._writer:
+            return self._writer.submit(work)
+        future: Future[None] = Future()
+        try:
+            work()
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        return future
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The content of a file, in host memory; DeepSpeed copies it to where it belongs."""

@@ -58,7 +58,7 @@ def arrange(moment: str) -> None:
     if moment == "startup":
         PretrainModule.configure_model = before(PretrainModule.configure_model, lambda _: tell())
     elif moment == "checkpoint":
-        checkpoint.publish = before(checkpoint.publish, during_checkpoint)
+        checkpoint.describe = before(checkpoint.describe, during_checkpoint)
     elif moment == "evaluation":
         loop.evaluate = during_evaluation
 

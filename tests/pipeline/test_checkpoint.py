@@ -32,7 +32,9 @@ def publish(root: Path, step: int, ranks: Ranks, config: dict | None = None) -> 
     )
     (partial / "latest").write_text("checkpoint")
     manifest = Manifest(step, step * 8, 1, 2, "32", config or {"model.dim": 8}, "d", {"torch": "2"})
-    return checkpoint.publish(partial, manifest, ranks)
+    checkpoint.describe(partial, manifest, ranks)
+    checkpoint.seal(partial, manifest)
+    return checkpoint.published(partial)
 
 
 def test_a_published_checkpoint_is_whole_and_the_partial_is_gone(tmp_path: Path, ranks: Ranks) -> None:

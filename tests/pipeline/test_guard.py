@@ -162,7 +162,7 @@ def test_the_books_find_the_first_bad_step_and_count_what_was_skipped(tmp_path: 
         for step, nats in enumerate([6.0, math.nan, math.inf, 6.0], 1):
             norm = 1.0 if math.isfinite(nats) else math.inf
             recorder.add(step, torch.tensor(nats), None, 4, norm, applied=math.isfinite(nats))
-            recorder.confirm(Agreed(step, False, False, False, 0))
+            recorder.confirm(Agreed(step, False, False, 0, 0))
         recorder.flush()
         assert (recorder.trouble and recorder.trouble.step) == first
         recorder.close()

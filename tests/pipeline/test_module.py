@@ -111,7 +111,7 @@ def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Pat
     recorder.add(2, torch.tensor(6.0), torch.tensor([0.75, 2.0], dtype=torch.float64), 4, None)
     recorder.add(3, torch.tensor(0.0), torch.zeros(2, dtype=torch.float64), 4, None)
     for step in (1, 2, 3):
-        recorder.confirm(Agreed(step, False, False, False, 0))
+        recorder.confirm(Agreed(step, False, False, 0, 0))
     recorder.flush()
     recorder.close()
     rows = list(read(run.directory / "metrics.jsonl"))

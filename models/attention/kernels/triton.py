@@ -111,9 +111,9 @@ BACKWARD = {
 }
 """By the width of q, k and v, padded; operands of 16 bits.
 
-Measured on an H100 (benchmarks/gpu_tiles.py, docs/kernels.md): the passes wait for rows that they gather, so what counts
-is how many programs wait in turn. 32 seats at a time and limits on registers make room for them; a block meets its own
-seats and `reach` more, so larger blocks meet more in vain.
+Measured on an H100 (benchmarks/gpu_tiles.py, docs/kernels.md): the passes wait for rows that they gather, so what
+counts is how many programs wait in turn. 32 seats at a time and limits on registers make room for them; a block meets
+its own seats and `reach` more, so larger blocks meet more in vain.
 """
 
 SINGLE = {16: Tiles(32, 32, 4, 1), 32: Tiles(32, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1)}
