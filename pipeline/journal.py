@@ -11,10 +11,12 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from datamodules.disk import sync
+from pipeline.errors import RunError
 
 Row = dict[str, Any]
 # The journal of a run, in its directory; a checkpoint holds a copy of it up to its step.
@@ -33,16 +35,22 @@ class Journal:
         self._file = path.open("a")
 
     def append(self, rows: list[Row]) -> None:
-        """Write `rows` and wait until they are on disk."""
+        """Write `rows` and wait until they are on disk. Raises RunError if they cannot be written."""
         if not rows:
             return
-        self._file.writelines(_line(row) for row in rows)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.writelines(_line(row) for row in rows)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written: {error}. The same command goes on from the newest checkpoint"
+            ) from error
 
     def close(self) -> None:
-        """Close the file; rows are on disk already."""
-        self._file.close()
+        """Close the file; rows are on disk already, or `append` has said that they are not."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read(path: Path, having: str = "") -> Iterator[Row]:

@@ -198,10 +198,18 @@ def _journal_tail(run: Path, draw: random.Random) -> str:
     """Lose rows that no whole checkpoint counts on."""
     keep = step_of(published(run)[0]) if published(run) else 0
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    needed = sum(1 for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= keep)
-    left = draw.randint(needed, len(lines))
+    needed = [number for number, line in enumerate(lines, 1) if _step_of_row(line) <= keep]
+    left = draw.randint(max(needed, default=0), len(lines))
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:left]))
     return f"{len(lines) - left} lines off the end of metrics.jsonl"
+
+
+def _step_of_row(line: bytes) -> float:
+    """The step of a journal's line; no step's, if another damage has struck it."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
 
 
 def _journal_torn(run: Path, draw: random.Random) -> str:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import RunError
 from pipeline.journal import Journal, Tail, read, restore
 
 
@@ -40,6 +41,17 @@ def test_starting_anew_keeps_nothing(tmp_path: Path) -> None:
     Journal(tmp_path / "m.jsonl", 0).append([{"step": 1}])
     Journal(tmp_path / "m.jsonl", 0)
     assert list(read(tmp_path / "m.jsonl")) == []
+
+
+def test_a_full_disk_is_one_message_and_closing_adds_none(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
+    journal.close()
+    journal._file = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl cannot be written: .*No space left.* same command goes on"
+    ):
+        journal.append([{"step": 1, "loss": 2.0}])
+    journal.close()
 
 
 def test_tail_returns_each_whole_row_once(tmp_path: Path) -> None:
