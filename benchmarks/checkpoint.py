@@ -177,24 +177,30 @@ def main() -> None:
         sizes = [size_of(text) for text in options.sizes.split(",")]
     except ValueError:
         parser.error(f"--sizes {options.sizes!r}: give numbers such as 10M,500k")
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="checkpoint-") as directory:
         shards = make_shards(Path(directory))
         for size in sizes:
-            rows += measure(size, contestants, options.ranks, Path(directory), shards)
+            for row in measure(size, contestants, options.ranks, Path(directory), shards):
+                rows.append(row)
+                if options.json:
+                    write_json(options.json, rows, options.ranks)
     print(tables(rows))
-    if options.json:
-        from pipeline import environment
 
-        machine = environment.describe()
-        machine["command"] = "python benchmarks/checkpoint.py"  # not where it lies on this machine
-        described = {
-            "rows": [asdict(row) for row in rows],
-            "ranks": options.ranks,
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "machine": machine,
-        }
-        options.json.write_text(json.dumps(described, indent=1) + "\n")
+
+def write_json(path: Path, rows: list[Row], ranks: int) -> None:
+    """What there is so far, with the machine named."""
+    from pipeline import environment
+
+    machine = environment.describe()
+    machine["command"] = "python benchmarks/checkpoint.py"  # not where it lies on this machine
+    described = {
+        "rows": [asdict(row) for row in rows],
+        "ranks": ranks,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine,
+    }
+    path.write_text(json.dumps(described, indent=1) + "\n")
 
 
 def size_of(text: str) -> int:
@@ -232,7 +238,7 @@ def count_parameters(dim: int) -> int:
         return sum(parameter.numel() for parameter in Reformer(model).parameters())
 
 
-def measure(size: int, contestants: list[str], ranks: int, directory: Path, shards: Path) -> list[Row]:
+def measure(size: int, contestants: list[str], ranks: int, directory: Path, shards: Path) -> Iterator[Row]:
     """All rows of one size of model."""
     dim, parameters = dim_for(size)
 
@@ -249,7 +255,6 @@ def measure(size: int, contestants: list[str], ranks: int, directory: Path, shar
     every = max(4, min(60, math.ceil(4 * (trial.begins[-1] - trial.ends[-1]) / trial.step())))
     steps = (SAVES + 1) * every
     bare = {ours: run(OURS if ours else PLAIN, 0, steps) for ours in (True, False)}
-    rows = []
     for contestant in contestants:
         times = run(contestant, every, steps)
         without = bare[contestant in (OURS, BACKGROUND)]
@@ -269,8 +274,7 @@ def measure(size: int, contestants: list[str], ranks: int, directory: Path, shar
             again = run(contestant, every, steps, resume=True)
             row.verify = again.verify if contestant == OURS else None
             row.load, row.ready, row.first_step = again.load, again.ready, again.first_step
-        rows.append(row)
-    return rows
+        yield row
 
 
 def start(task: Task) -> Times:
