@@ -71,13 +71,13 @@ tests() {
 # Real runs on phage lambda, one rank, side by side: each trains 8 steps, loses its last checkpoint, starts again from
 # step 4, and must have written the same journal, byte for byte.
 zero() {
-    local variant wait_for=() bad=0
+    local variant pid pids=() bad=0
     "$PYTHON" -m pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1
     for variant in 2-bf16-true 3-bf16-false 1-"$HALF"-true 3-"$HALF"-true; do
         resumed "$variant" >"$WORK/zero-$variant.log" 2>&1 &
-        wait_for+=($!)
+        pids+=($!)
     done
-    for variant in "${wait_for[@]}"; do wait "$variant" || bad=1; done
+    for pid in "${pids[@]}"; do wait "$pid" || bad=1; done
     tail -n 100 "$WORK"/zero-*.log
     return $bad
 }
@@ -87,7 +87,7 @@ resumed() {
     local stage precision background run=$WORK/zero-$1 again
     IFS=- read -r stage precision background <<<"$1"
     for again in first second; do
-        MASTER_PORT=$((20000 + RANDOM % 20000)) "$PYTHON" -m pipeline.cli train run.root="$WORK" run.name="zero-$1" \
+        "$PYTHON" -m pipeline.cli train run.root="$WORK" run.name="zero-$1" \
             data.shards="$WORK/lambda" data.length=1024 data.global_batch=4 data.micro_batch=2 model.dim=128 \
             model.heads=2 model.depth=4 model.dropout=0.1 model.attention_dropout=0.1 trainer.devices=1 \
             trainer.max_steps=8 trainer.log_every_steps=1 trainer.eval_every_steps=0 optim.warmup_steps=1 \

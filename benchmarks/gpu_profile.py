@@ -1,6 +1,6 @@
 """Where a GPU's time goes: in one attention, or in one training step of a model, by kernel.
 
-    python -m benchmarks.gpu_profile attention|model [--length 64k] [--json FILE] [-- as megabase bench's options]
+    python -m benchmarks.gpu_profile attention|model [--length 64k] [--json FILE]
 
 Sums of torch's profiler over the calls, per call; beside them the time from the first kernel to the last, so that gaps
 show. `ncu` may run it too (`--calls 1 --plain`): then nothing is traced here.

@@ -241,7 +241,7 @@ def main() -> int:
             for ms, c in timed
         ]
         if options.json:
-            failed = {str(c): why for c, why in compiled.items() if why}
+            failed = {f"{c.which} {c.d} {c}": why for c, why in compiled.items() if why}
             described = {"device": torch.cuda.get_device_name(), "rows": rows, "failed": failed}
             options.json.write_text(json.dumps(described, indent=1) + "\n")
     return 0 if rows else 1

@@ -2,8 +2,8 @@
 
 No generator has a history here: a number is a counter hashed with a key. Keys of numbers that belong to a layer (hash
 rotations) are mixed out of (run, step, purpose, layer); of those that belong to a sample (dropout) out of these and the
-sample's id. So they are the same on whatever rank, in whatever micro batch, before and
-after a restart, in the forward pass and when the backward pass rebuilds it, on a CPU and on a GPU.
+sample's id. So they are the same on whatever rank, in whatever micro batch, before and after a restart, in the forward
+pass and when the backward pass rebuilds it, on a CPU and on a GPU.
 
 The mixing functions are splitmix64's finaliser (Steele, Lea & Flood 2014) and a 32-bit one of the same make
 (Wellons, "lowbias32").

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import gpu
 from models.gpu import FUSED, jit, padded, random_bits, tl, triton
@@ -46,6 +47,7 @@ def add_to_stream(
     within ±limit · scale.
     """
     branch = branch.contiguous()
+    assert stream is None or (stream.shape == branch.shape and stream.is_contiguous())
     result = torch.empty(branch.shape, dtype=torch.int32, device=branch.device)
     n = branch.numel()
     with torch.cuda.device_of(branch):
@@ -61,8 +63,11 @@ def add_to_stream(
 
 
 def decode(stream: Tensor, scale: float) -> Tensor:
-    """stream (int32) · scale in fp32: torch's own, in one pass."""
-    return torch.mul(stream, scale, out=torch.empty(stream.shape, dtype=torch.float32, device=stream.device))
+    """stream (int32) in fp32, times scale. (torch.mul would multiply in the default dtype.)"""
+    x, n = torch.empty(stream.shape, dtype=torch.float32, device=stream.device), stream.numel()
+    with torch.cuda.device_of(stream):
+        _decode[(triton.cdiv(n, BLOCK),)](stream, x, n, scale, BLOCK=BLOCK, **FUSED)
+    return x
 
 
 # The norm.
@@ -92,14 +97,15 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
         width = x.shape[-1]
         rows, tile = x.numel() // width, _tile(width)
         blocks = triton.cdiv(rows, tile["ROWS"])
-        steps = triton.cdiv(blocks, PROGRAMS)
-        programs = triton.cdiv(blocks, steps)
+        steps = max(1, triton.cdiv(blocks, PROGRAMS))
+        programs = max(1, triton.cdiv(blocks, steps))
         sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             _norm_backward[(programs,)](
@@ -134,14 +140,15 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rate: float, keys: Tensor) -> Tensor:
         ctx.rate = rate
         ctx.save_for_backward(keys)
-        return _dropped(x, rate, keys)
+        return _drop(x, rate, keys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _dropped(grads[0], ctx.rate, ctx.saved_tensors[0]), None, None
+        return _drop(grads[0], ctx.rate, ctx.saved_tensors[0]), None, None
 
 
-def _dropped(x: Tensor, rate: float, keys: Tensor) -> Tensor:
+def _drop(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     x = x.contiguous()
     y, n = torch.empty_like(x), x[0].numel()
     # As models.chance.keep has it; the factor as x's dtype holds it.
@@ -178,6 +185,7 @@ class _Turn(torch.autograd.Function):
         return _turned(x, cos, sin, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turned(grads[0], cos, sin, -1.0), None, None
@@ -225,13 +233,14 @@ class _Convolve(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
         batch, length, width = x.shape
         blocks = batch * triton.cdiv(length, _TOKENS)
-        steps = triton.cdiv(blocks, PROGRAMS)
-        programs, taps = triton.cdiv(blocks, steps), len(weight)
+        steps = max(1, triton.cdiv(blocks, PROGRAMS))
+        programs, taps = max(1, triton.cdiv(blocks, steps)), len(weight)
         sums = torch.empty(programs, taps, width, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             _convolve_backward[(programs, triton.cdiv(width, _CHANNELS))](
@@ -248,28 +257,8 @@ class _Convolve(torch.autograd.Function):
 _TOKENS, _CHANNELS = 16, 128
 """Of a tile."""
 
-_NUMBERS = (
-    "n",
-    "key",
-    "edge",
-    "rows",
-    "width",
-    "steps",
-    "programs",
-    "least",
-    "heads",
-    "length",
-    "blocks",
-    "before",
-)
-"""Arguments whose values are compiled in nowhere."""
-
-
-def _sizes(*names: str) -> list[str]:
-    return [name for name in _NUMBERS if name in names]
-
-
-# From here on the code runs on the device. Addresses are 64 bits wide.
+# From here on the code runs on the device. Addresses are 64 bits wide. What `do_not_specialize` names is compiled in
+# nowhere: a new length needs no new code.
 
 
 @jit()
@@ -282,7 +271,7 @@ def _rounded(x):
     return tl.where(x < 0.0, -whole, whole)
 
 
-@jit(do_not_specialize=_sizes("edge"))
+@jit(do_not_specialize=["edge"])
 def _add_to_stream(
     branch,
     stream,
@@ -314,7 +303,14 @@ def _add_to_stream(
 
 
 @jit()
-def _load_rows(x, at, there):
+def _decode(stream, result, n, scale, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < n
+    tl.store(result + place, tl.load(stream + place, mask=there, other=0).to(tl.float32) * scale, mask=there)
+
+
+@jit()
+def _load(x, at, there):
     return tl.load(x + at, mask=there, other=0.0).to(tl.float32)
 
 
@@ -327,20 +323,20 @@ def _normalise(x, there, width, eps, LAYER: tl.constexpr):
     return x * scale[:, None], scale
 
 
-@jit(do_not_specialize=_sizes("rows"))
+@jit(do_not_specialize=["rows"])
 def _norm(x, weight, bias, y, rows, width, eps, LAYER: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):
     """ROWS rows of `width` numbers."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAD)
     there = (row < rows)[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
-    normal, _ = _normalise(_load_rows(x, at, there), there, width, eps, LAYER)
-    result = normal * _load_rows(weight, column, column < width)[None, :]
+    normal, _ = _normalise(_load(x, at, there), there, width, eps, LAYER)
+    result = normal * _load(weight, column, column < width)[None, :]
     if LAYER:
-        result += _load_rows(bias, column, column < width)[None, :]
+        result += _load(bias, column, column < width)[None, :]
     tl.store(y + at, result.to(y.dtype.element_ty), mask=there)
 
 
-@jit(do_not_specialize=_sizes("rows", "steps", "programs"))
+@jit(do_not_specialize=["rows", "steps", "programs"])
 def _norm_backward(
     x, weight, grad, grad_x, sums, rows, width, eps, steps, programs,
     LAYER: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -348,14 +344,14 @@ def _norm_backward(
     """`steps` times ROWS rows; sums (2, programs, width): what weight and bias get of them."""
     program, column = tl.program_id(0), tl.arange(0, PAD)
     of_width = column < width
-    factor = _load_rows(weight, column, of_width)
+    factor = _load(weight, column, of_width)
     of_weight, of_bias = tl.zeros((PAD,), dtype=tl.float32), tl.zeros((PAD,), dtype=tl.float32)
     for step in range(steps):
         row = (program * steps + step) * ROWS + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & of_width[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        normal, scale = _normalise(_load_rows(x, at, there), there, width, eps, LAYER)
-        pull = _load_rows(grad, at, there)
+        normal, scale = _normalise(_load(x, at, there), there, width, eps, LAYER)
+        pull = _load(grad, at, there)
         of_weight += tl.sum(pull * normal, axis=0)
         of_bias += tl.sum(pull, axis=0)
         pull *= factor[None, :]
@@ -368,7 +364,7 @@ def _norm_backward(
     tl.store(place + programs.to(tl.int64) * width, of_bias, mask=of_width)
 
 
-@jit(do_not_specialize=_sizes("least"))
+@jit(do_not_specialize=["least"])
 def _dropout(x, keys, y, n, least, kept, BLOCK: tl.constexpr):
     """BLOCK numbers of one sample of n."""
     blocks = tl.cdiv(n, BLOCK)
@@ -379,10 +375,10 @@ def _dropout(x, keys, y, n, least, kept, BLOCK: tl.constexpr):
     key = tl.load(keys + sample)
     bits = random_bits(place.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
     factor = tl.where(bits.to(tl.int32, bitcast=True) >= least, kept, 0.0)
-    tl.store(y + at, (_load_rows(x, at, there) * factor).to(y.dtype.element_ty), mask=there)
+    tl.store(y + at, (_load(x, at, there) * factor).to(y.dtype.element_ty), mask=there)
 
 
-@jit(do_not_specialize=_sizes("key", "n"))
+@jit(do_not_specialize=["key", "n"])
 def _normals(quantiles, result, key, n, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = key.to(tl.int64)
@@ -391,7 +387,7 @@ def _normals(quantiles, result, key, n, BLOCK: tl.constexpr):
     tl.store(result + place, chosen, mask=place < n)
 
 
-@jit(do_not_specialize=_sizes("rows", "heads", "length"))
+@jit(do_not_specialize=["rows", "heads", "length"])
 def _turn(
     x, cos, sin, y, sign, rows, heads, length, x_batch, x_head, x_step, y_batch, y_head, y_step,
     HALF: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -399,18 +395,18 @@ def _turn(
     """ROWS rows of 2 · HALF numbers, counted (batch, length, heads), as projections leave them."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAD)
     there = (row < rows)[:, None] & (column < HALF)[None, :]
-    head, place = row % heads, row // heads
+    head, place = (row % heads).to(tl.int64), row // heads
     batch, pos = (place // length).to(tl.int64), place % length
     at = pos.to(tl.int64)[:, None] * HALF + column[None, :]
-    c, s = _load_rows(cos, at, there), _load_rows(sin, at, there) * sign
+    c, s = _load(cos, at, there), _load(sin, at, there) * sign
     x_at = (batch * x_batch + head * x_head + pos.to(tl.int64) * x_step)[:, None] + column[None, :]
     y_at = (batch * y_batch + head * y_head + pos.to(tl.int64) * y_step)[:, None] + column[None, :]
-    a, b = _load_rows(x, x_at, there), _load_rows(x, x_at + HALF, there)
+    a, b = _load(x, x_at, there), _load(x, x_at + HALF, there)
     tl.store(y + y_at, (a * c - b * s).to(y.dtype.element_ty), mask=there)
     tl.store(y + y_at + HALF, (b * c + a * s).to(y.dtype.element_ty), mask=there)
 
 
-@jit(do_not_specialize=_sizes("length", "before"))
+@jit(do_not_specialize=["length", "before"])
 def _convolve(x, weight, y, length, width, before, TAPS: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     """T tokens of one sample, C channels."""
     blocks = tl.cdiv(length, T)
@@ -422,12 +418,12 @@ def _convolve(x, weight, y, length, width, before, TAPS: tl.constexpr, T: tl.con
         source = pos + (tap - before)
         there = ((source >= 0) & (source < length))[:, None] & here[None, :]
         at = (first + source)[:, None] * width + channel[None, :]
-        total += _load_rows(weight + tap * width, channel, here)[None, :] * _load_rows(x, at, there)
+        total += _load(weight + tap * width, channel, here)[None, :] * _load(x, at, there)
     at = (first + pos)[:, None] * width + channel[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(pos < length)[:, None] & here[None, :])
 
 
-@jit(do_not_specialize=_sizes("blocks", "length", "before", "steps"))
+@jit(do_not_specialize=["blocks", "length", "before", "steps"])
 def _convolve_backward(
     x, weight, grad, grad_x, sums, blocks, length, width, before, steps,
     TAPS: tl.constexpr, LINES: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
@@ -443,17 +439,17 @@ def _convolve_backward(
         pos = block % each * T + tl.arange(0, T)
         inside = pos < tl.where(block < blocks, length, 0)
         at = (first + pos)[:, None] * width + channel[None, :]
-        pull = _load_rows(grad, at, inside[:, None] & here[None, :])
+        pull = _load(grad, at, inside[:, None] & here[None, :])
         total = tl.zeros((T, C), dtype=tl.float32)
         for tap in tl.static_range(TAPS):
             source = pos + (tap - before)
             there = (inside & (source >= 0) & (source < length))[:, None] & here[None, :]
-            shifted = _load_rows(x, (first + source)[:, None] * width + channel[None, :], there)
+            shifted = _load(x, (first + source)[:, None] * width + channel[None, :], there)
             of_weight += tl.where(line[:, None] == tap, tl.sum(pull * shifted, axis=0)[None, :], 0.0)
             source = pos - (tap - before)
             there = (inside & (source >= 0) & (source < length))[:, None] & here[None, :]
-            shifted = _load_rows(grad, (first + source)[:, None] * width + channel[None, :], there)
-            total += _load_rows(weight + tap * width, channel, here)[None, :] * shifted
+            shifted = _load(grad, (first + source)[:, None] * width + channel[None, :], there)
+            total += _load(weight + tap * width, channel, here)[None, :] * shifted
         tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=inside[:, None] & here[None, :])
     place = sums + (tl.program_id(0).to(tl.int64) * TAPS + line)[:, None] * width + channel[None, :]
     tl.store(place, of_weight, mask=(line < TAPS)[:, None] & here[None, :])

@@ -74,11 +74,11 @@ def rotary(x: Tensor, start: int = 0) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _turns(
     start: int, length: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, d / 2) of every position's angles: the same for all layers."""
+    """cos and sin (length, d / 2) of every position's angles: the same for all layers, so the last ones stay."""
     wide = torch.float64 if device.type != "mps" else torch.float32
     with torch.inference_mode(False):
         waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)

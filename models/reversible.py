@@ -200,7 +200,7 @@ def _advance(
     arithmetic: Arithmetic, branches: Iterable[Callable[[Tensor], Tensor]], x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The streams behind `branches`, the one written last at the second place, and the alarm of all of them."""
-    alarm = torch.zeros((), device=x.device)
+    alarm = torch.zeros((), dtype=torch.float32, device=x.device)
     one = two = arithmetic.encode(x, alarm)
     for branch in branches:
         one, two = two, arithmetic.add(one, branch(arithmetic.decode(two)), alarm)
@@ -278,7 +278,7 @@ def _ordinary(
     arithmetic: Arithmetic, branches: Iterable[Branch], x: Tensor, context: Tensor | None, call: Call
 ) -> Tensor:
     """The stack through ordinary autograd. Each stream is carried twice: encoded, and as the float autograd sees."""
-    alarm = torch.zeros((), device=x.device)
+    alarm = torch.zeros((), dtype=torch.float32, device=x.device)
     one = two = arithmetic.encode(x.detach(), alarm)
     x = _Rounded.apply(x, one, arithmetic)
     # Behind a view of its own, what a stream or a branch passes back adds up before it meets anything else's

@@ -120,7 +120,8 @@ def seal(partial: Path, manifest: Manifest) -> None:
 
 def agree(ranks: Ranks, error: BaseException | None) -> None:
     """Raise on every rank if any passes an error: DiskFull if all are of that kind, else RunError."""
-    found = ranks.gather((str(error), is_full(error)) if error else None)
+    said = str(error) if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: {error}"
+    found = ranks.gather((said, is_full(error)) if error else None)
     errors = {rank: what for rank, what in enumerate(found) if what}
     if errors:
         full = all(is_one for _, is_one in errors.values())

@@ -105,8 +105,8 @@ class Boundary(pl.Callback):
             heard.append(self._settle())
         stop = any(agreed and agreed.stop for agreed in heard)
         save = save or stop or any(agreed and agreed.save for agreed in heard)
-        if any(agreed and agreed.progress > self._saver.stage for agreed in heard):
-            self._publish(wait=False)
+        if self._saver.pending and any(agreed and agreed.progress > self._saver.stage for agreed in heard):
+            self._advance()
         if save:
             self._save(trainer, final=stop or last)
         complete = not evaluation or self._evaluate(trainer)
@@ -236,17 +236,18 @@ class Boundary(pl.Callback):
         if self._main:
             self._main.held()
 
-    def _publish(self, *, wait: bool = True) -> None:
-        """Publish the checkpoint that is being written, if there is one, waiting for the slowest rank; or only the next
-        thing of that."""
+    def _publish(self) -> None:
+        """Publish the checkpoint that is being written, if there is one; waits for the slowest rank."""
         while self._saver.pending:
-            watchdog.beat("publishing a checkpoint", self.step)
-            saved = self._saver.advance()
-            watchdog.beat("training", self.step)
-            if self._main and saved:
-                self._main.saved(saved)
-            if not wait:
-                return
+            self._advance()
+
+    def _advance(self) -> None:
+        """Do the next thing for the checkpoint that is being written."""
+        watchdog.beat("publishing a checkpoint", self.step)
+        saved = self._saver.advance()
+        watchdog.beat("training", self.step)
+        if self._main and saved:
+            self._main.saved(saved)
 
 
 def _gradient_norm(trainer: pl.Trainer) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Pending:
     journal: int
     began: float
     held: float
-    naming: Future[None] | None = None
+    naming: Future[float] | None = None
 
 
 class Saver:
@@ -68,6 +69,7 @@ class Saver:
         self._strategy = strategy
         self._storage = strategy.storage
         self._directory = config.directory / "checkpoints"
+        self._pruning: Future[None] | None = None
         self.pending: Pending | None = None
 
     @property
@@ -98,6 +100,8 @@ class Saver:
         partial = checkpoint.partial_directory(self._directory, step)
         journal, lacks = 0, None
         if self._ranks.rank == 0:
+            if self._pruning:
+                self._pruning.result()
             checkpoint.clean(self._directory)
             self._prune()  # before room is looked for: `checkpoint.keep` may have been lowered to make some
             journal = (self._config.directory / JOURNAL).stat().st_size
@@ -121,11 +125,11 @@ class Saver:
         began = time.monotonic()
         try:
             if pending.naming is None:
-                pending.naming = self._name_it(pending)
+                pending.naming = self._start_naming(pending)
                 if self._config.checkpoint.background:
                     pending.held += time.monotonic() - began
                     return None
-            checkpoint.agree(self._ranks, pending.naming.exception())
+            self._agree(pending.naming)
         except RunError as error:
             self.pending = None
             if self._ranks.rank == 0:
@@ -133,23 +137,34 @@ class Saver:
             self._left_out(pending.step, str(error), pending.must or not isinstance(error, DiskFull))
             return None
         self.pending = None
-        now = time.monotonic()
-        path = checkpoint.published(pending.partial)
-        return Saved(pending.step, path, pending.held + now - began, now - pending.began)
+        if self._ranks.rank == 0:
+            self._pruning = self._storage.run(self._prune)
+            if pending.must:
+                self._pruning.result()  # the run ends here
+        named, path = pending.naming.result(), checkpoint.published(pending.partial)
+        return Saved(pending.step, path, pending.held + time.monotonic() - began, named - pending.began)
 
-    def _name_it(self, pending: Pending) -> Future[None]:
-        """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it."""
+    def _start_naming(self, pending: Pending) -> Future[float]:
+        """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it. The time when it is one."""
         written = self._storage.result()
         manifest = manifest_of(self._config, pending.step, self._ranks.size, self._data)
         checkpoint.agree(self._ranks, written.error)
         checkpoint.describe(pending.partial, manifest, self._ranks, written.files)
 
-        def name() -> None:
-            self._add_ours(pending, manifest)
-            checkpoint.seal(pending.partial, manifest)
-            self._prune()
+        def name() -> float:
+            if self._ranks.rank == 0:
+                self._add_ours(pending, manifest)
+                checkpoint.seal(pending.partial, manifest)
+            return time.monotonic()
 
-        return self._storage.run(name if self._ranks.rank == 0 else lambda: None)
+        return self._storage.run(name)
+
+    def _agree(self, naming: Future[float]) -> None:
+        """Raise on every rank if rank 0 could not name the checkpoint."""
+        error = naming.exception()
+        if error and not isinstance(error, OSError):
+            traceback.print_exception(error)  # a mistake of ours: the others hear only what it says
+        checkpoint.agree(self._ranks, error)
 
     def _prune(self) -> None:
         """On rank 0: delete the checkpoints that are not to stay."""

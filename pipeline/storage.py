@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -34,6 +34,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from pipeline import watchdog
 from pipeline.errors import RunError
+
+T = TypeVar("T")
 
 # What DeepSpeed keeps as objects in its files, beside tensors and plain containers.
 ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
@@ -92,17 +94,15 @@ class Storage(CheckpointEngine):
             snapshot = self._snapshots.take(state_dict)
             self._pending.append(self._writer.submit(self._write, snapshot, Path(path)))
 
-    def run(self, work: Callable[[], None]) -> Future[None]:
+    def run(self, work: Callable[[], T]) -> Future[T]:
         """Other work on a checkpoint, after what is being written, where that is written: now or in the background."""
         if self._writer:
             return self._writer.submit(work)
-        future: Future[None] = Future()
+        future: Future[T] = Future()
         try:
-            work()
+            future.set_result(work())
         except Exception as error:
             future.set_exception(error)
-        else:
-            future.set_result(None)
         return future
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -110,7 +110,7 @@ class Storage(CheckpointEngine):
         return load(Path(path))
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing: `checkpoint.publish` does this, when every rank is done."""
+        """Nothing: `checkpoint.describe` and `seal` do this, when every rank is done."""
         return True
 
     def _write(self, state: Any, path: Path) -> None:

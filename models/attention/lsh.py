@@ -92,7 +92,7 @@ def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor
 def draw_rotations(
     heads: int, d: int, *, rounds: int, n_buckets: int, seed: int, device: torch.device | None = None
 ) -> Rotations:
-    """N(0, 1) in bf16: a function of the arguments, the same on every device."""
+    """R of every round, head and factor: N(0, 1) in bf16, a function of the arguments, the same on every device."""
     halves = tuple(factor // 2 for factor in bucket_factors(n_buckets))
     shape = rounds, heads, d, sum(halves)
     return Rotations(normals(seed, math.prod(shape), device).view(shape), halves)

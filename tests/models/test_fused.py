@@ -119,9 +119,27 @@ class TestStreams:
         FixedPoint.add(stream.cpu(), branch.cpu(), plain)
         assert alarm.isnan() == plain.isnan() == bool(value or there)
 
-    def test_empty(self):
-        empty = torch.empty(0, 4, device=DEVICE)
-        assert fused.add_to_stream(None, empty, 1, SCALE, LIMIT, None).shape == (0, 4)
+    def test_whatever_the_default_dtype(self):
+        stream = torch.tensor([123456789], dtype=torch.int32, device=DEVICE)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert fused.decode(stream, 1 / SCALE).item() == pytest.approx(123456789 / SCALE, rel=1e-7)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_empty_inputs():
+    if not HERE:
+        pytest.skip("runs in test_interpreted's process")
+    empty, weight = torch.empty(0, 4, 8, device=DEVICE), draw(8)
+    assert fused.add_to_stream(None, empty, 1, SCALE, LIMIT, None).shape == (0, 4, 8)
+    for function in (
+        lambda x, w: fused.norm(x, w, None, 1e-6),
+        lambda x, w: fused.convolve(x, w[None], 0),
+    ):
+        out, grad_x, grad_weight = gradients(function, [empty, weight], torch.empty_like(empty))
+        assert out.shape == grad_x.shape == empty.shape
+        assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
 @interpreted_only_elsewhere
