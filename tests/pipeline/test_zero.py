@@ -53,7 +53,8 @@ def test_losses_and_weights_equal_the_single_process(
         start = before[name].bfloat16().float() if precision == "bf16" else before[name]
         moved = (there - start).abs().max()
         assert moved > 0, name
-        rounding = there.abs().max() * 2**-8 if (stage, precision) == (0, "bf16") else 0.0
+        # The last bit of a weight as it is kept: a short run may move one by little more.
+        rounding = there.abs().max() * (2**-8 if (stage, precision) == (0, "bf16") else 2**-23)
         assert (here - there).abs().max() <= of_weights * moved + rounding, name
 
 
