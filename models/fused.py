@@ -103,9 +103,7 @@ class _Norm(torch.autograd.Function):
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
         width = x.shape[-1]
         rows, tile = x.numel() // width, _tile(width)
-        blocks = triton.cdiv(rows, tile["ROWS"])
-        steps = max(1, triton.cdiv(blocks, PROGRAMS))
-        programs = max(1, triton.cdiv(blocks, steps))
+        steps, programs = _share(triton.cdiv(rows, tile["ROWS"]))
         sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             _norm_backward[(programs,)](
@@ -125,6 +123,12 @@ def _tile(width: int) -> dict[str, int]:
         "ROWS": max(1, BLOCK // padded(width)),
         "num_warps": 4 if width <= 2048 else 8,
     }
+
+
+def _share(blocks: int) -> tuple[int, int]:
+    """How many blocks a program goes over, and how many programs there are: PROGRAMS at the most, 1 at least."""
+    steps = max(1, triton.cdiv(blocks, PROGRAMS))
+    return steps, max(1, triton.cdiv(blocks, steps))
 
 
 # Dropout.
@@ -239,8 +243,7 @@ class _Convolve(torch.autograd.Function):
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
         batch, length, width = x.shape
         blocks = batch * triton.cdiv(length, _TOKENS)
-        steps = max(1, triton.cdiv(blocks, PROGRAMS))
-        programs, taps = max(1, triton.cdiv(blocks, steps)), len(weight)
+        (steps, programs), taps = _share(blocks), len(weight)
         sums = torch.empty(programs, taps, width, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             _convolve_backward[(programs, triton.cdiv(width, _CHANNELS))](

@@ -88,14 +88,11 @@ class Storage(CheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, now or in the background; an error is kept for `result`."""
         watchdog.beat("writing a checkpoint")
-        if self._writer is None or self._snapshots is None:
-            self._write(state_dict, Path(path))
-        else:
-            snapshot = self._snapshots.take(state_dict)
-            self._pending.append(self._writer.submit(self._write, snapshot, Path(path)))
+        state = self._snapshots.take(state_dict) if self._snapshots else state_dict
+        self._pending.append(self.run(lambda: self._write(state, Path(path))))
 
     def run(self, work: Callable[[], T]) -> Future[T]:
-        """Other work on a checkpoint, after what is being written, where that is written: now or in the background."""
+        """Work on a checkpoint where its files are written, after what is under way: now or in the background."""
         if self._writer:
             return self._writer.submit(work)
         future: Future[T] = Future()

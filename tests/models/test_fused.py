@@ -1,13 +1,7 @@
-"""The elementwise Triton kernels against plain torch: compiled where there is a GPU, else interpreted (as in
-test_triton.py, in a process of its own)."""
+"""The elementwise Triton kernels against plain torch, where interpreted.py says."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +14,10 @@ from models.chance import _quantiles, dropout, normals
 from models.layers import _Convolve
 from models.positions import rotary
 from models.reversible import LIMIT, SCALE, FixedPoint
+from tests.models.interpreted import DEVICE, GPU, HERE, run_interpreted
 
 pytest.importorskip("triton")
 
-GPU = torch.cuda.is_available()
-HERE = GPU or os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if GPU else "cpu")
-ROOT = Path(__file__).parents[2]
 HALVES = (torch.bfloat16, torch.float16)
 # One rounding of the result, and of the sums of many.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -38,24 +29,7 @@ interpreted_only_elsewhere = pytest.mark.skipif(not HERE, reason="runs in test_i
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(HERE, reason="the kernels run in this process")
 def test_interpreted(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            __file__,
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--basetemp={tmp_path}/inner",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout
+    run_interpreted(__file__, tmp_path)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,9 +1,4 @@
-"""The Triton kernels against the readable one: compiled where there is a GPU, else interpreted.
-
-Triton decides when it is imported whether it interprets. So that this disturbs no other test, and whoever imported
-it first, the classes here are collected only where there is a GPU or TRITON_INTERPRET=1 is set; elsewhere
-`test_interpreted` runs them in a process that has it set.
-"""
+"""The Triton kernels of attention against the readable one, where interpreted.py says."""
 
 from __future__ import annotations
 
@@ -27,13 +22,10 @@ from models.attention.kernels import triton as kernels
 from models.attention.kernels.dispatch import unit_keys
 from models.attention.lsh import draw_rotations, rotate_and_hash
 from models.config import ConfigError
+from tests.models.interpreted import DEVICE, GPU, HERE, ROOT, run_interpreted
 
 pytest.importorskip("triton")
 
-GPU = torch.cuda.is_available()
-HERE = GPU or os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if GPU else "cpu")
-ROOT = Path(__file__).parents[2]
 # The interpreter takes a fifth of a second for a block; a GPU takes seconds to compile for a new width.
 WIDTHS = [(64, 64), (128, 128), (64, 24)] if GPU else [(16, 16), (32, 24), (24, 5), (5, 32)]
 LENGTHS = [1, 7, 65, 130, 1000] if GPU else [1, 2, 7, 31, 64, 65, 130]
@@ -46,16 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 @pytest.mark.skipif(HERE, reason="the kernels run in this process")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_interpreted(which, tmp_path):
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", which]
-    done = subprocess.run(
-        [*command, "-k", "not test_compiles", f"--basetemp={tmp_path / 'interpreted'}"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout
+    run_interpreted(__file__, tmp_path, "-m", which, "-k", "not test_compiles")
 
 
 class Case:

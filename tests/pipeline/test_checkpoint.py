@@ -2,26 +2,16 @@
 
 import errno
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from pipeline import checkpoint, config, manifest
 from pipeline.checkpoint import MANIFEST, Manifest
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError, UserError
 from pipeline.manifest import seal_of
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """One rank in a real process group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks()
-    dist.destroy_process_group()
 
 
 def publish(root: Path, step: int, ranks: Ranks, config: dict | None = None) -> Path:

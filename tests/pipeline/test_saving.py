@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipeline import checkpoint, saving
 from pipeline.agreement import Agreement
@@ -22,13 +21,6 @@ from pipeline.errors import RunError
 from pipeline.journal import JOURNAL
 from pipeline.saving import Saver
 from pipeline.storage import Storage
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks()
-    dist.destroy_process_group()
 
 
 class Bench:
