@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +23,6 @@ from torch import Tensor
 from models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, generation
 from models.attention.lsh import hash_buckets, lsh_attention
 from pipeline import environment
-from pipeline.distributed import supervise
-from pipeline.preemption import StopRequest
 from tests.models.reversing import kept_for_backward
 from tests.models.test_lsh_attention import dense, inputs, later_changed, met_pairs
 
@@ -256,14 +253,12 @@ def huggingface() -> Row:
 
 
 def zero() -> Row:
-    from tests.pipeline.zero_worker import ACCUMULATIONS, STAGES
+    from tests.pipeline.ranks import run_ranks
+    from tests.pipeline.zero_worker import ACCUMULATIONS, STAGES, main
 
-    root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "results.json"
-        code = f"import sys; sys.path.insert(0, {str(root)!r})\n"
-        code += f"from tests.pipeline.zero_worker import main\nmain({str(output)!r})"
-        if supervise([sys.executable, "-c", code], 2, StopRequest()) != 0:
+        if run_ranks(2, main, str(output)) != 0:
             raise SystemExit("the ZeRO ranks failed; their message is above")
         results = json.loads(output.read_text())
     off = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,22 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. A rank of a training ends its process with it instead."""
     options = build_parser().parse_args(arguments)
+    try:
+        code = _outcome(options)
+    except Exception:
+        if not _is_rank():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _is_rank():
+        sys.modules["pipeline.distributed"].leave(code)
+    return code
+
+
+def _outcome(options: argparse.Namespace) -> int:
+    """Run a command; returns the exit code, after the message that goes with it."""
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -278,13 +293,10 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.preemption import StopRequest
 
     stop = StopRequest().listen()  # before the seconds of importing torch, in which a signal may come
-    from pipeline import config, distributed, train
+    from pipeline import config, train
 
     files, overrides = split_settings(options.settings)
-    code = train.train(config.load(files, overrides), options.settings, stop)
-    if distributed.launched():
-        distributed.leave(code)
-    return code
+    return train.train(config.load(files, overrides), options.settings, stop)
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -340,6 +352,11 @@ def _typed(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: value for name, value in vars(options).items() if name not in ("command", "benchmark", "run")
     }
+
+
+def _is_rank() -> bool:
+    distributed = sys.modules.get("pipeline.distributed")  # it brings torch along
+    return distributed is not None and distributed.started()
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -144,12 +144,22 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
     return _end(processes)
 
 
+_started = False
+
+
+def started() -> bool:
+    """Whether this process has called `start`: it must end with `leave`."""
+    return _started
+
+
 def start() -> None:
     """Make the process group from torchrun's variables: NCCL for tensors on GPUs, else gloo.
 
     Raises:
         RunError: ranks did not come within MEETING_TIMEOUT; the message says which, and where they were expected.
     """
+    global _started
+    _started = True
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -163,9 +173,9 @@ def start() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a rank that is done, past the interpreter's teardown: threads of the libraries now and then abort that.
+    """End a rank, past the interpreter's teardown: threads of the libraries now and then abort that (SIGABRT).
 
-    A run that is finished must not look like one that crashed.
+    A run that is finished, or failed for a reason it gave, must not look like one that crashed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +21,13 @@ from datamodules.prepare import prepare
 from pipeline import config
 from pipeline.agreement import Agreed
 from pipeline.config import RunConfig
-from pipeline.distributed import supervise
 from pipeline.errors import UserError
 from pipeline.guard import LEAST_LOSSES, History, Trouble, WatchedAdamW, poison_in, report, step_loss
 from pipeline.journal import Row, read
-from pipeline.preemption import StopRequest
 from pipeline.recorder import Recorder
+from tests.pipeline import guard_worker
 from tests.pipeline.guard_worker import BAD, CASES, SAVED, STEPS
+from tests.pipeline.ranks import run_ranks
 
 GUESS = math.log(9)
 
@@ -297,10 +296,7 @@ def poisoned(
     """The run root and the results of all cases of the worker, trained by two processes."""
     root = tmp_path_factory.mktemp("guard")
     output = root / "results.json"
-    arguments = [str(lambda_shards), str(root), str(output)]
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r});"]
-    command[-1] += f"from tests.pipeline.guard_worker import main; main(*{arguments!r})"
-    assert supervise(command, 2, StopRequest()) == 0
+    assert run_ranks(2, guard_worker.main, str(lambda_shards), str(root), str(output)) == 0
     results: dict[str, dict[str, Any]] = json.loads(output.read_text())
     return root, results
 

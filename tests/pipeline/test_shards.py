@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.distributed import supervise
 from pipeline.errors import RunError, UserError
 from pipeline.manifest import Manifest
-from pipeline.preemption import StopRequest
 from pipeline.shards import Shards
 from tests.pipeline.checkpoints import sealed
+from tests.pipeline.ranks import run_ranks
 
 RANKS = 3
 WHATS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -130,9 +128,7 @@ def main(output: str) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each case the checkpoint that RANKS processes wrote, and `held.pt`."""
     output = tmp_path_factory.mktemp("shards")
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r});"]
-    command[-1] += f"from tests.pipeline.test_shards import main; main({str(output)!r})"
-    assert supervise(command, RANKS, StopRequest()) == 0
+    assert run_ranks(RANKS, main, str(output)) == 0
     return output
 
 

@@ -197,6 +197,31 @@ def test_ranks_that_never_come_are_named() -> None:
     assert "megabase: rank 1 on" in printed[1]
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [("RunError('worn out')", "megabase: worn out"), ("OSError(5)", "OSError: 5")]
+)
+def test_a_rank_that_fails_leaves_with_its_code_whatever_the_teardown_does(error: str, said: str) -> None:
+    program = (
+        "import atexit, os, sys; from pipeline import cli, distributed, train; from pipeline.errors import RunError\n"
+        "def fail(*_):\n"
+        "    distributed.start()\n"
+        f"    raise {error}\n"
+        "train.train = fail\n"
+        "atexit.register(os.abort)\n"
+        "sys.exit(cli.main(['train', 'data.shards=x', 'run.name=x']))\n"
+    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed._free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=os.environ | alone | meeting,
+    )
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+
+
 def test_collectives_of_every_group_wait_longer_than_the_watchdog() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

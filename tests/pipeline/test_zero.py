@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.distributed import supervise
-from pipeline.preemption import StopRequest
+from tests.pipeline import zero_worker
+from tests.pipeline.ranks import run_ranks
 from tests.pipeline.zero_worker import ACCUMULATIONS, CLIPS, OFFLOADS, PRECISIONS, STAGES, Trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -24,10 +22,7 @@ TOLERANCE = {"fp32": (2e-6, 1e-4), "bf16": (2e-3, 1e-1)}
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases, trained by two processes."""
     output = tmp_path_factory.mktemp("zero") / "results.json"
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r});"]
-    command[-1] += f"from tests.pipeline.zero_worker import main; main({str(output)!r})"
-    assert supervise(command, 2, StopRequest()) == 0
+    assert run_ranks(2, zero_worker.main, str(output)) == 0
     loaded: dict[str, Any] = json.loads(output.read_text())
     return loaded
 

@@ -24,7 +24,8 @@ import json, os, pathlib, signal, sys, time
 start, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ["SLURM_PROCID"])
 home = pathlib.Path(__file__).parent
 part = json.loads((home / "plan.json").read_text())[start][rank]
-record = home / f"records/{start}-{rank}.json"
+records = [home / f"records/{start}-{each}.json" for each in range(int(os.environ["SLURM_NTASKS"]))]
+record = records[rank]
 caught = []
 
 
@@ -32,6 +33,11 @@ def write():
     seen = {"argv": sys.argv[1:], "caught": caught, "cwd": os.getcwd(), "env": dict(os.environ)}
     record.with_suffix(".new").write_text(json.dumps(seen))
     record.with_suffix(".new").rename(record)
+
+
+def agreed():
+    # The ranks of a training leave when each has come to the step at which all stop.
+    return caught and all(each.exists() and json.loads(each.read_text())["caught"] for each in records)
 
 
 def handler(number, frame):
@@ -43,7 +49,7 @@ for name in part.get("handles", ["SIGUSR1"]):
     signal.signal(signal.Signals[name], handler)
 write()
 print(f"start {start} rank {rank}", flush=True)
-while part.get("waits") and not caught:
+while part.get("waits") and not agreed():
     time.sleep(0.02)
 if "checkpoint" in part:
     (home / f"run \u00fc/checkpoints/step-{part['checkpoint']}").mkdir(parents=True, exist_ok=True)
@@ -125,8 +131,8 @@ def start(cluster: TestCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 def test_a_signal_stops_both_tasks_and_the_job_goes_on(
     cluster: TestCluster, start: Callable[..., Job]
 ) -> None:
-    stops = {"waits": True, "code": 75}
-    job = start([[{**stops, "state": "again"}, stops], [DONE, {}]], f"--cpus-per-task={CPUS}")
+    stops = {"waits": True}
+    job = start([[{**stops, "state": "again", "code": 75}, stops], [DONE, {}]], f"--cpus-per-task={CPUS}")
     job.listens()
     cluster.signal(job.id, "USR1")
     job.ends("COMPLETED", restarts=1)

@@ -1,0 +1,25 @@
+"""A function in several processes that are ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.distributed import supervise
+from pipeline.preemption import StopRequest
+
+
+def run_ranks(ranks: int, main: Callable[..., None], *arguments: str) -> int:
+    """Call `main`, a function of a module, in `ranks` processes; returns the exit code, 0 if all is well.
+
+    They leave as the ranks of a training do: the interpreter's teardown may abort, see `distributed.leave`.
+    """
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from pipeline.distributed import leave\n"
+        f"from {main.__module__} import {main.__name__} as main\n"
+        f"main(*{arguments!r})\n"
+        "leave(0)\n"
+    )
+    return supervise([sys.executable, "-c", program], ranks, StopRequest())
