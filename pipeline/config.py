@@ -92,10 +92,10 @@ class TrainerConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO. stage: 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters).
 
-    offload: where AdamW's states and the fp32 weights are kept and updated: none (on the device) or cpu (host memory);
-    true means cpu, false none. offload_parameters: where parameters are between uses, in stage 3: none, cpu or nvme.
-    nvme_path: directory on a disk of each node, for nvme. bucket_mb: size of a communication bucket in MiB.
-    deepspeed: further keys of DeepSpeed's configuration, such as
+    offload: where AdamW's states and the fp32 weights are kept: none (on the device), cpu (host memory), nvme (a disk,
+    in stage 3); in the last two the host updates them. true means cpu, false none. offload_parameters: where parameters
+    are between uses, in stage 3: none, cpu or nvme. nvme_path: directory on a disk of each node, for nvme.
+    bucket_mb: size of a communication bucket in MiB. deepspeed: further keys of DeepSpeed's configuration, such as
     `zero.deepspeed.zero_optimization.round_robin_gradients=true`; one that a setting here decides is refused.
     """
 
@@ -121,16 +121,13 @@ class ZeroConfig:
                 raise UserError(f"zero.{key}={device!r}: choose one of {', '.join(OFFLOAD)}")
         if self.offload != NONE and self.stage == 0:
             raise UserError(f"zero.offload={self.offload} needs sharded states: set zero.stage to 1, 2 or 3")
-        if self.offload == NVME:
-            raise UserError(
-                "zero.offload=nvme: DeepSpeed does not resume AdamW's states from NVMe as they were; set"
-                " zero.offload=cpu (zero.offload_parameters=nvme resumes exactly)"
-            )
+        if self.offload == NVME and self.stage != 3:
+            raise UserError(f"zero.offload=nvme needs zero.stage=3, not {self.stage}")
         if self.offload_parameters != NONE and self.stage != 3:
             raise UserError(
                 f"zero.offload_parameters={self.offload_parameters} needs zero.stage=3, not {self.stage}"
             )
-        if self.offload_parameters == NVME and not self.nvme_path:
+        if NVME in offloads.values() and not self.nvme_path:
             raise UserError("offload to nvme needs zero.nvme_path: a directory on a disk of each node")
 
 
@@ -246,6 +243,11 @@ class RunConfig:
         if self.optim.min_lr > 1:
             raise UserError(f"optim.min_lr={self.optim.min_lr}: it is a fraction of optim.lr, at most 1")
         self.zero.validate()
+        if self.zero.offload == NVME and self.checkpoint.background:
+            raise UserError(
+                "checkpoint.background=true copies all states to host memory, which zero.offload=nvme is there to save:"
+                " set checkpoint.background=false, or zero.offload=cpu"
+            )
         if self.trainer.precision not in PRECISIONS:
             raise UserError(
                 f"trainer.precision={self.trainer.precision!r}: choose one of {', '.join(sorted(PRECISIONS))}"

@@ -29,6 +29,7 @@ from datamodules.hashing import visit_keys
 from datamodules.order import slots
 from datamodules.packing import Piece
 from datamodules.windows import PACKED
+from pipeline import swapped
 from pipeline.config import RunConfig, first_line
 from pipeline.distributed import Ranks
 from pipeline.hardware import precision_of
@@ -230,7 +231,7 @@ def poison_in(engine: Any) -> str | None:
     For the moment before a checkpoint: one pass over the states where they lie, and one read of the device.
 
     Args:
-        engine: a DeepSpeedEngine of any stage. States that are swapped out to a disk are left out.
+        engine: a DeepSpeedEngine of any stage. States that are swapped out to a disk are read there.
     """
     seen: dict[torch.device, list[Tensor]] = {}
     for tensor in _states(engine):
@@ -248,9 +249,11 @@ def _states(engine: Any) -> Iterator[Tensor]:
         yield getattr(parameter, "ds_tensor", parameter)
     # The optimizer inside ZeRO's: its keys are the fp32 weights of this rank.
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    on_disk = swapped.contents(engine.optimizer)
     for weights, state in inner.state.items():
-        yield weights
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+        for value in (weights, *state.values()):
+            if isinstance(value, Tensor):
+                yield on_disk.get(id(value), value)
 
 
 def report(

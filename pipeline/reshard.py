@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -87,7 +88,7 @@ def _load_whole(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
         return shards.read(name, what).view(shards.shapes[name])
 
     names = [name for group in named for name, _ in group]
-    states = _states(shards, len(names), lambda number, what: read(names[number], what))
+    states = _numbered(_state(shards, partial(read, name)) for name in names)
     saved = optimizer.state_dict()
     if "fp32_groups" not in saved:
         optimizer.load_state_dict({"state": states, "param_groups": saved["param_groups"]})
@@ -112,38 +113,43 @@ def _load_partitioned(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None
     saved = optimizer.state_dict() | _scale(shards)
     states = saved["base_optimizer_state"]
     saved["single_partition_of_fp32_groups"] = [_vector(shards, vector, WEIGHTS) for vector in layout]
-    saved["base_optimizer_state"] = states | {"state": _vectors(shards, layout)}
-    _hand_over(engine, saved)
+    vectors = _numbered(_state(shards, partial(_vector, shards, vector)) for vector in layout)
+    saved["base_optimizer_state"] = states | {"state": vectors}
+    # DeepSpeed takes what each rank has saved, and reads this rank's only.
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    everyone[dist.get_rank()] = saved
+    optimizer.load_state_dict(everyone, load_from_fp32_weights=True)
 
 
 def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
-    """Stage 3: each parameter is cut into equal parts, one for each rank, its end padded."""
+    """Stage 3: each parameter is cut into equal parts, one for each rank, its end padded.
+
+    One sub-group after the other, as DeepSpeed steps them: their weights and states may be on a disk, and no memory
+    there for all of them.
+    """
     optimizer, rank = engine.optimizer, dist.get_rank()
-    layout: Layout = []
-    for group in optimizer.fp16_groups:
+    for name, value in _scale(shards).items():
+        setattr(optimizer, name, value)
+    for number, group in enumerate(optimizer.fp16_groups):
         fragments, offset = [], 0
         for name, parameter in _named(engine, group):
             part = parameter.ds_tensor.ds_numel
             start, stop = (min(at * part, parameter.ds_numel) for at in (rank, rank + 1))
             fragments.append(Fragment(name, start, stop, offset))
             offset += part
-        layout.append((offset, fragments))
-    saved = optimizer.state_dict() | _scale(shards)
-    states = saved["optimizer_state_dict"]
-    saved["fp32_flat_groups"] = [_vector(shards, vector, WEIGHTS) for vector in layout]
-    saved["optimizer_state_dict"] = states | {"state": _vectors(shards, layout)}
-    _hand_over(engine, saved)
-
-
-def _hand_over(engine: deepspeed.DeepSpeedEngine, saved: dict[str, Any]) -> None:
-    """Let DeepSpeed load what this rank would have saved; it takes a list of which it reads this rank's only."""
-    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    everyone[dist.get_rank()] = saved
-    engine.optimizer.load_state_dict(everyone, load_from_fp32_weights=True)
-
-
-def _vectors(shards: Shards, layout: Layout) -> dict[int, dict[str, Tensor]]:
-    return _states(shards, len(layout), lambda number, what: _vector(shards, layout[number], what))
+        vector = (offset, fragments)
+        weights = optimizer.fp32_partitioned_groups_flat[number]
+        on_disk = optimizer._swappable_optimizer_subgroup(number)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        weights.data.copy_(_vector(shards, vector, WEIGHTS))
+        if state := _state(shards, partial(_vector, shards, vector)):
+            optimizer.state[weights] = state | {what: state[what].to(weights.device) for what in MOMENTS}
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+    if small := optimizer.persistent_parameters:
+        small[0].partition(small)
 
 
 def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Tensor:
@@ -155,14 +161,16 @@ def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Te
     return flat
 
 
-def _states(shards: Shards, count: int, read: Callable[[int, str], Tensor]) -> dict[int, dict[str, Tensor]]:
-    """AdamW's states of `count` tensors as its `state_dict` has them; none before its first step."""
+def _state(shards: Shards, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """AdamW's state of a tensor, whose moments `read` knows; empty before its first step."""
     if not shards.optimizer_step:
         return {}
-    return {
-        number: {"step": torch.tensor(shards.optimizer_step)} | {what: read(number, what) for what in MOMENTS}
-        for number in range(count)
-    }
+    return {"step": torch.tensor(shards.optimizer_step)} | {what: read(what) for what in MOMENTS}
+
+
+def _numbered(states: Iterable[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """As AdamW's `state_dict` has them: those that are not empty, by the number of their tensor."""
+    return {number: state for number, state in enumerate(states) if state}
 
 
 def _scale(shards: Shards) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from pipeline import swapped
 from pipeline.checkpoint import TAG, read_manifest
-from pipeline.config import RunConfig, as_dict, flatten
+from pipeline.config import NVME, RunConfig, as_dict, flatten
 from pipeline.construction import Sharded
 from pipeline.distributed import STARTING_TIMEOUT
 from pipeline.reshard import reshard
@@ -57,6 +58,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             timeout=STARTING_TIMEOUT,
         )
         self.run_config = config
+        if config.zero.offload_parameters == NVME:
+            swapped.read_ahead_once()
         self.storage = Storage(config.checkpoint.background)
 
     def setup_environment(self) -> None:
@@ -89,6 +92,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         verify(engine, self.run_config)
         engine.checkpoint_engine = self.storage
+        if self.run_config.zero.offload == NVME:
+            swapped.attach(engine)
         # `megabase export` does better than DeepSpeed's script; rank 0 would copy it while the others wait.
         engine._copy_recovery_script = lambda _: None
         return engine, zero_optimizer
@@ -107,7 +112,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine = self.deepspeed_engine
         manifest, config = read_manifest(path), self.run_config
         then = manifest.ranks, manifest.stage, layout(manifest.config)
-        if then != (dist.get_world_size(), config.zero.stage, layout(flatten(as_dict(config)))):
+        as_it_was = then == (dist.get_world_size(), config.zero.stage, layout(flatten(as_dict(config))))
+        # What is on a disk DeepSpeed would load into memory that it does not have.
+        if not as_it_was or NVME in (config.zero.offload, config.zero.offload_parameters):
             client = reshard(engine, Shards.open(path))
         else:
             _, client = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)

@@ -10,8 +10,10 @@ DeepSpeed takes seconds to import: only a check of `zero.deepspeed` or of NVMe n
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, KeysView
 from pathlib import Path
@@ -24,6 +26,8 @@ from pipeline.errors import UserError
 from pipeline.hardware import precision_of
 
 ZERO = "zero_optimization"
+# Of the size of a sub-group, in which DeepSpeed steps states that are on a disk.
+LEAST_BUFFERS = 4
 # DeepSpeed's keys that settings of ours decide: `zero.deepspeed` does not set them a second time.
 OURS = {
     "train_batch_size": "data.global_batch",
@@ -42,7 +46,7 @@ OURS = {
     f"{ZERO}.reduce_bucket_size": "zero.bucket_mb",
     f"{ZERO}.allgather_bucket_size": "zero.bucket_mb",
     f"{ZERO}.offload_optimizer.device": "zero.offload",
-    f"{ZERO}.offload_optimizer.nvme_path": "zero.offload=cpu",
+    f"{ZERO}.offload_optimizer.nvme_path": "zero.nvme_path",
     f"{ZERO}.offload_param.device": "zero.offload_parameters",
     f"{ZERO}.offload_param.nvme_path": "zero.nvme_path",
     f"{ZERO}.cpu_offload": "zero.offload",
@@ -52,6 +56,7 @@ OURS = {
 _ADAM = "the optimizer is torch's AdamW, the same numbers on every device"
 _MASTER = "weights and AdamW's states are kept in fp32"
 _CHECKPOINT = "it lays the states out in a way that a checkpoint could not be read back from"
+_DISK = "states could be on their way to the disk when a checkpoint of them is written"
 _MODEL = "models are not split that way here"
 _DATA = "which windows a step has is a function of run.seed alone"
 _NO_EFFECT = "it has no effect here"
@@ -89,6 +94,8 @@ REFUSED = {
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save": "`megabase export` writes whole weights",
     f"{ZERO}.offload_optimizer.ratio": _ADAM,
     f"{ZERO}.offload_optimizer.super_offload": _ADAM,
+    f"{ZERO}.offload_optimizer.pipeline_read": _DISK,
+    f"{ZERO}.offload_optimizer.pipeline_write": _DISK,
     f"{ZERO}.offload_optimizer.cpuadam_cores_perc": _ADAM,
     "tensor_parallel": _MODEL,
     "sequence_parallel_size": _MODEL,
@@ -123,10 +130,29 @@ def check(config: RunConfig) -> None:
             DeepSpeed takes; `zero.nvme_path` cannot be written, or DeepSpeed cannot use NVMe here.
     """
     zero = config.zero
-    if zero.offload_parameters == NVME:
+    if NVME in (zero.offload, zero.offload_parameters):
         _check_nvme(zero)
+    buffers = flatten(zero.deepspeed).get(f"{ZERO}.offload_optimizer.buffer_count")
+    if zero.offload == NVME and isinstance(buffers, int) and buffers < LEAST_BUFFERS:
+        raise UserError(
+            f"zero.deepspeed.{ZERO}.offload_optimizer.buffer_count={buffers}: set {LEAST_BUFFERS} or more, for weights,"
+            " two moments and gradients"
+        )
     if zero.deepspeed:
         _check_passthrough(config)
+
+
+def swap_directory(config: RunConfig) -> Path:
+    """Where a run keeps what is offloaded to NVMe, on each node: a directory of its own in `zero.nvme_path`."""
+    assert config.zero.nvme_path
+    mark = hashlib.sha256(str(config.directory.absolute()).encode()).hexdigest()[:8]
+    return Path(config.zero.nvme_path) / f"megabase-{config.run.name}-{mark}"
+
+
+def clear(config: RunConfig) -> None:
+    """Give back the room on this node's disk that a run needed while it trained."""
+    if NVME in (config.zero.offload, config.zero.offload_parameters):
+        shutil.rmtree(swap_directory(config), ignore_errors=True)
 
 
 def layout(flat: dict[str, Any]) -> tuple[Any, ...]:
@@ -188,7 +214,7 @@ def _own(config: RunConfig) -> dict[str, Any]:
         if device != "none":
             zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
         if device == NVME:
-            zero[key]["nvme_path"] = config.zero.nvme_path
+            zero[key]["nvme_path"] = str(swap_directory(config))
     own = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
         ZERO: zero,
@@ -270,8 +296,8 @@ def _refuse(key: str, config: RunConfig) -> None:
         "fp16": ("fp16" in own, "trainer.precision=16"),
         "bf16": ("bf16" in own, "trainer.precision=bf16"),
         "aio": (
-            config.zero.offload_parameters == NVME,
-            "zero.offload_parameters=nvme",
+            NVME in (config.zero.offload, config.zero.offload_parameters),
+            "zero.offload=nvme or zero.offload_parameters=nvme",
         ),
         f"{ZERO}.offload_optimizer": (config.zero.offload != "none", "zero.offload=cpu"),
         f"{ZERO}.offload_param": (config.zero.offload_parameters != "none", "zero.offload_parameters=cpu"),
@@ -370,5 +396,5 @@ def _check_nvme(zero: ZeroConfig) -> None:
     if not AsyncIOBuilder().is_compatible():
         raise UserError(
             "DeepSpeed cannot use NVMe on this machine: install libaio's headers (libaio-dev, libaio-devel) and a C++"
-            " compiler, or set zero.offload_parameters=cpu"
+            " compiler, or offload to cpu"
         )

@@ -140,7 +140,9 @@ def test_a_second_job_is_refused_and_a_stop_is_heard_at_any_pace(
         os.killpg(first.process.pid, signal.SIGTERM)
     code, output = first.wait(60)
     assert code == EXIT_AGAIN, output
-    assert "stopping: SIGTERM" in output and "the same command goes on" in output
+    # SIGUSR1: the supervisor had been quicker to pass its own on.
+    assert "stopping: SIGTERM" in output or "stopping: SIGUSR1" in output
+    assert "the same command goes on" in output
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(

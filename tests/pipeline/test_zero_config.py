@@ -55,11 +55,23 @@ def test_offload_may_be_said_in_two_ways_and_is_read_back_from_a_saved_config(
         (["zero.offload_parameters=1"], ["zero.offload_parameters='1'", "none, cpu, nvme"]),
         (["zero.stage=0", "zero.offload=true"], ["zero.offload=cpu", "zero.stage to 1, 2 or 3"]),
         (["zero.stage=2", "zero.offload_parameters=cpu"], ["zero.offload_parameters=cpu", "zero.stage=3"]),
-        (["zero.stage=3", "zero.offload=nvme"], ["zero.offload=nvme", "zero.offload=cpu"]),
+        (["zero.stage=2", "zero.offload=nvme"], ["zero.offload=nvme", "zero.stage=3"]),
+        (["zero.stage=3", "zero.offload=nvme"], ["zero.nvme_path"]),
+        (
+            ["zero.stage=3", "zero.offload=nvme", "zero.nvme_path=/tmp", "checkpoint.background=true"],
+            ["checkpoint.background=true", "zero.offload=nvme", "checkpoint.background=false"],
+        ),
         (["zero.stage=3", "zero.offload_parameters=nvme"], ["zero.nvme_path"]),
         (
             ["zero.stage=3", "zero.offload_parameters=nvme", "zero.nvme_path=/proc/none"],
             ["zero.nvme_path=/proc/none", "cannot be written"],
+        ),
+        (
+            [
+                *("zero.stage=3", "zero.offload=nvme", "zero.nvme_path=/tmp"),
+                "zero.deepspeed.zero_optimization.offload_optimizer.buffer_count=3",
+            ],
+            ["buffer_count=3", "4 or more"],
         ),
         (["zero.stage=4"], ["zero.stage=4", "0, 1, 2 and 3"]),
     ],
@@ -74,7 +86,7 @@ def test_nvme_needs_what_deepspeed_compiles_with(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     message = error_of("zero.stage=3", "zero.offload_parameters=nvme", f"zero.nvme_path={tmp_path / 'new'}")
-    assert "libaio" in message and "zero.offload_parameters=cpu" in message
+    assert "libaio" in message and "offload to cpu" in message
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_what_breaks_a_promise_is_refused_with_the_reason(setting: str, reason: 
         (["zero.stage=3", f"{ZERO}.round_robin_gradients=true"], "zero.stage=1 or 2"),
         ([f"{KEY}.fp16.initial_scale_power=8"], "trainer.precision=16"),
         ([f"{ZERO}.offload_optimizer.pin_memory=false"], "zero.offload=cpu"),
-        ([f"{KEY}.aio.queue_depth=8"], "zero.offload_parameters=nvme"),
+        ([f"{KEY}.aio.queue_depth=8"], "zero.offload=nvme or zero.offload_parameters=nvme"),
     ],
 )
 def test_what_would_have_no_effect_says_what_it_needs(settings: list[str], needed: str) -> None:
