@@ -111,6 +111,11 @@ class ZeroConfig:
             said = str(getattr(self, key)).lower()
             setattr(self, key, {"true": CPU, "false": NONE}.get(said, said))
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether anything is offloaded to a disk."""
+        return NVME in (self.offload, self.offload_parameters)
+
     def validate(self) -> None:
         """Raise UserError for settings that do not fit together."""
         if self.stage not in (0, 1, 2, 3):
@@ -127,7 +132,7 @@ class ZeroConfig:
             raise UserError(
                 f"zero.offload_parameters={self.offload_parameters} needs zero.stage=3, not {self.stage}"
             )
-        if NVME in offloads.values() and not self.nvme_path:
+        if self.on_disk and not self.nvme_path:
             raise UserError("offload to nvme needs zero.nvme_path: a directory on a disk of each node")
 
 

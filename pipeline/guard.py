@@ -29,7 +29,6 @@ from datamodules.hashing import visit_keys
 from datamodules.order import slots
 from datamodules.packing import Piece
 from datamodules.windows import PACKED
-from pipeline import swapped
 from pipeline.config import RunConfig, first_line
 from pipeline.distributed import Ranks
 from pipeline.hardware import precision_of
@@ -231,7 +230,7 @@ def poison_in(engine: Any) -> str | None:
     For the moment before a checkpoint: one pass over the states where they lie, and one read of the device.
 
     Args:
-        engine: a DeepSpeedEngine of any stage. States that are swapped out to a disk are read there.
+        engine: a DeepSpeedEngine of any stage.
     """
     seen: dict[torch.device, list[Tensor]] = {}
     for tensor in _states(engine):
@@ -249,11 +248,9 @@ def _states(engine: Any) -> Iterator[Tensor]:
         yield getattr(parameter, "ds_tensor", parameter)
     # The optimizer inside ZeRO's: its keys are the fp32 weights of this rank.
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    on_disk = swapped.contents(engine.optimizer)
     for weights, state in inner.state.items():
-        for value in (weights, *state.values()):
-            if isinstance(value, Tensor):
-                yield on_disk.get(id(value), value)
+        yield weights
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def report(

@@ -124,8 +124,7 @@ def _load_partitioned(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None
 def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
     """Stage 3: each parameter is cut into equal parts, one for each rank, its end padded.
 
-    One sub-group after the other, as DeepSpeed steps them: their weights and states may be on a disk, and no memory
-    there for all of them.
+    One sub-group after the other, as DeepSpeed steps them. States that are mapped from files (`mapped.py`) stay so.
     """
     optimizer, rank = engine.optimizer, dist.get_rank()
     for name, value in _scale(shards).items():
@@ -139,17 +138,13 @@ def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
             offset += part
         vector = (offset, fragments)
         weights = optimizer.fp32_partitioned_groups_flat[number]
-        on_disk = optimizer._swappable_optimizer_subgroup(number)
-        if on_disk:
-            optimizer._optimizer_states_and_gradient_swap_in(number)
         weights.data.copy_(_vector(shards, vector, WEIGHTS))
         if state := _state(shards, partial(_vector, shards, vector)):
-            optimizer.state[weights] = state | {what: state[what].to(weights.device) for what in MOMENTS}
+            held = optimizer.state[weights]
+            for what in MOMENTS:
+                held[what] = held.get(what, torch.empty_like(weights.data)).copy_(state[what])
+            held["step"] = state["step"]
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        if on_disk:
-            optimizer._optimizer_states_and_gradient_swap_out(number)
-    if small := optimizer.persistent_parameters:
-        small[0].partition(small)
 
 
 def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Tensor:

@@ -30,7 +30,7 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from pipeline import swapped
+from pipeline import mapped
 from pipeline.checkpoint import TAG, read_manifest
 from pipeline.config import NVME, RunConfig, as_dict, flatten
 from pipeline.construction import Sharded
@@ -58,8 +58,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             timeout=STARTING_TIMEOUT,
         )
         self.run_config = config
-        if config.zero.offload_parameters == NVME:
-            swapped.read_ahead_once()
         self.storage = Storage(config.checkpoint.background)
 
     def setup_environment(self) -> None:
@@ -91,9 +89,14 @@ class ZeroStrategy(DeepSpeedStrategy):
             dist_init_required=False,
         )
         verify(engine, self.run_config)
+        zero = self.run_config.zero
+        if zero.on_disk:
+            assert zero.nvme_path
+            directory = Path(zero.nvme_path)
+            mapped.move(
+                engine, directory, states=zero.offload == NVME, parameters=zero.offload_parameters == NVME
+            )
         engine.checkpoint_engine = self.storage
-        if self.run_config.zero.offload == NVME:
-            swapped.attach(engine)
         # `megabase export` does better than DeepSpeed's script; rank 0 would copy it while the others wait.
         engine._copy_recovery_script = lambda _: None
         return engine, zero_optimizer
@@ -113,8 +116,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         manifest, config = read_manifest(path), self.run_config
         then = manifest.ranks, manifest.stage, layout(manifest.config)
         as_it_was = then == (dist.get_world_size(), config.zero.stage, layout(flatten(as_dict(config))))
-        # What is on a disk DeepSpeed would load into memory that it does not have.
-        if not as_it_was or NVME in (config.zero.offload, config.zero.offload_parameters):
+        # DeepSpeed would put new states, in memory, in the place of those that are mapped from files.
+        if not as_it_was or config.zero.on_disk:
             client = reshard(engine, Shards.open(path))
         else:
             _, client = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)

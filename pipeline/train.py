@@ -130,8 +130,6 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
         watch = watchdog.Watchdog(config.directory / "logs", ranks.rank, config.trainer.hang_minutes).start()
         state = _fit(config, devices, ranks, stop)
         ranks.check(None)
-        if os.environ["LOCAL_RANK"] == "0":
-            zero.clear(config)
     torch.distributed.destroy_process_group()
     watch.stop()
     if ranks.rank:

@@ -4,16 +4,14 @@
 a key that is ours would be set twice; both end here with one line. What DeepSpeed knows is asked of DeepSpeed: it
 reads a configuration that notes what it is asked for (`Asked`). So there is no list of ours that would grow old.
 
-DeepSpeed takes seconds to import: only a check of `zero.deepspeed` or of NVMe needs it.
+DeepSpeed takes seconds to import: only a check of `zero.deepspeed` needs it.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, KeysView
 from pathlib import Path
@@ -21,13 +19,11 @@ from typing import Any
 
 import torch
 
-from pipeline.config import NVME, RunConfig, ZeroConfig, first_line, flatten
+from pipeline.config import CPU, NONE, NVME, RunConfig, ZeroConfig, first_line, flatten
 from pipeline.errors import UserError
 from pipeline.hardware import precision_of
 
 ZERO = "zero_optimization"
-# Of the size of a sub-group, in which DeepSpeed steps states that are on a disk.
-LEAST_BUFFERS = 4
 # DeepSpeed's keys that settings of ours decide: `zero.deepspeed` does not set them a second time.
 OURS = {
     "train_batch_size": "data.global_batch",
@@ -56,7 +52,7 @@ OURS = {
 _ADAM = "the optimizer is torch's AdamW, the same numbers on every device"
 _MASTER = "weights and AdamW's states are kept in fp32"
 _CHECKPOINT = "it lays the states out in a way that a checkpoint could not be read back from"
-_DISK = "states could be on their way to the disk when a checkpoint of them is written"
+_DISK = "disks are mapped into host memory, see docs/zero.md"
 _MODEL = "models are not split that way here"
 _DATA = "which windows a step has is a function of run.seed alone"
 _NO_EFFECT = "it has no effect here"
@@ -94,8 +90,14 @@ REFUSED = {
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save": "`megabase export` writes whole weights",
     f"{ZERO}.offload_optimizer.ratio": _ADAM,
     f"{ZERO}.offload_optimizer.super_offload": _ADAM,
+    f"{ZERO}.offload_optimizer.buffer_count": _DISK,
+    f"{ZERO}.offload_optimizer.fast_init": _DISK,
     f"{ZERO}.offload_optimizer.pipeline_read": _DISK,
     f"{ZERO}.offload_optimizer.pipeline_write": _DISK,
+    f"{ZERO}.offload_param.buffer_count": _DISK,
+    f"{ZERO}.offload_param.buffer_size": _DISK,
+    f"{ZERO}.offload_param.max_in_cpu": _DISK,
+    "aio": _DISK,
     f"{ZERO}.offload_optimizer.cpuadam_cores_perc": _ADAM,
     "tensor_parallel": _MODEL,
     "sequence_parallel_size": _MODEL,
@@ -127,32 +129,13 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: a key of `zero.deepspeed` is unknown, ours, refused or without effect, or its value is none that
-            DeepSpeed takes; `zero.nvme_path` cannot be written, or DeepSpeed cannot use NVMe here.
+            DeepSpeed takes; `zero.nvme_path` cannot be written.
     """
     zero = config.zero
-    if NVME in (zero.offload, zero.offload_parameters):
+    if zero.on_disk:
         _check_nvme(zero)
-    buffers = flatten(zero.deepspeed).get(f"{ZERO}.offload_optimizer.buffer_count")
-    if zero.offload == NVME and isinstance(buffers, int) and buffers < LEAST_BUFFERS:
-        raise UserError(
-            f"zero.deepspeed.{ZERO}.offload_optimizer.buffer_count={buffers}: set {LEAST_BUFFERS} or more, for weights,"
-            " two moments and gradients"
-        )
     if zero.deepspeed:
         _check_passthrough(config)
-
-
-def swap_directory(config: RunConfig) -> Path:
-    """Where a run keeps what is offloaded to NVMe, on each node: a directory of its own in `zero.nvme_path`."""
-    assert config.zero.nvme_path
-    mark = hashlib.sha256(str(config.directory.absolute()).encode()).hexdigest()[:8]
-    return Path(config.zero.nvme_path) / f"megabase-{config.run.name}-{mark}"
-
-
-def clear(config: RunConfig) -> None:
-    """Give back the room on this node's disk that a run needed while it trained."""
-    if NVME in (config.zero.offload, config.zero.offload_parameters):
-        shutil.rmtree(swap_directory(config), ignore_errors=True)
 
 
 def layout(flat: dict[str, Any]) -> tuple[Any, ...]:
@@ -174,12 +157,13 @@ def verify(engine: Any, config: RunConfig) -> None:
     """
     zero = engine._config.zero_config
     devices = [part.device if part else "none" for part in (zero.offload_optimizer, zero.offload_param)]
+    host = {NONE: NONE, CPU: CPU, NVME: CPU}
     accumulated = engine.gradient_accumulation_steps() * engine.train_micro_batch_size_per_gpu()
     sixteen = "bf16" if engine.bfloat16_enabled() else "16" if engine.fp16_enabled() else "32"
     took = {
         "zero.stage": (int(engine.zero_optimization_stage()), config.zero.stage),
-        "zero.offload": (str(devices[0]), config.zero.offload),
-        "zero.offload_parameters": (str(devices[1]), config.zero.offload_parameters),
+        "zero.offload": (str(devices[0]), host[config.zero.offload]),
+        "zero.offload_parameters": (str(devices[1]), host[config.zero.offload_parameters]),
         "optim.clip": (float(engine.gradient_clipping()), float(config.optim.clip)),
         "data.global_batch": (accumulated * engine.dp_world_size, config.data.global_batch),
         "trainer.precision": (sixteen, precision_of(config.trainer.precision)),
@@ -211,10 +195,9 @@ def _own(config: RunConfig) -> dict[str, Any]:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 10_000}
     offloads = {"offload_optimizer": config.zero.offload, "offload_param": config.zero.offload_parameters}
     for key, device in offloads.items():
-        if device != "none":
-            zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
-        if device == NVME:
-            zero[key]["nvme_path"] = str(swap_directory(config))
+        if device != NONE:
+            # What is to be mapped from files (`mapped.py`) cannot be pinned.
+            zero[key] = {"device": CPU, "pin_memory": device == CPU and torch.cuda.is_available()}
     own = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
         ZERO: zero,
@@ -295,12 +278,8 @@ def _refuse(key: str, config: RunConfig) -> None:
     needed = {
         "fp16": ("fp16" in own, "trainer.precision=16"),
         "bf16": ("bf16" in own, "trainer.precision=bf16"),
-        "aio": (
-            NVME in (config.zero.offload, config.zero.offload_parameters),
-            "zero.offload=nvme or zero.offload_parameters=nvme",
-        ),
-        f"{ZERO}.offload_optimizer": (config.zero.offload != "none", "zero.offload=cpu"),
-        f"{ZERO}.offload_param": (config.zero.offload_parameters != "none", "zero.offload_parameters=cpu"),
+        f"{ZERO}.offload_optimizer": (config.zero.offload == CPU, "zero.offload=cpu"),
+        f"{ZERO}.offload_param": (config.zero.offload_parameters == CPU, "zero.offload_parameters=cpu"),
         f"{ZERO}.sub_group_size": (config.zero.stage == 3, "zero.stage=3"),
         f"{ZERO}.round_robin_gradients": (config.zero.stage in (1, 2), "zero.stage=1 or 2"),
     }
@@ -390,11 +369,3 @@ def _check_nvme(zero: ZeroConfig) -> None:
             f"zero.nvme_path={zero.nvme_path} cannot be written ({error.strerror}): name a directory on a disk of"
             " every node"
         ) from None
-    _quiet_import()
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        raise UserError(
-            "DeepSpeed cannot use NVMe on this machine: install libaio's headers (libaio-dev, libaio-devel) and a C++"
-            " compiler, or offload to cpu"
-        )

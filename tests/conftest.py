@@ -103,6 +103,11 @@ class Job:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def ranks(self) -> list[int]:
+        """The processes that train, in the order of ranks."""
+        parent = self.process.pid
+        return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
     def until(self, condition: Callable[[], bool], timeout: float = START_S) -> None:
         """Wait until `condition` holds; fails when the job ends or time runs out first."""
         deadline = time.monotonic() + timeout

@@ -1,6 +1,7 @@
 """The torture test: a run is killed N times, damaged in between, and must end as the run that nothing disturbed.
 
     python tests/torture.py --kills 20 [--seed S] [--stage 0..3] [--ranks 2] [--background] [--directory D] [--keep]
+        [KEY=VALUE...]
 
 Everything is the product's own `megabase train`, watched from outside. A plan is drawn from the seed: for each kill
 the phase, the process, and what is damaged afterwards. The phase is recognised by what appears in the run directory;
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -499,6 +500,7 @@ class Options:
     chance: float = 0.5
     directory: Path | None = None
     keep: bool = False
+    settings: Sequence[str] = ()
 
 
 class Torture:
@@ -575,6 +577,7 @@ class Torture:
             f"zero.stage={options.stage}",
             f"checkpoint.background={str(options.background).lower()}",
             f"tracking.enabled={str(options.tracking).lower()}",
+            *options.settings,
         ]
 
     def _undisturbed(self, run: Path, expected: set[int] | None = None) -> None:
@@ -1007,6 +1010,7 @@ def main() -> int:
     )
     parser.add_argument("--directory", type=Path, metavar="D", help="where (default: a temporary directory)")
     parser.add_argument("--keep", action="store_true", help="keep the directory")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of the run, besides")
     return run(Options(**vars(parser.parse_args())))
 
 

@@ -197,25 +197,6 @@ def test_plain_adamw_knows_its_norm_and_drops_only_when_told() -> None:
     assert not adam.overflow and poison_in(engine) is not None
 
 
-def test_states_on_a_disk_are_looked_at_there(tmp_path: Path) -> None:
-    weights, moment = torch.empty(0), torch.empty(0)
-    files = [
-        SimpleNamespace(compute_tensor=t, swap_path=str(tmp_path / str(i)))
-        for i, t in enumerate((weights, moment))
-    ]
-    info = SimpleNamespace(tensors=files, numel=lambda: 3, dtype=lambda: torch.float32)
-    optimizer = SimpleNamespace(
-        optimizer=SimpleNamespace(state={weights: {"exp_avg": moment, "step": torch.tensor(1.0)}}),
-        optimizer_swapper=SimpleNamespace(swap_params_info={"0_1": info}),
-    )
-    engine = SimpleNamespace(module=torch.nn.Identity(), optimizer=optimizer)
-    for path in (tmp_path / "0", tmp_path / "1"):
-        np.array([1, 2, 3, np.nan], np.float32).tofile(path)  # files are padded
-    assert poison_in(engine) is None
-    np.array([1, np.nan, 3, 0], np.float32).tofile(tmp_path / "1")
-    assert poison_in(engine) is not None
-
-
 class Others:
     """Stands for `Ranks` on rank 0 of some."""
 

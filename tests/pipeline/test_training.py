@@ -173,9 +173,9 @@ def test_a_rank_that_dies_takes_the_job_down(runs: Path, lambda_shards: Path, st
     )
     job = start_job("train", *settings)
     job.until(lambda: len(training_rows(runs / "orphan")) >= 1)
-    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
+    children = job.ranks()
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children[1], signal.SIGKILL)
     code, output = job.wait(60)
     assert code == 1 and "rank 1 was ended by SIGKILL" in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
