@@ -16,10 +16,11 @@ def run_ranks(ranks: int, main: Callable[..., None], *arguments: str) -> int:
     They leave as the ranks of a training do: the interpreter's teardown may abort, see `distributed.leave`.
     """
     program = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        f"import sys, traceback; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "from pipeline.distributed import leave\n"
         f"from {main.__module__} import {main.__name__} as main\n"
-        f"main(*{arguments!r})\n"
+        f"try: main(*{arguments!r})\n"
+        "except BaseException: traceback.print_exc(); leave(1)\n"
         "leave(0)\n"
     )
     return supervise([sys.executable, "-c", program], ranks, StopRequest())
