@@ -74,6 +74,7 @@ def settings(options: argparse.Namespace) -> list[str]:
         "checkpoint.every_steps=0",
         "tracking.enabled=false",
         "zero.stage=3",
+        "zero.bucket_mb=32",
     ]
 
 
