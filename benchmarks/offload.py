@@ -25,6 +25,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
+from datamodules.prepare import prepare
 from models import Reformer
 from pipeline import config, environment
 from pipeline.journal import read
@@ -82,15 +85,8 @@ def train(kind: str, limit: float, options: argparse.Namespace, shards: Path, di
     """One training of its own processes."""
     run = f"{kind}-{limit:g}".replace(", ", "-").replace(" ", "-")
     command = [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "train",
-        f"data.shards={shards}",
-        f"run.root={directory}",
-    ]
-    command += [
-        f"run.name={run}",
+        *(sys.executable, "-m", "pipeline.cli", "train"),
+        *(f"data.shards={shards}", f"run.root={directory}", f"run.name={run}"),
         f"zero.nvme_path={options.disk or directory}",
         *settings(options),
         *KINDS[kind],
@@ -109,7 +105,7 @@ def train(kind: str, limit: float, options: argparse.Namespace, shards: Path, di
         most = 0
         try:
             while job.poll() is None:
-                most = max(most, sum(map(anonymous, children(job.pid))))
+                most = max(most, anonymous(job.pid))
                 time.sleep(0.05)
         finally:
             if job.poll() is None:
@@ -140,21 +136,13 @@ def memory_of(gibibytes: float) -> Iterator[Path | None]:
         group.rmdir()
 
 
-def children(process: int) -> list[int]:
-    """The ranks that a supervisor started."""
+def anonymous(supervisor: int) -> int:
+    """Bytes of memory that is in no file, of the ranks of a supervisor together."""
     try:
-        return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
-    except OSError:
-        return []
-
-
-def anonymous(process: int) -> int:
-    """Bytes of a process's memory that is in no file."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
+        memories = [rank.memory_info() for rank in psutil.Process(supervisor).children()]
+    except psutil.NoSuchProcess:
         return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), 0)
+    return sum(memory.rss - memory.shared for memory in memories)
 
 
 def main() -> None:
@@ -173,11 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="offload-") as temporary:
         directory = Path(temporary)
         shards = directory / "shards"
-        genome = ROOT / "tests" / "data" / "lambda_phage.fna.gz"
-        prepare = ["prepare", str(genome), str(shards)]
-        subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *prepare], check=True, cwd=ROOT, capture_output=True
-        )
+        prepare([ROOT / "tests" / "data" / "lambda_phage.fna.gz"], shards, progress=False)
         model = config.load([], [f"data.shards={shards}", "run.name=x", *settings(options)]).model
         model.vocab_size = 9
         parameters = sum(p.numel() for p in Reformer(model).parameters())

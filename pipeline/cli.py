@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         code = 1
     if _is_rank():
-        sys.modules["pipeline.distributed"].leave(code)
+        from pipeline import distributed
+
+        distributed.leave(code)
     return code
 
 

@@ -20,20 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config import NVME, ZeroConfig
 from pipeline.distributed import Ranks
 from pipeline.shards import MOMENTS
 from pipeline.space import amount
 
 
-def move(engine: Any, directory: Path, *, states: bool, parameters: bool) -> None:
-    """Move what a new DeepSpeedEngine of stage 3 has offloaded to host memory into files in `directory`.
+def move(engine: Any, zero: ZeroConfig) -> None:
+    """Move what a new DeepSpeedEngine of stage 3 has offloaded to host memory into files in `zero.nvme_path`.
 
-    Args:
-        states: AdamW's, with fp32 weights and gradients. parameters: the weights that forward computes with.
+    With `zero.offload` AdamW's states, fp32 weights and fp32 gradients; with `zero.offload_parameters` the weights that
+    forward computes with.
 
     Raises:
         RunError: on every rank, if one of them finds no room there.
     """
+    assert zero.nvme_path
+    directory = Path(zero.nvme_path)
+    states, parameters = zero.offload == NVME, zero.offload_parameters == NVME
     optimizer = engine.optimizer
     error = None
     try:

@@ -1,9 +1,9 @@
 """Resuming on another number of ranks or in another ZeRO stage, without converting anything first.
 
 A new engine knows which elements of which parameter each of its ranks keeps. Each rank reads those, and only those,
-out of the old ranks' files (`shards.py`) and hands them to DeepSpeed as if it had saved them itself. So nothing
-is written, no rank waits for another to convert, and offloaded states need no special care. The numbers are the
-same bits; what differs afterwards is the order in which ranks add gradients up.
+out of the old ranks' files (`shards.py`). Below stage 3 it hands them to DeepSpeed as if it had saved them itself; in
+stage 3 it puts them where DeepSpeed keeps them. So nothing is written, and no rank waits for another to convert. The
+numbers are the same bits; what differs afterwards is the order in which ranks add gradients up.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
         if state := _state(shards, partial(_vector, shards, vector)):
             held = optimizer.state[weights]
             for what in MOMENTS:
-                held[what] = held.get(what, torch.empty_like(weights.data)).copy_(state[what])
+                value = state[what]
+                held[what] = held[what].copy_(value) if what in held else value.to(weights.device)
             held["step"] = state["step"]
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
 

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from pipeline import mapped
 from pipeline.checkpoint import TAG, read_manifest
-from pipeline.config import NVME, RunConfig, as_dict, flatten
+from pipeline.config import RunConfig, as_dict, flatten
 from pipeline.construction import Sharded
 from pipeline.distributed import STARTING_TIMEOUT
 from pipeline.reshard import reshard
@@ -89,13 +89,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             dist_init_required=False,
         )
         verify(engine, self.run_config)
-        zero = self.run_config.zero
-        if zero.on_disk:
-            assert zero.nvme_path
-            directory = Path(zero.nvme_path)
-            mapped.move(
-                engine, directory, states=zero.offload == NVME, parameters=zero.offload_parameters == NVME
-            )
+        if self.run_config.zero.on_disk:
+            mapped.move(engine, self.run_config.zero)
         engine.checkpoint_engine = self.storage
         # `megabase export` does better than DeepSpeed's script; rank 0 would copy it while the others wait.
         engine._copy_recovery_script = lambda _: None

@@ -308,8 +308,6 @@ def _lock(directory: Path, ranks: distributed.Ranks) -> Iterator[None]:
             error = f"cannot write in {directory} ({caught.strerror}): choose another run.root"
     error = ranks.broadcast(error)
     if error:
-        # All ranks leave here: without this, a thread of the process group may abort the interpreter's exit.
-        torch.distributed.destroy_process_group()
         raise UserError(error)
     try:
         yield

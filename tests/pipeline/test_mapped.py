@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.config import ZeroConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError
 from pipeline.mapped import _file, _in_file, move
@@ -36,7 +37,7 @@ def test_a_disk_without_room_ends_all_ranks_with_one_line_and_leaves_nothing(
     weights = torch.empty(1 << 50, device="meta")  # 4 PiB
     optimizer = SimpleNamespace(fp32_partitioned_groups_flat=[weights])
     with pytest.raises(RunError) as caught:
-        move(SimpleNamespace(optimizer=optimizer), tmp_path, states=True, parameters=False)
+        move(SimpleNamespace(optimizer=optimizer), ZeroConfig(offload="nvme", nvme_path=str(tmp_path)))
     said = str(caught.value)
     assert f"rank 0: zero.nvme_path={tmp_path} cannot hold what is offloaded: " in said
     assert "4,096.0 TiB were to be taken at once" in said

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pipeline import distributed
 from pipeline.preemption import EXIT_AGAIN
-from tests.conftest import Job, train_settings, training_rows
+from tests.conftest import train_settings, training_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -30,12 +30,6 @@ def status(run: Path) -> dict[str, object]:
 
 def newest(run: Path) -> int:
     return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
-
-
-def ranks_of(job: Job) -> list[int]:
-    """Process ids of the ranks of a supervisor, in the order of ranks."""
-    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
-    return [int(pid) for pid in children]
 
 
 def test_told_at_any_moment_the_run_is_the_one_nobody_disturbed(
@@ -104,7 +98,7 @@ def test_a_rank_that_hangs_is_written_down_and_ends_the_job(
     quiet = ["trainer.hang_minutes=0.2", "trainer.eval_every_steps=0", "checkpoint.every_steps=0"]
     job = start_job("train", *train_settings(lambda_shards, runs, "hangs", *ENDLESS, *quiet))
     job.until(lambda: len(training_rows(run)) >= 1)
-    ranks = ranks_of(job)
+    ranks = job.ranks()
     os.kill(ranks[1], signal.SIGSTOP)
     began = time.monotonic()
     code, output = job.wait(120)
