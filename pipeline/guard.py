@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,35 +222,6 @@ class WatchedAdamW(torch.optim.AdamW):
         assert self._global_grad_norm is not None
         self.overflow = self.drops and not bool(self._global_grad_norm.isfinite())
         return None if self.overflow else super().step(closure)
-
-
-def poison_in(engine: Any) -> str | None:
-    """What is not finite in this rank's weights, fp32 weights and optimizer states; None: all is.
-
-    For the moment before a checkpoint: one pass over the states where they lie, and one read of the device.
-
-    Args:
-        engine: a DeepSpeedEngine of any stage.
-    """
-    seen: dict[torch.device, list[Tensor]] = {}
-    for tensor in _states(engine):
-        if tensor.is_floating_point() and tensor.numel():
-            # No mask as large as the weights: a NaN goes through both, infinities are one of them.
-            seen.setdefault(tensor.device, []).append(torch.stack(torch.aminmax(tensor.detach())).float())
-    if all(bool(torch.stack(ends).isfinite().all()) for ends in seen.values()):
-        return None
-    return "weights or optimizer states are not finite: no checkpoint of them is written"
-
-
-def _states(engine: Any) -> Iterator[Tensor]:
-    for parameter in engine.module.parameters():
-        # Under stage 3 the whole is not there, but this rank's part.
-        yield getattr(parameter, "ds_tensor", parameter)
-    # The optimizer inside ZeRO's: its keys are the fp32 weights of this rank.
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for weights, state in inner.state.items():
-        yield weights
-        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def report(

@@ -54,7 +54,7 @@ class Boundary(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(trainer.strategy, ZeroStrategy)
-        self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy)
+        self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy.storage)
         self.step = trainer.global_step
         self._open_books()
         wait_longer_than(self.config.trainer.hang_minutes)

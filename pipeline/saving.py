@@ -26,12 +26,11 @@ from pipeline.checkpoint import LATEST, TAG, DiskFull, Manifest, manifest_of
 from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import RunError
-from pipeline.guard import poison_in
 from pipeline.hardware import precision_of
 from pipeline.journal import JOURNAL
 from pipeline.retention import evaluations, prune
 from pipeline.space import lacking
-from pipeline.strategy import ZeroStrategy
+from pipeline.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,12 @@ class Pending:
 class Saver:
     """Writes a run's checkpoints. Every rank has one and calls the same methods at the same steps."""
 
-    def __init__(self, config: RunConfig, data: str, ranks: Ranks, strategy: ZeroStrategy) -> None:
+    def __init__(self, config: RunConfig, data: str, ranks: Ranks, storage: Storage) -> None:
         """data: identity of the shards, for the manifest."""
         self._config = config
         self._data = data
         self._ranks = ranks
-        self._strategy = strategy
-        self._storage = strategy.storage
+        self._storage = storage
         self._directory = config.directory / "checkpoints"
         self._pruning: Future[None] | None = None
         self.pending: Pending | None = None
@@ -93,7 +91,7 @@ class Saver:
             must: a full disk is an error, not a warning.
 
         Raises:
-            RunError: on every rank, if a state is not finite, or if the disk has no room and the checkpoint must be.
+            RunError: on every rank, if the disk has no room and the checkpoint must be.
         """
         assert self.pending is None
         began = time.monotonic()
@@ -106,7 +104,6 @@ class Saver:
             self._prune()  # before room is looked for: `checkpoint.keep` may have been lowered to make some
             journal = (self._config.directory / JOURNAL).stat().st_size
             lacks = self._lacking(trainer)
-        self._ranks.check(poison_in(self._strategy.deepspeed_engine))
         # Also: nobody writes before rank 0 has cleaned up.
         if lacks := self._ranks.broadcast(lacks):
             self._left_out(step, lacks, must)
@@ -118,7 +115,8 @@ class Saver:
         """The next thing for the pending checkpoint; waits for what is not done. None: it goes on, or is left out.
 
         Raises:
-            RunError: on every rank, if any rank could not write its part; but for a full disk, if the run goes on.
+            RunError: on every rank, if any rank could not write its part, or had states that are not finite; but for
+                a full disk, if the run goes on.
         """
         pending = self.pending
         assert pending is not None

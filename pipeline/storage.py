@@ -3,6 +3,8 @@
 - Every file is hashed while it is written and synced to disk: nothing is read back to be checksummed.
 - With `background`, `save` copies the states to host memory and returns; a thread writes them while training goes
   on. The buffers are kept for the next checkpoint: a host copy of the states is what this mode costs.
+- A file with numbers that are not finite is not written: each is looked at first, where it lies or, in the background,
+  in its copy.
 - DeepSpeed's ranks meet at barriers while saving, so nothing here raises before `result`: a rank that left alone
   would make the others wait.
 - Nothing here runs code that a file brings along: files are read with `weights_only`, which knows tensors, plain
@@ -16,7 +18,7 @@ import hashlib
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +116,8 @@ class Storage(CheckpointEngine):
         if self._written.error:
             return
         try:
+            if not finite(state):
+                raise RunError("weights or optimizer states are not finite")
             with HashingFile(path) as file:
                 torch.save(state, file)  # type: ignore[arg-type]
             self._written.files[path] = {"size": file.size, "sha256": file.digest()}
@@ -208,6 +212,27 @@ class Snapshots:
         self._used += 1
         buffer.copy_(bytes_of, non_blocking=True)
         return buffer.untyped_storage()
+
+
+def finite(state: Any) -> bool:
+    """Whether all numbers in nested dictionaries, lists and tuples of tensors are finite; reads each device once."""
+    seen: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in _tensors(state):
+        if tensor.is_floating_point() and tensor.numel():
+            # No mask as large as the tensor: a NaN goes through both, infinities are one of them.
+            seen.setdefault(tensor.device, []).append(torch.stack(torch.aminmax(tensor.detach())).float())
+    return all(bool(torch.stack(ends).isfinite().all()) for ends in seen.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
 
 
 def load(path: Path, *, mmap: bool = False) -> Any:

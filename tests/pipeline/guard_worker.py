@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pipeline import config as configs
 from pipeline import distributed, module, train
-from pipeline.checkpoint import list_checkpoints, step_of
+from pipeline.checkpoint import TAG, list_checkpoints, step_of
 from pipeline.errors import RunError, rank_zero
-from pipeline.guard import LEAST_LOSSES, _states, poison_in
+from pipeline.guard import LEAST_LOSSES
 from pipeline.module import PretrainModule
 from pipeline.preemption import StopRequest
 
@@ -138,8 +138,14 @@ class Poisoned(PretrainModule):
         return nats * {"loss": math.nan, "infinite": math.inf, "spike": 1000.0, "undone": 1.0}[case.how]
 
     def tensors(self) -> list[Tensor]:
-        """All that an update changes on this rank."""
-        return [tensor.detach() for tensor in _states(self.engine)]
+        """All that an update changes on this rank: weights (under stage 3 its part), fp32 weights, AdamW's states."""
+        weights = [
+            getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.module.parameters()
+        ]
+        # The optimizer inside ZeRO's: its keys are the fp32 weights of this rank.
+        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        states = [value for state in inner.state.values() for value in state.values()]
+        return [value.detach() for value in (*weights, *inner.state, *states) if isinstance(value, Tensor)]
 
     def whole(self) -> list[Tensor]:
         """The parameters that are whole on this rank: under stage 3 small ones may be, beside its part of them."""
@@ -192,24 +198,29 @@ def run(name: str, case: Case, shards: str, root: Path, ranks: distributed.Ranks
     known = {
         "digest": digest.hexdigest(),
         "unchanged": trained.unchanged,
-        "poison": poison_in(trained.engine),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in trained.tensors()),
     }
     if case.how == "undone":
-        known["found"] = [_found(trained.engine, which, rank=1) for which in ("weights", "exp_avg")]
+        known["refused"] = [_refused(trained.engine, which, root) for which in ("", "weights", "exp_avg")]
     return {"ended": ended, "step": trained.global_step, "ranks": ranks.gather(known)}
 
 
-def _found(engine: Any, which: str, rank: int) -> bool:
-    """Whether `poison_in` finds one NaN in the fp32 weights, or a moment, of a rank."""
+def _refused(engine: Any, which: str, root: Path) -> str:
+    """Why this rank does not write its files of a checkpoint when a rank has one NaN; empty: it does.
+
+    which: the NaN's place, the fp32 weights or a moment; none if empty. In stage 0 rank 0 has it, which alone writes.
+    """
+    spoiled = dist.get_rank() == (engine.zero_optimization_stage() > 0)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     weights, state = next(iter(inner.state.items()))
-    place = (weights.detach() if which == "weights" else state[which]).view(-1)[:1]
+    place = state.get(which, weights).detach().view(-1)[:1]
     before = place.clone()
-    if dist.get_rank() == rank:
+    if which and spoiled:
         place.fill_(math.nan)
-    found = poison_in(engine) is not None
+    engine.save_checkpoint(str(root / "refused"), tag=TAG, client_state={}, save_latest=False)
+    error = engine.checkpoint_engine.result().error
     place.copy_(before)
-    return found
+    return str(error or "")
 
 
 def main(shards: str, root: str, output: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint, saving
+from pipeline import checkpoint
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import list_checkpoints, read_manifest
 from pipeline.config import load
@@ -24,9 +25,9 @@ from pipeline.storage import Storage
 
 
 class Bench:
-    """A saver whose states are one tensor, written by the real storage."""
+    """A saver whose states are one tensor, `weights`, written by the real storage."""
 
-    def __init__(self, root: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, background: bool) -> None:
+    def __init__(self, root: Path, ranks: Ranks, background: bool) -> None:
         settings = [
             f"run.root={root}",
             "run.name=run",
@@ -37,10 +38,9 @@ class Bench:
         self.run = config.directory
         (self.run / "checkpoints").mkdir(parents=True)
         (self.run / JOURNAL).write_text('{"step": 1, "loss": 2.0}\n')
+        self.weights = torch.arange(5.0)
         self.storage = Storage(background)
-        strategy: Any = SimpleNamespace(storage=self.storage, deepspeed_engine=None)
-        monkeypatch.setattr(saving, "poison_in", lambda engine: None)
-        self.saver = Saver(config, "data", ranks, strategy)
+        self.saver = Saver(config, "data", ranks, self.storage)
         self.trainer: Any = SimpleNamespace(
             save_checkpoint=self.write, lightning_module=torch.nn.Linear(2, 2)
         )
@@ -49,7 +49,7 @@ class Bench:
         file = partial / "checkpoint" / "mp_rank_00_model_states.pt"
         self.storage.create(None)  # type: ignore[arg-type]
         self.storage.makedirs(str(file.parent), exist_ok=True)
-        self.storage.save({"x": torch.arange(5)}, str(file))
+        self.storage.save({"x": self.weights}, str(file))
 
     @property
     def steps(self) -> list[str]:
@@ -57,8 +57,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Bench]:
-    return lambda background: Bench(tmp_path, ranks, monkeypatch, background)
+def bench(tmp_path: Path, ranks: Ranks) -> Callable[[bool], Bench]:
+    return lambda background: Bench(tmp_path, ranks, background)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -119,6 +119,23 @@ def test_a_disk_that_is_full_when_it_gets_its_name(bench, monkeypatch, capsys, b
     while it.saver.pending:
         it.saver.advance()
     assert it.steps == ["step-3"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_states_that_are_not_finite_end_the_run_and_leave_the_checkpoints_before(bench, background) -> None:
+    it = bench(background)
+    it.saver.begin(it.trainer, 1, must=False)
+    while it.saver.pending:
+        it.saver.advance()
+    it.weights[3] = math.nan
+    it.saver.begin(it.trainer, 2, must=False)
+    it.weights[3] = 0  # in the background it is the copy that counts
+    with pytest.raises(
+        RunError, match=r"step 2 is not written: rank 0: weights .* are not finite\. The checkpoints"
+    ):
+        while it.saver.pending:
+            it.saver.advance()
+    assert [path.name for path in (it.run / "checkpoints").iterdir()] == ["step-1"]
 
 
 @pytest.mark.parametrize("background", [False, True])

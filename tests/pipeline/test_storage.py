@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import RunError
-from pipeline.storage import Storage, Written, load
+from pipeline.storage import Storage, Written, finite, load
 
 
 def states() -> dict[str, Any]:
@@ -61,6 +62,25 @@ def test_errors_wait_for_the_result_and_do_not_outlive_it(tmp_path: Path, backgr
     (tmp_path / "no_directory").touch()
     storage.makedirs(str(tmp_path / "no_directory" / "checkpoint"))
     assert isinstance(storage.result().error, OSError)
+    assert write(storage, tmp_path / "file.pt", states()).error is None
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_keeps_a_file_from_being_written(
+    tmp_path: Path, bad: float, background: bool
+) -> None:
+    storage = Storage(background)
+    assert finite(states())
+    for place in (("module", "a"), ("module", "b"), ("optimizer", 0, "half")):
+        content = spoiled = states()
+        for key in place:
+            spoiled = spoiled[key]
+        spoiled.view(-1)[-1] = bad
+        assert not finite(content)
+        written = write(storage, tmp_path / "file.pt", content)
+        assert str(written.error) == "weights or optimizer states are not finite"
+        assert not written.files and not (tmp_path / "file.pt").exists()
     assert write(storage, tmp_path / "file.pt", states()).error is None
 
 
