@@ -1,6 +1,9 @@
-"""Training on a real SLURM, on two nodes: told to stop, queued again, and finished as if nothing had been."""
+"""Training on a real SLURM, on two nodes: told to stop, killed, queued again, and finished as if nothing had been."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +30,12 @@ def megabase(cluster: TestCluster, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_two_node_job_is_signalled_requeued_and_finishes_the_same_run(
+def process_of(run: Path, rank: int) -> int:
+    """Process id of a rank, from its heartbeat."""
+    return int(json.loads((run / "logs" / f"rank-{rank}.heartbeat").read_text())["pid"])
+
+
+def test_a_two_node_job_is_signalled_killed_and_finishes_the_same_run(
     cluster: TestCluster, undisturbed: Path, runs: Path, lambda_shards: Path
 ) -> None:
     settings = train_settings(
@@ -38,15 +46,27 @@ def test_a_two_node_job_is_signalled_requeued_and_finishes_the_same_run(
     assert not run.exists()
 
     job = int(megabase(cluster, "submit", *settings).split()[1])
-    assert until(lambda: len(training_rows(run)) >= 8, 240), (run / "logs" / f"slurm-{job}.out").read_text()
+    output = run / "logs" / f"slurm-{job}.out"
+    assert until(lambda: len(training_rows(run)) >= 8, 240), output.read_text()
+    before = process_of(run, 1)
     cluster.signal(job, "USR1")
+
+    # The second start: a rank dies of what nobody catches, as when a node has no memory left.
+    def went_on() -> bool:
+        return process_of(run, 1) != before and len(training_rows(run)) >= 18
+
+    assert until(went_on, 240), output.read_text()
+    os.kill(process_of(run, 1), signal.SIGKILL)
     cluster.wait(job, {"COMPLETED"}, 400)
 
-    assert cluster.show(job)["Restarts"] == "1"
-    log = (run / "logs" / f"slurm-{job}.out").read_text()
-    assert "back in the queue" in log and "resuming nodes from" in log
+    assert cluster.show(job)["Restarts"] == "2"
+    log = output.read_text()
+    assert "checkpointed; back in the queue (restart 1" in log
+    # "crashed" where rank 0 came to see its connection break before srun ended it.
+    assert re.search(r"ended with code \d+ \((running|crashed)\); back in the queue \(restart 2", log), log
+    assert log.count("resuming nodes from") == 2
     assert [row["step"] for row in training_rows(run)] == list(range(1, STEPS + 1))
-    # One node with two ranks or two nodes with one each, interrupted or not: the same bytes.
+    # One node with two ranks or two nodes with one each, interrupted and killed or not: the same bytes.
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     assert (run / "submit.sbatch").read_text().startswith("#!/bin/bash\n# sbatch --parsable")
     assert checkpoint.verify(run / "checkpoints" / f"step-{STEPS}") is None
