@@ -1,6 +1,6 @@
 """Sharded checkpoints: publish, verify, choose.
 
-DeepSpeed's ranks write their files into `step-N.partial/`; every rank checksums its own; rank 0 writes
+DeepSpeed's ranks write their files into `step-N.partial/` and checksum them meanwhile (`storage.py`); rank 0 writes
 `megabase.json` (step, ranks, stage, config, and size and checksum of every file), everything is synced to disk,
 and the directory gets its name. So a directory called `step-N` was whole when it was named. A reader checks it
 again, all ranks together, and falls back to the one before, loudly.
@@ -9,11 +9,10 @@ again, all ranks together, and falls back to the one before, loudly.
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datamodules.disk import sync
 from pipeline.config import RunConfig, as_dict, flatten
@@ -35,6 +34,8 @@ from pipeline.manifest import (
 from pipeline.space import is_full
 
 __all__ = ["MANIFEST", "Damaged", "Manifest", "list_checkpoints", "read_manifest", "step_of", "verify"]
+
+T = TypeVar("T")
 
 # The directory of DeepSpeed's files within a checkpoint, and the file that names it.
 TAG = "checkpoint"
@@ -82,27 +83,23 @@ def published(partial: Path) -> Path:
 
 
 def describe(
-    partial: Path, manifest: Manifest, ranks: Ranks, written: dict[Path, dict[str, Any]] | None = None
+    partial: Path,
+    manifest: Manifest,
+    ranks: Ranks,
+    files: dict[Path, dict[str, Any]],
+    error: Exception | None = None,
 ) -> None:
-    """The first half of publishing a checkpoint, of all ranks: their files are on disk then, and in the manifest.
+    """The first half of publishing a checkpoint, of all ranks: what each has written goes into the manifest.
 
     Args:
         partial: the directory that every rank has written.
-        written: size and sha256 of files of this rank that are on disk already; others are read and synced here.
+        files: size and sha256 of this rank's, which are on disk. error: why not all of them could be written.
 
     Raises:
-        DiskFull, RunError: on every rank, if any rank could not read or sync its files.
+        DiskFull, RunError: on every rank, if any passes an error.
     """
-    described: dict[str, dict[str, Any]] = {}
-    error: OSError | None = None
-    try:
-        for path in _own_files(partial, ranks.rank, ranks.size):
-            known = (written or {}).get(path)
-            described[path.relative_to(partial).as_posix()] = known or synced(path)
-    except OSError as caught:
-        error = caught
-    agree(ranks, error)
-    for part in ranks.gather(described):
+    mine = {path.relative_to(partial).as_posix(): what for path, what in files.items()}
+    for part in agree(ranks, error, mine):
         manifest.files.update(part)
 
 
@@ -118,15 +115,20 @@ def seal(partial: Path, manifest: Manifest) -> None:
     sync(final.parent)
 
 
-def agree(ranks: Ranks, error: BaseException | None) -> None:
-    """Raise on every rank if any passes an error: DiskFull if all are of that kind, else RunError."""
+def agree(ranks: Ranks, error: BaseException | None, told: T | None = None) -> list[T]:
+    """What every rank has told, in the order of ranks.
+
+    Raises:
+        DiskFull, RunError: on every rank, if any passes an error; DiskFull if all are of that kind.
+    """
     said = str(error) if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: {error}"
-    found = ranks.gather((said, is_full(error)) if error else None)
-    errors = {rank: what for rank, what in enumerate(found) if what}
+    found = ranks.gather(((said, is_full(error)) if error else None, told))
+    errors = {rank: wrong for rank, (wrong, _) in enumerate(found) if wrong}
     if errors:
         full = all(is_one for _, is_one in errors.values())
         said = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in errors.items())
         raise (DiskFull if full else RunError)(said)
+    return [value for _, value in found]
 
 
 def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
@@ -227,20 +229,6 @@ def set_aside(path: Path) -> Path:
         target = path.with_name(f"{path.name}.broken-{number}")
     path.rename(target)
     return target
-
-
-def _own_files(partial: Path, rank: int, size: int) -> list[Path]:
-    """The files that rank `rank` answers for: DeepSpeed names shards by rank; rank 0 takes all others.
-
-    Hidden ones are nobody's: a file server makes such when an open file is deleted, and takes them away again.
-    """
-    own = []
-    for path in sorted(p for p in partial.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        match = re.search(r"zero_pp_rank_(\d+)_", path.name)
-        owner = int(match.group(1)) if match else 0
-        if owner == rank or (owner >= size and rank == 0):
-            own.append(path)
-    return own
 
 
 def synced(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ PACKAGES = (
 )
 
 
+@functools.cache  # every checkpoint asks, and parsing packages' metadata takes 20 ms
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose change could change a run."""
     found = {"python": platform.python_version()}

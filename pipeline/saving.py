@@ -146,8 +146,7 @@ class Saver:
         """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it. The time when it is one."""
         written = self._storage.result()
         manifest = manifest_of(self._config, pending.step, self._ranks.size, self._data)
-        checkpoint.agree(self._ranks, written.error)
-        checkpoint.describe(pending.partial, manifest, self._ranks, written.files)
+        checkpoint.describe(pending.partial, manifest, self._ranks, written.files, written.error)
 
         def name() -> float:
             if self._ranks.rank == 0:

@@ -4,6 +4,7 @@ import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,13 @@ from pipeline.manifest import seal_of
 
 def publish(root: Path, step: int, ranks: Ranks, config: dict | None = None) -> Path:
     partial = checkpoint.partial_directory(root, step)
-    (partial / "checkpoint").mkdir(parents=True)
-    (partial / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(
-        bytes(range(256)) * step
-    )
+    shard = partial / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(range(256)) * step)
     (partial / "latest").write_text("checkpoint")
     manifest = Manifest(step, step * 8, 1, 2, "32", config or {"model.dim": 8}, "d", {"torch": "2"})
-    checkpoint.describe(partial, manifest, ranks)
+    files = {path: checkpoint.synced(path) for path in (shard, partial / "latest")}
+    checkpoint.describe(partial, manifest, ranks, files)
     checkpoint.seal(partial, manifest)
     return checkpoint.published(partial)
 
@@ -194,22 +195,30 @@ def test_what_cannot_be_read_is_no_damage(
     assert path.is_dir()
 
 
-def test_each_rank_answers_for_its_own_shards(tmp_path: Path) -> None:
-    names = [
-        "latest",
-        "a/zero_pp_rank_0_x.pt",
-        "a/zero_pp_rank_1_x.pt",
-        "a/zero_pp_rank_11_x.pt",
-        "a/mp_rank_00.pt",
+def test_the_manifest_has_what_each_rank_wrote_and_one_ranks_error_is_everyones(tmp_path: Path) -> None:
+    class Two:
+        """Stands for `Ranks` on rank 0; `other` is what rank 1 tells."""
+
+        def __init__(self, other: Any) -> None:
+            self.other = other
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, self.other]
+
+    manifest = Manifest(1, 8, 2, 2, "32", {}, "d", {})
+    mine = {tmp_path / "checkpoint" / "a.pt": {"size": 1, "sha256": "a"}}
+    theirs = {"checkpoint/b.pt": {"size": 2, "sha256": "b"}}
+    checkpoint.describe(tmp_path, manifest, Two((None, theirs)), mine)  # type: ignore[arg-type]
+    assert manifest.files == {"checkpoint/a.pt": {"size": 1, "sha256": "a"}, **theirs}
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    both: list[tuple[Any, Exception | None, type[Exception]]] = [
+        (((str(full), True), {}), None, checkpoint.DiskFull),
+        (((str(full), True), {}), full, checkpoint.DiskFull),
+        (((str(full), True), {}), KeyError("oops"), RunError),
+        ((("not finite", False), {}), full, RunError),
     ]
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    # A file server's, which goes away by itself.
-    (tmp_path / "a" / ".nfs00000000deadbeef").touch()
-    shares = [
-        [p.relative_to(tmp_path).as_posix() for p in checkpoint._own_files(tmp_path, r, 12)]
-        for r in range(12)
-    ]
-    assert shares[1] == ["a/zero_pp_rank_1_x.pt"] and shares[11] == ["a/zero_pp_rank_11_x.pt"]
-    assert sorted(name for share in shares for name in share) == sorted(names)
+    for other, error, kind in both:
+        with pytest.raises(RunError, match="rank 1: ") as caught:
+            checkpoint.describe(tmp_path, manifest, Two(other), {}, error)  # type: ignore[arg-type]
+        assert type(caught.value) is kind
