@@ -42,7 +42,7 @@ def from_pretrained(directory: str | Path) -> Reformer:
             )
         config = config_of(content["model"])
         weights = safetensors.read(directory / WEIGHTS)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"{error.filename} is missing: give a directory that `megabase export` wrote"
         ) from None
@@ -63,7 +63,7 @@ def config_of(values: Mapping[str, Any]) -> ReformerConfig:
     """The settings from nested dictionaries, as `dataclasses.asdict` gives them; what is missing has its default.
 
     Raises:
-        ConfigError: a setting is unknown: a newer version may have written it.
+        ConfigError: a setting is unknown (a newer version may have written it), or no setting.
     """
     config: ReformerConfig = _built(ReformerConfig(), values, "model")
     config.validate()
@@ -97,6 +97,10 @@ def _built(default: Any, values: Mapping[str, Any], place: str) -> Any:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"{place}.{name} is a setting that this version does not know: update megabase")
-        nested = is_dataclass(known[name]) and isinstance(value, Mapping)
-        known[name] = _built(known[name], value, f"{place}.{name}") if nested else value
+        if not is_dataclass(known[name]):
+            known[name] = value
+        elif isinstance(value, Mapping):
+            known[name] = _built(known[name], value, f"{place}.{name}")
+        else:
+            raise ConfigError(f"{place}.{name}={value!r}: it holds settings by name")
     return type(default)(**known)

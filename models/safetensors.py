@@ -101,6 +101,8 @@ def _entries(
         header.pop(_METADATA, None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not all(type(length) is int and length >= 0 for length in shape):
+                raise ValueError(f"{name} has the shape {shape}")
             if start != position or end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} does not have the bytes of its shape")
             entries[name] = (dtype, shape, start)

@@ -62,7 +62,8 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
         ConfigError: to huggingface: a setting of the model has no counterpart there.
         RunError: the disk is full, or the checkpoint does not hold the model that it should.
     """
-    partial = out.with_name(out.name + ".partial")
+    out = out.absolute()
+    partial = out.parent / f"{out.name}.partial"
     for path, hint in (
         (out, "choose another OUT"),
         (partial, "an export is writing it, or was killed: remove it"),
@@ -70,13 +71,22 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
         if path.exists() or path.is_symlink():
             raise UserError(f"{path} exists already: {hint}")
     checkpoint = choose(run, step, None if form == SAFETENSORS else _check_maps)
-    manifest = read_manifest(checkpoint)
-    config = model_config(manifest)
-    shards = Shards.open(checkpoint)
-    model = pretrained.empty(config)
-    shapes = pretrained.stored_shapes(model)
-    _check_weights(checkpoint, shards, shapes)
-    source = source_of(checkpoint, manifest, config, dtype)
+    try:
+        manifest = read_manifest(checkpoint)
+        config = model_config(manifest)
+        shards = Shards.open(checkpoint)
+        model = pretrained.empty(config)
+        shapes = pretrained.stored_shapes(model)
+        _check_weights(checkpoint, shards, shapes)
+        source = source_of(checkpoint, manifest, config, dtype)
+    except (Damaged, RunError, OSError) as error:
+        if not checkpoint.exists():
+            raise RunError(
+                f"checkpoint {checkpoint} was deleted meanwhile: a run is training; try again"
+            ) from None
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"checkpoint {checkpoint} cannot be read: {error}") from None
     try:
         partial.mkdir(parents=True)
         try:

@@ -68,7 +68,10 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
         UserError: it is not a run directory, or has no checkpoint.
     """
     found = _find(run)
-    losses = evaluations(run / JOURNAL)
+    try:
+        losses = evaluations(run / JOURNAL)
+    except OSError as error:
+        raise UserError(f"{run / JOURNAL} cannot be read: {error.strerror}") from None
     whole_bytes = sum(_promised(path) for path in found) if not fast else 0
     entries = []
     with bar("Verifying", whole_bytes, progress and not fast) as report:
@@ -203,11 +206,14 @@ def _last_change(path: Path) -> float:
 def _conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
     """What a user would ask next."""
     lines = []
-    newest = next((entry for entry in entries if entry.whole), None)
-    if newest:
+    # A start sets aside what is broken, but not what it cannot judge.
+    newest = next((entry for entry in entries if entry.whole or entry.state == UNKNOWN), None)
+    if newest is None:
+        lines.append(f"{run}: there is none to go on from.")
+    elif newest.whole:
         lines.append(f"{run}: the next start goes on from {newest.name}.")
     else:
-        lines.append(f"{run}: there is none to go on from.")
+        lines.append(f"{run}: the next start ends at {newest.name}, which it can neither read nor leave out.")
     aside = [entry for entry in entries if ".broken" in entry.name]
     if aside:
         size = amount(sum(entry.bytes for entry in aside))

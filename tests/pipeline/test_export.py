@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,6 +176,7 @@ def test_an_export_that_was_cut_off_or_changed(run: Path, tmp_path: Path) -> Non
     for key, value, message in (
         ("dim", 24, "does not have the weights that config.json beside it describes"),
         ("depht", 3, "model.depht is a setting that this version does not know"),
+        ("lsh", 5, "model.lsh=5: it holds settings by name"),
     ):
         (out / "config.json").write_text(json.dumps(about | {"model": about["model"] | {key: value}}))
         with pytest.raises(ConfigError, match=message):
@@ -183,8 +185,17 @@ def test_an_export_that_was_cut_off_or_changed(run: Path, tmp_path: Path) -> Non
         (out / "config.json").write_bytes(content)
         with pytest.raises(ConfigError, match=r"config\.json"):
             from_pretrained(out)
-    with pytest.raises(ConfigError, match=r"nothing/config\.json is missing"):
-        from_pretrained(tmp_path / "nothing")
+    for place in (tmp_path / "nothing", out / "model.safetensors"):
+        with pytest.raises(ConfigError, match=rf"{place.name}/config\.json is missing"):
+            from_pretrained(place)
+
+
+@pytest.mark.parametrize("shape", [[-2, -2], [4.0], [True, 4], "4", None])
+def test_a_header_with_an_impossible_shape(tmp_path: Path, shape: Any) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 16]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(ConfigError, match="header that cannot be used"):
+        safetensors.read(tmp_path / "x.safetensors")
 
 
 def test_the_newest_that_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +228,8 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
         ([str(tmp_path / "empty"), new], "has no checkpoint yet"),
         ([str(run), new, "--step", "4"], "has no checkpoint of step 4: there are 3, 5, 10"),
         ([str(run), str(tmp_path / "there")], "there exists already: choose another OUT"),
+        ([str(run), "."], "exists already: choose another OUT"),
+        ([str(run), "/"], "/ exists already: choose another OUT"),
         ([str(run), str(tmp_path / "running")], "running.partial exists already: an export is writing it"),
         ([str(run), new, "--format", "huggingface"], "positions=rotary has no counterpart in transformers"),
     ):
@@ -225,6 +238,19 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1 and message in said[0], said
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen_and_gone(*arguments: Any) -> Path:
+        path = choose(*arguments)
+        shutil.rmtree(path)
+        return path
+
+    monkeypatch.setattr("pipeline.export.choose", chosen_and_gone)
+    with pytest.raises(RunError, match="step-10 was deleted meanwhile: a run is training; try again"):
+        export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
 
 
 def test_a_checkpoint_of_another_model(run: Path, tmp_path: Path) -> None:

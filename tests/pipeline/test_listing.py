@@ -84,6 +84,7 @@ def test_fast_reads_no_content(
 
 
 def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-25")
     assert cli.main(["checkpoints", str(run)]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
@@ -107,6 +108,20 @@ def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.C
         shutil.rmtree(run / "checkpoints" / name)
     assert cli.main(["checkpoints", str(run)]) == 0
     assert "there is none to go on from" in capsys.readouterr().out
+
+
+def test_one_that_a_start_cannot_judge_is_where_it_ends(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["checkpoints", str(run)]) == 0
+    assert f"{run}: the next start ends at step-25, which it can neither read nor" in capsys.readouterr().out
+
+
+def test_a_journal_that_cannot_be_read_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert cli.main(["checkpoints", str(run)]) == 2
+    assert "metrics.jsonl cannot be read: Is a directory" in capsys.readouterr().err
 
 
 def test_one_that_is_pruned_meanwhile_is_no_error(
