@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import UserError
 from pipeline.journal import read
 from pipeline.manifest import glance, list_checkpoints, step_of
 
@@ -59,26 +60,32 @@ def prune(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointCo
         losses: as `doomed`.
     """
     try:
-        for step in sorted(doomed(_sound(checkpoints, settings.keep), losses, settings)):
+        for step in sorted(_doomed_and_sound(checkpoints, losses, settings)):
             _delete(checkpoints / f"step-{step}")
-    except OSError as error:
+    except (OSError, UserError) as error:
         print(f"megabase: old checkpoints in {checkpoints} cannot be deleted: {error}", file=sys.stderr)
 
 
-def _sound(checkpoints: Path, keep: int) -> list[int]:
-    """The steps of all checkpoints but for damaged ones that are newer than the `keep` newest whole ones.
+def _doomed_and_sound(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig) -> set[int]:
+    """What `doomed` says of the checkpoints that are not damaged, as far as names and sizes tell.
 
-    As far as names and sizes tell: more would be to read them all.
+    Looks at those only on which that depends: whoever is to go, or lets others go by staying.
     """
-    newest: list[Path] = []
-    there = list_checkpoints(checkpoints)
-    while there and len(newest) < keep:
-        path = there.pop(0)
-        if found := glance(path):
-            print(f"megabase: checkpoint {path} is broken ({found}): it does not count", file=sys.stderr)
-        else:
-            newest.append(path)
-    return [step_of(path) for path in [*newest, *there]]
+    steps = set(map(step_of, list_checkpoints(checkpoints)))
+    sound: set[int] = set()
+    while True:
+        going = doomed(steps, losses, settings)
+        staying = sorted(steps - going, reverse=True)
+        pushing = {*staying[: settings.keep], *best(staying, losses, settings.keep_best)}
+        if not (unknown := (going | pushing) - sound):
+            return going
+        for step in sorted(unknown):
+            path = checkpoints / f"step-{step}"
+            if found := glance(path):
+                print(f"megabase: checkpoint {path} is broken ({found}): it does not count", file=sys.stderr)
+                steps.discard(step)
+            else:
+                sound.add(step)
 
 
 def _delete(path: Path) -> None:

@@ -115,6 +115,26 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(
     assert "step-40 is broken (megabase.json is missing)" in said and "step-30 is broken" in said
 
 
+def test_a_damaged_checkpoint_is_neither_the_best_nor_deleted(tmp_path: Path) -> None:
+    paths = {step: write_checkpoint(tmp_path / f"step-{step}") for step in (10, 20, 30, 40)}
+    (paths[10] / "latest").unlink()
+    losses = {10: 1.0, 20: 1.5, 30: 2.0}
+    prune(tmp_path, losses, CheckpointConfig(keep=1, keep_best=1))
+    assert steps_in(tmp_path) == [40, 20, 10]
+    prune(tmp_path, losses, CheckpointConfig(keep=1))
+    assert steps_in(tmp_path) == [40, 10]
+
+
+def test_a_checkpoint_of_a_newer_version_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (10, 20):
+        write_checkpoint(tmp_path / f"step-{step}", version=99)
+    prune(tmp_path, {}, CheckpointConfig(keep=1))
+    assert "cannot be deleted: " in capsys.readouterr().err
+    assert steps_in(tmp_path) == [20, 10]
+
+
 def test_what_cannot_be_deleted_ends_no_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
