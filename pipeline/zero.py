@@ -60,6 +60,8 @@ _NO_EFFECT = "it has no effect here"
 REFUSED = {
     "zero_allow_untested_optimizer": _ADAM,
     "zero_force_ds_cpu_optimizer": _ADAM,
+    "prescale_gradients": "the loss is made to be averaged over the ranks",
+    "gradient_predivide_factor": "the loss is made to be averaged over the ranks",
     "gradient_allreduce_op": "the loss is made to be averaged over the ranks",
     "managed_gradient_accumulation": "steps are counted by DeepSpeed's accumulation",
     "disable_allgather": "every rank needs the updated weights",
@@ -254,9 +256,9 @@ class Asked(dict[str, Any]):
 
 def _check_passthrough(config: RunConfig) -> None:
     given = config.zero.deepspeed
+    _quiet_import()
     for key in flatten(given):
         _refuse(key, config)
-    _quiet_import()
     own = _own(config)
     for section, value in given.items():
         expected = own.get(section)
@@ -269,6 +271,9 @@ def _refuse(key: str, config: RunConfig) -> None:
     """Raise UserError for a dotted key of DeepSpeed that is not for `zero.deepspeed` to set in this run."""
     place = f"zero.deepspeed.{key}"
     parts = key.split(".")
+    if parts[0] == ZERO:
+        parts[1:2] = [_aliases().get(part, part) for part in parts[1:2]]
+        key = ".".join(parts)
     for start in (".".join(parts[: end + 1]) for end in range(len(parts))):
         if start in OURS:
             raise UserError(f"{place} is decided by our own setting: use {OURS[start]}")
@@ -288,6 +293,14 @@ def _refuse(key: str, config: RunConfig) -> None:
     for start, (there, setting) in needed.items():
         if not there and (key == start or key.startswith(f"{start}.")):
             raise UserError(f"{place} has an effect only with {setting}: set that, or leave it out")
+
+
+def _aliases() -> dict[str, str]:
+    """Second names that DeepSpeed takes for keys of its ZeRO section, and the first ones."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    return {name: field.alias for name, field in fields if field.alias and field.alias != name}
 
 
 def _quiet_import() -> None:

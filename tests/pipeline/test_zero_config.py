@@ -186,6 +186,8 @@ def test_a_value_that_deepspeed_does_not_take_is_named(settings: list[str], word
         (f"{ZERO}.mics_shard_size=2", "checkpoint"),
         (f"{ZERO}.zero_quantized_gradients=true", "rounded"),
         (f"{KEY}.gradient_allreduce_op=sum", "averaged"),
+        (f"{KEY}.prescale_gradients=true", "averaged"),
+        (f"{KEY}.gradient_predivide_factor=4", "averaged"),
         (f"{KEY}.tensor_parallel.autotp_size=2", "split"),
         (f"{KEY}.aio.queue_depth=8", "mapped"),
         (f"{ZERO}.offload_param.max_in_cpu=0", "mapped"),
@@ -194,6 +196,11 @@ def test_a_value_that_deepspeed_does_not_take_is_named(settings: list[str], word
 def test_what_breaks_a_promise_is_refused_with_the_reason(setting: str, reason: str) -> None:
     message = error_of(setting)
     assert f"{setting.partition('=')[0]} cannot be set: " in message and reason in message
+
+
+def test_a_second_name_of_a_key_is_refused_like_the_first() -> None:
+    name = f"{ZERO}.gather_16bit_weights_on_model_save"
+    assert error_of("zero.stage=3", f"{name}=true").startswith(f"{name} cannot be set: ")
 
 
 @pytest.mark.parametrize(
