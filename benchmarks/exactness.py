@@ -281,6 +281,27 @@ def zero() -> Row:
     )
 
 
+def elastic() -> Row:
+    from datamodules.prepare import prepare
+    from tests.conftest import DATA
+    from tests.pipeline.test_resume import CHAIN, furthest, moved
+
+    off = {}
+    for precision in ("32", "bf16"):
+        with tempfile.TemporaryDirectory() as directory:
+            shards = Path(directory) / "shards"
+            prepare([DATA / "lambda_phage.fna.gz"], shards, valid="0.1", progress=False)
+            off[precision] = furthest(*moved(Path(directory), shards, precision))
+    ranks = ", ".join(str(part[1]) for part in CHAIN)
+    stages = ", ".join(str(part[2]) for part in CHAIN)
+    return Row(
+        f"a run that goes on from its checkpoints on {ranks} ranks at ZeRO stages {stages} (3 steps each) is the one"
+        " that stayed on two",
+        f"losses differ by {off['32']:.1e} (fp32), {off['bf16']:.1e} (bf16), relative",
+        "tests/pipeline/test_resume.py",
+    )
+
+
 ROWS: tuple[Callable[[], Row], ...] = (
     reversible,
     drift,
@@ -292,6 +313,7 @@ ROWS: tuple[Callable[[], Row], ...] = (
     generating,
     huggingface,
     zero,
+    elastic,
 )
 
 

@@ -121,13 +121,17 @@ def agree(ranks: Ranks, error: BaseException | None, told: T | None = None) -> l
     Raises:
         DiskFull, RunError: on every rank, if any passes an error; DiskFull if all are of that kind.
     """
-    said = str(error) if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: {error}"
-    found = ranks.gather(((said, is_full(error)) if error else None, told))
+    wrong = None
+    if error:
+        said = str(error) if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: {error}"
+        wrong = (said, is_full(error), isinstance(error, OSError))
+    found = ranks.gather((wrong, told))
     errors = {rank: wrong for rank, (wrong, _) in enumerate(found) if wrong}
     if errors:
-        full = all(is_one for _, is_one in errors.values())
-        said = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in errors.items())
-        raise (DiskFull if full else RunError)(said)
+        said = "; ".join(f"rank {rank}: {text}" for rank, (text, _, _) in errors.items())
+        if all(full for _, full, _ in errors.values()):
+            raise DiskFull(said)
+        raise RunError(said, passing=all(of_a_disk for _, _, of_a_disk in errors.values()))
     return [value for _, value in found]
 
 
@@ -143,18 +147,16 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
         UserError: checkpoints were there and none is whole. Starting again from step 0 is not for us to decide.
     """
     for path in ranks.broadcast(list_checkpoints(checkpoints) if ranks.rank == 0 else None):
-        mine = error = None
+        mine = unreadable = None
         try:
             mine = damage(path, ranks.rank, ranks.size)
         except OSError as caught:
-            error = f"{platform.node()}: {path} cannot be read: {caught}"
-        ranks.check(error)
+            unreadable = f"{platform.node()}: {path} cannot be read: {caught}"
+        ranks.check(unreadable, passing=True)
         damages = {rank: found for rank, found in enumerate(ranks.gather(mine)) if found}
         if not damages:
             return path, read_manifest(path)
-        if ranks.rank == 0:
-            error = _put_aside(path, damages)
-        ranks.check(error)
+        ranks.check(_put_aside(path, damages) if ranks.rank == 0 else None, passing=True)
     broken = ranks.broadcast(sorted(p.name for p in checkpoints.glob("step-*.broken*")))
     if broken:
         raise UserError(

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RunError, UserError, rank_zero
+from pipeline.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from datamodules.index import ShardIndex
@@ -24,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         code = _outcome(options)
-    except Exception:
+    except Exception as error:
         if not _is_rank():
             raise
-        traceback.print_exc()
+        _complain(error)
         code = 1
     if _is_rank():
         from pipeline import distributed
@@ -370,8 +369,9 @@ def _is_the_users(error: Exception) -> bool:
 
 
 def _complain(error: Exception) -> None:
-    # Every rank finds the same thing wrong; one says so.
-    if rank_zero():
+    if distributed := sys.modules.get("pipeline.distributed"):  # it knows of other ranks
+        distributed.complain(error)
+    else:
         print(f"megabase: {' '.join(str(error).split())}", file=sys.stderr)
 
 

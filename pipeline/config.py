@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from datamodules.config import CAUSAL, MASKED, DataConfig
+from datamodules.disk import publish
 from models.config import ReformerConfig
 from pipeline.errors import UserError
 from pipeline.submit import SlurmConfig
@@ -335,7 +336,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved tree as YAML that `load` reads back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    publish(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import RunError
-from pipeline.journal import JOURNAL, Row, read
+from pipeline.journal import JOURNAL, PERFORMANCE, Row, read
 
 ROOT = Path(__file__).resolve().parents[1]
 GENOME = ROOT / "tests" / "data" / "ecoli_536.fna.gz"
@@ -99,7 +99,7 @@ def _check_seam(before: dict[int, Row]) -> None:
 
 def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
     rows = list(read(RUN / JOURNAL))
-    speed = [row for row in read(RUN / "performance.jsonl") if "tokens_per_second" in row]
+    speed = [row for row in read(RUN / PERFORMANCE) if "tokens_per_second" in row]
     final = next(row for row in reversed(rows) if "valid_bits_per_base" in row)
     bits = final["valid_bits_per_base"]
     ladder = [final[f"markov_{order}_bits_per_base"] for order in range(6)]

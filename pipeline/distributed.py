@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -29,12 +30,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import RunError, UserError
+from datamodules.errors import DataError
+from models.config import ConfigError
+from pipeline.errors import RunError, UserError, rank_zero
 from pipeline.preemption import STOP_SIGNALS, StopRequest
 from pipeline.watchdog import START_MINUTES
 
 # After one rank has failed, the others get this long to leave by themselves, in seconds.
 GRACE_S = 10.0
+# A rank that fails waits so long for rank 0 to say why, in seconds; well below GRACE_S.
+HEARING_S = 2.0
 # A process that was killed is waited for so long: one that waits for a dead disk does not even die.
 BURIAL_S = 30.0
 # Ranks start together, but may need minutes to import their libraries from a busy file system.
@@ -145,6 +150,9 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
 
 
 _started = False
+_store: dist.Store | None = None
+# In the store, once rank 0 has said why it fails.
+_SAID = "rank 0 has said why"
 
 
 def started() -> bool:
@@ -158,14 +166,15 @@ def start() -> None:
     Raises:
         RunError: ranks did not come within MEETING_TIMEOUT; the message says which, and where they were expected.
     """
-    global _started
+    global _started, _store
     _started = True
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _store = _meet(rank, size)
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=_meet(rank, size),
+        store=_store,
         rank=rank,
         world_size=size,
         timeout=STARTING_TIMEOUT,
@@ -180,6 +189,45 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def complain(error: BaseException) -> None:
+    """Say on stderr why this process fails: in one line, or as a traceback where no user could know. Once for an error.
+
+    Ranks often find the same thing wrong, and then rank 0 says so. Another one waits a moment for that; if it does not
+    come, something is wrong here only, and it says so under its own name.
+    """
+    if getattr(error, "said", False):
+        return
+    error.said = True  # type: ignore[attr-defined]
+    known = isinstance(error, UserError | RunError | DataError | ConfigError)
+    if known and not rank_zero() and _rank_zero_speaks():
+        return
+    if known:
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+        who = "" if rank_zero() else f"rank {rank} on {platform.node()}: "
+        print(f"megabase: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    if _store is not None and rank_zero():
+        with suppress(dist.DistError):
+            _store.set(_SAID, "")
+
+
+def _rank_zero_speaks() -> bool:
+    """Whether rank 0 says within HEARING_S seconds why it fails."""
+    if _store is None:
+        time.sleep(
+            HEARING_S
+        )  # before the ranks have met: if rank 0 fails as well, its launcher ends this one now
+        return False
+    try:
+        _store.wait([_SAID], timedelta(seconds=HEARING_S))
+    except dist.DistStoreError:
+        return False
+    except dist.DistError:  # the store is gone with rank 0
+        return True
+    return True
 
 
 def wait_longer_than(hang_minutes: float) -> None:
@@ -256,11 +304,11 @@ class Ranks:
         """Start summing `counters` (int64, on the host) over ranks in place; wait on what is returned."""
         return dist.all_reduce(counters, group=self.group, async_op=True)
 
-    def check(self, error: str | None) -> None:
-        """Raise RunError on every rank if any rank passes an `error`."""
+    def check(self, error: str | None, *, passing: bool = False) -> None:
+        """Raise RunError, `passing` or not, on every rank if any rank passes an `error`."""
         errors = [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(error)) if text]
         if errors:
-            raise RunError("; ".join(errors))
+            raise RunError("; ".join(errors), passing=passing)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from datamodules.disk import publish_json
 from models.attention.kernels.dispatch import choose
 from models.device import processor_lines
 
@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
 
 def write(directory: Path) -> None:
     """Write `environment.json`."""
-    (directory / "environment.json").write_text(json.dumps(describe(), indent=1) + "\n")
+    publish_json(directory / "environment.json", describe(), indent=1)
 
 
 def _kernel(device: str) -> str:

@@ -8,7 +8,14 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The run failed for a reason that can be said in one line: printed on stderr, exit code 1."""
+    """The run failed for a reason that can be said in one line: printed on stderr, exit code 1.
+
+    passing: another start may well not meet it, as when a file server was away for a moment.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 def rank_zero() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch.distributed as dist
 
 from datamodules import markov
 from datamodules.datamodule import SequenceDataModule
+from datamodules.disk import publish_json
 from datamodules.index import ShardIndex
-from pipeline.journal import Row, publish_json
+from pipeline.journal import Row
 
 BASELINES = "baselines.json"
 
@@ -83,7 +85,10 @@ def baselines(directory: Path, index: ShardIndex, skip: bool) -> list[float]:
             ladder: list[float] = kept["markov_bits_per_base"]
             return ladder
     ladder = list(markov.bits_per_base(index, skip=skip).values())
-    publish_json(path, {"data": identity, "markov_bits_per_base": ladder})
+    try:
+        publish_json(path, {"data": identity, "markov_bits_per_base": ladder})
+    except OSError as error:  # counted again when they are needed again
+        print(f"megabase: {path} cannot be written: {error.strerror}", file=sys.stderr)
     return ladder
 
 

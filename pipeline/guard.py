@@ -1,4 +1,6 @@
-"""Numbers that go wrong: noticed at the step where it happens, kept out of checkpoints, traced to their windows.
+"""Numbers that go wrong: noticed at the step where it happens, and kept out of checkpoints.
+
+`culprits.py` traces them to their windows.
 
 Bad is a loss or a gradient norm that is not finite, and a loss that explodes. `History` decides: it is a function of
 the journal, so a resumed run judges as the uninterrupted one did.
@@ -18,29 +20,21 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from datamodules.batches import TrainBatches
-from datamodules.hashing import visit_keys
-from datamodules.order import slots
-from datamodules.packing import Piece
-from datamodules.windows import PACKED
-from pipeline.config import RunConfig, first_line
-from pipeline.distributed import Ranks
+from pipeline.config import RunConfig
 from pipeline.hardware import precision_of
-from pipeline.journal import JOURNAL, Row, publish_json, read
+from pipeline.journal import JOURNAL, Row, read
 
 SKIP = "skip"
 # A loss can only have exploded when so many are known.
 LEAST_LOSSES = 8
-# Windows that a message names; the file has all.
-SHOWN = 3
-# A micro batch stands out when its loss is above so many times the median of the step's.
-OUTLIER = 2.0
+# fp16 halves its loss scale when a gradient overflows, from 2^32 or less to 1. After so many in a row the scale is not
+# the reason.
+MOST_SCALINGS = 40
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,7 @@ class History:
         self._guess = math.log(config.model.vocab_size or 1)
         # None: the update was skipped.
         self._recent: deque[float | None] = deque(maxlen=config.guard.window)
+        self._scalings = 0  # in a row
         self.skipped = 0
         for row in rows:
             self.add(row)
@@ -68,6 +63,7 @@ class History:
     def add(self, row: Row) -> None:
         """Note a finished step: its row of the journal, others do not count."""
         if "loss" in row:
+            self._scalings = self._scalings + 1 if row.get("loss_scale_skip") else 0
             skipped = bool(row.get("skipped_update"))
             self.skipped += skipped
             self._recent.append(None if skipped else float(row["loss"]))
@@ -122,6 +118,9 @@ class History:
                 said = f"the gradient norm of step {step} is {row['grad_norm']}"
                 trouble = Trouble(step, said, self._way_out)
         self.add(row)
+        if self._scalings >= MOST_SCALINGS:
+            lost = f"the gradients of {self._scalings} steps in a row were not finite"
+            trouble = trouble or Trouble(step, f"step {step}: {lost}, whatever the loss scale")
         return trouble or self._too_many_skips(step)
 
     def _too_many_skips(self, step: int) -> Trouble | None:
@@ -222,103 +221,3 @@ class WatchedAdamW(torch.optim.AdamW):
         assert self._global_grad_norm is not None
         self.overflow = self.drops and not bool(self._global_grad_norm.isfinite())
         return None if self.overflow else super().step(closure)
-
-
-def report(
-    config: RunConfig, trouble: Trouble, ranks: Ranks, nats: list[float], batches: TrainBatches
-) -> str:
-    """Write `logs/bad-step-N.json` of the run directory, with the windows of the step; all ranks call it.
-
-    The windows are a function of the step's number; what ranks must tell is the loss of their micro batches.
-
-    Args:
-        nats: of each of this rank's micro batches of that step.
-        batches: what the run trains on.
-
-    Returns:
-        What a message says of the windows: the first of those that stand out, and where all are listed.
-    """
-    gathered = ranks.gather(nats)
-    if ranks.rank != 0:
-        return str(ranks.broadcast(None))
-    windows = _windows(config, batches, trouble.step)
-    outliers = _outliers(gathered)
-    for rank, losses in enumerate(gathered):
-        for turn, loss in enumerate(losses):
-            mine = slots(turn, rank, ranks.size, config.data.micro_batch)
-            for window in windows[mine]:
-                window |= {"rank": rank, "micro_batch": turn, "micro_batch_nats": _number(loss)}
-                window["stands_out"] = (rank, turn) in outliers
-    windows.sort(key=lambda window: not window.get("stands_out", False))
-    path = config.directory / "logs" / f"bad-step-{trouble.step}.json"
-    content = {"step": trouble.step, "why": trouble.text, "on_bad": config.guard.on_bad, "windows": windows}
-    text = _in_words(windows, len(outliers) == sum(map(len, gathered))) + _written(path, content)
-    return str(ranks.broadcast(text))
-
-
-def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[str, Any]]:
-    """The windows of a journal's step in the order of its slots, each with the places it was read from."""
-    plan, segments = batches.windows.plan, batches.windows.index.segments
-    samples, epochs = batches.order.of_step(step - 1, config.data.global_batch)
-    visits = batches.windows.visits(samples, visit_keys(batches.seed, epochs, samples))
-    found: list[dict[str, Any]] = []
-    for sample, row, start, turned in zip(
-        samples.tolist(), visits.rows.tolist(), visits.starts.tolist(), visits.turned.tolist(), strict=True
-    ):
-        pieces = [Piece(row, start, 0, plan.length)]
-        if row == PACKED:
-            assert plan.tape is not None
-            pieces = plan.tape.pieces(start)
-        places = [
-            {
-                "source": str(segments.source[piece.row]),
-                "record": str(segments.record[piece.row]),
-                "start": int(segments.start[piece.row]) + piece.start,
-                "end": int(segments.start[piece.row]) + piece.start + piece.length,
-            }
-            for piece in pieces
-        ]
-        found.append({"sample": sample, "places": places, "reverse_complement": turned})
-    return found
-
-
-def _outliers(nats: list[list[float]]) -> set[tuple[int, int]]:
-    """(rank, micro batch) of those whose nats are not finite; if all are, of those far above the others."""
-    known = {(rank, turn): loss for rank, losses in enumerate(nats) for turn, loss in enumerate(losses)}
-    broken = {place for place, loss in known.items() if not math.isfinite(loss)}
-    if broken or not known:
-        return broken
-    usual = statistics.median(known.values())
-    return {place for place, loss in known.items() if loss > OUTLIER * usual}
-
-
-def _in_words(windows: list[dict[str, Any]], all_of_them: bool) -> str:
-    chosen = [window for window in windows if window.get("stands_out")]
-    if not chosen:
-        start = "what was read then: "
-    elif all_of_them:
-        start = "every micro batch shows it, so the weights may have been bad before; what was read then: "
-    else:
-        start = "the loss stands out in what was read from "
-    named = []
-    for window in (chosen or windows)[:SHOWN]:
-        places = ", ".join(
-            f"{place['record']}:{place['start']}-{place['end']}" for place in window["places"][:2]
-        )
-        named.append(f"window {window['sample']} ({places}{', ...' * (len(window['places']) > 2)})")
-    more = len(chosen or windows) - len(named)
-    return start + ", ".join(named) + (f" and {more} more" if more else "")
-
-
-def _written(path: Path, content: dict[str, Any]) -> str:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        publish_json(path, content)
-    except OSError as error:  # a full disk must not hide what went wrong
-        return f" ({path} cannot be written: {first_line(error)})"
-    return f"; all in {path}"
-
-
-def _number(value: float) -> float | str:
-    # As in the journal: NaN and infinities are no JSON.
-    return value if math.isfinite(value) else repr(value)

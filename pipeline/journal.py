@@ -15,12 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datamodules.disk import sync
+from datamodules.disk import publish
 from pipeline.errors import RunError
+from pipeline.space import is_full
 
 Row = dict[str, Any]
 # The journal of a run, in its directory; a checkpoint holds a copy of it up to its step.
 JOURNAL = "metrics.jsonl"
+# Beside it: how fast the run went.
+PERFORMANCE = "performance.jsonl"
 
 
 class Journal:
@@ -31,7 +34,7 @@ class Journal:
         self.path = path
         kept = [row for row in read(path) if row["step"] <= resume_step] if resume_step else []
         self.last_step = max((row["step"] for row in kept), default=0)
-        _replace(path, "".join(map(_line, kept)).encode())
+        publish(path, "".join(map(_line, kept)).encode())
         self._file = path.open("a")
 
     def append(self, rows: list[Row]) -> None:
@@ -44,7 +47,8 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(
-                f"{self.path} cannot be written: {error}. The same command goes on from the newest checkpoint"
+                f"{self.path} cannot be written: {error}. The same command goes on from the newest checkpoint",
+                passing=not is_full(error),
             ) from error
 
     def close(self) -> None:
@@ -89,20 +93,13 @@ def restore(path: Path, saved: Path) -> str | None:
     there = path.read_bytes() if path.exists() else b""
     if there.startswith(rows):
         return None
-    _replace(path, rows)
+    publish(path, rows)
     return "lacks rows" if rows.startswith(there) else "has other rows"
 
 
 def has_evaluation(path: Path, step: int) -> bool:
     """Whether a journal has the evaluation of a step."""
-    return any(row["step"] == step and "valid_loss" in row for row in read(path))
-
-
-def publish_json(path: Path, value: Any) -> None:
-    """Write one JSON value under another name and rename it: nobody reads half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value) + "\n")
-    partial.rename(path)
+    return any(row["step"] == step for row in read(path, having='"valid_loss"'))
 
 
 class Tail:
@@ -122,15 +119,6 @@ class Tail:
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Give a file another content, all of it or none, on disk when this returns."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
 
 
 def _line(row: Row) -> str:

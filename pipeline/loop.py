@@ -17,10 +17,11 @@ from datamodules.datamodule import SequenceDataModule
 from pipeline import watchdog
 from pipeline.agreement import Agreed, Agreement, hash_samples
 from pipeline.config import RunConfig
+from pipeline.culprits import report
 from pipeline.distributed import Ranks, wait_longer_than
 from pipeline.errors import RunError
 from pipeline.evaluate import baselines, evaluate, evaluation_row
-from pipeline.guard import Trouble, report
+from pipeline.guard import Trouble
 from pipeline.journal import JOURNAL, has_evaluation
 from pipeline.module import PretrainModule
 from pipeline.preemption import STOP_FILE, StopRequest
@@ -105,7 +106,7 @@ class Boundary(pl.Callback):
             heard.append(self._settle())
         stop = any(agreed and agreed.stop for agreed in heard)
         save = save or stop or any(agreed and agreed.save for agreed in heard)
-        if self._saver.pending and any(agreed and agreed.progress > self._saver.stage for agreed in heard):
+        if self._saver.pending and any(agreed and agreed.progress > self._saver.advanced for agreed in heard):
             self._advance()
         if save:
             self._save(trainer, final=stop or last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.evaluate import bits
-from pipeline.journal import JOURNAL, read
+from pipeline.journal import JOURNAL, PERFORMANCE, read
 
 
 def loss_curve(directory: Path) -> Path | None:
@@ -39,7 +39,7 @@ def loss_curve(directory: Path) -> Path | None:
                 axes.annotate(
                     f"Markov order {order}", (train[-1][0], value), ha="right", va="bottom", fontsize=8
                 )
-    starts = [row["step"] for row in read(directory / "performance.jsonl") if row.get("started")]
+    starts = [row["step"] for row in read(directory / PERFORMANCE) if row.get("started")]
     for number, step in enumerate(starts[1:]):
         axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
     axes.set_xlabel("optimizer step")

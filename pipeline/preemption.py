@@ -34,6 +34,7 @@ class StopRequest:
         # Plain data, because a handler may interrupt another and must take no lock.
         self.reason = ""
         self.by_person = False
+        self._interrupted = False
         self._began = time.monotonic()
 
     def listen(self) -> StopRequest:
@@ -65,6 +66,8 @@ class StopRequest:
             time.sleep(POLL_S)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.reason == "SIGINT":
-            raise KeyboardInterrupt
+        if signum == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.reason = self.reason or signal.Signals(signum).name

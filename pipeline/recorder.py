@@ -14,7 +14,7 @@ from pipeline.config import RunConfig, first_line
 from pipeline.evaluate import bits
 from pipeline.guard import SKIP, History, Trouble, step_loss
 from pipeline.hardware import peak_flops, peak_memory, precision_of
-from pipeline.journal import JOURNAL, Journal, Row, read
+from pipeline.journal import JOURNAL, PERFORMANCE, Journal, Row, read
 from pipeline.module import learning_rate
 from pipeline.plot import loss_curve
 from pipeline.progress import ProgressLine
@@ -50,7 +50,7 @@ class Recorder:
             )
         self._history = History(self._config, read(self._journal.path))
         # What happened stays: a restart adds to the record of speed and removes nothing from it.
-        self._performance = Journal(directory / "performance.jsonl", sys.maxsize)
+        self._performance = Journal(directory / PERFORMANCE, sys.maxsize)
         self._performance.append([{"step": step, "time": time.time(), "started": True}])
         if self._mirror:
             self._mirror.start()  # only now: it must not read rows that are about to be dropped
@@ -130,12 +130,11 @@ class Recorder:
     def saved(self, saved: Saved) -> None:
         """Note a published checkpoint."""
         assert self._performance and self._progress
-        size = sum(file.stat().st_size for file in saved.path.rglob("*") if file.is_file())
-        row = {"step": saved.step, "time": time.time(), "checkpoint_bytes": size}
+        row = {"step": saved.step, "time": time.time(), "checkpoint_bytes": saved.size}
         times = {"checkpoint_seconds": saved.seconds, "checkpoint_held_seconds": saved.held}
         self._performance.append([row | times])
         self.say(
-            f"step {saved.step}: checkpoint {saved.path} ({size / 2**20:.1f} MiB, {saved.seconds:.1f} s, of which"
+            f"step {saved.step}: checkpoint {saved.path} ({saved.size / 2**20:.1f} MiB, {saved.seconds:.1f} s, of which"
             f" training waited {saved.held:.1f} s)"
         )
 

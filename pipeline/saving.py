@@ -5,8 +5,8 @@ background (`checkpoint.background`) training goes on as soon as the states are 
 that: the ranks tell each other in the message of every step what they are done with (`agreement.py`), and `advance`
 together when all are. A checkpoint that never came to its name is not there: the one before counts.
 
-A full disk ends no training: the checkpoint is left out, loudly, and tried again when the next is due. Only the one
-that a run stops with must be written.
+A checkpoint for which the disk has no room ends no training: it is left out, loudly, and tried again when the next is
+due. Only the one that a run stops with must be written.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Saved:
-    """A published checkpoint. held: seconds that it held training up; seconds: from its begin until it was there."""
+    """A published checkpoint.
+
+    size: bytes. held: seconds that it held training up; seconds: from its begin until it was there.
+    """
 
     step: int
     path: Path
+    size: int
     held: float
     seconds: float
 
@@ -46,7 +50,7 @@ class Saved:
 @dataclass
 class Pending:
     """A checkpoint that is being written. journal: bytes of the journal that belong to it. must: see `Saver.begin`.
-    naming: what rank 0 does once all is written; None before that."""
+    naming: what rank 0 does once all is written, then the time and the checkpoint's bytes; None before that."""
 
     step: int
     partial: Path
@@ -54,7 +58,7 @@ class Pending:
     journal: int
     began: float
     held: float
-    naming: Future[float] | None = None
+    naming: Future[tuple[float, int]] | None = None
 
 
 class Saver:
@@ -71,7 +75,7 @@ class Saver:
         self.pending: Pending | None = None
 
     @property
-    def stage(self) -> int:
+    def advanced(self) -> int:
         """How often all ranks have advanced with the pending checkpoint: 0 or 1."""
         return int(self.pending is not None and self.pending.naming is not None)
 
@@ -132,31 +136,32 @@ class Saver:
             self.pending = None
             if self._ranks.rank == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)  # also to give the room back
-            self._left_out(pending.step, str(error), pending.must or not isinstance(error, DiskFull))
+            must = pending.must or not isinstance(error, DiskFull)
+            self._left_out(pending.step, str(error), must, passing=error.passing)
             return None
         self.pending = None
         if self._ranks.rank == 0:
             self._pruning = self._storage.run(self._prune)
             if pending.must:
                 self._pruning.result()  # the run ends here
-        named, path = pending.naming.result(), checkpoint.published(pending.partial)
-        return Saved(pending.step, path, pending.held + time.monotonic() - began, named - pending.began)
+        (named, size), path = pending.naming.result(), checkpoint.published(pending.partial)
+        return Saved(pending.step, path, size, pending.held + time.monotonic() - began, named - pending.began)
 
-    def _start_naming(self, pending: Pending) -> Future[float]:
-        """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it. The time when it is one."""
+    def _start_naming(self, pending: Pending) -> Future[tuple[float, int]]:
+        """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it: see `Pending.naming`."""
         written = self._storage.result()
         manifest = manifest_of(self._config, pending.step, self._ranks.size, self._data)
         checkpoint.describe(pending.partial, manifest, self._ranks, written.files, written.error)
 
-        def name() -> float:
+        def name() -> tuple[float, int]:
             if self._ranks.rank == 0:
                 self._add_ours(pending, manifest)
                 checkpoint.seal(pending.partial, manifest)
-            return time.monotonic()
+            return time.monotonic(), manifest.size
 
         return self._storage.run(name)
 
-    def _agree(self, naming: Future[float]) -> None:
+    def _agree(self, naming: Future[tuple[float, int]]) -> None:
         """Raise on every rank if rank 0 could not name the checkpoint."""
         error = naming.exception()
         if error and not isinstance(error, OSError):
@@ -182,12 +187,13 @@ class Saver:
             path.write_bytes(content)
             manifest.files[name] = checkpoint.synced(path)
 
-    def _left_out(self, step: int, why: str, must: bool) -> None:
-        """Say that a checkpoint is not written; raise RunError if it had to be."""
+    def _left_out(self, step: int, why: str, must: bool, *, passing: bool = False) -> None:
+        """Say that a checkpoint is not written; raise RunError, `passing` or not, if it had to be."""
         said = f"the checkpoint of step {step} is not written: {why}"
         if must:
             raise RunError(
-                f"{said}. The checkpoints before it are as they were; the same command goes on from there"
+                f"{said}. The checkpoints before it are as they were; the same command goes on from there",
+                passing=passing,
             )
         if self._ranks.rank == 0:
             print(f"megabase: {said}. Training goes on without it", file=sys.stderr, flush=True)

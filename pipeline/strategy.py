@@ -3,7 +3,7 @@
 Lightning's DeepSpeedStrategy takes CUDA devices only; the three places that refuse a CPU are opened here. Two
 more of its habits are corrected: the loss of an accumulated step is divided by the number of micro batches once
 (Lightning and DeepSpeed would each do it), and nothing in it listens to signals or synchronises the device
-between steps (`quiet` below): stopping is agreed in `preemption.py`.
+between steps (`quiet` below): stopping is agreed between steps, in `loop.py`.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.run_config.zero.on_disk:
             mapped.move(engine, self.run_config.zero)
         engine.checkpoint_engine = self.storage
+        allow_least_scale(engine)
         # `megabase export` does better than DeepSpeed's script; rank 0 would copy it while the others wait.
         engine._copy_recovery_script = lambda _: None
         return engine, zero_optimizer
@@ -116,6 +117,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             client = reshard(engine, Shards.open(path))
         else:
             _, client = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+        allow_least_scale(engine)  # a checkpoint brings its own scaler
         _recount(client, engine.gradient_accumulation_steps())
         return client
 
@@ -132,6 +134,16 @@ class ZeroStrategy(DeepSpeedStrategy):
                 dist.barrier()
         else:
             super().barrier(name)
+
+
+def allow_least_scale(engine: deepspeed.DeepSpeedEngine) -> None:
+    """fp16 under ZeRO: leave steps out at the least loss scale, too, as DeepSpeed does without ZeRO.
+
+    It would raise an error that names neither step nor windows; `guard.History` ends such a run.
+    """
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
 
 
 def _recount(client: dict[str, Any], accumulation: int) -> None:
@@ -157,7 +169,7 @@ def quiet(trainer: pl.Trainer) -> pl.Trainer:
     """Take out of `trainer` what handles signals and what synchronises the ranks before every batch.
 
     Lightning's handlers checkpoint and communicate inside the signal frame, each rank at its own step, and its
-    epoch loop reads a broadcast flag back from the device for each batch. `preemption.py` does this job without.
+    epoch loop reads a broadcast flag back from the device for each batch. `preemption.py` and `loop.py` do without.
     """
 
     class NoSignals(_SignalConnector):

@@ -18,8 +18,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from datamodules.disk import publish_json
 from pipeline.config import RunConfig, as_dict, flatten
-from pipeline.journal import JOURNAL, Row, Tail, publish_json
+from pipeline.journal import JOURNAL, PERFORMANCE, Row, Tail
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -50,7 +51,7 @@ class Mirror:
         self._run_id: str | None = None
         # For each metric, the last step that MLflow has.
         self._sent: dict[str, int] = {}
-        self._tails = [Tail(directory / name) for name in (JOURNAL, "performance.jsonl")]
+        self._tails = [Tail(directory / name) for name in (JOURNAL, PERFORMANCE)]
         self._queue: list[tuple[str, float, int]] = []
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
 

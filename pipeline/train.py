@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
-import os
-import platform
 import re
 import sys
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,8 +24,9 @@ from pipeline import config as configs
 from pipeline.config import RunConfig
 from pipeline.errors import RunError, UserError, rank_zero
 from pipeline.hardware import precision_of
-from pipeline.journal import JOURNAL, has_evaluation, publish_json, restore
+from pipeline.journal import JOURNAL, PERFORMANCE, has_evaluation, read, restore
 from pipeline.preemption import EXIT_AGAIN, STOP_FILE, StopRequest
+from pipeline.rundir import lock, write_status
 from pipeline.tracking import Mirror
 
 if TYPE_CHECKING:
@@ -42,11 +37,11 @@ if TYPE_CHECKING:
 
 # How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
 MLFLOW_FAREWELL_S = 20.0
-# How long the lock of a job that is gone may stay: file servers keep it for a lease of about 90 s.
-LOCK_LEASE_S = 120.0
+# The same for a run that fails: other ranks leave at once, and who waits for them ends rank 0 after GRACE_S.
+MLFLOW_HASTE_S = distributed.GRACE_S / 2
 # How a start ends, in status.json and in MLflow. again, stopped: at a checkpoint, to go on later; the second because of
 # a STOP file, so that nothing starts it again by itself. failed: for a reason that another start would meet as well.
-# crashed: for any other.
+# crashed: for any other, also one that passes.
 MLFLOW_STATUS = {
     "finished": "FINISHED",
     "again": "KILLED",
@@ -76,7 +71,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
             check(config, config.trainer.nodes * devices)
         except BaseException:
             # Only where the launcher asked: the run directory may be another job's.
-            _write_status(None, "failed", None)
+            write_status(None, "failed", None)
             raise
         return _rank(config, devices, stop)
     check(config, config.trainer.nodes * devices)
@@ -126,7 +121,7 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     """One rank, from its first breath to its exit code."""
     distributed.start()
     ranks = distributed.Ranks()
-    with _lock(config.directory, ranks):
+    with lock(config.directory, ranks):
         watch = watchdog.Watchdog(config.directory / "logs", ranks.rank, config.trainer.hang_minutes).start()
         state = _fit(config, devices, ranks, stop)
         ranks.check(None)
@@ -157,20 +152,21 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
 
     directory = config.directory
     mirror = Mirror(config, directory) if config.tracking.enabled and ranks.rank == 0 else None
-    state, step = "crashed", 0
+    state, step, begun = "crashed", 0, False
     try:
         watchdog.beat("choosing a checkpoint")
         data = SequenceDataModule(config.data, config.run.seed)
         resume_from, step = _resume_point(config, data, ranks)
         if resume_from and _finished(config, step, data.has_validation, ranks):
-            state = "finished"
+            state, begun = "finished", True
             if ranks.rank == 0:
                 print(f"megabase: {config.run.name} is finished (step {step})", file=sys.stderr)
             if mirror:
                 mirror.start()  # it may not have got everything
             return state
         ranks.check(_describe_run(config, resume_from) if ranks.rank == 0 else None)
-        _write_status(directory, "running", step)
+        begun = True
+        write_status(directory, "running", step)
         watchdog.beat("building the model")
         boundary = Boundary(config, data, ranks, stop, mirror)
         try:
@@ -182,14 +178,17 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         if boundary.stopped_early:
             state = "stopped" if stop.by_person else "again"
         return state
-    except (RunError, UserError, DataError, ConfigError):
-        state = "failed"
+    except BaseException as error:
+        if isinstance(error, RunError | UserError | DataError | ConfigError):
+            state = "crashed" if getattr(error, "passing", False) else "failed"
+        distributed.complain(error)  # before MLflow, which may be slow
         raise
     finally:
-        # First this: MLflow may be slow, and whoever waits for the status may kill what lingers.
-        _write_status(directory, state, step)
+        # First this: whoever waits for the status may kill what lingers.
+        write_status(directory, state, step, begun=begun)
         if mirror:
-            _farewell(mirror, MLFLOW_STATUS[state])
+            failing = state in ("failed", "crashed")
+            _farewell(mirror, MLFLOW_STATUS[state], MLFLOW_HASTE_S if failing else MLFLOW_FAREWELL_S)
 
 
 def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
@@ -224,11 +223,24 @@ def _resume_point(
     """The checkpoint to go on from and its step; (None, 0) for a fresh start."""
     chosen = checkpoint.choose(config.directory / "checkpoints", ranks)
     if chosen is None:
+        _refuse_to_begin_again(config.directory, ranks)
         return None, 0
     path, manifest = chosen
     now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.identity)
     checkpoint.check_same_run(manifest, now, path)
     return path, manifest.step
+
+
+def _refuse_to_begin_again(directory: Path, ranks: distributed.Ranks) -> None:
+    """Raise UserError if a run directory without checkpoints once had some: they were deleted, or are elsewhere."""
+    steps = [0]
+    if ranks.rank == 0:
+        steps += [row["step"] for row in read(directory / PERFORMANCE, having="checkpoint_seconds")]
+    if newest := ranks.broadcast(max(steps)):
+        raise UserError(
+            f"{directory / 'checkpoints'} has no checkpoint, but {PERFORMANCE} says that the run wrote one of step"
+            f" {newest}: put them back, or start again from step 0 with another run.name"
+        )
 
 
 def _trainer(config: RunConfig, devices: int, ranks: distributed.Ranks, boundary: Boundary) -> pl.Trainer:
@@ -274,8 +286,8 @@ def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.
     return bool(ranks.broadcast(evaluated))
 
 
-def _farewell(mirror: Mirror, status: str) -> None:
-    if not mirror.finish(status, MLFLOW_FAREWELL_S):
+def _farewell(mirror: Mirror, status: str, seconds: float) -> None:
+    if not mirror.finish(status, seconds):
         print(
             "megabase: MLflow has not taken everything; the journal has it, and the same command sends the rest",
             file=sys.stderr,
@@ -291,82 +303,3 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_fabric", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=re.escape(module))
-
-
-@contextmanager
-def _lock(directory: Path, ranks: distributed.Ranks) -> Iterator[None]:
-    """Keep a second job out of the run directory for as long as this process lives, however it ends."""
-    error = None
-    descriptor = -1
-    if ranks.rank == 0:
-        try:
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            descriptor = _take_lock(directory)
-        except BlockingIOError as caught:
-            error = str(caught)
-        except OSError as caught:
-            error = f"cannot write in {directory} ({caught.strerror}): choose another run.root"
-    error = ranks.broadcast(error)
-    if error:
-        raise UserError(error)
-    try:
-        yield
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _take_lock(directory: Path) -> int:
-    """Lock `.lock` of a run directory; returns the descriptor that holds it.
-
-    A holder that is gone may leave its lock behind for a while (a file server's lease): that is waited for.
-
-    Raises:
-        BlockingIOError: another job holds it; the message is for the user.
-    """
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + LOCK_LEASE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            host, _, process = holder.partition(" process ")
-            here = host == platform.node() and process.isdigit()
-            if (here and Path(f"/proc/{process}").exists()) or time.monotonic() > deadline:
-                raise BlockingIOError(
-                    f"another job is training {directory} ({holder}): wait for it, or choose another run.name"
-                ) from None
-            time.sleep(1.0)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            print(
-                f"megabase: {directory} is on a file system without locks: nothing keeps a second job out of it"
-            )
-            break
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{platform.node()} process {os.getpid()}\n".encode(), 0)
-    return descriptor
-
-
-def _write_status(directory: Path | None, state: str, step: int | None) -> None:
-    """Say how the run goes or ended, for people in the run directory and for `slurm/train.sbatch` where it asked.
-
-    A run that was killed, or ended by its watchdog, leaves "running" behind.
-    """
-    if not rank_zero():
-        return
-    status: dict[str, Any] = {"state": state, "step": step}
-    targets = {}
-    if directory:
-        targets[directory / "status.json"] = status
-    if os.environ.get("MEGABASE_STATUS_FILE"):
-        place = {"checkpoints": str(directory / "checkpoints")} if directory else {}
-        targets[Path(os.environ["MEGABASE_STATUS_FILE"])] = status | place
-    for target, content in targets.items():
-        try:
-            publish_json(target, content)
-        except OSError as error:
-            print(f"megabase: cannot write {target}: {error}", file=sys.stderr)

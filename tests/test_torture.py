@@ -25,7 +25,7 @@ def test_a_run_killed_five_times_is_the_run_that_nothing_disturbed(
 
 
 def drawn(seed: int, kills: int) -> list[torture.Blow]:
-    return plan(seed, kills, 2, small_disk=True, deep=True, chance=0.5)
+    return plan(seed, kills, 2, small_disk=True, chance=0.5)
 
 
 def test_the_plan_is_the_seeds_and_leaves_nothing_out() -> None:
@@ -37,9 +37,8 @@ def test_the_plan_is_the_seeds_and_leaves_nothing_out() -> None:
 
 
 def test_without_a_small_disk_none_is_filled() -> None:
-    blows = plan(7, 40, 2, small_disk=False, deep=False, chance=1.0)
+    blows = plan(7, 40, 2, small_disk=False, chance=1.0)
     assert not {blow.phase for blow in blows} & set(torture.NEED_A_SMALL_DISK)
-    assert not {name for blow in blows for name in blow.damages} & set(torture.DEEP_DAMAGES)
 
 
 def make_checkpoint(path: Path) -> Path:

@@ -102,13 +102,13 @@ class Blow:
     damages: tuple[str, ...]
 
 
-def plan(seed: int, kills: int, ranks: int, *, small_disk: bool, deep: bool, chance: float) -> list[Blow]:
+def plan(seed: int, kills: int, ranks: int, *, small_disk: bool, chance: float) -> list[Blow]:
     """The kills of a seed. Phases, targets and damages come from shuffled decks, so that none is left out for long."""
     draw = random.Random(seed)
     phases = _deck(draw, [p for p in PHASES if small_disk or p not in NEED_A_SMALL_DISK], in_order=True)
     targets = _deck(draw, TARGETS)
     checkpoint_damages = _deck(draw, CHECKPOINT_DAMAGES)
-    others = _deck(draw, OTHER_DAMAGES if deep else [d for d in OTHER_DAMAGES if d not in DEEP_DAMAGES])
+    others = _deck(draw, OTHER_DAMAGES)
     blows = []
     for number in range(1, kills + 1):
         phase, target = next(phases), next(targets)
@@ -255,8 +255,6 @@ OTHER_DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
     "baselines damaged": _one_of("baselines.json"),
     "journal damaged": _one_of("metrics.jsonl"),
 }
-# What an earlier state of the product did not survive: left out without --deep.
-DEEP_DAMAGES = ("speed damaged", "baselines damaged", "journal damaged")
 
 
 # --- the job, and what can be seen of it --------------------------------------------------------------------------
@@ -487,7 +485,7 @@ def arrived(blow: Blow, view: View) -> bool:
 
 @dataclass
 class Options:
-    """What the command line says. chance: of each kind of damage after a kill. deep: see DEEP_DAMAGES."""
+    """What the command line says. chance: of each kind of damage after a kill."""
 
     kills: int = 20
     seed: int = 1
@@ -495,7 +493,6 @@ class Options:
     ranks: int = 2
     background: bool = False
     tracking: bool = False
-    deep: bool = False
     plain_disk: bool = False
     chance: float = 0.5
     directory: Path | None = None
@@ -541,7 +538,6 @@ class Torture:
             options.kills,
             options.ranks,
             small_disk=self._small_disk,
-            deep=options.deep,
             chance=options.chance,
         )
         for blow in blows:
@@ -696,7 +692,7 @@ class Torture:
                 f"{job.output[-3000:]}"
             )
         if "Traceback" in job.output:
-            print(f"      note: a traceback on a full disk, in {job.log}", flush=True)
+            raise Lost(f"kill {blow.number}: a full disk is told by a traceback:\n{job.output[-3000:]}")
         told = [line for line in job.output.splitlines() if "megabase:" in line or "Error" in line]
         return (
             f"{blow.phase} ({ballast.left >> 10} KiB left): ended with code {job.process.returncode}"
@@ -999,7 +995,6 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=defaults.ranks, metavar="N")
     parser.add_argument("--background", action="store_true", help="checkpoint.background")
     parser.add_argument("--tracking", action="store_true", help="with MLflow")
-    parser.add_argument("--deep", action="store_true", help="damage the journal and side files anywhere")
     parser.add_argument("--plain-disk", action="store_true", help="no small tmpfs, so no full disk")
     parser.add_argument(
         "--chance",

@@ -211,14 +211,17 @@ def test_the_manifest_has_what_each_rank_wrote_and_one_ranks_error_is_everyones(
     checkpoint.describe(tmp_path, manifest, Two((None, theirs)), mine)  # type: ignore[arg-type]
     assert manifest.files == {"checkpoint/a.pt": {"size": 1, "sha256": "a"}, **theirs}
 
-    full = OSError(errno.ENOSPC, "No space left on device")
-    both: list[tuple[Any, Exception | None, type[Exception]]] = [
-        (((str(full), True), {}), None, checkpoint.DiskFull),
-        (((str(full), True), {}), full, checkpoint.DiskFull),
-        (((str(full), True), {}), KeyError("oops"), RunError),
-        ((("not finite", False), {}), full, RunError),
+    full, away = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.ESTALE, "Stale file handle")
+    of_the_disk, gone, ours = (str(full), True, True), (str(away), False, True), ("not finite", False, False)
+    cases: list[tuple[Any, Exception | None, type[Exception], bool]] = [
+        (of_the_disk, None, checkpoint.DiskFull, False),
+        (of_the_disk, full, checkpoint.DiskFull, False),
+        (of_the_disk, KeyError("oops"), RunError, False),
+        (gone, full, RunError, True),
+        (ours, away, RunError, False),
     ]
-    for other, error, kind in both:
+    for theirs_wrong, error, kind, passing in cases:
+        ranks: Any = Two((theirs_wrong, {}))
         with pytest.raises(RunError, match="rank 1: ") as caught:
-            checkpoint.describe(tmp_path, manifest, Two(other), {}, error)  # type: ignore[arg-type]
-        assert type(caught.value) is kind
+            checkpoint.describe(tmp_path, manifest, ranks, {}, error)
+        assert (type(caught.value), caught.value.passing) == (kind, passing)

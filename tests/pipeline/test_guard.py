@@ -20,8 +20,9 @@ from datamodules.prepare import prepare
 from pipeline import config
 from pipeline.agreement import Agreed
 from pipeline.config import RunConfig
+from pipeline.culprits import report
 from pipeline.errors import UserError
-from pipeline.guard import LEAST_LOSSES, History, Trouble, WatchedAdamW, report, step_loss
+from pipeline.guard import LEAST_LOSSES, History, Trouble, WatchedAdamW, step_loss
 from pipeline.journal import Row, read
 from pipeline.recorder import Recorder
 from tests.pipeline import guard_worker
@@ -141,6 +142,24 @@ def test_skipping_too_often_ends_the_run_and_now_and_then_does_not() -> None:
     found = history.judge({"step": 101, "loss": math.nan}, math.inf, applied=False)
     assert found is not None and found.step == 101
     assert found.text == "step 101: 2 of the last 10 updates were skipped (guard.max_skips=2)"
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_gradients_that_no_loss_scale_helps_end_an_fp16_run(on_bad: str) -> None:
+    history = History(settings("trainer.precision=16", f"guard.on_bad={on_bad}"))
+    lost = [history.judge({"step": step, "loss": 2.0}, math.inf, applied=False) for step in range(1, 40)]
+    assert lost == [None] * 39
+    assert history.judge({"step": 40, "loss": 2.0}, 1.0, applied=True) is None  # one that works: all is well
+    found = [history.judge({"step": step, "loss": 2.0}, math.inf, applied=False) for step in range(41, 81)]
+    assert found[:-1] == [None] * 39 and found[-1] is not None
+    assert (
+        found[-1].text
+        == "step 80: the gradients of 40 steps in a row were not finite, whatever the loss scale"
+    )
+    resumed = History(
+        settings("trainer.precision=16"), [{"step": 1, "loss": 2.0, "loss_scale_skip": True}] * 39
+    )
+    assert resumed.judge({"step": 40, "loss": 2.0}, math.inf, applied=False) is not None
 
 
 def test_the_loss_of_a_step_is_per_scored_base() -> None:

@@ -28,7 +28,7 @@ if sender == 0:
     for _ in range(3000):
         os.kill(me, signal.SIGTERM)
         os.kill(me, signal.SIGUSR1)
-        os.kill(me, signal.SIGINT)
+    os.kill(me, signal.SIGINT)
     os._exit(0)
 os.waitpid(sender, 0)
 print(bool(stop), stop.reason)
@@ -46,10 +46,12 @@ def test_signals_set_a_flag_and_a_second_one_changes_nothing() -> None:
     assert done.stdout.split() == ["True", signal.SIGUSR1.name], done.stderr
 
 
-def test_a_second_ctrl_c_interrupts() -> None:
+@pytest.mark.parametrize("before", [[], [signal.SIGTERM, signal.SIGUSR1]])
+def test_a_second_ctrl_c_interrupts_whatever_came_before(before: list[signal.Signals]) -> None:
     stop = StopRequest()
-    stop._handle(signal.SIGINT, None)
-    assert stop
+    for signum in [*before, signal.SIGINT]:
+        stop._handle(signum, None)
+    assert stop.reason == [*before, signal.SIGINT][0].name
     with pytest.raises(KeyboardInterrupt):
         stop._handle(signal.SIGINT, None)
 

@@ -80,9 +80,9 @@ def test_training_goes_on_while_a_checkpoint_gets_its_name(bench, monkeypatch) -
     monkeypatch.setattr(checkpoint, "seal", held_up)
     it.saver.begin(it.trainer, 3, must=False)
     wait_for(lambda: it.saver.progress == 1)
-    assert it.saver.stage == 0
+    assert it.saver.advanced == 0
     assert it.saver.advance() is None  # returns at once: the gate is closed
-    assert (it.saver.stage, it.saver.progress, it.steps) == (1, 1, [])
+    assert (it.saver.advanced, it.saver.progress, it.steps) == (1, 1, [])
     gate.set()
     wait_for(lambda: it.saver.progress == 2)
     saved = it.saver.advance()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
     assert code == 1, output
     assert "megabase: the loss of step" in output and "stopped before a checkpoint" in output
     assert list((runs / "wild" / "checkpoints").iterdir()) == []
+
+
+def test_why_a_run_ends_is_said_before_mlflow_is_waited_for(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    """The other rank has left long before a server that never answers is given up, and the supervisor waits 10 s."""
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen()
+        uri = f"tracking.uri=http://127.0.0.1:{hole.getsockname()[1]}"
+        wild = ["optim.lr=1e30", "optim.clip=0", uri]
+        code, output = start_job("train", *train_settings(lambda_shards, runs, "unheard", *wild)).wait()
+    assert code == 1, output
+    assert output.count("megabase: the loss of step") == 1 and "ended by SIGKILL" not in output
+    assert json.loads((runs / "unheard" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+    undisturbed: Path, runs: Path, lambda_shards: Path, start_job
+) -> None:
+    run = runs / "purged"
+    shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("step-*"))
+    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "status.json")}
+    code, output = start_job("train", *train_settings(lambda_shards, runs, "purged")).wait()
+    assert code == 2 and f"says that the run wrote one of step {STEPS}: put them back" in output, output
+    assert before == {name: (run / name).read_bytes() for name in before}
 
 
 def test_losses_follow_the_golden_curve(undisturbed: Path) -> None:

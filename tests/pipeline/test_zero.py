@@ -73,6 +73,13 @@ def test_fp16_finds_its_scale_and_takes_it_over(results: dict[str, Any], stage: 
     assert (scale, loss, after) == (scales[5], found["losses"][5], scales[6])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_leaves_steps_out_at_its_least_scale_for_the_guard_to_see(
+    results: dict[str, Any], stage: int
+) -> None:
+    assert (results[f"half-{stage}"]["lost"], results[f"half-{stage}"]["least"]) == (12, 1.0)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_model_is_sharded_while_it_is_built(results: dict[str, Any], precision: str) -> None:
     built = results[f"built-{precision}"]

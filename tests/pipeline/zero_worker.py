@@ -247,7 +247,12 @@ def offloaded(stage: int, precision: str, offload: str) -> dict[str, Any]:
 
 
 def half(stage: int) -> dict[str, Any]:
-    """Six steps in fp16, the fourth of which overflows on one rank: losses and scales; and resumed after it."""
+    """Six steps in fp16, the fourth of which overflows on one rank: losses and scales; and resumed after it.
+
+    lost: steps left out of twelve whose gradients all overflow, more than there are halvings of the scale.
+    """
+    from pipeline.strategy import allow_least_scale
+
     directory = shared_directory()
     first = Started.of(stage, "fp16")
     losses, scales = [], [first.scale]
@@ -259,11 +264,18 @@ def half(stage: int) -> dict[str, Any]:
     second = Started.of(stage, "fp16")
     second.engine.load_checkpoint(directory, tag="t")
     taken_over = second.scale
+    resumed = [taken_over, *second.train(range(5, 6)), second.scale]
+    allow_least_scale(second.engine)
+    before = second.engine.skipped_steps
+    for step in range(12):
+        second.train(range(step, step + 1), overflow_at=step)
     return {
         "losses": losses,
         "scales": scales,
         "skipped": first.engine.skipped_steps,
-        "resumed": [taken_over, *second.train(range(5, 6)), second.scale],
+        "resumed": resumed,
+        "lost": second.engine.skipped_steps - before,
+        "least": second.scale,
     }
 
 
