@@ -66,7 +66,10 @@ def config_of(values: Mapping[str, Any]) -> ReformerConfig:
         ConfigError: a setting is unknown (a newer version may have written it), or no setting.
     """
     config: ReformerConfig = _built(ReformerConfig(), values, "model")
-    config.validate()
+    try:
+        config.validate()
+    except TypeError as error:
+        raise ConfigError(f"a setting of the model has a value of the wrong type: {error}") from None
     return config
 
 

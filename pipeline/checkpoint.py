@@ -160,7 +160,7 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
     broken = ranks.broadcast(sorted(p.name for p in checkpoints.glob("step-*.broken*")))
     if broken:
         raise UserError(
-            f"no checkpoint in {checkpoints} is whole ({', '.join(broken)}): restore one under its name, or start"
+            f"no checkpoint in {checkpoints} is whole ({', '.join(broken)}): copy one that is there as step-N, or start"
             " again from step 0 with another run.name"
         )
     return None

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RunError, UserError
+from pipeline.errors import GOES_ON, RunError, UserError
+from pipeline.preemption import INTERRUPTED
 
 if TYPE_CHECKING:
     from datamodules.index import ShardIndex
@@ -40,7 +41,12 @@ def _outcome(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
-        return 130
+        if not _is_rank():  # whose supervisor says so
+            print(
+                f"megabase: interrupted{f'; {GOES_ON}' if options.command == 'train' else ''}",
+                file=sys.stderr,
+            )
+        return INTERRUPTED
     except RunError as error:
         _complain(error)
         return 1

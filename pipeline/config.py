@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -206,6 +207,9 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise UserError for what no field alone can know to be wrong."""
+        for key, number in flatten(as_dict(self)).items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{key}={number}: must be a finite number")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
             raise UserError(f"run.name={self.run.name!r}: use letters, digits, '.', '_' and '-' only")
         positive = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -32,8 +33,9 @@ import torch.distributed as dist
 
 from datamodules.errors import DataError
 from models.config import ConfigError
-from pipeline.errors import RunError, UserError, rank_zero
-from pipeline.preemption import STOP_SIGNALS, StopRequest
+from pipeline.config import first_line
+from pipeline.errors import GOES_ON, RunError, UserError, rank_zero
+from pipeline.preemption import INTERRUPTED, STOP_SIGNALS, StopRequest
 from pipeline.watchdog import START_MINUTES
 
 # After one rank has failed, the others get this long to leave by themselves, in seconds.
@@ -48,6 +50,10 @@ MEETING_TIMEOUT = timedelta(minutes=10)
 # where it is.
 MARGIN_MINUTES = 10.0
 STARTING_TIMEOUT = timedelta(minutes=START_MINUTES + MARGIN_MINUTES)
+# How gloo and NCCL say that a peer has left.
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|remote process exited|socket.*closed", re.IGNORECASE
+)
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: a child of a process with threads must not load libraries.
 _LIBC = ctypes.CDLL(None)
@@ -139,7 +145,9 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
     try:
         while processes[0].poll() is None and all(p.poll() in (None, 0) for p in processes[1:]):
             if stop and not told:
-                processes[0].send_signal(signal.SIGUSR1)
+                # Not SIGINT: a terminal has sent that to the ranks as well, and the second interrupts.
+                terminated = stop.reason == signal.SIGTERM.name
+                processes[0].send_signal(signal.SIGTERM if terminated else signal.SIGUSR1)
                 told = True
             time.sleep(0.1)
     except BaseException:
@@ -195,18 +203,30 @@ def complain(error: BaseException) -> None:
     """Say on stderr why this process fails: in one line, or as a traceback where no user could know. Once for an error.
 
     Ranks often find the same thing wrong, and then rank 0 says so. Another one waits a moment for that; if it does not
-    come, something is wrong here only, and it says so under its own name.
+    come, something is wrong here only, and it says so under its own name. When a rank has died, all others find their
+    connections broken: a line each.
     """
-    if getattr(error, "said", False):
+    if getattr(error, "said", False) or isinstance(error, KeyboardInterrupt):
         return
     error.said = True  # type: ignore[attr-defined]
     known = isinstance(error, UserError | RunError | DataError | ConfigError)
+    lost = not known and bool(_LOST.search(str(error)))
     if known and not rank_zero() and _rank_zero_speaks():
         return
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    who = f"rank {rank} on {platform.node()}: "
     if known:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-        who = "" if rank_zero() else f"rank {rank} on {platform.node()}: "
-        print(f"megabase: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(
+            f"megabase: {'' if rank_zero() else who}{' '.join(str(error).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif lost:
+        print(
+            f"megabase: {who}another rank is gone ({first_line(error)}): why is in its own lines, or its node's log",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         traceback.print_exception(error)
     if _store is not None and rank_zero():
@@ -324,10 +344,11 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> int:
             process.wait(BURIAL_S)
     for rank in failed:
         code = processes[rank].returncode
+        if code == INTERRUPTED:
+            print(f"megabase: rank {rank} was interrupted; {GOES_ON}", file=sys.stderr)
         if code < 0:
             print(
-                f"megabase: rank {rank} was ended by {signal.Signals(-code).name}; the same command goes on from the"
-                " newest checkpoint",
+                f"megabase: rank {rank} was ended by {signal.Signals(-code).name}; {GOES_ON}",
                 file=sys.stderr,
             )
     code = processes[failed[0] if failed else 0].returncode

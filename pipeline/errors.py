@@ -18,6 +18,10 @@ class RunError(Exception):
         self.passing = passing
 
 
+# For a message's end.
+GOES_ON = "the same command goes on from the newest checkpoint, or begins where there is none"
+
+
 def rank_zero() -> bool:
     """Whether this process speaks for the run: rank 0 of a launcher, task 0 of a SLURM step, or the only one."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

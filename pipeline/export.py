@@ -46,6 +46,8 @@ SOURCE = "source.json"
 PREFIX = "model."
 # Elements that are in memory at once: 16 MiB of fp32.
 PIECE = 1 << 22
+# A run that trains may delete the newest checkpoint while it is read: then the one that took its place is taken.
+ATTEMPTS = 5
 
 
 def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> Path:
@@ -58,7 +60,7 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
         dtype: of the weights there, fp32 or bf16; the checkpoint's are fp32.
 
     Raises:
-        UserError: `out` is there, or `run` has no such checkpoint, or not a whole one.
+        UserError: `out` is there, or among the checkpoints, or `run` has no such checkpoint, or not a whole one.
         ConfigError: to huggingface: a setting of the model has no counterpart there.
         RunError: the disk is full, or the checkpoint does not hold the model that it should.
     """
@@ -70,23 +72,39 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
     ):
         if path.exists() or path.is_symlink():
             raise UserError(f"{path} exists already: {hint}")
-    checkpoint = choose(run, step, None if form == SAFETENSORS else _check_maps)
+    if out.resolve().is_relative_to((run / "checkpoints").resolve()):
+        raise UserError(f"{out} is among the checkpoints of {run}: choose another OUT")
+    for _ in range(ATTEMPTS):
+        checkpoint = choose(run, step, None if form == SAFETENSORS else _check_maps)
+        try:
+            _export(checkpoint, out, partial, form=form, dtype=dtype)
+        except (Damaged, RunError) as error:
+            if checkpoint.exists():
+                if isinstance(error, RunError):
+                    raise
+                raise RunError(f"checkpoint {checkpoint} cannot be read: {error}") from None
+        else:
+            return checkpoint
+        if step is not None:
+            break
+    raise RunError(
+        f"checkpoint {checkpoint} was deleted while it was read, by the run that trains: try again, or with the --step"
+        " of one that checkpoint.keep_every keeps"
+    )
+
+
+def _export(checkpoint: Path, out: Path, partial: Path, *, form: str, dtype: str) -> None:
+    """Write `out` from a checkpoint that has been verified; Damaged or RunError if it is not what it was."""
     try:
         manifest = read_manifest(checkpoint)
         config = model_config(manifest)
         shards = Shards.open(checkpoint)
-        model = pretrained.empty(config)
-        shapes = pretrained.stored_shapes(model)
-        _check_weights(checkpoint, shards, shapes)
         source = source_of(checkpoint, manifest, config, dtype)
-    except (Damaged, RunError, OSError) as error:
-        if not checkpoint.exists():
-            raise RunError(
-                f"checkpoint {checkpoint} was deleted meanwhile: a run is training; try again"
-            ) from None
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"checkpoint {checkpoint} cannot be read: {error}") from None
+    except OSError as error:
+        raise Damaged(str(error)) from None
+    model = pretrained.empty(config)
+    shapes = pretrained.stored_shapes(model)
+    _check_weights(checkpoint, shards, shapes)
     try:
         partial.mkdir(parents=True)
         try:
@@ -101,7 +119,6 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
             raise
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror or error}") from None
-    return checkpoint
 
 
 def choose(run: Path, step: int | None, check: Callable[[Manifest], None] | None = None) -> Path:
@@ -117,23 +134,31 @@ def choose(run: Path, step: int | None, check: Callable[[Manifest], None] | None
         raise UserError(f"{run} is no run directory: give <run.root>/<run.name>, which holds `checkpoints/`")
     found = list_checkpoints(run / "checkpoints")
     if not found:
-        raise UserError(f"{run} has no checkpoint yet: train it first")
+        broken = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step-*.broken*")))
+        why = f"no checkpoint that is whole, only {broken}" if broken else "no checkpoint yet: train it first"
+        raise UserError(f"{run} has {why}")
     if step is not None and step not in map(step_of, found):
         steps = ", ".join(str(step_of(path)) for path in reversed(found))
         raise UserError(f"{run} has no checkpoint of step {step}: there are {steps}")
     asked = [path for path in found if step is None or step_of(path) <= step]
-    broken: list[str] = []
+    damaged: list[str] = []
     for path in asked:
         damage = _damage(path, check)
+        if damage and not path.exists():  # a run that trains has deleted it
+            if step_of(path) == step:
+                return choose(run, step, check)  # which says so
+            continue
         if damage is None and (step is None or step_of(path) == step):
             return path
         if damage is None:
-            raise UserError(f"{broken[0]}: --step {step_of(path)} is whole")
-        broken.append(f"checkpoint {path} is broken ({damage})")
+            raise UserError(f"{damaged[0]}: --step {step_of(path)} is whole")
+        damaged.append(f"checkpoint {path} is broken ({damage})")
         if step is None:
-            print(f"megabase: {broken[-1]}; trying the one before", file=sys.stderr)
+            print(f"megabase: {damaged[-1]}; trying the one before", file=sys.stderr)
+    if not damaged:
+        return choose(run, step, check)  # all were deleted meanwhile: there are others
     raise UserError(
-        f"{broken[0]}, and there is no older one that is whole: `megabase checkpoints {run}` lists them"
+        f"{damaged[0]}, and there is no older one that is whole: `megabase checkpoints {run}` lists them"
     )
 
 

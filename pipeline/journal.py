@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.disk import publish
-from pipeline.errors import RunError
+from pipeline.errors import GOES_ON, RunError
 from pipeline.space import is_full
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(
-                f"{self.path} cannot be written: {error}. The same command goes on from the newest checkpoint",
+                f"{self.path} cannot be written: {error}; {GOES_ON}",
                 passing=not is_full(error),
             ) from error
 

@@ -16,6 +16,7 @@ from datamodules.progress import bar
 from pipeline.errors import UserError
 from pipeline.journal import JOURNAL
 from pipeline.manifest import Damaged, Manifest, damage, directory_size, glance, read_manifest
+from pipeline.preemption import STOP_FILE
 from pipeline.retention import evaluations
 from pipeline.space import amount
 
@@ -25,6 +26,7 @@ BROKEN = "broken"
 PARTIAL = "partial"
 DELETING = "deleting"
 UNKNOWN = "unknown"
+_ATTEMPTS = 5
 _NAME = re.compile(r"step-(0|[1-9][0-9]*)(\.partial|\.deleting|\.broken(?:-[0-9]+)?)?")
 _HEADINGS = ("checkpoint", "size", "age", "ranks", "stage", "precision", "valid loss", "state")
 
@@ -67,22 +69,24 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
     Raises:
         UserError: it is not a run directory, or has no checkpoint.
     """
-    found = _find(run)
     try:
         losses = evaluations(run / JOURNAL)
     except OSError as error:
         raise UserError(f"{run / JOURNAL} cannot be read: {error.strerror}") from None
-    whole_bytes = sum(_promised(path) for path in found) if not fast else 0
-    entries = []
-    with bar("Verifying", whole_bytes, progress and not fast) as report:
-        for path in found:
-            check = glance if fast else lambda path: damage(path, 0, 1, report)
-            entry = _look(path, check, COMPLETE if fast else VERIFIED, losses)
-            if entry is not None:
-                entries.append(entry)
-    if not entries:
-        raise UserError(f"{run} has no checkpoint: they went away meanwhile")
-    return entries
+    for _ in range(_ATTEMPTS):
+        found = _find(run)
+        whole_bytes = sum(_promised(path) for path in found) if not fast else 0
+        entries = []
+        with bar("Verifying", whole_bytes, progress and not fast) as report:
+            for path in found:
+                check = glance if fast else lambda path: damage(path, 0, 1, report)
+                entry = _look(path, check, COMPLETE if fast else VERIFIED, losses)
+                if entry is not None:
+                    entries.append(entry)
+        # A run that trains has deleted the newest one and made another? Then that is the one to tell of.
+        if any(entry.whole for entry in entries) or len(entries) == len(found):
+            return entries
+    raise UserError(f"{run}: its checkpoints come and go too fast to be looked at: try --fast")
 
 
 def text(run: Path, entries: Sequence[Entry]) -> str:
@@ -111,8 +115,10 @@ def text(run: Path, entries: Sequence[Entry]) -> str:
 
 
 def as_json(run: Path, entries: Sequence[Entry]) -> str:
-    """The list as JSON: an `Entry` each, newest first."""
-    return json.dumps({"run": str(run), "checkpoints": [asdict(entry) for entry in entries]}, indent=2)
+    """The list as JSON: an `Entry` each, newest first; and the name of the one that the `next` start goes on from."""
+    newest = _judged(entries)
+    told = {"run": str(run), "next": newest.name if newest and newest.whole else None}
+    return json.dumps(told | {"checkpoints": [asdict(entry) for entry in entries]}, indent=2)
 
 
 def _find(run: Path) -> list[Path]:
@@ -203,17 +209,23 @@ def _last_change(path: Path) -> float:
     return max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
 
 
+def _judged(entries: Sequence[Entry]) -> Entry | None:
+    """Where the next start comes to: it sets aside what is broken, but not what it cannot judge."""
+    return next((entry for entry in entries if entry.whole or entry.state == UNKNOWN), None)
+
+
 def _conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
     """What a user would ask next."""
     lines = []
-    # A start sets aside what is broken, but not what it cannot judge.
-    newest = next((entry for entry in entries if entry.whole or entry.state == UNKNOWN), None)
+    newest = _judged(entries)
     if newest is None:
         lines.append(f"{run}: there is none to go on from.")
     elif newest.whole:
         lines.append(f"{run}: the next start goes on from {newest.name}.")
     else:
         lines.append(f"{run}: the next start ends at {newest.name}, which it can neither read nor leave out.")
+    if (run / STOP_FILE).exists():
+        lines.append(f"{run / STOP_FILE} is there: no start goes on until it is removed.")
     aside = [entry for entry in entries if ".broken" in entry.name]
     if aside:
         size = amount(sum(entry.bytes for entry in aside))

@@ -106,18 +106,21 @@ class Boundary(pl.Callback):
             heard.append(self._settle())
         stop = any(agreed and agreed.stop for agreed in heard)
         save = save or stop or any(agreed and agreed.save for agreed in heard)
+        if stop:
+            self._say_why()
         if self._saver.pending and any(agreed and agreed.progress > self._saver.advanced for agreed in heard):
             self._advance()
         if save:
             self._save(trainer, final=stop or last)
         complete = not evaluation or self._evaluate(trainer)
         if not complete:
+            if not stop:
+                self._say_why()
             self._publish()
             if not save:
                 self._save(trainer, final=True)
 
         if stop or not complete:
-            self._say_why()
             self.stopped_early = not (last and complete)
         if stop or last or not complete:
             trainer.should_stop = True
@@ -180,7 +183,8 @@ class Boundary(pl.Callback):
         if trouble := self.ranks.broadcast(trouble):
             raise RunError(
                 f"{trouble.text}: stopped before a checkpoint of it was written; {self._report(trouble)}. The same"
-                f" command goes on from the last good checkpoint, and comes to the same numbers: {trouble.way_out}"
+                " command goes on from the last good checkpoint, or begins where there is none, and comes to the same"
+                f" numbers: {trouble.way_out}"
             )
         return agreed
 

@@ -18,6 +18,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # `megabase train` leaves with this code (EX_TEMPFAIL) when it has checkpointed and wants to be started again.
 EXIT_AGAIN = 75
+# Its exit code after a second Ctrl-C, as of any program that SIGINT ends.
+INTERRUPTED = 130
 # A file of this name in the run directory stops the run, and keeps it from starting again while it is there.
 STOP_FILE = "STOP"
 # Seconds between two looks for it: each is a question to the file server.

@@ -7,6 +7,7 @@ import fcntl
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 from datamodules.disk import publish_json
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, rank_zero
+from pipeline.space import is_full
 
 # How long the lock of a job that is gone may stay: file servers keep it for a lease of about 90 s.
 LOCK_LEASE_S = 120.0
@@ -33,7 +35,7 @@ def lock(directory: Path, ranks: Ranks) -> Iterator[None]:
         except BlockingIOError as caught:
             error = str(caught)
         except OSError as caught:
-            error = f"cannot write in {directory} ({caught.strerror}): choose another run.root"
+            error = unwritable(directory, caught)
     error = ranks.broadcast(error)
     if error:
         raise UserError(error)
@@ -42,6 +44,22 @@ def lock(directory: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def unwritable(directory: Path, error: OSError) -> str:
+    """What to say when nothing can be written in a run directory."""
+    return f"cannot write in {directory} ({error.strerror}): mend that, or choose another run.root"
+
+
+def check_writable(directory: Path) -> None:
+    """Raise UserError if a run directory that is there cannot be written, or one that is not cannot be made."""
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if not is_full(error):  # a start may make room, and says it better
+            raise UserError(unwritable(directory, error)) from None
 
 
 def _take_lock(directory: Path) -> int:

@@ -25,7 +25,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import LATEST, TAG, DiskFull, Manifest, manifest_of
 from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
-from pipeline.errors import RunError
+from pipeline.errors import GOES_ON, RunError
 from pipeline.hardware import precision_of
 from pipeline.journal import JOURNAL
 from pipeline.retention import evaluations, prune
@@ -192,7 +192,7 @@ class Saver:
         said = f"the checkpoint of step {step} is not written: {why}"
         if must:
             raise RunError(
-                f"{said}. The checkpoints before it are as they were; the same command goes on from there",
+                f"{said}. What was there before is as it was; {GOES_ON}",
                 passing=passing,
             )
         if self._ranks.rank == 0:

@@ -63,7 +63,7 @@ def shortage(checkpoints: Path, wanted: int) -> str | None:
     free = shutil.disk_usage(checkpoints).free
     if free >= wanted:
         return None
-    said = f"a checkpoint needs {amount(wanted)}, {checkpoints} has {amount(free)} free: make room"
+    said = f"a checkpoint needs up to {amount(wanted)}, {checkpoints} has {amount(free)} free: make room"
     broken = sorted(path for path in checkpoints.glob("step-*.broken*") if path.is_dir())
     if broken:
         size = sum(map(directory_size, broken))

@@ -26,7 +26,7 @@ from pipeline.errors import RunError, UserError, rank_zero
 from pipeline.hardware import precision_of
 from pipeline.journal import JOURNAL, PERFORMANCE, has_evaluation, read, restore
 from pipeline.preemption import EXIT_AGAIN, STOP_FILE, StopRequest
-from pipeline.rundir import lock, write_status
+from pipeline.rundir import check_writable, lock, write_status
 from pipeline.tracking import Mirror
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def check(config: RunConfig, ranks: int) -> None:
     # One rank looks: the file may come or go between two looks.
     if rank_zero() and stop_file.exists():
         raise UserError(f"{stop_file} stopped this run and keeps it so: remove it to go on")
+    if rank_zero():
+        check_writable(config.directory)
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
     zero.check(config)
     if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
@@ -172,6 +174,8 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         try:
             trainer = _trainer(config, devices, ranks, boundary)
             trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
+        except SystemExit:  # what Lightning makes of it
+            raise KeyboardInterrupt from None
         finally:
             step = max(step, boundary.step)
         state = "finished"
@@ -181,7 +185,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     except BaseException as error:
         if isinstance(error, RunError | UserError | DataError | ConfigError):
             state = "crashed" if getattr(error, "passing", False) else "failed"
-        distributed.complain(error)  # before MLflow, which may be slow
+        distributed.complain(error)  # before MLflow is waited for
         raise
     finally:
         # First this: whoever waits for the status may kill what lingers.

@@ -75,7 +75,7 @@ for stage in range(4):
     CASES[f"{stage}-loss"] = Case("loss", rank=1, turn=1, settings=with_stage + SKIP)
     CASES[f"{stage}-gradient"] = Case("gradient", settings=with_stage + SKIP)
     CASES[f"{stage}-spike"] = Case("spike", rank=1, settings=with_stage + SKIP)
-for stage in (0, 2):
+for stage in range(4):
     bf16 = (f"zero.stage={stage}", "trainer.precision=bf16")
     CASES[f"{stage}-bf16-undone"] = Case("undone", settings=bf16)
     CASES[f"{stage}-bf16-loss"] = Case("infinite", turn=1, settings=bf16 + SKIP)

@@ -22,6 +22,7 @@ from datamodules.datamodule import SequenceDataModule
 from models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, safetensors
 from models.pretrained import from_pretrained
 from pipeline import cli, config
+from pipeline import export as export_module
 from pipeline.errors import RunError, UserError
 from pipeline.export import choose, export
 from pipeline.journal import read
@@ -176,6 +177,7 @@ def test_an_export_that_was_cut_off_or_changed(run: Path, tmp_path: Path) -> Non
     for key, value, message in (
         ("dim", 24, "does not have the weights that config.json beside it describes"),
         ("depht", 3, "model.depht is a setting that this version does not know"),
+        ("dim", "64", "a setting of the model has a value of the wrong type"),
         ("lsh", 5, "model.lsh=5: it holds settings by name"),
     ):
         (out / "config.json").write_text(json.dumps(about | {"model": about["model"] | {key: value}}))
@@ -219,16 +221,19 @@ def test_the_newest_that_is_whole(run: Path, capsys: pytest.CaptureFixture[str])
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "aside" / "checkpoints" / "step-3.broken").mkdir(parents=True)
     (tmp_path / "there").mkdir()
     (tmp_path / "running.partial").mkdir()
     new = str(tmp_path / "new")
     for arguments, message in (
         ([str(tmp_path / "nowhere"), new], "is no run directory"),
         ([str(tmp_path), new], "is no run directory"),
-        ([str(tmp_path / "empty"), new], "has no checkpoint yet"),
+        ([str(tmp_path / "empty"), new], "has no checkpoint yet: train it first"),
+        ([str(tmp_path / "aside"), new], "has no checkpoint that is whole, only step-3.broken"),
         ([str(run), new, "--step", "4"], "has no checkpoint of step 4: there are 3, 5, 10"),
         ([str(run), str(tmp_path / "there")], "there exists already: choose another OUT"),
         ([str(run), "."], "exists already: choose another OUT"),
+        ([str(run), str(run / "checkpoints" / "model")], "is among the checkpoints of"),
         ([str(run), "/"], "/ exists already: choose another OUT"),
         ([str(run), str(tmp_path / "running")], "running.partial exists already: an export is writing it"),
         ([str(run), new, "--format", "huggingface"], "positions=rotary has no counterpart in transformers"),
@@ -240,17 +245,27 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("when", ["verify", "read_manifest", "source_of"])
 def test_a_checkpoint_that_the_run_deletes_meanwhile(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def chosen_and_gone(*arguments: Any) -> Path:
-        path = choose(*arguments)
-        shutil.rmtree(path)
-        return path
+    """The newest goes: the next is taken. The one that was asked for goes: one line."""
+    before = getattr(export_module, when)
 
-    monkeypatch.setattr("pipeline.export.choose", chosen_and_gone)
-    with pytest.raises(RunError, match="step-10 was deleted meanwhile: a run is training; try again"):
-        export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    def gone(path: Path, *more: Any) -> Any:
+        if path.name == "step-10":
+            shutil.rmtree(path, ignore_errors=True)
+        return before(path, *more)
+
+    monkeypatch.setattr(export_module, when, gone)
+    shutil.copytree(run / "checkpoints", tmp_path / "kept")
+    assert export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32").name == "step-5"
+    shutil.copytree(tmp_path / "kept" / "step-10", run / "checkpoints" / "step-10", dirs_exist_ok=True)
+    with pytest.raises(
+        (RunError, UserError), match=r"step-10 was deleted while|has no checkpoint of step 10"
+    ):
+        export(run, tmp_path / "asked", form="safetensors", step=10, dtype="fp32")
+    assert capsys.readouterr().err == "" and not list(tmp_path.glob("asked*"))
 
 
 def test_a_checkpoint_of_another_model(run: Path, tmp_path: Path) -> None:

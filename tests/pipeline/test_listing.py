@@ -103,6 +103,11 @@ def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.C
     assert re.search(r"59 min +2 +2 +32 +1\.2500  verified$", row), row
     assert next(line for line in lines if line.startswith("step-10 ")).split()[3:5] == ["3", "d"]
     assert f"{run}: the next start goes on from step-20." in lines
+    (run / "STOP").touch()
+    assert cli.main(["checkpoints", str(run)]) == 0
+    assert f"{run / 'STOP'} is there: no start goes on until it is removed." in capsys.readouterr().out
+    assert cli.main(["checkpoints", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["next"] == "step-20"
     assert "Broken ones set aside hold" in lines[-1]
     for name in ("step-10", "step-20"):
         shutil.rmtree(run / "checkpoints" / name)
@@ -136,6 +141,24 @@ def test_one_that_is_pruned_meanwhile_is_no_error(
 
     monkeypatch.setattr(listing, "damage", pruned_first)
     assert not {"step-10", "step-20"} & set(entries(run, capsys=capsys))
+
+
+def test_the_one_that_took_the_place_of_a_pruned_one_is_told(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With checkpoint.keep=1 a run has one, and while that is looked at it is deleted for the next."""
+    for name in ("step-10", "step-25"):
+        shutil.rmtree(run / "checkpoints" / name)
+    check = listing.damage
+
+    def replaced_first(path: Path, *more: object) -> str | None:
+        if path.name == "step-20":
+            shutil.rmtree(path)
+            write_checkpoint(run / "checkpoints" / "step-60")
+        return check(path, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(listing, "damage", replaced_first)
+    assert entries(run, capsys=capsys)["step-60"]["state"] == "verified"
 
 
 @pytest.mark.parametrize(
