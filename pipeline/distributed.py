@@ -209,26 +209,19 @@ def complain(error: BaseException) -> None:
     if getattr(error, "said", False) or isinstance(error, KeyboardInterrupt):
         return
     error.said = True  # type: ignore[attr-defined]
-    known = isinstance(error, UserError | RunError | DataError | ConfigError)
-    lost = not known and bool(_LOST.search(str(error)))
-    if known and not rank_zero() and _rank_zero_speaks():
-        return
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    who = f"rank {rank} on {platform.node()}: "
-    if known:
-        print(
-            f"megabase: {'' if rank_zero() else who}{' '.join(str(error).split())}",
-            file=sys.stderr,
-            flush=True,
-        )
-    elif lost:
-        print(
-            f"megabase: {who}another rank is gone ({first_line(error)}): why is in its own lines, or its node's log",
-            file=sys.stderr,
-            flush=True,
-        )
+    name = f"rank {rank} on {platform.node()}: "
+    line = ""
+    if isinstance(error, UserError | RunError | DataError | ConfigError):
+        if not rank_zero() and _rank_zero_speaks():
+            return
+        line = ("" if rank_zero() else name) + " ".join(str(error).split())
+    elif isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        line = f"{name}another rank is gone ({first_line(error)}): why is in its own lines, or its node's log"
     else:
         traceback.print_exception(error)
+    if line:
+        print(f"megabase: {line}", file=sys.stderr, flush=True)
     if _store is not None and rank_zero():
         with suppress(dist.DistError):
             _store.set(_SAID, "")
@@ -236,10 +229,8 @@ def complain(error: BaseException) -> None:
 
 def _rank_zero_speaks() -> bool:
     """Whether rank 0 says within HEARING_S seconds why it fails."""
-    if _store is None:
-        time.sleep(
-            HEARING_S
-        )  # before the ranks have met: if rank 0 fails as well, its launcher ends this one now
+    if _store is None:  # the ranks have not met: if rank 0 fails as well, its launcher ends this one now
+        time.sleep(HEARING_S)
         return False
     try:
         _store.wait([_SAID], timedelta(seconds=HEARING_S))

@@ -64,9 +64,13 @@ class Boundary(pl.Callback):
             self.stopped_early = trainer.should_stop = True
             return
         if self._main:
-            self.stop.watch(self.config.directory / STOP_FILE, self.config.trainer.max_minutes)
+            self.stop.watch(self.config.directory / STOP_FILE)
         if self.step and self._evaluation_due() and not self._has_evaluation():
             self.stopped_early = not self._evaluate(trainer)
+        if self.stopped_early:
+            self._say_why()
+        # Not before: a limit that is shorter than the start-up must leave room for a step.
+        self.stop.minutes = self.config.trainer.max_minutes
         if self.stopped_early or self.step >= self.config.trainer.max_steps:
             trainer.should_stop = True
 

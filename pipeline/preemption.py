@@ -30,12 +30,14 @@ class StopRequest:
     """A flag. Setting it twice changes nothing, but for a second Ctrl-C: that interrupts.
 
     reason: who asked first, "" before anyone has. by_person: a STOP file asks, so nobody should start the run again.
+    minutes: after so many since this process began, the clock asks, if someone watches (0: never).
     """
 
     def __init__(self) -> None:
         # Plain data, because a handler may interrupt another and must take no lock.
         self.reason = ""
         self.by_person = False
+        self.minutes = 0.0
         self._interrupted = False
         self._began = time.monotonic()
 
@@ -47,24 +49,24 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
-    def watch(self, file: Path, minutes: float) -> None:
-        """Look for `file` about once a second, and ask for a stop `minutes` after this process began (0: never).
+    def watch(self, file: Path) -> None:
+        """Look about once a second for `file`, and at the clock.
 
         In a thread of its own, so that a slow file server delays no step. For one rank: the others agree with it.
         """
-        threading.Thread(target=self._watch, args=(file, minutes), name="stop", daemon=True).start()
+        threading.Thread(target=self._watch, args=(file,), name="stop", daemon=True).start()
 
     def __bool__(self) -> bool:
         return bool(self.reason)
 
-    def _watch(self, file: Path, minutes: float) -> None:
+    def _watch(self, file: Path) -> None:
         while not self.by_person:
             with suppress(OSError):  # a file server that is unwell is no wish to stop
                 self.by_person = file.exists()
             if self.by_person:
                 self.reason = self.reason or str(file)
-            if minutes and time.monotonic() - self._began > minutes * 60:
-                self.reason = self.reason or f"trainer.max_minutes={minutes:g}"
+            if self.minutes and time.monotonic() - self._began > self.minutes * 60:
+                self.reason = self.reason or f"trainer.max_minutes={self.minutes:g}"
             time.sleep(POLL_S)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:

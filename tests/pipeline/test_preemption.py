@@ -68,7 +68,7 @@ def test_a_file_asks_to_stop_and_says_that_a_person_did(
 ) -> None:
     monkeypatch.setattr(preemption, "POLL_S", 0.01)
     stop = StopRequest()
-    stop.watch(tmp_path / "STOP", 0)
+    stop.watch(tmp_path / "STOP")
     time.sleep(0.1)
     assert not stop and not stop.by_person
     (tmp_path / "STOP").touch()
@@ -83,7 +83,7 @@ def test_a_file_after_a_signal_is_still_a_persons_wish(
     stop = StopRequest()
     stop._handle(signal.SIGUSR1, None)
     (tmp_path / "STOP").touch()
-    stop.watch(tmp_path / "STOP", 0)
+    stop.watch(tmp_path / "STOP")
     deadline = time.monotonic() + 10
     while not stop.by_person and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -94,7 +94,8 @@ def test_minutes_ask_to_stop_but_no_person_did(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(preemption, "POLL_S", 0.01)
     stop = StopRequest()
     began = time.monotonic()
-    stop.watch(tmp_path / "STOP", 0.005)
+    stop.watch(tmp_path / "STOP")
+    stop.minutes = 0.005
     assert wait_for(stop) == "trainer.max_minutes=0.005"
     assert time.monotonic() - began >= 0.29
     # Threads of these tests end with the file.

@@ -89,6 +89,7 @@ def test_a_stop_file_stops_until_it_is_removed_and_max_minutes_stop_by_themselve
     assert "stopping: trainer.max_minutes=0.001" in output
     assert status(run) == {"state": "again", "step": newest(run)}
     assert newest(run) > stopped_at
+    assert newest(run) > stopped_at
 
 
 def test_a_rank_that_hangs_is_written_down_and_ends_the_job(
