@@ -225,6 +225,7 @@ def complain(error: BaseException) -> None:
     if _store is not None and rank_zero():
         with suppress(dist.DistError):
             _store.set(_SAID, "")
+        time.sleep(HEARING_S / 2)  # the store goes with this process
 
 
 def _rank_zero_speaks() -> bool:

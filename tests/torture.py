@@ -350,7 +350,7 @@ class View:
         self._config = _modified(run / "config.yaml")
         self._before = _names(run / "checkpoints")
         self._journal = (_modified(run / "metrics.jsonl"), _size(run / "metrics.jsonl"))
-        self._known = _read(run / "metrics.jsonl")
+        self._known = _whole_lines(_read(run / "metrics.jsonl"))
         self.ready = False
         self.steps: list[int] = []
         self.evaluations: list[int] = []
@@ -389,7 +389,7 @@ class View:
                 kind = self.steps if "loss" in row else self.evaluations
                 kind.append(row["step"])
                 self.times[f"{'row' if 'loss' in row else 'evaluation'} {row['step']}"] = time.monotonic()
-        self._known = content[: content.rfind(b"\n") + 1]
+        self._known = _whole_lines(content)
 
 
 def _names(directory: Path) -> set[str]:
@@ -419,7 +419,12 @@ def _read(path: Path) -> bytes:
 
 def _rows(content: bytes) -> list[dict[str, Any]]:
     """The rows of whole lines."""
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    return [json.loads(line) for line in _whole_lines(content).splitlines()]
+
+
+def _whole_lines(content: bytes) -> bytes:
+    """Without half a line at the end."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 # --- when to strike -----------------------------------------------------------------------------------------------
