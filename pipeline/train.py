@@ -155,6 +155,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     directory = config.directory
     mirror = Mirror(config, directory) if config.tracking.enabled and ranks.rank == 0 else None
     state, step, begun = "crashed", 0, False
+    failure: BaseException | None = None
     try:
         watchdog.beat("choosing a checkpoint")
         data = SequenceDataModule(config.data, config.run.seed)
@@ -185,14 +186,15 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     except BaseException as error:
         if isinstance(error, RunError | UserError | DataError | ConfigError):
             state = "crashed" if getattr(error, "passing", False) else "failed"
-        distributed.complain(error)  # before MLflow is waited for
+        failure = error
         raise
     finally:
         # First this: whoever waits for the status may kill what lingers.
         write_status(directory, state, step, begun=begun)
+        if failure:
+            distributed.complain(failure)  # before MLflow is waited for
         if mirror:
-            failing = state in ("failed", "crashed")
-            _farewell(mirror, MLFLOW_STATUS[state], MLFLOW_HASTE_S if failing else MLFLOW_FAREWELL_S)
+            _farewell(mirror, MLFLOW_STATUS[state], MLFLOW_HASTE_S if failure else MLFLOW_FAREWELL_S)
 
 
 def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
