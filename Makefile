@@ -10,7 +10,7 @@ DEVICE ?= cpu
 .PHONY: demo test quick lint bench lock clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m pipeline.demo
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(TESTS)

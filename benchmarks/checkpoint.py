@@ -190,7 +190,7 @@ def main() -> None:
 
 def write_json(path: Path, rows: list[Row], ranks: int) -> None:
     """What there is so far, with the machine named."""
-    from pipeline import environment
+    from megabase.pipeline.rundir import environment
 
     machine = environment.describe()
     machine["command"] = "python benchmarks/checkpoint.py"  # not where it lies on this machine
@@ -211,7 +211,7 @@ def size_of(text: str) -> int:
 
 def make_shards(directory: Path) -> Path:
     """The genome of phage lambda, without a validation split."""
-    from datamodules.prepare import prepare
+    from megabase.datamodules.prepare.prepare import prepare
 
     shards = directory / "shards"
     prepare([ROOT / "tests" / "data" / "lambda_phage.fna.gz"], shards, progress=False)
@@ -229,8 +229,8 @@ def count_parameters(dim: int) -> int:
     """Parameters of the model of the runs."""
     import torch
 
-    from models import Reformer
-    from pipeline import config as configs
+    from megabase.models import Reformer
+    from megabase.pipeline.config import schema as configs
 
     model = configs.load([], Task(OURS, ".", ".", dim, 1, 1, 1).settings).model
     model.vocab_size = 9
@@ -279,8 +279,8 @@ def measure(size: int, contestants: list[str], ranks: int, directory: Path, shar
 
 def start(task: Task) -> Times:
     """Run a task in processes of its own."""
-    from pipeline.distributed import supervise
-    from pipeline.preemption import StopRequest
+    from megabase.pipeline.ranks.launch import supervise
+    from megabase.pipeline.ranks.stop import StopRequest
 
     task.started = time.time()
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--worker", json.dumps(asdict(task))]
@@ -333,7 +333,7 @@ def tables(rows: list[Row]) -> str:
 
 def work(task: Task) -> None:
     """Be one rank of one run."""
-    import pipeline.strategy  # noqa: F401  # before all that imports DeepSpeed: it tells it of the device
+    import megabase.pipeline.zero.strategy  # noqa: F401  # before all that imports DeepSpeed: it tells it of the device
 
     Path(task.directory).mkdir(parents=True, exist_ok=True)
     watch = Watch(task)
@@ -389,11 +389,12 @@ class Watch:
 
 def train_ours(task: Task, watch: Watch) -> None:
     """`megabase train`, watched from outside."""
-    from pipeline import checkpoint, train
-    from pipeline import config as configs
-    from pipeline.loop import Boundary
-    from pipeline.preemption import StopRequest
-    from pipeline.strategy import ZeroStrategy
+    from megabase.pipeline.checkpoint import publish as checkpoint
+    from megabase.pipeline.config import schema as configs
+    from megabase.pipeline.ranks.stop import StopRequest
+    from megabase.pipeline.training import run as train
+    from megabase.pipeline.training.callback import Boundary
+    from megabase.pipeline.zero.strategy import ZeroStrategy
 
     between = Boundary.on_train_batch_end
 
@@ -415,11 +416,12 @@ def train_peer(task: Task, watch: Watch) -> None:
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from pytorch_lightning.strategies import DeepSpeedStrategy
 
-    from datamodules.datamodule import SequenceDataModule
-    from pipeline import config as configs
-    from pipeline import distributed, train
-    from pipeline.module import PretrainModule
-    from pipeline.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
+    from megabase.datamodules.datamodule import SequenceDataModule
+    from megabase.pipeline.config import schema as configs
+    from megabase.pipeline.ranks import launch as distributed
+    from megabase.pipeline.training import run as train
+    from megabase.pipeline.training.module import PretrainModule
+    from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
 
     class PlainStrategy(ZeroStrategy):
         """Saves and loads as Lightning's, with DeepSpeed's own writer."""
@@ -508,7 +510,7 @@ class Peer:
             self._threads[-1].start()
             return
         if task.contestant == LIGHTNING:
-            from datamodules.disk import sync
+            from megabase.datamodules.files import sync
 
             trainer.save_checkpoint(partial, weights_only=False)
             for path in self._own(partial):

@@ -20,11 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, generation
-from models.attention.lsh import hash_buckets, lsh_attention
-from pipeline import environment
+from megabase.models import (
+    FeedForwardConfig,
+    LocalConfig,
+    LSHConfig,
+    Reformer,
+    ReformerConfig,
+    Seeds,
+    generation,
+)
+from megabase.models.attention.lsh import hash_buckets, lsh_attention
+from megabase.pipeline.rundir import environment
+from tests.models.attention.test_lsh_attention import dense, inputs, later_changed, met_pairs
 from tests.models.reversing import kept_for_backward
-from tests.models.test_lsh_attention import dense, inputs, later_changed, met_pairs
 
 SMALL = ReformerConfig(
     vocab_size=9,
@@ -145,7 +153,7 @@ def once() -> Row:
     return Row(
         "`duplicates: once` is softmax over the union of the keys met in any round (fp32)",
         f"largest difference {worst:.1e}",
-        "tests/models/test_lsh_attention.py::test_equals_dense_attention_over_the_pairs_that_meet",
+        "tests/models/attention/test_lsh_attention.py::test_equals_dense_attention_over_the_pairs_that_meet",
     )
 
 
@@ -157,7 +165,7 @@ def causal_rule() -> Row:
     return Row(
         "`attend: window`: nothing that comes later changes an output (fp32); `chunk`, the paper's rule, fails this",
         f"changed by {off['window']:.1e} at most; `chunk`: {off['chunk']:.2f}",
-        "tests/models/test_lsh_attention.py::test_window_is_strictly_causal_whatever_is_changed_added_or_removed_later",
+        "tests/models/attention/test_lsh_attention.py::test_window_is_strictly_causal_whatever_is_changed_added_or_removed_later",
     )
 
 
@@ -175,7 +183,7 @@ def kernels() -> Row:
     return Row(
         "the kernels agree, forward and gradients (fp32, relative)",
         f"{worst:.1e}",
-        "tests/models/test_kernels.py",
+        "tests/models/attention/kernels/test_kernels.py",
     )
 
 
@@ -193,7 +201,7 @@ def rounds_curve() -> Row:
     return Row(
         "more rounds approach full attention (rms error at 1, 2, 4, 8, 16 rounds)",
         ", ".join(f"{error:.3f}" for error in errors),
-        "tests/models/test_lsh_attention.py::test_more_rounds_approach_full_attention",
+        "tests/models/attention/test_lsh_attention.py::test_more_rounds_approach_full_attention",
     )
 
 
@@ -220,7 +228,7 @@ def huggingface() -> Row:
     from transformers import ReformerConfig as TheirConfig
     from transformers import ReformerModelWithLMHead
 
-    from models.huggingface import from_huggingface, to_huggingface
+    from megabase.models.huggingface import from_huggingface, to_huggingface
 
     torch.manual_seed(3)
     theirs = ReformerModelWithLMHead(
@@ -253,8 +261,8 @@ def huggingface() -> Row:
 
 
 def zero() -> Row:
-    from tests.pipeline.ranks import run_ranks
-    from tests.pipeline.zero_worker import ACCUMULATIONS, STAGES, main
+    from tests.pipeline.processes import run_ranks
+    from tests.pipeline.zero.zero_worker import ACCUMULATIONS, STAGES, main
 
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "results.json"
@@ -277,14 +285,14 @@ def zero() -> Row:
     return Row(
         "ZeRO stages 0 to 3 on two ranks, with and without accumulation, train as one process does (3 steps)",
         f"losses differ by {off['fp32']:.1e} (fp32), {off['bf16']:.1e} (bf16)",
-        "tests/pipeline/test_zero.py",
+        "tests/pipeline/zero/test_zero.py",
     )
 
 
 def elastic() -> Row:
-    from datamodules.prepare import prepare
+    from megabase.datamodules.prepare.prepare import prepare
     from tests.conftest import DATA
-    from tests.pipeline.test_resume import CHAIN, furthest, moved
+    from tests.pipeline.training.test_resume import CHAIN, furthest, moved
 
     off = {}
     for precision in ("32", "bf16"):
@@ -298,7 +306,7 @@ def elastic() -> Row:
         f"a run that goes on from its checkpoints on {ranks} ranks at ZeRO stages {stages} (3 steps each) is the one"
         " that stayed on two",
         f"losses differ by {off['32']:.1e} (fp32), {off['bf16']:.1e} (bf16), relative",
-        "tests/pipeline/test_resume.py",
+        "tests/pipeline/training/test_resume.py",
     )
 
 

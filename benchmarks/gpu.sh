@@ -64,7 +64,7 @@ tests() {
     local parallel=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n auto)
     "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider --basetemp="$WORK/pytest" "${parallel[@]}" \
-        tests/models/test_fused.py tests/models/test_kernels.py tests/models/test_triton.py 2>&1 | tail -15
+        tests/models/test_fused.py tests/models/attention/kernels/test_kernels.py tests/models/attention/kernels/test_triton.py 2>&1 | tail -15
     return "${PIPESTATUS[0]}"
 }
 
@@ -72,7 +72,7 @@ tests() {
 # step 4, and must have written the same journal, byte for byte.
 zero() {
     local variant pid pids=() bad=0
-    "$PYTHON" -m pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1
+    "$PYTHON" -m megabase.pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1
     for variant in 2-bf16-true 3-bf16-false 1-"$HALF"-true 3-"$HALF"-true; do
         resumed "$variant" >"$WORK/zero-$variant.log" 2>&1 &
         pids+=($!)
@@ -87,7 +87,7 @@ resumed() {
     local stage precision background run=$WORK/zero-$1 again
     IFS=- read -r stage precision background <<<"$1"
     for again in first second; do
-        "$PYTHON" -m pipeline.cli train run.root="$WORK" run.name="zero-$1" \
+        "$PYTHON" -m megabase.pipeline.cli train run.root="$WORK" run.name="zero-$1" \
             data.shards="$WORK/lambda" data.length=1024 data.global_batch=4 data.micro_batch=2 model.dim=128 \
             model.heads=2 model.depth=4 model.dropout=0.1 model.attention_dropout=0.1 trainer.devices=1 \
             trainer.max_steps=8 trainer.log_every_steps=1 trainer.eval_every_steps=0 optim.warmup_steps=1 \
@@ -126,9 +126,9 @@ fi
     stage checks 150 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
     stage tests 130 bash -c tests
     stage zero $((90 * SLOW)) bash -c zero
-    stage attention 240 "$PYTHON" -m pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
-    stage model 200 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
-    stage longest 110 "$PYTHON" -m pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
+    stage attention 240 "$PYTHON" -m megabase.pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
+    stage model 200 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
+    stage longest 110 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
         --depths 0 --repeat 1 --longest --json "$OUT/longest.json"
 }
 

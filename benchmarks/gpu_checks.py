@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
-from models.attention import local_attention, lsh_attention
-from models.attention.lsh import hash_buckets
+from megabase.models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models.attention import local_attention, lsh_attention
+from megabase.models.attention.lsh import hash_buckets
 
 BACKENDS = {"cuda": ("auto", "chunked", "triton"), "cpu": ("auto", "chunked", "native")}
 PER_RULE = 3

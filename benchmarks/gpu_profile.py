@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.bench.attention import AttentionTask
-from pipeline.bench.model import ModelTask
-from pipeline.bench.options import lengths_of
+from megabase.pipeline.bench.attention import AttentionTask
+from megabase.pipeline.bench.model import ModelTask
+from megabase.pipeline.bench.options import lengths_of
 
 
 @dataclass(frozen=True)

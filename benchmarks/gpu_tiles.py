@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
-from models.attention.kernels import Rule, Seating
-from models.attention.kernels import triton as kernels
-from models.attention.kernels.triton import Tiles
-from models.attention.lsh import draw_rotations
-from models.config import LSHConfig, ReformerConfig
-from pipeline.bench.options import lengths_of
+from megabase.models.attention.kernels import Rule, Seating
+from megabase.models.attention.kernels import triton as kernels
+from megabase.models.attention.kernels.triton import Tiles
+from megabase.models.attention.lsh import draw_rotations
+from megabase.models.config import LSHConfig, ReformerConfig
+from megabase.pipeline.bench.options import lengths_of
 
 ROUNDS, CHUNK, WIDTH = 4, 128, 1024
 """heads · d = WIDTH, batch 1."""

@@ -27,10 +27,11 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from datamodules.prepare import prepare
-from models import Reformer
-from pipeline import config, environment
-from pipeline.journal import read
+from megabase.datamodules.prepare.prepare import prepare
+from megabase.models import Reformer
+from megabase.pipeline.config import schema as config
+from megabase.pipeline.rundir import environment
+from megabase.pipeline.rundir.journal import read
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 256
@@ -85,7 +86,7 @@ def train(kind: str, limit: float, options: argparse.Namespace, shards: Path, di
     """One training of its own processes."""
     run = f"{kind}-{limit:g}".replace(", ", "-").replace(" ", "-")
     command = [
-        *(sys.executable, "-m", "pipeline.cli", "train"),
+        *(sys.executable, "-m", "megabase.pipeline.cli", "train"),
         *(f"data.shards={shards}", f"run.root={directory}", f"run.name={run}"),
         f"zero.nvme_path={options.disk or directory}",
         *settings(options),

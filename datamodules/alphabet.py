@@ -12,7 +12,7 @@ from functools import cache, cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.errors import DataError
+from megabase.datamodules.errors import DataError
 
 PAD, BOS, SEP, MASK, OTHER = range(5)
 FIRST_LETTER = 5

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from datamodules.errors import DataError
-from datamodules.order import quotas_of
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.order.order import quotas_of
 
 CAUSAL, MASKED = "causal", "masked"
 RAISE, SKIP = "raise", "skip"

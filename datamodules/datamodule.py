@@ -15,14 +15,14 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.batches import EvalBatches, NumberedBatches, Place, TrainBatches
-from datamodules.collate import Batch
-from datamodules.config import DataConfig, accumulation
-from datamodules.errors import DataError
-from datamodules.index import ShardIndex
-from datamodules.mixture import identity_of
-from datamodules.splits import TEST, VALID
-from datamodules.visits import Windows, evaluation_windows, training_windows
+from megabase.datamodules.batches.batches import EvalBatches, NumberedBatches, Place, TrainBatches
+from megabase.datamodules.batches.collate import Batch
+from megabase.datamodules.batches.visits import Windows, evaluation_windows, training_windows
+from megabase.datamodules.config import DataConfig, accumulation
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.order.mixture import identity_of
+from megabase.datamodules.prepare.splits import TEST, VALID
 
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.chance import Purpose, Seeds
-from models.config import ConfigError, ReformerConfig
-from models.reformer import Body, LanguageHead
+from megabase.models.chance import Purpose, Seeds
+from megabase.models.config import ConfigError, ReformerConfig
+from megabase.models.reformer import Body, LanguageHead
 
 
 class EncoderDecoder(nn.Module):
@@ -86,7 +86,7 @@ class EncoderDecoder(nn.Module):
         mask: Tensor | None = None,
         reverse: bool = True,
     ) -> Tensor:
-        """The decoder's hidden states (batch, length, 2 · decoder.dim). reverse: see models.reformer.Body."""
+        """The decoder's hidden states (batch, length, 2 · decoder.dim). reverse: see megabase.models.reformer.Body."""
         if source.shape[0] != tokens.shape[0]:
             raise ValueError(
                 f"source holds {source.shape[0]} sequences, tokens {tokens.shape[0]}: one source for each target"

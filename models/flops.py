@@ -10,8 +10,8 @@ stack runs forward once more: HFU counts that too.
 
 from __future__ import annotations
 
-from models.attention.lsh import bucket_factors
-from models.config import ReformerConfig
+from megabase.models.attention.lsh import bucket_factors
+from megabase.models.config import ReformerConfig
 
 
 def flops_per_token(config: ReformerConfig, length: int) -> float:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models import gpu
-from models.gpu import FUSED, jit, padded, random_bits, tl, triton
+from megabase.models import gpu
+from megabase.models.gpu import FUSED, jit, padded, random_bits, tl, triton
 
 WIDEST = 8192
 """Of a norm, whose row is held in registers."""
@@ -155,7 +155,7 @@ class _Dropout(torch.autograd.Function):
 def _drop(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     x = x.contiguous()
     y, n = torch.empty_like(x), x[0].numel()
-    # As models.chance.keep has it; the factor as x's dtype holds it.
+    # As megabase.models.chance.keep has it; the factor as x's dtype holds it.
     least, kept = round(rate * 2.0**32) - (1 << 31), torch.tensor(1.0 / (1.0 - rate), dtype=x.dtype).item()
     with torch.cuda.device_of(x):
         _dropout[(x.shape[0] * triton.cdiv(n, BLOCK),)](x, keys, y, n, least, kept, BLOCK=BLOCK, **FUSED)
@@ -166,7 +166,7 @@ def _drop(x: Tensor, rate: float, keys: Tensor) -> Tensor:
 
 
 def normals(key: int, n: int, quantiles: Tensor) -> Tensor:
-    """models.chance.normals: n of the 2^16 quantiles, chosen by hashing key (int64) and their place."""
+    """megabase.models.chance.normals: n of the 2^16 quantiles, chosen by hashing key (int64) and their place."""
     result = torch.empty(n, dtype=quantiles.dtype, device=quantiles.device)
     with torch.cuda.device_of(quantiles):
         _normals[(triton.cdiv(n, BLOCK),)](quantiles, result, key, n, BLOCK=BLOCK, **FUSED)

@@ -28,21 +28,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.cross import CrossAttentionBranch
-from models.attention.full import FullAttention
-from models.attention.heads import AttentionBranch, merge_heads
-from models.attention.kernels import Seating
-from models.attention.kernels.dispatch import unit_keys
-from models.attention.kernels.reference import first_of_each
-from models.attention.local import LocalAttention
-from models.attention.lsh import LSHAttention, rotate_and_hash, seat_by_hash
-from models.attention.performer import PerformerAttention, RunningAttention
-from models.chance import Purpose, Seeds, random_bits
-from models.config import ConfigError
-from models.encoder_decoder import EncoderDecoder, decoder_seeds
-from models.precision import Precision
-from models.reformer import Body, Reformer
-from models.reversible import Branch, Call
+from megabase.models.attention.cross import CrossAttentionBranch
+from megabase.models.attention.full import FullAttention
+from megabase.models.attention.heads import AttentionBranch, merge_heads
+from megabase.models.attention.kernels import Seating
+from megabase.models.attention.kernels.dispatch import unit_keys
+from megabase.models.attention.kernels.reference import first_of_each
+from megabase.models.attention.local import LocalAttention
+from megabase.models.attention.lsh import LSHAttention, rotate_and_hash, seat_by_hash
+from megabase.models.attention.performer import PerformerAttention, RunningAttention
+from megabase.models.chance import Purpose, Seeds, random_bits
+from megabase.models.config import ConfigError
+from megabase.models.encoder_decoder import EncoderDecoder, decoder_seeds
+from megabase.models.precision import Precision
+from megabase.models.reformer import Body, Reformer
+from megabase.models.reversible import Branch, Call
 
 
 @dataclass
@@ -395,7 +395,7 @@ class BucketRings:
 
 
 class RunningSums:
-    """What models.attention.performer.RunningAttention keeps."""
+    """What megabase.models.attention.performer.RunningAttention keeps."""
 
     def __init__(self, layer: PerformerAttention, seeds: Seeds, nothing: Tensor) -> None:
         self.running = RunningAttention(layer.directions(seeds, nothing.device), nothing)

@@ -34,7 +34,7 @@ def jit(**options: Any) -> Callable[[Any], Any]:
 
 @jit()
 def random_bits(counter, low, high):
-    """models.chance.random_bits, the key in two halves; all uint32."""
+    """megabase.models.chance.random_bits, the key in two halves; all uint32."""
     bits = counter + low
     bits ^= bits >> 16
     bits *= 0x7FEB352D

@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.attention.lsh import bucket_factors
-from models.config import ConfigError, FeedForwardConfig, LocalConfig, LSHConfig, ReformerConfig
-from models.reformer import FirstTokenHead, Reformer, ReformerClassifier
+from megabase.models.attention.lsh import bucket_factors
+from megabase.models.config import ConfigError, FeedForwardConfig, LocalConfig, LSHConfig, ReformerConfig
+from megabase.models.reformer import FirstTokenHead, Reformer, ReformerClassifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,7 @@ def _transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "models.huggingface needs transformers 5: pip install 'transformers>=5,<6'"
+            "megabase.models.huggingface needs transformers 5: pip install 'transformers>=5,<6'"
         ) from error
     return transformers
 

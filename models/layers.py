@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import fused
-from models.device import has_half_products, pieces
-from models.precision import Precision
+from megabase.models import fused
+from megabase.models.device import has_half_products, pieces
+from megabase.models.precision import Precision
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.precision import Precision
+from megabase.models.precision import Precision
 
 IGNORE = -100
 """The label of a token that has no loss."""

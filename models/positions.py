@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from models import fused
-from models.config import ReformerConfig
+from megabase.models import fused
+from megabase.models.config import ReformerConfig
 
 ROTARY_BASE = 10_000.0
 """Ratio of the longest rotary wave to the shortest (Su et al. 2021)."""

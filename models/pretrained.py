@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from models import safetensors
-from models.config import ConfigError, ReformerConfig
-from models.reformer import Reformer
+from megabase.models import safetensors
+from megabase.models.config import ConfigError, ReformerConfig
+from megabase.models.reformer import Reformer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

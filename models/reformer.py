@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import build_attention
-from models.attention.cross import CrossAttentionBranch
-from models.chance import Purpose, Seeds, dropout
-from models.config import ReformerConfig
-from models.feedforward import FeedForwardBranch
-from models.layers import Linear, Norm
-from models.loss import linear_cross_entropy
-from models.positions import build_positions
-from models.reversible import Block, Call, ReversibleStack
+from megabase.models.attention import build_attention
+from megabase.models.attention.cross import CrossAttentionBranch
+from megabase.models.chance import Purpose, Seeds, dropout
+from megabase.models.config import ReformerConfig
+from megabase.models.feedforward import FeedForwardBranch
+from megabase.models.layers import Linear, Norm
+from megabase.models.loss import linear_cross_entropy
+from megabase.models.positions import build_positions
+from megabase.models.reversible import Block, Call, ReversibleStack
 
 
 class Reformer(nn.Module):

@@ -33,10 +33,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from models import fused
-from models.chance import Seeds
-from models.device import pieces
-from models.precision import Precision
+from megabase.models import fused
+from megabase.models.chance import Seeds
+from megabase.models.device import pieces
+from megabase.models.precision import Precision
 
 SCALE = 65536.0
 """Units of a fixed-point stream in 1.0."""

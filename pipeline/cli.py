@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import GOES_ON, RunError, UserError
-from pipeline.preemption import INTERRUPTED
+from megabase.pipeline.errors import GOES_ON, RunError, UserError
+from megabase.pipeline.ranks.stop import INTERRUPTED
 
 if TYPE_CHECKING:
-    from datamodules.index import ShardIndex
+    from megabase.datamodules.index.index import ShardIndex
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error)
         code = 1
     if _is_rank():
-        from pipeline import distributed
+        from megabase.pipeline.ranks import launch as distributed
 
         distributed.leave(code)
     return code
@@ -125,7 +125,7 @@ def _add_export(commands: Any) -> None:
         "export",
         help="a run's weights as one file",
         description="Write the weights of a run's newest checkpoint that verifies as one model, without ranks or"
-        " DeepSpeed. The run may be training. Load it with models.pretrained.from_pretrained(OUT).",
+        " DeepSpeed. The run may be training. Load it with megabase.models.pretrained.from_pretrained(OUT).",
     )
     export.add_argument("directory", metavar="RUN", help="run directory: <run.root>/<run.name>")
     export.add_argument("output", metavar="OUT", type=Path, help="directory to make; complete, or not there")
@@ -234,8 +234,8 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from datamodules.check import check
-    from datamodules.prepare import prepare
+    from megabase.datamodules.prepare.prepare import prepare
+    from megabase.datamodules.prepare.verify import check
 
     shown = sys.stderr.isatty()
     if options.check:
@@ -261,7 +261,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from datamodules.foreign import index_tars
+    from megabase.datamodules.index.foreign import index_tars
 
     index = index_tars(Path(options.directory), progress=sys.stderr.isatty(), **_splits(options))
     _print_splits(options.directory, index)
@@ -269,8 +269,8 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from datamodules import report
-    from datamodules.index import ShardIndex
+    from megabase.datamodules.index.index import ShardIndex
+    from megabase.datamodules.report import report
 
     index = ShardIndex.open(options.directory)
     description = report.describe(index)
@@ -297,24 +297,26 @@ def _print_splits(directory: str, index: ShardIndex) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from pipeline.preemption import StopRequest
+    from megabase.pipeline.ranks.stop import StopRequest
 
     stop = StopRequest().listen()  # before the seconds of importing torch, in which a signal may come
-    from pipeline import config, train
+    from megabase.pipeline.config import schema as config
+    from megabase.pipeline.training import run as train
 
     files, overrides = split_settings(options.settings)
     return train.train(config.load(files, overrides), options.settings, stop)
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from pipeline import config, submit
+    from megabase.pipeline.config import schema as config
+    from megabase.pipeline.slurm import submit
 
     files, overrides = split_settings(options.settings)
     return submit.submit_run(config.load(files, overrides), files, overrides, dry_run=options.dry_run)
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
-    from pipeline import listing
+    from megabase.pipeline.checkpoint import listing
 
     run = Path(options.directory)
     entries = listing.list_run(run, fast=options.fast, progress=sys.stderr.isatty())
@@ -323,7 +325,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from pipeline.export import export
+    from megabase.pipeline.inference.export import export
 
     checkpoint = export(
         Path(options.directory),
@@ -337,19 +339,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _bench_attention(options: argparse.Namespace) -> int:
-    from pipeline.bench import attention
+    from megabase.pipeline.bench import attention
 
     return attention.run(attention.AttentionOptions(**_typed(options)))
 
 
 def _bench_model(options: argparse.Namespace) -> int:
-    from pipeline.bench import model
+    from megabase.pipeline.bench import model
 
     return model.run(model.ModelOptions(**_typed(options)))
 
 
 def _bench_data(options: argparse.Namespace) -> int:
-    from pipeline.bench import data
+    from megabase.pipeline.bench import data
 
     return data.run(data.DataOptions(**_typed(options)))
 
@@ -362,20 +364,20 @@ def _typed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _is_rank() -> bool:
-    distributed = sys.modules.get("pipeline.distributed")  # it brings torch along
+    distributed = sys.modules.get("megabase.pipeline.ranks.launch")  # it brings torch along
     return distributed is not None and distributed.started()
 
 
 def _is_the_users(error: Exception) -> bool:
     # Not at the head of the file: they bring torch along, and signals must be listened to before that.
-    from datamodules.errors import DataError
-    from models.config import ConfigError
+    from megabase.datamodules.errors import DataError
+    from megabase.models.config import ConfigError
 
     return isinstance(error, DataError | ConfigError)
 
 
 def _complain(error: Exception) -> None:
-    if distributed := sys.modules.get("pipeline.distributed"):  # it knows of other ranks
+    if distributed := sys.modules.get("megabase.pipeline.ranks.launch"):  # it knows of other ranks
         distributed.complain(error)
     else:
         print(f"megabase: {' '.join(str(error).split())}", file=sys.stderr)

@@ -13,8 +13,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from datamodules.prepare import prepare
-from pipeline.journal import Row, read
+from megabase.datamodules.prepare.prepare import prepare
+from megabase.pipeline.rundir.journal import Row, read
 
 # How long an example takes is no property of the code: machines are noisy.
 hypothesis.settings.register_profile("megabase", deadline=None)
@@ -78,7 +78,7 @@ class Job:
 
     def __init__(self, *arguments: str, cwd: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *arguments],
+            [sys.executable, "-m", "megabase.pipeline.cli", *arguments],
             cwd=cwd,
             # Two ranks need two GPUs or none.
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import verify
+from megabase.pipeline.checkpoint.publish import verify
 from tests import torture
 from tests.torture import ALL, CHECKPOINT_DAMAGES, PHASES, RANK, SUPERVISOR, Lost, Options, plan
 

@@ -268,7 +268,7 @@ class Job:
         self.began = time.time()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline.cli", *arguments],
+                [sys.executable, "-P", "-m", "megabase.pipeline.cli", *arguments],
                 cwd=cwd,
                 # The code beside this file; and no GPU, because there may be fewer than ranks.
                 env=os.environ
@@ -882,7 +882,7 @@ def compare_checkpoints(one: Path, other: Path) -> tuple[int, int]:
     Raises:
         Lost: a file, a tensor or a number is different or only in one of them.
     """
-    from pipeline.storage import load  # not at the head: it imports torch
+    from megabase.pipeline.zero.checkpoint_engine import load  # not at the head: it imports torch
 
     names = [sorted(path.relative_to(root) for path in root.rglob("*.pt")) for root in (one, other)]
     if names[0] != names[1] or not names[0]:

@@ -1,12 +1,12 @@
 """Attention layers, one module per kind, and the branch that a block of the stack is built with."""
 
-from models.attention.full import FullAttention, full_attention
-from models.attention.heads import AttentionBranch
-from models.attention.linformer import LinformerAttention, linformer_attention
-from models.attention.local import LocalAttention, local_attention
-from models.attention.lsh import LSHAttention, lsh_attention
-from models.attention.performer import PerformerAttention, performer_attention
-from models.config import ReformerConfig
+from megabase.models.attention.full import FullAttention, full_attention
+from megabase.models.attention.heads import AttentionBranch
+from megabase.models.attention.linformer import LinformerAttention, linformer_attention
+from megabase.models.attention.local import LocalAttention, local_attention
+from megabase.models.attention.lsh import LSHAttention, lsh_attention
+from megabase.models.attention.performer import PerformerAttention, performer_attention
+from megabase.models.config import ReformerConfig
 
 __all__ = [
     "build_attention",

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.full import dropped_attention
-from models.attention.heads import merge_heads, output, split_heads, weight_dropout
-from models.attention.kernels import PairDropout
-from models.chance import Purpose, dropout
-from models.config import ReformerConfig
-from models.layers import Linear, Norm
-from models.reversible import Call
+from megabase.models.attention.full import dropped_attention
+from megabase.models.attention.heads import merge_heads, output, split_heads, weight_dropout
+from megabase.models.attention.kernels import PairDropout
+from megabase.models.chance import Purpose, dropout
+from megabase.models.config import ReformerConfig
+from megabase.models.layers import Linear, Norm
+from megabase.models.reversible import Call
 
 
 def cross_attention(

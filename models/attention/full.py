@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.heads import SeparateAttention, pair_dropout
-from models.attention.kernels import PairDropout
-from models.reversible import Call
+from megabase.models.attention.heads import SeparateAttention, pair_dropout
+from megabase.models.attention.kernels import PairDropout
+from megabase.models.reversible import Call
 
 
 def full_attention(

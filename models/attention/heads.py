@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from models.attention.kernels import PairDropout
-from models.chance import Purpose, dropout
-from models.config import ReformerConfig
-from models.layers import Linear, Norm, ShortConvolution
-from models.positions import rotary
-from models.reversible import Call
+from megabase.models.attention.kernels import PairDropout
+from megabase.models.chance import Purpose, dropout
+from megabase.models.config import ReformerConfig
+from megabase.models.layers import Linear, Norm, ShortConvolution
+from megabase.models.positions import rotary
+from megabase.models.reversible import Call
 
 
 class AttentionBranch(nn.Module):

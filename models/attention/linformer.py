@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.full import dropped_attention
-from models.attention.heads import SeparateAttention, pair_dropout
-from models.attention.kernels import PairDropout
-from models.config import ConfigError, ReformerConfig
-from models.reversible import Call
+from megabase.models.attention.full import dropped_attention
+from megabase.models.attention.heads import SeparateAttention, pair_dropout
+from megabase.models.attention.kernels import PairDropout
+from megabase.models.config import ConfigError, ReformerConfig
+from megabase.models.reversible import Call
 
 
 def linformer_attention(

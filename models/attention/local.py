@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.attention.heads import SeparateAttention, pair_dropout
-from models.attention.kernels import PairDropout, Rule, Seating, dispatch, row_mask
-from models.reversible import Call
+from megabase.models.attention.heads import SeparateAttention, pair_dropout
+from megabase.models.attention.kernels import PairDropout, Rule, Seating, dispatch, row_mask
+from megabase.models.reversible import Call
 
 
 def local_attention(

@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
-from models.attention.kernels import Rotations, Rule, Seating, dispatch, row_mask
-from models.attention.kernels.dispatch import rotate_and_hash, seat_by_hash
-from models.chance import Purpose, Seeds, normals
-from models.config import (
+from megabase.models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from megabase.models.attention.kernels import Rotations, Rule, Seating, dispatch, row_mask
+from megabase.models.attention.kernels.dispatch import rotate_and_hash, seat_by_hash
+from megabase.models.chance import Purpose, Seeds, normals
+from megabase.models.config import (
     ATTENDS,
     DEFAULT_BUCKETS,
     DUPLICATES,
@@ -26,7 +26,7 @@ from models.config import (
     check_buckets,
     check_name,
 )
-from models.reversible import Call
+from megabase.models.reversible import Call
 
 
 def lsh_attention(

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention.heads import SeparateAttention
-from models.chance import Purpose, Seeds
-from models.config import ConfigError
-from models.reversible import Call
+from megabase.models.attention.heads import SeparateAttention
+from megabase.models.chance import Purpose, Seeds
+from megabase.models.config import ConfigError
+from megabase.models.reversible import Call
 
 CHUNK = 128
 """Positions whose features exist at once."""

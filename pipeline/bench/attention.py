@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.attention import linformer_attention, local_attention, lsh_attention, performer_attention
-from models.attention.performer import draw_directions
-from models.config import LSHConfig, ReformerConfig
-from pipeline.bench import contest, draw, peers, report
-from pipeline.bench.contest import Budget, Entry
-from pipeline.bench.lab import Call, open_lab
-from pipeline.bench.options import DTYPES, device_of, lengths_of, names_of, positive
+from megabase.models.attention import linformer_attention, local_attention, lsh_attention, performer_attention
+from megabase.models.attention.performer import draw_directions
+from megabase.models.config import LSHConfig, ReformerConfig
+from megabase.pipeline.bench import contest, draw, peers, report
+from megabase.pipeline.bench.contest import Budget, Entry
+from megabase.pipeline.bench.lab import Call, open_lab
+from megabase.pipeline.bench.options import DTYPES, device_of, lengths_of, names_of, positive
 
 BACKENDS = ("reference", "chunked", "native", "triton")
 FEATURES = 256

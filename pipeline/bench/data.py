@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datamodules.config import DataConfig
-from pipeline.bench import contest, draw, report
-from pipeline.bench.contest import Budget, LeftOut, Probe, Reason
-from pipeline.bench.lab import Call, reasons
-from pipeline.bench.options import lengths_of, names_of, positive
-from pipeline.bench.readers import CONTESTANTS, PACKAGES, SHUFFLE_BUFFER, Records
-from pipeline.errors import UserError
+from megabase.datamodules.config import DataConfig
+from megabase.pipeline.bench import contest, draw, report
+from megabase.pipeline.bench.contest import Budget, LeftOut, Probe, Reason
+from megabase.pipeline.bench.lab import Call, reasons
+from megabase.pipeline.bench.options import lengths_of, names_of, positive
+from megabase.pipeline.bench.readers import CONTESTANTS, PACKAGES, SHUFFLE_BUFFER, Records
+from megabase.pipeline.errors import UserError
 
 LENGTH, RESUME = "length", "resume"
 

@@ -1,6 +1,6 @@
 """Pictures of what came out, from its JSON.
 
-python -m pipeline.bench.draw RESULT.json PICTURE.png     # draws one again
+python -m megabase.pipeline.bench.draw RESULT.json PICTURE.png     # draws one again
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ DRAWERS = {"attention": attention, "model": model, "data": data}
 def main(arguments: Sequence[str]) -> int:
     """Draw RESULT.json as PICTURE.png."""
     if len(arguments) != 2:
-        print("usage: python -m pipeline.bench.draw RESULT.json PICTURE.png", file=sys.stderr)
+        print("usage: python -m megabase.pipeline.bench.draw RESULT.json PICTURE.png", file=sys.stderr)
         return 2
     result = json.loads(Path(arguments[0]).read_text())
     DRAWERS[result["benchmark"]](result, Path(arguments[1]))

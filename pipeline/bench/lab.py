@@ -30,9 +30,9 @@ from typing import Any, Protocol
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from models.config import ConfigError
-from pipeline.bench.contest import Lab, LeftOut, Probe, Reason, out_of_memory
-from pipeline.config import first_line
+from megabase.models.config import ConfigError
+from megabase.pipeline.bench.contest import Lab, LeftOut, Probe, Reason, out_of_memory
+from megabase.pipeline.config.schema import first_line
 
 FREE_SHARE = 0.6
 """Of the free memory, what a probe may take: afterwards, timed here, where the allocator keeps what is freed, the same
@@ -71,7 +71,9 @@ class CpuLab:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pipeline.bench.lab", "pipeline.bench.preload"])
+        self._context.set_forkserver_preload(
+            ["megabase.pipeline.bench.lab", "megabase.pipeline.bench.preload"]
+        )
 
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available * FREE_SHARE)

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
-from pipeline.bench import contest, draw, peers, report
-from pipeline.bench.contest import Budget, Entry
-from pipeline.bench.lab import Call, open_lab
-from pipeline.bench.options import DTYPES, depths_of, device_of, lengths_of, names_of, positive
-from pipeline.errors import UserError
+from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.pipeline.bench import contest, draw, peers, report
+from megabase.pipeline.bench.contest import Budget, Entry
+from megabase.pipeline.bench.lab import Call, open_lab
+from megabase.pipeline.bench.options import DTYPES, depths_of, device_of, lengths_of, names_of, positive
+from megabase.pipeline.errors import UserError
 
 VOCABULARY = 16
 """Token ids: few, as a genome's."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from pipeline.errors import UserError
+from megabase.pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

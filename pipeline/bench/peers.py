@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.bench.contest import LeftOut, Reason
+from megabase.pipeline.bench.contest import LeftOut, Reason
 
 if TYPE_CHECKING:
-    from pipeline.bench.attention import AttentionTask
-    from pipeline.bench.model import ModelTask
+    from megabase.pipeline.bench.attention import AttentionTask
+    from megabase.pipeline.bench.model import ModelTask
 
 TRANSFORMERS = "transformers.models.reformer.modeling_reformer"
 REFORMER_PYTORCH = "reformer_pytorch"

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from pipeline.bench import attention, model, peers
+from megabase.pipeline.bench import attention, model, peers
 
 __all__ = ["attention", "model"]
 

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.alphabet import BOS, Alphabet
-from datamodules.config import DataConfig
-from datamodules.datamodule import SequenceDataModule
-from datamodules.index import ShardIndex
-from datamodules.prepare import prepare
-from datamodules.splits import TRAIN
-from pipeline.bench import report
-from pipeline.bench.contest import Entry, LeftOut, Reason
+from megabase.datamodules.alphabet import BOS, Alphabet
+from megabase.datamodules.config import DataConfig
+from megabase.datamodules.datamodule import SequenceDataModule
+from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.splits import TRAIN
+from megabase.pipeline.bench import report
+from megabase.pipeline.bench.contest import Entry, LeftOut, Reason
 
 SEED = 7
 """Of the records and of every order."""

@@ -19,10 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import environment
-from pipeline.bench import contest, peers
-from pipeline.bench.contest import Point
-from pipeline.errors import UserError
+from megabase.pipeline.bench import contest, peers
+from megabase.pipeline.bench.contest import Point
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.rundir import environment
 
 OURS = "ours"
 """The contestant that the others are measured against."""

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from datamodules.index import ShardIndex
-from datamodules.prepare import prepare
+from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.prepare.prepare import prepare
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.alphabet import BOS, MASK, OTHER, PAD, SEP, Alphabet
-from datamodules.errors import DataError
+from megabase.datamodules.alphabet import BOS, MASK, OTHER, PAD, SEP, Alphabet
+from megabase.datamodules.errors import DataError
 
 NAMES = ["dna", "protein", "bytes"]
 

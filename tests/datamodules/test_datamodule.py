@@ -16,16 +16,16 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data._utils import signal_handling
 
-from datamodules.collate import Batch
-from datamodules.config import DataConfig, accumulation
-from datamodules.datamodule import SequenceDataModule
-from datamodules.errors import DataError
-from datamodules.hashing import mix, visit_keys
-from datamodules.index import ShardIndex
-from datamodules.mixture import identity_of
-from datamodules.order import CYCLE, Permutation, samples_of_step
-from datamodules.prepare import prepare
-from datamodules.windows import PACKED
+from megabase.datamodules.batches.collate import Batch
+from megabase.datamodules.config import DataConfig, accumulation
+from megabase.datamodules.datamodule import SequenceDataModule
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.order.hashing import mix, visit_keys
+from megabase.datamodules.order.mixture import identity_of
+from megabase.datamodules.order.order import CYCLE, Permutation, samples_of_step
+from megabase.datamodules.order.windows import PACKED
+from megabase.datamodules.prepare.prepare import prepare
 
 LENGTH, GLOBAL_BATCH, SEED = 512, 8, 11
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from models import Seeds
-from models.chance import Purpose, dropout, keep, normals, random_bits
+from megabase.models import Seeds
+from megabase.models.chance import Purpose, dropout, keep, normals, random_bits
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import (
+from megabase.models import (
     ConfigError,
     EncoderDecoder,
     FeedForwardConfig,
@@ -19,11 +19,11 @@ from models import (
     Seeds,
     generate,
 )
-from models.attention.cross import cross_attention
-from models.attention.kernels import PairDropout
-from models.chance import Purpose
-from models.generation import read, start
-from models.reversible import Block, Call, ReversibleStack
+from megabase.models.attention.cross import cross_attention
+from megabase.models.attention.kernels import PairDropout
+from megabase.models.chance import Purpose
+from megabase.models.generation import read, start
+from megabase.models.reversible import Block, Call, ReversibleStack
 from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
 
 DECODER = ReformerConfig(

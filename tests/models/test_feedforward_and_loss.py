@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import FeedForwardConfig, ReformerConfig
-from models.feedforward import FeedForward
-from models.loss import linear_cross_entropy
+from megabase.models import FeedForwardConfig, ReformerConfig
+from megabase.models.feedforward import FeedForward
+from megabase.models.loss import linear_cross_entropy
 
 
 def feedforward(activation: str, chunk: int) -> FeedForward:

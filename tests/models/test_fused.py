@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import fused
-from models.chance import _quantiles, dropout, normals
-from models.layers import _Convolve
-from models.positions import rotary
-from models.reversible import LIMIT, SCALE, FixedPoint
+from megabase.models import fused
+from megabase.models.chance import _quantiles, dropout, normals
+from megabase.models.layers import _Convolve
+from megabase.models.positions import rotary
+from megabase.models.reversible import LIMIT, SCALE, FixedPoint
 from tests.models.interpreted import DEVICE, GPU, HERE, run_interpreted
 
 pytest.importorskip("triton")

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
-from models.attention import lsh_attention
-from models.attention.kernels import Seating
-from models.attention.lsh import LSHAttention
-from models.chance import Purpose
-from models.generation import BucketRings, State, _draw, generate, read, start
+from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models.attention import lsh_attention
+from megabase.models.attention.kernels import Seating
+from megabase.models.attention.lsh import LSHAttention
+from megabase.models.chance import Purpose
+from megabase.models.generation import BucketRings, State, _draw, generate, read, start
 
 SMALL = ReformerConfig(
     vocab_size=9,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import (
+from megabase.models import (
     ConfigError,
     FeedForwardConfig,
     LocalConfig,
@@ -20,10 +20,10 @@ from models import (
     ReformerClassifier,
     ReformerConfig,
 )
-from models.attention.kernels import Seating
-from models.attention.lsh import LSHAttention
-from models.huggingface import OURS, from_huggingface, to_huggingface
-from models.reversible import FloatingPoint
+from megabase.models.attention.kernels import Seating
+from megabase.models.attention.lsh import LSHAttention
+from megabase.models.huggingface import OURS, from_huggingface, to_huggingface
+from megabase.models.reversible import FloatingPoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -445,8 +445,8 @@ def test_models_need_no_transformers():
     script = """
 import sys
 sys.modules["transformers"] = None
-from models import ConfigError
-from models.huggingface import from_huggingface
+from megabase.models import ConfigError
+from megabase.models.huggingface import from_huggingface
 try:
     from_huggingface(None)
 except ConfigError as error:

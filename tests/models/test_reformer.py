@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import (
+from megabase.models import (
     ConfigError,
     FeedForwardConfig,
     LocalConfig,
@@ -19,11 +19,11 @@ from models import (
     ReformerConfig,
     Seeds,
 )
-from models.attention import KINDS
-from models.config import LAYERS, NORMS
-from models.flops import flops_per_token, keys_per_query, training_flops_per_token
-from models.layers import Norm
-from models.positions import build_positions, rotary
+from megabase.models.attention import KINDS
+from megabase.models.config import LAYERS, NORMS
+from megabase.models.flops import flops_per_token, keys_per_query, training_flops_per_token
+from megabase.models.layers import Norm
+from megabase.models.positions import build_positions, rotary
 
 SMALL = ReformerConfig(
     vocab_size=9,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
-from models.config import FeedForwardConfig
-from models.reversible import LIMIT, SCALE, Block, Call, FixedPoint, ReversibleStack
+from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models.config import FeedForwardConfig
+from megabase.models.reversible import LIMIT, SCALE, Block, Call, FixedPoint, ReversibleStack
 from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
 
 TINY = ReformerConfig(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import MANIFEST, Manifest, seal_of
+from megabase.pipeline.checkpoint.manifest import MANIFEST, Manifest, seal_of
 
 
 def write_checkpoint(path: Path, name: str | None = None, **fields: object) -> Path:

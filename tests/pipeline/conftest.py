@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from pipeline.distributed import Ranks
+from megabase.pipeline.ranks.launch import Ranks
 
 
 @pytest.fixture(scope="module")

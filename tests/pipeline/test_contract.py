@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pipeline import cli, config
+from megabase.pipeline import cli
+from megabase.pipeline.config import schema as config
 
 SPLITS = ["--alphabet", "--valid", "--test", "--intervals"]
 COMMANDS = {
@@ -138,7 +139,9 @@ def test_settings_are_told_from_files(tmp_path) -> None:
 
 def test_signals_are_heard_before_the_heavy_libraries_load() -> None:
     program = (
-        "import signal, sys; from pipeline import cli, preemption\n"
+        "import signal, sys\n"
+        "from megabase.pipeline import cli\n"
+        "from megabase.pipeline.ranks import stop as preemption\n"
         "def listen(self): print('heavy' if 'torch' in sys.modules else 'light'); sys.exit()\n"
         "preemption.StopRequest.listen = listen\n"
         "cli.main(['train', 'x=1'])"
@@ -152,7 +155,7 @@ def test_signals_are_heard_before_the_heavy_libraries_load() -> None:
 )
 def test_help_does_not_need_the_heavy_libraries(command: list[str]) -> None:
     program = (
-        "import sys; from pipeline import cli\n"
+        "import sys; from megabase.pipeline import cli\n"
         "try: cli.main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'deepspeed', 'pytorch_lightning', 'mlflow'} & set(sys.modules)\n"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from slurm.testcluster.cluster import TestCluster, unavailable
+from megabase.slurm.testcluster.cluster import TestCluster, unavailable
 
 
 @pytest.fixture(scope="session")

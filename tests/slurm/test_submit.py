@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pipeline import submit, train
-from pipeline.config import RunConfig
-from pipeline.errors import UserError
-from pipeline.submit import TRAIN_SCRIPT, SlurmConfig, sbatch_call
-from slurm.testcluster.cluster import TestCluster
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.slurm import submit
+from megabase.pipeline.slurm.submit import TRAIN_SCRIPT, SlurmConfig, sbatch_call
+from megabase.pipeline.training import run as train
+from megabase.slurm.testcluster.cluster import TestCluster
 
 
 def call(slurm: SlurmConfig | None = None, **changed: Any) -> list[str]:

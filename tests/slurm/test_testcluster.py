@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm.testcluster import cluster as module
-from slurm.testcluster.cluster import ClusterError, TestCluster, unavailable
+from megabase.slurm.testcluster import cluster as module
+from megabase.slurm.testcluster.cluster import ClusterError, TestCluster, unavailable
 
 needs_slurm = pytest.mark.skipif(unavailable() is not None, reason=f"no SLURM: {unavailable()}")
 

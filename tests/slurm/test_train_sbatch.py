@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.submit import TRAIN_SCRIPT
-from slurm.testcluster.cluster import CPUS, TestCluster, until
+from megabase.pipeline.slurm.submit import TRAIN_SCRIPT
+from megabase.slurm.testcluster.cluster import CPUS, TestCluster, until
 
 pytestmark = pytest.mark.slurm
 

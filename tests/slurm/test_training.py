@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint
-from slurm.testcluster.cluster import TestCluster, until
+from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.slurm.testcluster.cluster import TestCluster, until
 from tests.conftest import STEPS, train_settings, training_rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
 def megabase(cluster: TestCluster, *arguments: str) -> str:
     """What `megabase ARGUMENTS` prints, run as on a login node of the cluster."""
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
+        [sys.executable, "-m", "megabase.pipeline.cli", *arguments],
         env=os.environ | cluster.environment,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.chance import keep, random_bits
+from megabase.models.chance import keep, random_bits
 
 
 @dataclass(frozen=True)

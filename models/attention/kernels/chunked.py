@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rule, Seating
-from models.config import round_up
+from megabase.models.attention.kernels import PairDropout, Rule, Seating
+from megabase.models.config import round_up
 
 HIDDEN = -1e30
 """Score of a pair that does not meet: finite, so that a row of them makes no NaN."""

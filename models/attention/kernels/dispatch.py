@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.attention.kernels import (
+from megabase.models.attention.kernels import (
     PairDropout,
     Rotations,
     Rule,
@@ -23,7 +23,7 @@ from models.attention.kernels import (
     row_mask,
     triton,
 )
-from models.config import ConfigError
+from megabase.models.config import ConfigError
 
 BACKENDS = ("auto", "reference", "chunked", "native", "triton")
 ANYWHERE = ("reference", "chunked")

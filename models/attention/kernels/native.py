@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rotations, Rule, Seating
-from models.device import processor_lines
+from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating
+from megabase.models.device import processor_lines
 
 SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -59,7 +59,7 @@ def meet(
     dropout: PairDropout | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """See models.attention.kernels.dispatch.meet. q, k, v: fp32, bf16 or fp16, on the CPU, and strided as they
+    """See megabase.models.attention.kernels.dispatch.meet. q, k, v: fp32, bf16 or fp16, on the CPU, and strided as they
     please. Computes in fp32. The same input gives the same bits, whatever the number of threads."""
     return _Meet.apply(q, k, v, seating, rule, dropout, scale)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rotations, Rule, Seating
+from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating
 
 
 def meet(
     q: Tensor, k: Tensor, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None = None
 ) -> Tensor:
-    """See models.attention.kernels. Computes in the inputs' dtype."""
+    """See megabase.models.attention.kernels. Computes in the inputs' dtype."""
     rows, length, _ = q.shape
     keys, met = met_keys(seating, rule)
     row = torch.arange(rows, device=q.device)[:, None, None]
@@ -102,7 +102,7 @@ def _seated(seating: Seating) -> Tensor:
 
 @torch.no_grad()
 def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
-    """See models.attention.kernels.dispatch. Computes in fp32."""
+    """See megabase.models.attention.kernels.dispatch. Computes in fp32."""
     buckets = torch.empty(*x.shape[:2], rotations.rounds, x.shape[2], dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention.kernels import PairDropout, Rotations, Rule, Seating, row_mask
-from models.config import ConfigError
-from models.gpu import DTYPES, FUSED, INTERPRETED, available, jit, padded, random_bits, tl, triton
+from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating, row_mask
+from megabase.models.config import ConfigError
+from megabase.models.gpu import DTYPES, FUSED, INTERPRETED, available, jit, padded, random_bits, tl, triton
 
 WIDEST = 128
 """Largest width of q, k and v: beyond it the tiles of the backward pass do not fit into registers."""
@@ -49,7 +49,7 @@ def takes(q: Tensor, v: Tensor) -> bool:
 def meet(
     q: Tensor, k: Tensor | None, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None = None
 ) -> Tensor:
-    """See models.attention.kernels. Products in the inputs' dtype, softmax and sums in fp32.
+    """See megabase.models.attention.kernels. Products in the inputs' dtype, softmax and sums in fp32.
 
     k = None: keys are the queries scaled to unit length (`dispatch.unit_keys`), without ever being written.
     q, k, v may have any strides of rows and positions; out and the gradients get those of v and of q, k, v. Raises
@@ -66,7 +66,7 @@ def meet(
 
 
 def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
-    """Buckets of x (batch, heads, length, d): (batch, heads, rounds, length) int32, as models.attention.lsh's.
+    """Buckets of x (batch, heads, length, d): (batch, heads, rounds, length) int32, as megabase.models.attention.lsh's.
 
     rotations: on any device.
     """
@@ -279,7 +279,9 @@ class _Launch:
 def _hash(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Buckets (batch, heads, rounds, length) of a dtype; n_buckets where the mask (batch, length) is False."""
     if not available():
-        raise ConfigError("hashing in Triton needs a CUDA device: take models.attention.lsh.rotate_and_hash")
+        raise ConfigError(
+            "hashing in Triton needs a CUDA device: take megabase.models.attention.lsh.rotate_and_hash"
+        )
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, d = x.shape
     first, second = rotations.halves if len(rotations.halves) == 2 else (*rotations.halves, 0)

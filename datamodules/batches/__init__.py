@@ -1,0 +1,1 @@
+"""A window of an epoch becomes tokens, labels and weights."""

@@ -1,0 +1,135 @@
+"""Numbered micro batches: a data set is a function from a number to a batch.
+
+It is iterable, not one with a sampler, because Lightning replaces samplers when it runs distributed. Each of k
+workers takes every k-th number, and the DataLoader asks them in turn: so any number of workers gives the same
+batches in the same order.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from megabase.datamodules.batches.collate import FILLER, Batch
+from megabase.datamodules.batches.visits import Visits, Windows
+from megabase.datamodules.order.hashing import visit_keys
+from megabase.datamodules.order.order import Order, slots
+
+_PLANNED = 4096
+"""Windows, about, whose order is computed at once."""
+
+EVALUATION_SEED = 0
+"""Of what is masked in evaluation: the same for every run, so that runs can be compared."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its rank, how many there are, and the windows each takes at once."""
+
+    rank: int
+    world_size: int
+    micro_batch: int
+
+
+class NumberedBatches(IterableDataset[Batch], ABC):
+    """Batches by number; iterating gives `numbers()` in order, every k-th of them in each of k workers."""
+
+    @abstractmethod
+    def numbers(self) -> Iterable[int]:
+        """The numbers of the batches, in order."""
+
+    @abstractmethod
+    def batch(self, number: int) -> Batch:
+        """The batch of that number."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        return map(self.batch, itertools.islice(self.numbers(), first, None, stride))
+
+
+class TrainBatches(NumberedBatches):
+    """The endless training micro batches of one rank, from optimizer step `first_step` on.
+
+    Number b is micro batch b % accumulation of step b // accumulation.
+    """
+
+    def __init__(
+        self, windows: Windows, place: Place, seed: int, accumulation: int, first_step: int = 0
+    ) -> None:
+        self.windows = windows
+        self.place = place
+        self.seed = seed
+        self.accumulation = accumulation
+        self.first_step = first_step
+        self.order = Order(seed, windows.plan.bounds, windows.plan.weights)
+        self._planned: _Steps | None = None
+
+    def numbers(self) -> Iterable[int]:
+        return itertools.count(self.first_step * self.accumulation)
+
+    def batch(self, number: int) -> Batch:
+        step, turn = divmod(number, self.accumulation)
+        place, planned = self.place, self._plan_of(step)
+        before = (step - planned.first) * self._global_batch
+        mine = slots(turn, place.rank, place.world_size, place.micro_batch)
+        visits = planned.visits.part(slice(before + mine.start, before + mine.stop))
+        return self.windows.batch(visits, int(planned.targets[step - planned.first]))
+
+    @property
+    def _global_batch(self) -> int:
+        return self.place.micro_batch * self.place.world_size * self.accumulation
+
+    def _plan_of(self, step: int) -> "_Steps":
+        """The plan of the block of steps that `step` is in: numpy plans many in the time of a few."""
+        together = max(_PLANNED // self._global_batch, 1)
+        first = step // together * together
+        if self._planned is None or self._planned.first != first:
+            samples, epochs = self.order.of_step(first // together, together * self._global_batch)
+            visits = self.windows.visits(samples, visit_keys(self.seed, epochs, samples))
+            self._planned = _Steps(first, visits, visits.labels.reshape(together, -1).sum(axis=1))
+        return self._planned
+
+
+class _Steps(NamedTuple):
+    """What is known of the steps from `first` on: the visits of all ranks, and the labels of each step."""
+
+    first: int
+    visits: Visits
+    targets: NDArray[np.int64]
+
+
+class EvalBatches(NumberedBatches):
+    """Every window of a split once, in order, dealt to the ranks a micro batch at a time.
+
+    most: if above 0 and below the number of windows, so many of them, spread evenly over the split; always the
+    same. Masked bases are always the same too, whatever the seed of training. All ranks have the same number of
+    batches: what is missing at the end is filler (sample -1, no labels). The `targets` of a batch count the labels
+    of that batch number over all ranks.
+    """
+
+    def __init__(self, windows: Windows, place: Place, most: int = 0) -> None:
+        self.windows = windows
+        self.place = place
+        total = len(windows.plan)
+        self.count = min(most, total) if most > 0 else total
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.place.micro_batch * self.place.world_size))
+
+    def numbers(self) -> Iterable[int]:
+        return range(len(self))
+
+    def batch(self, number: int) -> Batch:
+        place, plan = self.place, self.windows.plan
+        together = place.micro_batch * place.world_size
+        turns = number * together + np.arange(together)
+        samples = np.where(turns < self.count, turns * len(plan) // self.count, FILLER)
+        visits = self.windows.visits(samples, visit_keys(EVALUATION_SEED, np.zeros_like(samples), samples))
+        mine = slots(0, place.rank, place.world_size, place.micro_batch)
+        return self.windows.batch(visits.part(mine), int(visits.labels.sum()))

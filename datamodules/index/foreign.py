@@ -1,0 +1,344 @@
+"""An index for WebDataset tars that others wrote: `megabase index DIR` puts index.parquet beside them.
+
+Members KEY.seq and KEY.txt hold one sequence as plain bytes, KEY.npy one as an array, KEY.fasta (.fa, .fna) any
+number in lines of one width. KEY.json, if there, names a record and its source. The tars stay as they are:
+bases are read out of them by byte range, so a tar must be uncompressed, and so must its members.
+"""
+
+import io
+import json
+import mmap
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.lib import format as npy_format
+
+from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.files import sync
+from megabase.datamodules.index.index import INDEX_NAME, RowBatches, ShardIndex, segment_row, write_index
+from megabase.datamodules.prepare.records import Names, check_characters, compression
+from megabase.datamodules.prepare.splits import TRAIN, Splits
+from megabase.datamodules.progress import bar
+
+_COMPRESSED = (".gz", ".bgz", ".zst", ".bz2", ".xz")
+_COMPRESSED_TARS = (*(f".tar{suffix}" for suffix in _COMPRESSED), ".tgz", ".tbz2", ".txz")
+_LINE_ENDS = b"\r\n"
+_NPY_HEAD_BYTES = 64 << 10
+
+
+class _Span(NamedTuple):
+    """Bytes [start, stop) of a tar."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A member that holds sequences.
+
+    path: in the tar. content: where its bytes lie. about: where those of its .json do, if it has one.
+    """
+
+    path: PurePosixPath
+    content: _Span
+    about: _Span | None
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence of a member.
+
+    name: from a FASTA header, else empty. bases: without line ends. offset: byte in the tar of the first one.
+    line_bases, line_bytes: as in the index.
+    """
+
+    name: str
+    bases: memoryview
+    offset: int
+    line_bases: int = 0
+    line_bytes: int = 0
+
+    def byte_of(self, base: int) -> int:
+        """Where in the tar a base lies."""
+        if not self.line_bases:
+            return self.offset + base
+        line, column = divmod(base, self.line_bases)
+        return self.offset + line * self.line_bytes + column
+
+
+def index_tars(
+    directory: str | Path,
+    alphabet: str = "dna",
+    valid: str | float | None = None,
+    test: str | float | None = None,
+    intervals: str | Path | None = None,
+    progress: bool = True,
+) -> ShardIndex:
+    """Write index.parquet beside the tars in `directory`; returns them opened.
+
+    A record is named by "record" in its .json, else by its member's path without extension; in FASTA by the
+    first word of its header. Its source is "source" in its .json, else the tar's name. Line ends behind the
+    last letter of a .seq or .txt are no part of the sequence, unless the alphabet is bytes.
+    valid, test, intervals: see `Splits.parse`. progress: show a bar over the tars' bytes on stderr.
+
+    Raises DataError for a directory without tars or with an index; tars or members that are compressed, cut
+    off or damaged; FASTA whose lines differ in width; arrays that are not one row of bytes; characters that
+    the alphabet does not know; names met twice; and splits that cannot be, or leave nothing to train on. The
+    directory then holds what it held before.
+    """
+    directory, letters = Path(directory), Alphabet.named(alphabet)
+    splits = Splits.parse(valid, test, intervals)
+    tars = _tars(directory)
+    index = directory / INDEX_NAME
+    if index.exists():
+        raise DataError(f"{index}: exists already: remove it to index the tars anew")
+    rows, sizes = _Rows(letters, splits), {path.name: path.stat().st_size for path in tars}
+    with bar("Indexing", sum(sizes.values()), progress) as report:
+        for path in tars:
+            rows.add(path)
+            report(sizes[path.name])
+    rows.check(directory)
+    partial = index.with_name(f"{INDEX_NAME}.partial")
+    try:
+        write_index(partial, rows.batches(), letters, sizes, list(rows.sources))
+        sync(partial)
+        partial.rename(index)
+    except OSError as error:
+        raise DataError(
+            f"{index}: cannot be written ({error.strerror}): the directory needs room and the right to write"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return ShardIndex.open(directory)
+
+
+class _Rows:
+    """The rows of the index, gathered tar by tar, and what must hold for all of them together."""
+
+    def __init__(self, alphabet: Alphabet, splits: Splits) -> None:
+        self.sources: dict[str, None] = {}
+        self._alphabet = alphabet
+        self._splits = splits
+        self._names = Names()
+        self._members = 0
+        self._in_split: set[str] = set()
+        self._trained = False
+        self._rows = RowBatches()
+
+    def add(self, path: Path) -> None:
+        """The rows of one tar."""
+        members = _members(path)
+        with path.open("rb") as file:  # the map is closed with the last view of it
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for member in members:
+            self._add_member(path, content, member)
+        self._members += len(members)
+
+    def check(self, directory: Path) -> None:
+        """Raise DataError if no record was met, a split names one that was not, or none is for training."""
+        if not self._members:
+            raise DataError(f"{directory}: no member of its tars ends in {' '.join(_READERS)}")
+        self._splits.check_names(self._in_split)
+        if not self._trained:
+            raise DataError(f"{directory}: no base is left to train on: see --valid, --test and --intervals")
+
+    def batches(self) -> list[pa.RecordBatch]:
+        """All rows."""
+        return self._rows.all()
+
+    def _add_member(self, path: Path, content: mmap.mmap, member: _Member) -> None:
+        place = f"{path}: member {member.path}"
+        about = _about(place, content, member.about)
+        source = about.get("source", path.name)
+        self.sources[source] = None
+        for sequence in _READERS[member.path.suffix.lower()](place, content, member.content, self._alphabet):
+            name = sequence.name or about.get("record", str(member.path.with_suffix("")))
+            self._names.add(name, source, place)
+            check_characters(place, name, sequence.bases, self._alphabet)
+            self._add_record(name, source, path.name, sequence)
+
+    def _add_record(self, name: str, source: str, shard: str, sequence: _Sequence) -> None:
+        if name in self._splits.named:
+            self._in_split.add(name)
+        for segment in self._splits.of(name, len(sequence.bases)):
+            row = segment_row(
+                name,
+                source,
+                segment,
+                shard,
+                sequence.byte_of(segment.start),
+                sequence.bases[segment.start : segment.start + segment.length],
+                self._alphabet,
+                sequence.line_bases,
+                sequence.line_bytes,
+                segment.intervals,
+            )
+            self._trained = self._trained or segment.split == TRAIN
+            self._rows.add(row)
+
+
+def _tars(directory: Path) -> list[Path]:
+    """The tars of a directory, sorted; DataError for none, or for one that is compressed."""
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory: name the one that the tars lie in")
+    tars = sorted(directory.glob("*.tar"))
+    for path in sorted(directory.iterdir()):
+        if path.name.endswith(_COMPRESSED_TARS) or (path in tars and compression(path)):
+            raise DataError(
+                f"{path}: a compressed tar cannot be read by byte range: decompress it and index again"
+            )
+    if not tars:
+        raise DataError(f"{directory}: no *.tar in it: name the directory that the tars lie in")
+    return tars
+
+
+def _members(path: Path) -> list[_Member]:
+    """The members of a tar that hold sequences, in order, each with its .json."""
+    found: list[tuple[PurePosixPath, _Span]] = []
+    abouts: dict[PurePosixPath, _Span] = {}
+    for header in _headers(path):
+        inside = PurePosixPath(header.name)
+        kind = inside.suffix.lower()
+        if header.isdir() or inside.name.startswith("."):  # webdataset passes hidden files over, too
+            continue
+        if kind in _READERS and not _is_utf8(header.name):
+            raise DataError(f"{path}: member {header.name!r}: its name is not UTF-8: rename the file")
+        if kind in _COMPRESSED and PurePosixPath(inside.stem).suffix.lower() in _READERS:
+            raise DataError(
+                f"{path}: member {inside}: a compressed member cannot be read by byte range: decompress it"
+            )
+        if kind in _READERS and (not header.isreg() or header.issparse()):
+            raise DataError(f"{path}: member {inside}: a link or a sparse file: make the tar of plain files")
+        span = _Span(header.offset_data, header.offset_data + header.size)
+        if kind in _READERS:
+            found.append((inside, span))
+        elif kind == ".json":
+            abouts[inside.with_suffix("")] = span
+    return [_Member(inside, span, abouts.get(inside.with_suffix(""))) for inside, span in found]
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name is text; tarfile puts lone surrogates for bytes that are not."""
+    return name == name.encode(errors="ignore").decode()
+
+
+def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar in order; DataError where it is cut off, damaged or none."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (header := tar.next()) is not None:
+                yield header
+                tar.members = []  # type: ignore[attr-defined] # else it keeps them all
+            end = tar.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no header at byte {end}")
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path}: no tar, cut off or damaged ({error}): copy the file again") from error
+
+
+def _about(place: str, content: mmap.mmap, span: _Span | None) -> dict[str, str]:
+    """What a member's .json holds of "record" and "source", if they are texts."""
+    if span is None:
+        return {}
+    try:
+        about = json.loads(content[span.start : span.stop])
+        texts = about if isinstance(about, dict) else {}
+        texts = {
+            key: texts[key] for key in ("record", "source") if isinstance(texts.get(key), str) and texts[key]
+        }
+        "".join(texts.values()).encode()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: its .json is damaged ({error}): mend it or leave it out") from error
+    return texts
+
+
+def _plain(place: str, content: mmap.mmap, span: _Span, alphabet: Alphabet) -> Iterator[_Sequence]:
+    """All of a member."""
+    stop = span.stop if alphabet.name == "bytes" else _without_line_ends(content, span)
+    yield _Sequence("", memoryview(content)[span.start : stop], span.start)
+
+
+def _array(place: str, content: mmap.mmap, span: _Span, alphabet: Alphabet) -> Iterator[_Sequence]:
+    """The one row of an .npy file."""
+    head = io.BytesIO(content[span.start : min(span.stop, span.start + _NPY_HEAD_BYTES)])
+    try:
+        version = npy_format.read_magic(head)
+        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, _, kind = read(head)
+    except ValueError as error:
+        raise DataError(
+            f"{place}: not an array of numpy ({error}): write it again with numpy.save"
+        ) from error
+    if len(shape) != 1 or kind not in (np.dtype(np.uint8), np.dtype("S1")):
+        raise DataError(f"{place}: {kind} of shape {shape}: it must be uint8 or S1 with one dimension")
+    start = span.start + head.tell()
+    if start + shape[0] != span.stop:
+        raise DataError(f"{place}: {span.stop - start} bytes for {shape[0]} elements: write it again")
+    yield _Sequence("", memoryview(content)[start : span.stop], start)
+
+
+def _fasta(place: str, content: mmap.mmap, span: _Span, alphabet: Alphabet) -> Iterator[_Sequence]:
+    """The records of a FASTA file."""
+    start, stop = span
+    if content[start : start + 1][: stop - start] != b">":
+        raise DataError(f"{place}: not FASTA: it must begin with '>'")
+    while start < stop:
+        following = content.find(b"\n>", start, stop) + 1 or stop
+        header_end = content.find(b"\n", start, following) + 1 or following
+        words = content[start + 1 : header_end].decode(errors="replace").split(maxsplit=1)
+        if not words or content[start + 1 : start + 2].isspace():
+            raise DataError(f"{place}: a record has no name: every '>' needs one right behind it")
+        lines = _Span(header_end, _without_line_ends(content, _Span(header_end, following)))
+        yield _lines(place, words[0], content, lines)
+        start = following
+
+
+def _lines(place: str, name: str, content: mmap.mmap, span: _Span) -> _Sequence:
+    """A sequence in lines; the last may be shorter, and its end is no part of `span`."""
+    first_end = content.find(b"\n", *span)
+    if first_end < 0:
+        return _Sequence(name, memoryview(content)[span.start : span.stop], span.start)
+    line_bytes = first_end + 1 - span.start
+    line_bases = _without_line_ends(content, _Span(span.start, first_end + 1)) - span.start
+    raw = np.frombuffer(content, np.uint8, span.stop - span.start, span.start)
+    count = len(raw) // line_bytes
+    lines, last = raw[: count * line_bytes].reshape(count, line_bytes), raw[count * line_bytes :]
+    bases = bytearray(count * line_bases + len(last))
+    filled = np.frombuffer(bases, np.uint8)
+    filled[: count * line_bases].reshape(count, line_bases)[:] = lines[:, :line_bases]
+    filled[count * line_bases :] = last
+    even = (lines[:, line_bases:] == lines[0, line_bases:]).all() and len(last) <= line_bases
+    if not even or any(end in bases for end in _LINE_ENDS):
+        raise DataError(
+            f"{place}: record {name!r} has lines of different width, so its bases cannot be found by "
+            "counting: take the file out of the tar and `megabase prepare` it"
+        )
+    return _Sequence(name, memoryview(bases), span.start, line_bases, line_bytes)
+
+
+def _without_line_ends(content: mmap.mmap, span: _Span) -> int:
+    """Where the span stops when the line ends at its end are left out."""
+    stop = span.stop
+    while stop > span.start and content[stop - 1] in _LINE_ENDS:
+        stop -= 1
+    return stop
+
+
+_Reader = Callable[[str, mmap.mmap, _Span, Alphabet], Iterator[_Sequence]]
+_READERS: dict[str, _Reader] = {
+    ".seq": _plain,
+    ".txt": _plain,
+    ".fasta": _fasta,
+    ".fa": _fasta,
+    ".fna": _fasta,
+    ".npy": _array,
+}

@@ -1,0 +1,1 @@
+"""Which windows exist and in which order they are read: pure functions of numbers."""

@@ -1,0 +1,69 @@
+"""A mixture of genomes: which group each segment belongs to, and what groups weigh."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index import Segments
+
+_SHOWN = 8
+
+
+def identity_of(segments: Segments, mixture: Mapping[str, float]) -> str:
+    """`Segments.identity`, and of a mixture what else its order is made of: its keys in order, and the input files."""
+    if not mixture:
+        return segments.identity
+    told = json.dumps([segments.identity, list(mixture.items()), segments.source.tolist()])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def groups_of(
+    segments: Segments, rows: NDArray[np.int64], mixture: Mapping[str, float]
+) -> dict[str, NDArray[np.int64]]:
+    """Name of each group with a weight above 0 -> its rows, in order. Without a mixture all rows are one group, "".
+
+    A segment belongs to the first key that is the name of its input file, or a pattern (`*`, `?`, `[...]`) that
+    matches that name or its record's.
+
+    Raises DataError for a key that nothing belongs to, and for a segment that no key matches.
+    """
+    if not mixture:
+        return {"": rows}
+    keys = list(mixture)
+    member = np.full(len(rows), -1)
+    kinds: dict[tuple[str, str], int] = {}
+    for place, row in enumerate(rows.tolist()):
+        names = segments.source[row], segments.record[row]
+        if names not in kinds:
+            kinds[names] = _first_match(keys, *names)
+        member[place] = kinds[names]
+    known = sorted({source for source, _ in kinds})
+    for number, key in enumerate(keys):
+        if not (member == number).any():
+            raise DataError(
+                f"data.mixture: {key!r} matches nothing that no key before it does: the input files are "
+                f"{_listed(known)}; a pattern like 'chr*' may also name records"
+            )
+    for source, record in (names for names, number in kinds.items() if number < 0):
+        raise DataError(
+            f"data.mixture: nothing matches record {record!r} of {source!r}: give {source!r}, or '*' for all that "
+            "is left, a weight; 0 leaves it out"
+        )
+    return {key: rows[member == number] for number, key in enumerate(keys) if mixture[key] > 0}
+
+
+def _first_match(keys: list[str], source: str, record: str) -> int:
+    for number, key in enumerate(keys):
+        if key == source or fnmatchcase(source, key) or fnmatchcase(record, key):
+            return number
+    return -1
+
+
+def _listed(names: list[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more

@@ -1,0 +1,307 @@
+"""A stream of records from files: FASTA, FASTQ and JSONL, or one record per file for bytes; compressed or not.
+
+Memory holds one record at a time, and a digest of every name met. Compression (gzip, bgzip, zstd) and FASTQ are
+told by a file's first bytes, not its name; JSONL by its name, because any text may begin with a brace.
+"""
+
+import glob
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import dnaio
+import numpy as np
+import pyarrow as pa
+from isal import igzip, isal_zlib
+
+from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.errors import DataError
+
+_COMPRESSED_NAMES = (".gz", ".bgz", ".zst", ".zstd")
+_JSONL_NAMES = (".jsonl", ".ndjson")
+_UNREAD = {
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
+    b"\xfd7zXZ\0": "xz",
+    b"PK\3\4": "zip",
+}
+"""Compressions that other tools write, by a file's first bytes."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPED = (
+    b"\x2a\x4d\x18"  # behind a byte 0x50 to 0x5f: a frame to skip, as pzstd begins (RFC 8878, 3.1.2)
+)
+_BGZIP_FIELD = (
+    b"BC"  # in the header of every bgzip block; the empty block ends a file (SAM specification, 4.1)
+)
+_BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+_HEAD_BYTES = 16
+_BUFFER_BYTES = 1 << 20
+_DIGEST_BYTES = 15  # 120 bits: 10^12 names hold two that agree by chance once in 10^12 inputs
+_ISAL_ERROR = cast(type[Exception], isal_zlib.error)  # its stub calls the class an instance
+
+OpenFile = Callable[[Path], AbstractContextManager[BinaryIO]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One named sequence.
+
+    name: the first word of the FASTA or FASTQ header; "id" or "name" of the JSON object, else `FILE:LINE`; or
+        the file's name. FILE is without the suffix of its compression.
+    description: the rest of the header.
+    source: name of the file it came from.
+    sequence: its bases, one byte each, as the file has them (case kept).
+    """
+
+    name: str
+    description: str
+    source: str
+    sequence: bytes
+
+
+class Names:
+    """The names met so far, to find one met twice: about a hundred bytes each, however long it is."""
+
+    def __init__(self) -> None:
+        self._sources: dict[bytes, str] = {}
+
+    def add(self, name: str, source: str, place: str | Path) -> None:
+        """Note a name of file `source`; raises DataError, which begins with `place`, if it was met before."""
+        digest = blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest()
+        if digest in self._sources:
+            raise DataError(
+                f"{place}: a second record is named {name!r} (the first is in {self._sources[digest]}): names "
+                "tell records apart, rename one"
+            )
+        self._sources[digest] = source
+
+
+def expand(inputs: Sequence[str | Path]) -> list[Path]:
+    """Inputs as paths, in their order; a pattern with `*`, `?`, `[` or `**` becomes its files, sorted.
+
+    A name that exists is no pattern. Raises DataError for a pattern that no file matches.
+    """
+    paths: list[Path] = []
+    for name in map(str, inputs):
+        if not glob.has_magic(name) or Path(name).exists():
+            paths.append(Path(name))
+            continue
+        matches = glob.iglob(name, recursive=True)  # noqa: PTH207 - pathlib takes no absolute pattern
+        found = sorted(path for path in map(Path, matches) if path.is_file())
+        if not found:
+            raise DataError(f"{name}: no file matches this pattern: mend it, or name the files themselves")
+        paths.extend(found)
+    return paths
+
+
+def check_inputs(paths: Sequence[Path]) -> None:
+    """Raise DataError unless there is a path, and each is a file that can be opened, of a kind that is read."""
+    if not paths:
+        raise DataError("no input files: name at least one")
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        if not path.is_file():
+            raise DataError(f"{path}: not a file: name the sequence files themselves")
+        if unread := [name for magic, name in _UNREAD.items() if _head(path).startswith(magic)]:
+            raise DataError(f"{path}: {unread[0]} is not read: decompress it, or use gzip, bgzip or zstd")
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def read_records(
+    paths: Sequence[Path], alphabet: Alphabet, open_file: OpenFile = _open, field: str = "text"
+) -> Iterator[Record]:
+    """Every record of every file, in order.
+
+    `open_file` opens a path for reading bytes; a caller who counts what is read passes its own.
+    `field` is the key of the sequence, or text, in a line of JSONL.
+
+    Raises DataError for what `read_file` refuses, and for a name met twice.
+    """
+    check_inputs(paths)
+    names = Names()
+    for path in paths:
+        for record in read_file(path, alphabet, open_file, field):
+            names.add(record.name, record.source, path)
+            yield record
+
+
+def read_file(
+    path: Path, alphabet: Alphabet, open_file: OpenFile = _open, field: str = "text"
+) -> Iterator[Record]:
+    """The records of one file, in order.
+
+    Raises DataError for a file that is missing, empty, damaged, cut off or not of its format, and for a
+    sequence with a character that the alphabet does not know.
+    """
+    packed = compression(path)
+    try:
+        with open_file(path) as raw:
+            content = _decompressed(path, raw, packed)
+            with io.BufferedReader(content, _BUFFER_BYTES) as buffered:
+                for record in _records(path, buffered, alphabet, field):
+                    check_characters(path, record.name, record.sequence, alphabet)
+                    yield record
+    except (EOFError, OSError, _ISAL_ERROR) as error:
+        if not packed:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(
+            f"{path}: the {packed} data is cut off or damaged ({error}): copy the file again"
+        ) from error
+
+
+def compression(path: Path) -> str:
+    """How a file is compressed, told by its first bytes: "gzip", "bgzip", "zstd", or "" for not at all."""
+    head = _head(path)
+    if head.startswith(_GZIP_MAGIC):
+        return "bgzip" if head[12:14] == _BGZIP_FIELD else "gzip"
+    skipped = head[1:4] == _ZSTD_SKIPPED and head[0] >> 4 == 5
+    return "zstd" if skipped or head.startswith(_ZSTD_MAGIC) else ""
+
+
+def check_characters(place: str | Path, name: str, sequence: bytes | memoryview, alphabet: Alphabet) -> None:
+    """Raise DataError, which begins with `place`, for a byte of record `name` that the alphabet does not know."""
+    known = _known(alphabet)
+    if len(known) == 256:
+        return
+    for start in range(0, len(sequence), _BUFFER_BYTES):
+        part = bytes(sequence[start : start + _BUFFER_BYTES])
+        if strange := part.translate(None, known):
+            where = start + part.index(strange[:1])
+            raise DataError(
+                f"{place}: record {name!r} has {chr(strange[0])!r} at base {where + 1}, which "
+                f"alphabet {alphabet.name} does not know: mend the file or prepare it with another --alphabet"
+            )
+
+
+@cache
+def _known(alphabet: Alphabet) -> bytes:
+    return np.flatnonzero(alphabet.known).astype(np.uint8).tobytes()
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _decompressed(path: Path, raw: BinaryIO, packed: str) -> Any:
+    """A binary stream of what the file holds; reading it raises EOFError, OSError or isal's for damage."""
+    if packed == "bgzip" and not _ends_with(path, _BGZIP_END):  # cut between two blocks is else not seen
+        raise EOFError("bgzip's last block is missing")
+    if packed in ("gzip", "bgzip"):
+        return igzip.IGzipFile(fileobj=raw)
+    if packed == "zstd":
+        return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+    return raw
+
+
+def _ends_with(path: Path, end: bytes) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(len(end), path.stat().st_size), io.SEEK_END)
+        return file.read() == end
+
+
+def _plain_name(path: Path) -> str:
+    """The file's name without the suffix of its compression."""
+    return path.stem if path.suffix in _COMPRESSED_NAMES else path.name
+
+
+def _records(path: Path, file: io.BufferedReader, alphabet: Alphabet, field: str) -> Iterator[Record]:
+    if _plain_name(path).lower().endswith(_JSONL_NAMES):
+        return _jsonl(path, file, field)
+    if alphabet.name == "bytes":
+        return _text(path, file)
+    return _sequences(path, file, "fastq" if file.peek(1)[:1] == b"@" else "fasta")
+
+
+def _text(path: Path, file: io.BufferedReader) -> Iterator[Record]:
+    content = file.read()
+    if not content:
+        raise DataError(f"{path}: the file is empty")
+    yield Record(_plain_name(path), "", path.name, content)
+
+
+def _sequences(path: Path, file: io.BufferedReader, form: str) -> Iterator[Record]:
+    """The records of a FASTA or FASTQ file."""
+    source, empty = path.name, True
+    try:
+        with dnaio.open(cast(BinaryIO, file), fileformat=form) as reader:
+            for entry in reader:
+                empty = False
+                if not entry.id:
+                    sign = ">" if form == "fasta" else "@"
+                    raise DataError(f"{path}: a record has no name: every {sign!r} needs one right behind it")
+                record = Record(entry.id, entry.comment or "", source, entry.sequence.encode("ascii"))
+                del entry  # a chromosome is not held twice
+                yield record
+    except (dnaio.FileFormatError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise DataError(
+            f"{path}: not {form.upper()} ({problem}): mend it, or give FASTA, FASTQ or JSONL, plain or in "
+            "gzip, bgzip or zstd; text goes with --alphabet bytes"
+        ) from error
+    if empty:
+        raise DataError(f"{path}: the file holds no FASTA record")
+
+
+def _jsonl(path: Path, file: io.BufferedReader, field: str) -> Iterator[Record]:
+    source, plain, empty = path.name, _plain_name(path), True
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        empty = False
+        place = f"{path}: line {number}"
+        item = _json_object(place, line)
+        yield Record(_name(place, item) or f"{plain}:{number}", "", source, _field(place, item, field))
+    if empty:
+        raise DataError(f"{path}: the file holds no line of JSON")
+
+
+def _json_object(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        problem = (
+            f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        )
+        raise DataError(f"{place}: not JSON ({problem}): every line must be one object") from error
+    if not isinstance(item, dict):
+        raise DataError(f"{place}: {type(item).__name__}, not an object: every line must be {{...}}")
+    return item
+
+
+def _name(place: str, item: dict[str, Any]) -> str:
+    """What "id" or "name" says, if it is a text or an integer; else empty."""
+    for key in ("id", "name"):
+        if isinstance(item.get(key), str) or type(item.get(key)) is int:
+            return _utf8(place, key, str(item[key])).decode()
+    return ""
+
+
+def _field(place: str, item: dict[str, Any], field: str) -> bytes:
+    if field not in item:
+        there = ", ".join(map(repr, item)) or "none"
+        raise DataError(f"{place}: no field {field!r} (there are {there}): choose with --field")
+    if not isinstance(item[field], str):
+        raise DataError(f"{place}: field {field!r} is {type(item[field]).__name__}, it must be a string")
+    return _utf8(place, field, item[field])
+
+
+def _utf8(place: str, field: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: field {field!r} is no valid text ({error}): mend the file") from error

@@ -1,0 +1,324 @@
+"""OUTPUT.partial: where prepare works until all is there, and from where a killed one goes on.
+
+    .lock                 held while a prepare, or a worker that outlived it, is at work
+    arguments.json        what was asked for: only the same may go on
+    part-UUUUU-SSSSS.tar  shards of unit UUUUU of the input
+    part-UUUUU.parquet    its manifest, renamed into place last: rows of the index, sizes of the shards, and
+                          sizes and times of the input files they were made of
+
+At the end the shards are numbered through, the index is written, and the directory is renamed to OUTPUT.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.files import sync
+from megabase.datamodules.index.index import INDEX_NAME, METADATA_KEY, SCHEMA, write_index
+from megabase.datamodules.prepare.writer import Part
+
+_LOCK, _ARGUMENTS = ".lock", "arguments.json"
+_LOCK_TRIES, _LOCK_WAIT_S = 30, 0.1  # a killed prepare's workers end a moment after it
+
+
+class Lock:
+    """The descriptor of a locked file. A worker that is sent it holds the same lock: it outlives the parent's
+    death until the last worker is gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Callable[[Any], "Lock"], tuple[Any]]:
+        return _received, (reduction.DupFd(self.descriptor),)
+
+
+def _received(sent: Any) -> Lock:
+    return Lock(sent.detach())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Input files that one process reads one after another. number: that of the first among all inputs."""
+
+    number: int
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} to {self.paths[-1]}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished unit left. inputs: [path, bytes, mtime in ns] of each file. part: what was written."""
+
+    inputs: list[list[str | int]]
+    part: Part
+
+
+class Unfinished:
+    """The directory OUTPUT.partial, locked for this process: see `unfinished`."""
+
+    def __init__(self, folder: Path, lock: Lock) -> None:
+        self.folder = folder
+        self.lock = lock
+
+    def kept(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units that are finished; what anything else left is removed.
+
+        Raises DataError for an input file of a finished unit that has changed since.
+        """
+        kept, files = [], {_LOCK, _ARGUMENTS}
+        wanted = {self._manifest(unit.number): unit for unit in units}
+        for path in self._manifests():
+            manifest, unit = _read_manifest(path), wanted.get(path)
+            if manifest is None or not self._has_shards(manifest):
+                continue
+            for entry in manifest.inputs:
+                if _state(Path(str(entry[0]))) != entry:
+                    raise DataError(
+                        f"{entry[0]}: has changed since it was prepared into {self.folder}: remove that directory "
+                        "to begin anew"
+                    )
+            if unit and manifest.inputs == states(unit):  # else files were grouped in another way
+                kept.append(unit)
+                files.update((path.name, *manifest.part.sizes))
+        for path in list(self.folder.iterdir()):
+            if path.name not in files:
+                path.unlink()
+        return kept
+
+    def finish(self, unit: Unit, inputs: list[list[str | int]], part: Part) -> None:
+        """Publish a unit's manifest: from now on it is finished."""
+        metadata = {
+            "inputs": inputs,
+            "sizes": part.sizes,
+            "sources": part.sources,
+            "unlisted": part.unlisted,
+            "bases": part.bases,
+        }
+        path = self._manifest(unit.number)
+        new = path.with_suffix(".new")
+        with new.open("wb") as file:  # pyarrow takes a path with a colon for a URL
+            pq.write_table(part.rows.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), file)
+        sync(new)
+        new.rename(path)
+
+    def forget(self, units: Sequence[Unit]) -> None:
+        """Take units as unfinished again."""
+        for unit in units:
+            self._manifest(unit.number).unlink(missing_ok=True)
+
+    def part(self, unit: Unit) -> Part:
+        """What a finished unit wrote."""
+        manifest = _read_manifest(self._manifest(unit.number))
+        assert manifest is not None
+        return manifest.part
+
+    def holds_something(self) -> bool:
+        """Whether any unit is finished."""
+        return bool(self._manifests())
+
+    def told(self, error: DataError) -> DataError:
+        """The error, and that the work done so far is not lost, if it is not."""
+        if not self.holds_something():
+            return error
+        return DataError(f"{error}; what is finished stays in {self.folder}, and the same command goes on")
+
+    def publish(self, output: Path, alphabet: Alphabet, parts: Sequence[Part]) -> None:
+        """Number the shards through, write the index, and rename all to `output`.
+
+        Raises DataError, and loses nothing, if that has come to exist meanwhile.
+        """
+        _check_output(output)
+        names: dict[str, str] = {}
+        for part in parts:
+            names.update({name: f"shard-{len(names) + at:05d}.tar" for at, name in enumerate(part.sizes)})
+        sizes = {names[name]: size for part in parts for name, size in part.sizes.items()}
+        sources = list(dict.fromkeys(source for part in parts for source in part.sources))
+        batches = [batch for part in parts for batch in _renamed(part.rows, names).to_batches()]
+        index = self.folder / INDEX_NAME
+        write_index(index, batches, alphabet, sizes, sources)
+        sync(index)
+        for name, new in names.items():
+            (self.folder / name).rename(self.folder / new)
+        sync(self.folder)
+        self.folder.rename(output)
+        sync(output.parent)
+        for path in output.glob("part-*.parquet"):
+            path.unlink()
+        (output / _ARGUMENTS).unlink()
+        (output / _LOCK).unlink()
+
+    def _manifest(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.parquet"
+
+    def _manifests(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def _has_shards(self, manifest: Manifest) -> bool:
+        sizes = manifest.part.sizes
+        paths = {self.folder / name: size for name, size in sizes.items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+@contextmanager
+def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinished]:
+    """Make, or go on in, OUTPUT.partial for `arguments` (JSON values by the name of the option).
+
+    Left by an exception, the directory stays if any unit in it is finished.
+
+    Raises DataError if `output` exists or cannot be made, if another prepare is at work there, and if the
+    directory is of other arguments or none of ours.
+    """
+    folder = output.with_name(output.name + ".partial")
+    lock = _locked(output, folder)
+    try:
+        work = Unfinished(folder, Lock(lock))
+        try:
+            _check_arguments(folder, arguments)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written ({error.strerror}): make room there") from error
+        try:
+            yield work
+        except BaseException:
+            if not work.holds_something():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def states(unit: Unit) -> list[list[str | int]]:
+    """[path, bytes, mtime in ns] of each of its files, to know them again."""
+    return [_state(path) for path in unit.paths]
+
+
+def digest(path: Path) -> str:
+    """A checksum of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _state(path: Path) -> list[str | int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return [str(path.absolute()), -1, -1]
+    return [str(path.absolute()), found.st_size, found.st_mtime_ns]
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    """None for a file that is damaged."""
+    try:
+        rows = pq.read_table(pa.BufferReader(path.read_bytes()), use_threads=False)
+        about = json.loads(rows.schema.metadata[METADATA_KEY])
+        part = Part(
+            rows.replace_schema_metadata(None).cast(SCHEMA),
+            about["sizes"],
+            about["sources"],
+            about["unlisted"],
+            about["bases"],
+        )
+        return Manifest(about["inputs"], part)
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError):
+        return None
+
+
+def _renamed(rows: pa.Table, names: dict[str, str]) -> pa.Table:
+    """Rows whose shards have their new names."""
+    at = rows.schema.get_field_index("shard")
+    shards = rows.column(at).combine_chunks().dictionary_encode()
+    new = pa.array([names[name] for name in shards.dictionary.to_pylist()], pa.string())
+    return rows.set_column(at, SCHEMA.field("shard"), pc.take(new, shards.indices))
+
+
+def _locked(output: Path, folder: Path) -> int:
+    """Make the directory, if it is not there, and lock it; returns the lock's descriptor."""
+    for _ in range(_LOCK_TRIES):
+        _check_output(output)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if output.exists():
+                continue  # another prepare was done between the two looks
+            raise DataError(f"{folder}: cannot be made ({error.strerror}): choose another output") from None
+        if _lock(lock) and _is_same(lock, folder / _LOCK):
+            return lock
+        os.close(lock)
+        time.sleep(_LOCK_WAIT_S)
+    raise DataError(f"{folder}: another prepare is writing it: wait for it, or choose another output")
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        what = "exists already" if output.is_dir() else "is a file, and OUTPUT a directory to make"
+        raise DataError(f"{output}: {what}: the last argument must be a new directory for the shards")
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warnings.warn(
+            f"the file system of the output has no locks ({error.strerror}): start no second prepare on it",
+            stacklevel=2,
+        )
+    return True
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name: else its prepare was done or has given up."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:
+    """Write the arguments down in a new directory; in one that is there, compare them."""
+    path = folder / _ARGUMENTS
+    if not path.exists():
+        if strange := sorted(
+            entry.name for entry in folder.iterdir() if not entry.name.startswith((_LOCK, _ARGUMENTS))
+        ):
+            raise DataError(
+                f"{folder}: exists and holds {strange[0]}, which no prepare left that could go on: remove it"
+            )
+        new = path.with_name(_ARGUMENTS + ".new")
+        new.write_text(json.dumps(arguments))
+        sync(new)
+        new.rename(path)
+        return
+    try:
+        begun = json.loads(path.read_text())
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        begun = {}
+    if differing := [
+        name for name in arguments if begun.get(name) != json.loads(json.dumps(arguments[name]))
+    ]:
+        raise DataError(
+            f"{folder}: was begun with other arguments ({', '.join(differing)}): give the same to go on, or remove "
+            "the directory to begin anew"
+        )

@@ -1,0 +1,1 @@
+"""What is in a shard set, and the Markov models that a trained model must beat."""

@@ -1,0 +1,150 @@
+"""`make demo`: pretrain a reversible Reformer on E. coli 536, kill the job, start it again, and look at the run.
+
+Everything is the product's own: `megabase prepare`, `megabase train` on two ranks with ZeRO-2, the journal, MLflow.
+The kill is SIGKILL to the whole process group at a step drawn at random: nothing gets to say goodbye.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megabase.pipeline.errors import RunError
+from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Row, read
+
+ROOT = Path(__file__).resolve().parents[1]
+GENOME = ROOT / "tests" / "data" / "ecoli_536.fna.gz"
+SHARDS = ROOT / "data" / "demo"
+CONFIG = ROOT / "configs" / "demo.yaml"
+RUN = ROOT / "runs" / "demo"
+# A start-up imports torch, Lightning and DeepSpeed on every rank; a training that says nothing this long is stuck.
+SILENCE_S = 300.0
+
+
+def main() -> int:
+    """Run the demo; returns an exit code."""
+    began = time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it runs two ranks on any machine, also with a single GPU
+    if not SHARDS.exists():
+        _say(f"preparing {GENOME.name}: FASTA -> WebDataset shards; the last 10% are for validation")
+        _megabase("prepare", str(GENOME), str(SHARDS), "--valid", "0.1")
+    if RUN.exists():
+        shutil.rmtree(RUN)
+
+    _say("training on 2 processes with DeepSpeed ZeRO-2; somewhere on the way the job will be killed")
+    killed_at = _train_and_kill()
+    from megabase.pipeline.checkpoint.publish import (  # not at the head: it imports torch
+        list_checkpoints,
+        step_of,
+    )
+
+    saved = sorted(step_of(path) for path in list_checkpoints(RUN / "checkpoints"))
+    _say(
+        f"SIGKILL to every process at step {killed_at}; checkpoints on disk: {saved}. The same command again:"
+    )
+    before = {row["step"]: row for row in _training_rows()}
+    _megabase("train", str(CONFIG))
+    _check_seam(before)
+    _summarize(killed_at, max(saved), time.monotonic() - began)
+    return 0
+
+
+def _train_and_kill() -> int:
+    """Start training, SIGKILL its whole process group after a random step, return the last step in the journal."""
+    job = subprocess.Popen(_command("train", str(CONFIG)), start_new_session=True, cwd=ROOT)
+    target, step, heard = 0, 0, time.monotonic()
+    try:
+        while step < target or not target:
+            time.sleep(0.2)
+            if job.poll() is not None:
+                raise RunError(f"training ended with code {job.returncode} before it could be killed")
+            if time.monotonic() - heard > SILENCE_S:
+                raise RunError(f"training has written nothing for {SILENCE_S:.0f} s")
+            steps = [row["step"] for row in _training_rows()]
+            if steps and steps[-1] > step:
+                step, heard = steps[-1], time.monotonic()
+            if not target and (RUN / "config.yaml").exists():
+                target = _draw_step()
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    return step
+
+
+def _draw_step() -> int:
+    """A step after the first checkpoint and before the last quarter, far enough from a checkpoint to lose some."""
+    from megabase.pipeline.config.schema import load
+
+    config = load([CONFIG])
+    every = config.checkpoint.every_steps
+    saved = random.randint(1, config.trainer.max_steps * 3 // 4 // every)
+    return saved * every + random.randint(2 * config.trainer.log_every_steps, every - 1)
+
+
+def _check_seam(before: dict[int, Row]) -> None:
+    """The journal has each step once, and the steps that were trained twice came out the same."""
+    rows = _training_rows()
+    steps = [row["step"] for row in rows]
+    if steps != list(range(1, len(steps) + 1)):
+        raise RunError(f"the journal {RUN / 'metrics.jsonl'} has a gap or a repeat")
+    changed = [row["step"] for row in rows if row["step"] in before and before[row["step"]] != row]
+    if changed:
+        raise RunError(f"step {changed[0]} has another loss after the restart than before it")
+
+
+def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
+    rows = list(read(RUN / JOURNAL))
+    speed = [row for row in read(RUN / PERFORMANCE) if "tokens_per_second" in row]
+    final = next(row for row in reversed(rows) if "valid_bits_per_base" in row)
+    bits = final["valid_bits_per_base"]
+    ladder = [final[f"markov_{order}_bits_per_base"] for order in range(6)]
+    rates = sorted(row["tokens_per_second"] for row in speed)
+    memory = max(row["peak_memory_bytes"] for row in speed) / 2**20
+    mlflow = json.loads((RUN / "mlflow.json").read_text()) if (RUN / "mlflow.json").exists() else None
+    print()
+    print(f"  killed at step {killed_at}, resumed from step {resumed_at}: every step is in the journal once,")
+    print(f"  and the {killed_at - resumed_at} steps trained twice gave the same losses to the last bit")
+    print(f"  validation       {bits:.4f} bits per base after {final['step']} steps")
+    for order, value in enumerate(ladder):
+        print(f"  Markov order {order}   {value:.4f}{'   beaten' if bits < value else ''}")
+    print(f"  speed            {rates[len(rates) // 2]:,.0f} tokens/s (median, 2 processes)")
+    print(f"  peak memory      {memory:,.0f} MiB (rank 0, libraries included)")
+    print(f"  time             {seconds / 60:.1f} minutes")
+    print(f"  run directory    {RUN}")
+    print(f"  loss curve       {RUN / 'loss.png'}")
+    if mlflow:
+        ui = Path(sys.executable).with_name("mlflow")
+        print(f"  MLflow           {ui} ui --backend-store-uri {mlflow['uri']}")
+
+
+def _training_rows() -> list[Row]:
+    return [row for row in read(RUN / JOURNAL) if "loss" in row]
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "megabase.pipeline.cli", *arguments]
+
+
+def _megabase(*arguments: str) -> None:
+    code = subprocess.run(_command(*arguments), cwd=ROOT).returncode
+    if code:
+        raise RunError(f"megabase {arguments[0]} ended with code {code}")
+
+
+def _say(text: str) -> None:
+    print(f"==> {text}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RunError as error:
+        sys.exit(f"demo: {error}")

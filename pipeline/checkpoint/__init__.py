@@ -1,0 +1,1 @@
+"""Checkpoints: write, publish by rename, verify, choose, keep and delete."""

@@ -1,0 +1,1 @@
+"""Processes of one run: how they start, find each other, agree, are watched and stop."""

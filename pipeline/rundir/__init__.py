@@ -1,0 +1,1 @@
+"""The run directory: its lock, its status, its journals, and the record of the environment."""

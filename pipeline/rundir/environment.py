@@ -1,0 +1,86 @@
+"""What a run ran on: versions, commit, hardware, as `environment.json` in the run directory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megabase.datamodules.files import publish_json
+from megabase.models.attention.kernels.dispatch import choose
+from megabase.models.device import processor_lines
+
+PACKAGES = (
+    "megabase",
+    "torch",
+    "pytorch-lightning",
+    "deepspeed",
+    "webdataset",
+    "mlflow",
+    "omegaconf",
+    "numpy",
+)
+
+
+@functools.cache  # every checkpoint asks, and parsing packages' metadata takes 20 ms
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose change could change a run."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Versions, git commit of the code, command line, host, hardware, and the kernel that attention runs in there."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "commit": _commit(Path(__file__).resolve().parents[2]),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "attention": _kernel("cuda" if gpus else "cpu"),
+        "slurm": {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB")},
+    }
+
+
+def write(directory: Path) -> None:
+    """Write `environment.json`."""
+    publish_json(directory / "environment.json", describe(), indent=1)
+
+
+def _kernel(device: str) -> str:
+    x = torch.empty(1, 1, 1, 64, device=device)
+    return choose(x, x)
+
+
+def _commit(directory: Path) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _processor() -> str:
+    names = processor_lines("model name")
+    return names[0].split(":", 1)[1].strip() if names else platform.processor()

@@ -1,0 +1,219 @@
+"""MLflow mirrors the journal from a thread of its own.
+
+Training writes its journal and never talks to MLflow; this thread reads the journal and sends what is new. A server
+that is slow, down or broken is tried again with growing pauses and delays nothing. When it is back, everything
+arrives: the journal is the queue. After a restart the same MLflow run goes on (its id is in `mlflow.json`), and
+rows that it already has are not sent twice: training computed them again, to the same values (unless it was resumed
+with another `optim.*`: then the journal has the new ones, MLflow the old).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megabase.datamodules.files import publish_json
+from megabase.pipeline.config.schema import RunConfig, as_dict, flatten
+from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Row, Tail
+
+POLL_S = 1.0
+LONGEST_PAUSE_S = 60.0
+# MLflow's REST interface takes at most this many metrics in one call.
+BATCH = 1000
+PARAM_BATCH = 100
+# Longest value of a parameter, in characters.
+PARAM_LENGTH = 500
+RUN_FILE = "mlflow.json"
+KEY_TAG = "megabase.key"
+
+
+def default_uri(config: RunConfig) -> str:
+    """`tracking.uri`, or an sqlite database in the run root."""
+    return config.tracking.uri or f"sqlite:///{Path(config.run.root).absolute() / 'mlflow.db'}"
+
+
+class Mirror:
+    """Sends `metrics.jsonl` and `performance.jsonl` of a run directory to one MLflow run. For rank 0."""
+
+    def __init__(self, config: RunConfig, directory: Path) -> None:
+        self._config = config
+        self._directory = directory
+        self._uri = default_uri(config)
+        self._finish = threading.Event()
+        self._status = "RUNNING"
+        self._warned = False
+        self._run_id: str | None = None
+        # For each metric, the last step that MLflow has.
+        self._sent: dict[str, int] = {}
+        self._tails = [Tail(directory / name) for name in (JOURNAL, PERFORMANCE)]
+        self._queue: list[tuple[str, float, int]] = []
+        self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
+
+    def start(self) -> Mirror:
+        """Begin mirroring."""
+        self._thread.start()
+        return self
+
+    def finish(self, status: str, timeout_s: float) -> bool:
+        """Send the rest and set the run's status (FINISHED, FAILED or KILLED).
+
+        Returns:
+            Whether all arrived within `timeout_s`; what did not is in the journal, and the next start of the
+            run sends it.
+        """
+        self._status = status
+        self._finish.set()
+        if self._thread.ident is None:
+            return True  # training ended before the journal was opened: there is nothing to send
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        pause = POLL_S
+        while True:
+            finishing = self._finish.is_set()
+            try:
+                self._mirror_once(finishing)
+                pause = POLL_S
+                if finishing:
+                    return
+            except Exception as error:  # MLflow, SQLAlchemy, requests, sqlite: none may end a training run
+                if not self._warned:
+                    print(
+                        f"megabase: MLflow at {self._uri} does not take metrics ({type(error).__name__});"
+                        " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)",
+                        flush=True,
+                    )
+                    self._warned = True
+                pause = min(pause * 2, LONGEST_PAUSE_S)
+            self._finish.wait(pause)
+            if finishing:
+                time.sleep(POLL_S)
+
+    def _mirror_once(self, finishing: bool) -> None:
+        client = self._client()
+        if self._run_id is None:
+            self._run_id = self._open_run(client)
+            self._sent = self._last_steps(client, self._run_id)
+        for tail in self._tails:
+            self._queue += [(name, value, row["step"]) for row in tail.new() for name, value in _metrics(row)]
+        self._send(client)
+        if finishing:
+            picture = self._directory / "loss.png"
+            for artifact in (picture, self._directory / "config.yaml", self._directory / "environment.json"):
+                if artifact.exists():
+                    client.log_artifact(self._run_id, str(artifact))
+            client.set_terminated(self._run_id, status=self._status)
+
+    def _client(self) -> Any:
+        # Imported here: it takes seconds, and a run without tracking does not need it.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(tracking_uri=self._uri)
+
+    def _open_run(self, client: Any) -> str:
+        """The run of `mlflow.json`, or a new one where that is gone; set to RUNNING. Safe to be interrupted.
+
+        What ties the two together is a key that is on disk before MLflow hears of it: a run that was made, but
+        whose id was not written down any more, is found again by its tag.
+        """
+        known = self._known()
+        experiment_id = self._experiment(client)
+        made = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{known['key']}'", max_results=1)
+        if made:
+            run = made[0]
+        else:
+            tags = {KEY_TAG: known["key"], "megabase.run_directory": str(self._directory)}
+            run = client.create_run(experiment_id, run_name=self._config.run.name, tags=tags)
+        run_id = str(run.info.run_id)
+        publish_json(self._directory / RUN_FILE, {**known, "run_id": run_id})
+        client.update_run(run_id, status="RUNNING")
+        self._log_params(client, run_id, client.get_run(run_id).data.params)
+        return run_id
+
+    def _known(self) -> dict[str, Any]:
+        """What `mlflow.json` says, if it speaks of this server and experiment; else a new key, written down."""
+        about = {"uri": self._uri, "experiment": self._config.tracking.experiment}
+        try:
+            known: dict[str, Any] = json.loads((self._directory / RUN_FILE).read_text())
+            if about.items() <= known.items():
+                return known
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        known = {**about, "key": uuid.uuid4().hex, "run_id": None}
+        publish_json(self._directory / RUN_FILE, known)
+        return known
+
+    def _experiment(self, client: Any) -> str:
+        """Id of the experiment `tracking.experiment`, made if it is not there."""
+        name = self._config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        location = None
+        if self._uri.startswith("sqlite:"):
+            location = (Path(self._config.run.root).absolute() / "mlartifacts").as_uri()
+        return str(client.create_experiment(name, artifact_location=location))
+
+    def _log_params(self, client: Any, run_id: str, there: dict[str, str]) -> None:
+        """Send the settings. MLflow's parameters are immutable: one that has changed since becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        tree = as_dict(self._config)
+        tree["data"]["mixture"] = json.dumps(
+            tree["data"]["mixture"]
+        )  # patterns are no names that MLflow takes
+        settings = {key: str(value)[:PARAM_LENGTH] for key, value in flatten(tree).items()}
+        new = [Param(key, value) for key, value in settings.items() if key not in there]
+        changed = [
+            RunTag(f"changed.{key}", value)
+            for key, value in settings.items()
+            if there.get(key, value) != value
+        ]
+        for first in range(0, len(new), PARAM_BATCH):
+            client.log_batch(run_id, params=new[first : first + PARAM_BATCH])
+        for first in range(0, len(changed), PARAM_BATCH):
+            client.log_batch(run_id, tags=changed[first : first + PARAM_BATCH])
+
+    def _last_steps(self, client: Any, run_id: str) -> dict[str, int]:
+        """For each metric that the run has, the last step it was sent for."""
+        names = client.get_run(run_id).data.metrics
+        return {
+            name: max((point.step for point in client.get_metric_history(run_id, name)), default=-1)
+            for name in names
+        }
+
+    def _send(self, client: Any) -> None:
+        """Send the queue, oldest step first; what was sent leaves it, so an error loses and repeats nothing."""
+        from mlflow.entities import Metric
+
+        self._queue = [entry for entry in self._queue if entry[2] > self._sent.get(entry[0], -1)]
+        self._queue.sort(key=lambda entry: entry[2])
+        now = int(time.time() * 1000)
+        while self._queue:
+            part = self._queue[:BATCH]
+            client.log_batch(
+                self._run_id, metrics=[Metric(name, value, now, step) for name, value, step in part]
+            )
+            for name, _, step in part:
+                self._sent[name] = max(self._sent.get(name, -1), step)
+            del self._queue[:BATCH]
+
+
+def _metrics(row: Row) -> list[tuple[str, float]]:
+    # Sample hashes are no metric, and MLflow has its own time.
+    return [
+        (name, float(value))
+        for name, value in row.items()
+        if name not in ("step", "samples", "time", "started") and isinstance(value, int | float)
+    ]

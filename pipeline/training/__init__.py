@@ -1,0 +1,1 @@
+"""Training: from a checked config to a finished run, with its evaluation, its checks of numbers and its records."""

@@ -1,0 +1,123 @@
+"""Which windows a bad step has read, and which micro batch of it stands out: for the message, and a file with all."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from megabase.datamodules.batches.batches import TrainBatches
+from megabase.datamodules.files import publish_json
+from megabase.datamodules.order.hashing import visit_keys
+from megabase.datamodules.order.order import slots
+from megabase.datamodules.order.packing import Piece
+from megabase.datamodules.order.windows import PACKED
+from megabase.pipeline.config.schema import RunConfig, first_line
+from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.training.guard import Trouble
+
+# Windows that a message names; the file has all.
+SHOWN = 3
+# A micro batch stands out when its loss is above so many times the median of the step's.
+OUTLIER = 2.0
+
+
+def report(
+    config: RunConfig, trouble: Trouble, ranks: Ranks, nats: list[float], batches: TrainBatches
+) -> str:
+    """Write `logs/bad-step-N.json` of the run directory, with the windows of the step; all ranks call it.
+
+    The windows are a function of the step's number; what ranks must tell is the loss of their micro batches.
+
+    Args:
+        nats: of each of this rank's micro batches of that step.
+        batches: what the run trains on.
+
+    Returns:
+        What a message says of the windows: the first of those that stand out, and where all are listed.
+    """
+    gathered = ranks.gather(nats)
+    if ranks.rank != 0:
+        return str(ranks.broadcast(None))
+    windows = _windows(config, batches, trouble.step)
+    outliers = _outliers(gathered)
+    for rank, losses in enumerate(gathered):
+        for turn, loss in enumerate(losses):
+            mine = slots(turn, rank, ranks.size, config.data.micro_batch)
+            for window in windows[mine]:
+                window |= {"rank": rank, "micro_batch": turn, "micro_batch_nats": _number(loss)}
+                window["stands_out"] = (rank, turn) in outliers
+    windows.sort(key=lambda window: not window.get("stands_out", False))
+    path = config.directory / "logs" / f"bad-step-{trouble.step}.json"
+    content = {"step": trouble.step, "why": trouble.text, "on_bad": config.guard.on_bad, "windows": windows}
+    text = _in_words(windows, len(outliers) == sum(map(len, gathered))) + _written(path, content)
+    return str(ranks.broadcast(text))
+
+
+def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[str, Any]]:
+    """The windows of a journal's step in the order of its slots, each with the places it was read from."""
+    plan, segments = batches.windows.plan, batches.windows.index.segments
+    samples, epochs = batches.order.of_step(step - 1, config.data.global_batch)
+    visits = batches.windows.visits(samples, visit_keys(batches.seed, epochs, samples))
+    found: list[dict[str, Any]] = []
+    for sample, row, start, turned in zip(
+        samples.tolist(), visits.rows.tolist(), visits.starts.tolist(), visits.turned.tolist(), strict=True
+    ):
+        pieces = [Piece(row, start, 0, plan.length)]
+        if row == PACKED:
+            assert plan.tape is not None
+            pieces = plan.tape.pieces(start)
+        places = [
+            {
+                "source": str(segments.source[piece.row]),
+                "record": str(segments.record[piece.row]),
+                "start": int(segments.start[piece.row]) + piece.start,
+                "end": int(segments.start[piece.row]) + piece.start + piece.length,
+            }
+            for piece in pieces
+        ]
+        found.append({"sample": sample, "places": places, "reverse_complement": turned})
+    return found
+
+
+def _outliers(nats: list[list[float]]) -> set[tuple[int, int]]:
+    """(rank, micro batch) of those whose nats are not finite; if all are, of those far above the others."""
+    known = {(rank, turn): loss for rank, losses in enumerate(nats) for turn, loss in enumerate(losses)}
+    broken = {place for place, loss in known.items() if not math.isfinite(loss)}
+    if broken or not known:
+        return broken
+    usual = statistics.median(known.values())
+    return {place for place, loss in known.items() if loss > OUTLIER * usual}
+
+
+def _in_words(windows: list[dict[str, Any]], all_of_them: bool) -> str:
+    chosen = [window for window in windows if window.get("stands_out")]
+    if not chosen:
+        start = "what was read then: "
+    elif all_of_them:
+        start = "every micro batch shows it, so the weights may have been bad before; what was read then: "
+    else:
+        start = "the loss stands out in what was read from "
+    named = []
+    for window in (chosen or windows)[:SHOWN]:
+        places = ", ".join(
+            f"{place['record']}:{place['start']}-{place['end']}" for place in window["places"][:2]
+        )
+        named.append(f"window {window['sample']} ({places}{', ...' * (len(window['places']) > 2)})")
+    more = len(chosen or windows) - len(named)
+    return start + ", ".join(named) + (f" and {more} more" if more else "")
+
+
+def _written(path: Path, content: dict[str, Any]) -> str:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        publish_json(path, content)
+    except OSError as error:  # a full disk must not hide what went wrong
+        return f" ({path} cannot be written: {first_line(error)})"
+    return f"; all in {path}"
+
+
+def _number(value: float) -> float | str:
+    # As in the journal: NaN and infinities are no JSON.
+    return value if math.isfinite(value) else repr(value)

@@ -1,0 +1,56 @@
+"""The loss curve of a run as a picture, drawn from its journal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, read
+from megabase.pipeline.training.evaluate import bits
+
+
+def loss_curve(directory: Path) -> Path | None:
+    """Draw `loss.png`: bits per base of training and validation against steps, Markov models, restarts.
+
+    Returns None when the journal has no training row yet.
+    """
+    # The object interface: pyplot keeps global state and looks for a display.
+    from matplotlib.figure import Figure
+
+    rows = list(read(directory / JOURNAL))
+    train = [(row["step"], bits(row["loss"])) for row in rows if isinstance(row.get("loss"), float)]
+    valid = [
+        (row["step"], row["valid_bits_per_base"])
+        for row in rows
+        if isinstance(row.get("valid_bits_per_base"), float)  # a NaN is written as a string
+    ]
+    if not train:
+        return None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*train, strict=True), linewidth=0.8, color="#7aa6c2", label="training")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), "o-", markersize=4, color="#b5472f", label="validation")
+        for order in (0, 2, 5):
+            value = next(
+                (row.get(f"markov_{order}_bits_per_base") for row in rows[::-1] if "valid_loss" in row), None
+            )
+            if value is not None:
+                axes.axhline(value, linestyle=":", linewidth=1, color="#555555")
+                axes.annotate(
+                    f"Markov order {order}", (train[-1][0], value), ha="right", va="bottom", fontsize=8
+                )
+    starts = [row["step"] for row in read(directory / PERFORMANCE) if row.get("started")]
+    for number, step in enumerate(starts[1:]):
+        axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("bits per base")
+    # The first steps, from random weights, would flatten everything that follows.
+    tail = [value for _, value in train[len(train) // 20 :]] + [value for _, value in valid]
+    axes.set_ylim(min(tail) - 0.02, max(2.05, min(max(tail), 2.3)))
+    axes.set_title(f"{directory.name}: bits per base")
+    axes.legend(loc="upper right")
+    path = directory / "loss.png"
+    partial = directory / "loss.partial.png"
+    figure.savefig(partial, dpi=120)
+    partial.rename(path)
+    return path

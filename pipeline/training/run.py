@@ -1,0 +1,315 @@
+"""Training, from a config to a finished run: check, launch, choose a checkpoint, fit."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megabase.datamodules.batches.visits import training_windows
+from megabase.datamodules.config import accumulation
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.order.mixture import identity_of
+from megabase.datamodules.prepare.splits import VALID
+from megabase.models.config import ConfigError
+from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.config import schema as configs
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import RunError, UserError, rank_zero
+from megabase.pipeline.hardware import precision_of
+from megabase.pipeline.ranks import launch as distributed
+from megabase.pipeline.ranks import watchdog
+from megabase.pipeline.ranks.stop import EXIT_AGAIN, STOP_FILE, StopRequest
+from megabase.pipeline.rundir import environment
+from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, has_evaluation, read, restore
+from megabase.pipeline.rundir.lock import check_writable, lock, write_status
+from megabase.pipeline.tracking.mirror import Mirror
+from megabase.pipeline.zero import settings as zero
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from megabase.datamodules.datamodule import SequenceDataModule
+    from megabase.pipeline.training.callback import Boundary
+
+# How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
+MLFLOW_FAREWELL_S = 20.0
+# The same for a run that fails: other ranks leave at once, and who waits for them ends rank 0 after GRACE_S.
+MLFLOW_HASTE_S = distributed.GRACE_S / 2
+# How a start ends, in status.json and in MLflow. again, stopped: at a checkpoint, to go on later; the second because of
+# a STOP file, so that nothing starts it again by itself. failed: for a reason that another start would meet as well.
+# crashed: for any other, also one that passes.
+MLFLOW_STATUS = {
+    "finished": "FINISHED",
+    "again": "KILLED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "crashed": "FAILED",
+}
+
+
+def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
+    """Run `megabase train`: as one rank if this process was launched as one, else as supervisor of local ranks.
+
+    Args:
+        arguments: the command line after `megabase train`, to start ranks with.
+        stop: set by the signals of this process.
+
+    Returns:
+        The exit code: 0 finished, EXIT_AGAIN stopped at a checkpoint, 1 failed.
+
+    Raises:
+        UserError, DataError, ConfigError: something given is wrong; nothing has been started or changed.
+    """
+    devices = distributed.local_devices(config.trainer.devices)
+    if distributed.launched():
+        try:
+            distributed.adopt(config.trainer.nodes, devices)
+            check(config, config.trainer.nodes * devices)
+        except BaseException:
+            # Only where the launcher asked: the run directory may be another job's.
+            write_status(None, "failed", None)
+            raise
+        return _rank(config, devices, stop)
+    check(config, config.trainer.nodes * devices)
+    if config.trainer.nodes > 1:
+        raise UserError(
+            f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
+            " on every node"
+        )
+    print(
+        f"megabase: {config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
+        f" run directory {config.directory}",
+        file=sys.stderr,
+        flush=True,
+    )
+    command = distributed.megabase_command("train", *arguments)
+    return distributed.supervise(command, devices, stop)
+
+
+def check(config: RunConfig, ranks: int) -> None:
+    """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
+    config.validate()
+    stop_file = config.directory / STOP_FILE
+    # One rank looks: the file may come or go between two looks.
+    if rank_zero() and stop_file.exists():
+        raise UserError(f"{stop_file} stopped this run and keeps it so: remove it to go on")
+    if rank_zero():
+        check_writable(config.directory)
+    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    zero.check(config)
+    if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
+        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
+    index = ShardIndex.open(config.data.shards)
+    training_windows(config.data, index)
+    if config.checkpoint.keep_best and VALID not in index.segments.splits():
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
+            " the best with: prepare it with --valid, or set checkpoint.keep_best=0"
+        )
+    config.model.vocab_size = index.alphabet.vocab_size
+    config.model.validate(config.data.length)
+    for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:
+        with suppress(checkpoint.Damaged, OSError):  # `choose` finds out and says so
+            manifest = checkpoint.read_manifest(path)
+            now = checkpoint.manifest_of(config, 0, ranks, identity_of(index.segments, config.data.mixture))
+            checkpoint.check_same_run(manifest, now, path)
+
+
+def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
+    """One rank, from its first breath to its exit code."""
+    distributed.start()
+    ranks = distributed.Ranks()
+    with lock(config.directory, ranks):
+        watch = watchdog.Watchdog(config.directory / "logs", ranks.rank, config.trainer.hang_minutes).start()
+        state = _fit(config, devices, ranks, stop)
+        ranks.check(None)
+    torch.distributed.destroy_process_group()
+    watch.stop()
+    if ranks.rank:
+        # Only rank 0 says "again": a launcher that sees a rank fail would end the others.
+        return 0
+    if state == "finished":
+        print(f"megabase: finished: {config.directory}", file=sys.stderr)
+        return 0
+    first = f"remove {config.directory / STOP_FILE}, then " if state == "stopped" else ""
+    print(
+        f"megabase: stopped: {config.directory}; {first}the same command goes on where it was",
+        file=sys.stderr,
+    )
+    return EXIT_AGAIN
+
+
+def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRequest) -> str:
+    """Train until the end or an agreed stop; returns the state, a key of MLFLOW_STATUS.
+
+    However it ends, the status file and MLflow hear of it.
+    """
+    from megabase.datamodules.datamodule import SequenceDataModule
+    from megabase.pipeline.training.callback import Boundary
+    from megabase.pipeline.training.module import PretrainModule
+
+    directory = config.directory
+    mirror = Mirror(config, directory) if config.tracking.enabled and ranks.rank == 0 else None
+    state, step, begun = "crashed", 0, False
+    failure: BaseException | None = None
+    try:
+        watchdog.beat("choosing a checkpoint")
+        data = SequenceDataModule(config.data, config.run.seed)
+        resume_from, step = _resume_point(config, data, ranks)
+        if resume_from and _finished(config, step, data.has_validation, ranks):
+            state, begun = "finished", True
+            if ranks.rank == 0:
+                print(f"megabase: {config.run.name} is finished (step {step})", file=sys.stderr)
+            if mirror:
+                mirror.start()  # it may not have got everything
+            return state
+        ranks.check(_describe_run(config, resume_from) if ranks.rank == 0 else None)
+        begun = True
+        write_status(directory, "running", step)
+        watchdog.beat("building the model")
+        boundary = Boundary(config, data, ranks, stop, mirror)
+        try:
+            trainer = _trainer(config, devices, ranks, boundary)
+            trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
+        except SystemExit:  # what Lightning makes of it
+            raise KeyboardInterrupt from None
+        finally:
+            step = max(step, boundary.step)
+        state = "finished"
+        if boundary.stopped_early:
+            state = "stopped" if stop.by_person else "again"
+        return state
+    except BaseException as error:
+        if isinstance(error, RunError | UserError | DataError | ConfigError):
+            state = "crashed" if getattr(error, "passing", False) else "failed"
+        failure = error
+        raise
+    finally:
+        # First this: whoever waits for the status may kill what lingers.
+        write_status(directory, state, step, begun=begun)
+        if failure:
+            distributed.complain(failure)  # before MLflow is waited for
+        if mirror:
+            _farewell(mirror, MLFLOW_STATUS[state], MLFLOW_HASTE_S if failure else MLFLOW_FAREWELL_S)
+
+
+def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
+    """On rank 0: write what the run directory says of the run; returns why not, if not."""
+    directory = config.directory
+    try:
+        if resume_from:
+            print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
+            if (resume_from / JOURNAL).exists():  # older checkpoints have no copy
+                _restore_journal(directory, resume_from)
+        configs.save(config, directory / "config.yaml")
+        environment.write(directory)
+    except OSError as error:
+        return f"cannot write in {directory}: {error}"
+    return None
+
+
+def _restore_journal(directory: Path, resume_from: Path) -> None:
+    """On rank 0: the journal holds at least what it held when the checkpoint was written."""
+    wrong = restore(directory / JOURNAL, resume_from / JOURNAL)
+    if wrong:
+        print(
+            f"megabase: {directory / JOURNAL} {wrong} before the checkpoint's step: put back from the"
+            " checkpoint",
+            file=sys.stderr,
+        )
+
+
+def _resume_point(
+    config: RunConfig, data: SequenceDataModule, ranks: distributed.Ranks
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step; (None, 0) for a fresh start."""
+    chosen = checkpoint.choose(config.directory / "checkpoints", ranks)
+    if chosen is None:
+        _refuse_to_begin_again(config.directory, ranks)
+        return None, 0
+    path, manifest = chosen
+    now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.identity)
+    checkpoint.check_same_run(manifest, now, path)
+    return path, manifest.step
+
+
+def _refuse_to_begin_again(directory: Path, ranks: distributed.Ranks) -> None:
+    """Raise UserError if a run directory without checkpoints once had some: they were deleted, or are elsewhere."""
+    steps = [0]
+    if ranks.rank == 0:
+        steps += [row["step"] for row in read(directory / PERFORMANCE, having="checkpoint_seconds")]
+    if newest := ranks.broadcast(max(steps)):
+        raise UserError(
+            f"{directory / 'checkpoints'} has no checkpoint, but {PERFORMANCE} says that the run wrote one of step"
+            f" {newest}: put them back, or start again from step 0 with another run.name"
+        )
+
+
+def _trainer(config: RunConfig, devices: int, ranks: distributed.Ranks, boundary: Boundary) -> pl.Trainer:
+    """Lightning's Trainer; what it would log, show, evaluate and save is `boundary`'s."""
+    import pytorch_lightning as pl
+
+    from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
+
+    _hush()
+    return quiet(
+        pl.Trainer(
+            accelerator="auto",
+            devices=devices,
+            num_nodes=config.trainer.nodes,
+            strategy=ZeroStrategy(config),
+            precision=LIGHTNING_PRECISION[precision_of(config.trainer.precision)],  # type: ignore[arg-type]
+            # `boundary` ends the run, after the last evaluation.
+            max_steps=-1,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulation(
+                config.data.global_batch, config.data.micro_batch, ranks.size
+            ),
+            gradient_clip_val=config.optim.clip or None,
+            callbacks=[boundary],
+            default_root_dir=config.directory,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+    )
+
+
+def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.Ranks) -> bool:
+    """Whether a run whose newest checkpoint is of `step` has nothing left to do, the last evaluation included."""
+    if step < config.trainer.max_steps:
+        return False
+    if not evaluates:
+        return True
+    evaluated = ranks.rank == 0 and has_evaluation(config.directory / JOURNAL, step)
+    return bool(ranks.broadcast(evaluated))
+
+
+def _farewell(mirror: Mirror, status: str, seconds: float) -> None:
+    if not mirror.finish(status, seconds):
+        print(
+            "megabase: MLflow has not taken everything; the journal has it, and the same command sends the rest",
+            file=sys.stderr,
+        )
+
+
+def _hush() -> None:
+    """Keep the libraries' tips, notices and deprecation warnings out of a log that is for the run.
+
+    After their import, which sets these levels.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch.distributed", "deepspeed"):
+        warnings.filterwarnings("ignore", module=re.escape(module))

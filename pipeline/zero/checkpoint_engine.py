@@ -1,0 +1,250 @@
+"""How a checkpoint's files are written and read: DeepSpeed's format, our care.
+
+- Every file is hashed while it is written and synced to disk: nothing is read back to be checksummed.
+- With `background`, `save` copies the states to host memory and returns; a thread writes them while training goes
+  on. The buffers are kept for the next checkpoint: a host copy of the states is what this mode costs.
+- A file with numbers that are not finite is not written: each is looked at first, where it lies or, in the background,
+  in its copy.
+- DeepSpeed's ranks meet at barriers while saving, so nothing here raises before `result`: a rank that left alone
+  would make the others wait.
+- Nothing here runs code that a file brings along: files are read with `weights_only`, which knows tensors, plain
+  containers and the few classes named in `ALLOWED`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, on import, that it fell back to it
+
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from megabase.pipeline.errors import RunError
+from megabase.pipeline.ranks import watchdog
+
+T = TypeVar("T")
+
+# What DeepSpeed keeps as objects in its files, beside tensors and plain containers.
+ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+
+
+@dataclass
+class Written:
+    """What one rank wrote. files: {path: {size in bytes, sha256}}. error: why not all of it could be written."""
+
+    files: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+class Storage(CheckpointEngine):
+    """DeepSpeed's reader and writer of checkpoint files, for one rank and one checkpoint after the other."""
+
+    def __init__(self, background: bool) -> None:
+        super().__init__()
+        self.name = "megabase"
+        self._snapshots = Snapshots() if background else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: list[Future[None]] = []
+        self._written = Written()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being written any more."""
+        return all(future.done() for future in self._pending)
+
+    def result(self) -> Written:
+        """Wait for the files of the checkpoint under way and say what was written; then the next may begin."""
+        for future in self._pending:
+            future.result()
+        written, self._written, self._pending = self._written, Written(), []
+        return written
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """A checkpoint begins: the one before must have been taken with `result`."""
+        assert not self._pending and not self._written.files
+        if self._snapshots:
+            self._snapshots.rewind()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a directory; an error is kept for `result`."""
+        try:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            self._written.error = self._written.error or error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file, now or in the background; an error is kept for `result`."""
+        watchdog.beat("writing a checkpoint")
+        state = self._snapshots.take(state_dict) if self._snapshots else state_dict
+        self._pending.append(self.run(lambda: self._write(state, Path(path))))
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Work on a checkpoint where its files are written, after what is under way: now or in the background."""
+        if self._writer:
+            return self._writer.submit(work)
+        future: Future[T] = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The content of a file, in host memory; DeepSpeed copies it to where it belongs."""
+        return load(Path(path))
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Nothing: `checkpoint.describe` and `seal` do this, when every rank is done."""
+        return True
+
+    def _write(self, state: Any, path: Path) -> None:
+        if self._written.error:
+            return
+        try:
+            if not finite(state):
+                raise RunError("weights or optimizer states are not finite")
+            with HashingFile(path) as file:
+                torch.save(state, file)  # type: ignore[arg-type]
+            self._written.files[path] = {"size": file.size, "sha256": file.digest()}
+        except Exception as error:  # whatever it is, the other ranks must hear of it and not wait
+            # torch has words of its own for a file that could not be written.
+            self._written.error = error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+class HashingFile:
+    """A new file that is hashed while it is written, and on disk when it is closed. size: bytes so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append `data`."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self._file.flush()
+
+    def digest(self) -> str:
+        """SHA-256 of what was written, as hexadecimal digits."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
+class Snapshots:
+    """Copies of states in host memory, in buffers that the next checkpoint uses again.
+
+    Tensors that share a storage share it in the copy, as `torch.save` wants it. On a machine with GPUs the buffers
+    are pinned.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+        self._used = 0
+        self._copied: dict[tuple[str, int], torch.UntypedStorage] = {}
+
+    def rewind(self) -> None:
+        """Nobody needs the last copies any more."""
+        self._used = 0
+
+    def take(self, state: Any) -> Any:
+        """A copy of nested dictionaries, lists and tuples of tensors and small values that nobody else changes."""
+        self._copied = {}
+        copied = self._copy(state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value.detach())
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._copy(item)) for key, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self._copy(item) for item in value)
+        return copy.deepcopy(value)
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        key = str(storage.device), storage.data_ptr()
+        # An empty storage has no address that would tell it from another.
+        if key not in self._copied or not storage.nbytes():
+            self._copied[key] = self._storage(storage)
+        empty = torch.empty(0, dtype=tensor.dtype)
+        return empty.set_(self._copied[key], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def _storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        bytes_of = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        if self._used == len(self._buffers):
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[self._used].numel() != storage.nbytes():
+            pinned = torch.cuda.is_available()
+            self._buffers[self._used] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+        buffer = self._buffers[self._used]
+        self._used += 1
+        buffer.copy_(bytes_of, non_blocking=True)
+        return buffer.untyped_storage()
+
+
+def finite(state: Any) -> bool:
+    """Whether all numbers in nested dictionaries, lists and tuples of tensors are finite; reads each device once."""
+    seen: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in _tensors(state):
+        if tensor.is_floating_point() and tensor.numel():
+            # No mask as large as the tensor: a NaN goes through both, infinities are one of them.
+            seen.setdefault(tensor.device, []).append(torch.stack(torch.aminmax(tensor.detach())).float())
+    return all(bool(torch.stack(ends).isfinite().all()) for ends in seen.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def load(path: Path, *, mmap: bool = False) -> Any:
+    """The content of a file of a checkpoint, with tensors in host memory, or mapped from the file with `mmap`.
+
+    Raises:
+        RunError: it is torn, or holds an object that only code from the file could make.
+    """
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path} holds more than weights and is not loaded: {error}") from None
+    except (RuntimeError, EOFError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,84 @@
+"""Offload to a disk (`zero.offload=nvme`, `zero.offload_parameters=nvme`): host memory that is mapped from files.
+
+DeepSpeed offloads to host memory, as with `cpu`; what it keeps there is then moved into files that are mapped into
+memory. The kernel writes them out and reads them back when memory is short, what fits stays in memory, and everything
+works on them as on any tensor: AdamW, the look for bad numbers, checkpoints.
+
+DeepSpeed's own way to a disk is not taken. It does not look at the results of its reads and writes (0.19.8), so a full
+disk, or gradients of a part of a parameter that does not begin at a multiple of 512 bytes, give wrong numbers and no
+error. Here room is taken at the start, and an error of the disk is a SIGBUS: the rank ends, and the run goes on from
+its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabase.pipeline.checkpoint.space import amount
+from megabase.pipeline.config.schema import NVME, ZeroConfig
+from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.zero.states import MOMENTS
+
+
+def move(engine: Any, zero: ZeroConfig) -> None:
+    """Move what a new DeepSpeedEngine of stage 3 has offloaded to host memory into files in `zero.nvme_path`.
+
+    With `zero.offload` AdamW's states, fp32 weights and fp32 gradients; with `zero.offload_parameters` the weights that
+    forward computes with.
+
+    Raises:
+        RunError: on every rank, if one of them finds no room there.
+    """
+    assert zero.nvme_path
+    directory = Path(zero.nvme_path)
+    states, parameters = zero.offload == NVME, zero.offload_parameters == NVME
+    optimizer = engine.optimizer
+    error = None
+    try:
+        for number, weights in enumerate(optimizer.fp32_partitioned_groups_flat):
+            if states:
+                weights.data = _in_file(directory, weights.detach())
+                weights.grad = _in_file(directory, weights.grad)
+                # AdamW would make them in memory, at its first step.
+                moments = {moment: _file(directory, weights) for moment in MOMENTS}
+                optimizer.state[weights] = {"step": torch.tensor(0.0)} | moments
+            if parameters:
+                flat = optimizer.fp16_partitioned_groups_flat[number]
+                flat.data = _in_file(directory, flat.detach())
+                optimizer._unflatten_partitioned_parameters(number)
+        if parameters:
+            optimizer.param_groups_fp16_flat_cpu_memory.clear()
+    except OSError as caught:
+        error = f"zero.nvme_path={directory} cannot hold what is offloaded: {caught.strerror or caught}"
+    Ranks().check(error)
+
+
+def _in_file(directory: Path, tensor: Tensor) -> Tensor:
+    """A copy of a contiguous tensor, mapped from a file of its own."""
+    return _file(directory, tensor).copy_(tensor)
+
+
+def _file(directory: Path, like: Tensor) -> Tensor:
+    """Zeros, mapped from a new file that has no name any more: its room comes back however this process ends.
+
+    Raises:
+        OSError: there is no room.
+    """
+    size = like.numel() * like.element_size()
+    if not size:
+        return torch.zeros_like(like)
+    descriptor, name = tempfile.mkstemp(prefix="megabase-", dir=directory)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        return torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, {amount(size)} were to be taken at once") from None
+    finally:
+        os.close(descriptor)
+        Path(name).unlink()

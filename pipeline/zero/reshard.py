@@ -1,0 +1,180 @@
+"""Resuming on another number of ranks or in another ZeRO stage, without converting anything first.
+
+A new engine knows which elements of which parameter each of its ranks keeps. Each rank reads those, and only those,
+out of the old ranks' files (`states.py`). Below stage 3 it hands them to DeepSpeed as if it had saved them itself; in
+stage 3 it puts them where DeepSpeed keeps them. So nothing is written, and no rank waits for another to convert. The
+numbers are the same bits; what differs afterwards is the order in which ranks add gradients up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megabase.pipeline.errors import RunError
+from megabase.pipeline.zero.states import MOMENTS, WEIGHTS, Shards
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of a parameter, kept from element `offset` on in a vector of this rank."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+
+# How DeepSpeed cuts what this rank keeps: for each vector its size and what lies in it.
+Layout = list[tuple[int, list[Fragment]]]
+
+
+def reshard(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> dict[str, Any]:
+    """Give every rank of a new engine its part of a checkpoint; returns the checkpoint's client state.
+
+    Raises:
+        RunError: the checkpoint has other parameters than the engine's module.
+    """
+    _check_names(engine, shards)
+    prologue = engine._optimizer_has_ckpt_event_prologue()
+    if prologue:
+        engine.optimizer.checkpoint_event_prologue()
+    stage = engine.zero_optimization_stage()
+    if stage < 3:
+        _load_weights(engine, shards)
+    load = {0: _load_whole, 1: _load_partitioned, 2: _load_partitioned, 3: _load_sharded}[stage]
+    load(engine, shards)
+    if prologue:
+        engine.optimizer.checkpoint_event_epilogue()
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, shards.client[counter])
+    return dict(shards.client)
+
+
+def _check_names(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+    ours, theirs = set(engine.param_names.values()) - set(shards.shared), set(shards.names)
+    if ours != theirs:
+        example = sorted(ours ^ theirs)[0]
+        where = (
+            "the checkpoint, not in the model" if example in theirs else "the model, not in the checkpoint"
+        )
+        raise RunError(f"{shards.path}: {example} is in {where}: it belongs to another model")
+
+
+@torch.no_grad()
+def _load_weights(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+    """The weights that forward computes with, whole on every rank."""
+    for name, parameter in _named(engine, engine.module.parameters()):
+        parameter.copy_(shards.read(name).view_as(parameter))
+
+
+def _load_whole(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+    """Stage 0: every rank keeps everything, each parameter by itself."""
+    optimizer = engine.optimizer
+    groups = optimizer.param_groups
+    if hasattr(optimizer, "fp16_groups"):  # 16 bits: groups of the weights that the fp32 ones belong to
+        named = [list(_named(engine, group)) for group in optimizer.fp16_groups]
+    else:
+        named = [list(_named(engine, group["params"])) for group in groups]
+
+    def read(name: str, what: str) -> Tensor:
+        return shards.read(name, what).view(shards.shapes[name])
+
+    names = [name for group in named for name, _ in group]
+    states = _numbered(_state(shards, partial(read, name)) for name in names)
+    saved = optimizer.state_dict()
+    if "fp32_groups" not in saved:
+        optimizer.load_state_dict({"state": states, "param_groups": saved["param_groups"]})
+        return
+    saved["fp32_groups"] = [[read(name, WEIGHTS) for name, _ in group] for group in named]
+    saved["optimizer_state_dict"] = saved["optimizer_state_dict"] | {"state": states}
+    optimizer.load_state_dict(saved)
+
+
+def _load_partitioned(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+    """Stages 1 and 2: the parameters of a group are one vector, of which each rank keeps a part."""
+    optimizer = engine.optimizer
+    layout: Layout = []
+    for group, vector in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        fragments = []
+        for name, parameter in _named(engine, group):
+            if (kept := parameter._hp_mapping) is not None:
+                start = kept.lp_fragment_address.start
+                stop = start + kept.lp_fragment_address.numel
+                fragments.append(Fragment(name, start, stop, kept.hp_fragment_address.start))
+        layout.append((vector.numel(), fragments))
+    saved = optimizer.state_dict() | _scale(shards)
+    states = saved["base_optimizer_state"]
+    saved["single_partition_of_fp32_groups"] = [_vector(shards, vector, WEIGHTS) for vector in layout]
+    vectors = _numbered(_state(shards, partial(_vector, shards, vector)) for vector in layout)
+    saved["base_optimizer_state"] = states | {"state": vectors}
+    # DeepSpeed takes what each rank has saved, and reads this rank's only.
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    everyone[dist.get_rank()] = saved
+    optimizer.load_state_dict(everyone, load_from_fp32_weights=True)
+
+
+def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+    """Stage 3: each parameter is cut into equal parts, one for each rank, its end padded.
+
+    One sub-group after the other, as DeepSpeed steps them. States that are mapped from files (`offload.py`) stay so.
+    """
+    optimizer, rank = engine.optimizer, dist.get_rank()
+    for name, value in _scale(shards).items():
+        setattr(optimizer, name, value)
+    for number, group in enumerate(optimizer.fp16_groups):
+        fragments, offset = [], 0
+        for name, parameter in _named(engine, group):
+            part = parameter.ds_tensor.ds_numel
+            start, stop = (min(at * part, parameter.ds_numel) for at in (rank, rank + 1))
+            fragments.append(Fragment(name, start, stop, offset))
+            offset += part
+        vector = (offset, fragments)
+        weights = optimizer.fp32_partitioned_groups_flat[number]
+        weights.data.copy_(_vector(shards, vector, WEIGHTS))
+        if state := _state(shards, partial(_vector, shards, vector)):
+            held = optimizer.state[weights]
+            for what in MOMENTS:
+                value = state[what]
+                held[what] = held[what].copy_(value) if what in held else value.to(weights.device)
+            held["step"] = state["step"]
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+
+
+def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Tensor:
+    size, fragments = vector
+    flat = torch.zeros(size)
+    for part in fragments:
+        end = part.offset + part.stop - part.start
+        flat[part.offset : end] = shards.read(part.name, what, part.start, part.stop)
+    return flat
+
+
+def _state(shards: Shards, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """AdamW's state of a tensor, whose moments `read` knows; empty before its first step."""
+    if not shards.optimizer_step:
+        return {}
+    return {"step": torch.tensor(shards.optimizer_step)} | {what: read(what) for what in MOMENTS}
+
+
+def _numbered(states: Iterable[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """As AdamW's `state_dict` has them: those that are not empty, by the number of their tensor."""
+    return {number: state for number, state in enumerate(states) if state}
+
+
+def _scale(shards: Shards) -> dict[str, Any]:
+    """The loss scale of fp16; from stage 0, which keeps it in other words, it starts anew."""
+    return shards.scaler if shards.manifest.stage else {}
+
+
+def _named(
+    engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]
+) -> Iterator[tuple[str, Any]]:
+    return ((engine.param_names[parameter], parameter) for parameter in parameters)

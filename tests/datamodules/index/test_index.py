@@ -1,0 +1,353 @@
+"""Opening and reading a shard set, and every way in which one can be broken."""
+
+import json
+import pickle
+import shutil
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index import (
+    BLOCK_BYTES,
+    METADATA_KEY,
+    SCHEMA,
+    Segments,
+    ShardIndex,
+    segment_row,
+    write_index,
+)
+from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.splits import Segment
+
+COLUMNS = "record source split start length shard offset line_bases line_bytes crc32 blocks gaps intervals"
+VERSION_1 = "record split start length shard offset crc32 gaps"
+DNA = Alphabet.named("dna")
+
+
+@pytest.fixture
+def copy(lambda_shards: ShardIndex, tmp_path: Path) -> Path:
+    """Shards that a test may break."""
+    return Path(shutil.copytree(lambda_shards.directory, tmp_path / "copy"))
+
+
+def test_the_index_says_what_the_contract_promises(lambda_shards: ShardIndex) -> None:
+    path = lambda_shards.directory / "index.parquet"
+    assert pq.read_schema(path).names == COLUMNS.split()
+    metadata = json.loads(pq.read_metadata(path).metadata[b"megabase"])
+    size = (lambda_shards.directory / "shard-00000.tar").stat().st_size
+    assert metadata == {
+        "version": 2,
+        "alphabet": "dna",
+        "shards": {"shard-00000.tar": size},
+        "sources": ["lambda_phage.fna.gz"],
+    }
+    segments = lambda_shards.segments
+    assert segments.splits() == ["test", "train", "valid"]
+    assert segments.length.tolist() == [33_952, 9_700, 4_850]
+    assert segments.start.tolist() == [0, 33_952, 43_652]
+
+
+def test_reads_are_the_genome_s_bytes(lambda_shards: ShardIndex, lambda_bases: bytes) -> None:
+    assert lambda_shards.read(1, 100, 50).tobytes() == lambda_bases[34_052:34_102]
+    assert lambda_shards.read(2, 0, 4_850).tobytes() == lambda_bases[-4_850:]
+    assert len(lambda_shards.read(0, 33_952, 0)) == 0
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 4), (0, 9_701), (9_700, 1), (4, -1)])
+def test_no_read_leaves_its_segment(lambda_shards: ShardIndex, start: int, length: int) -> None:
+    with pytest.raises(IndexError, match="outside row 1 of 9700 bases"):
+        lambda_shards.read(1, start, length)
+
+
+def test_a_copy_for_another_process_reads_the_same(lambda_shards: ShardIndex) -> None:
+    first = lambda_shards.read(0, 0, 99)
+    sent = pickle.dumps(lambda_shards)
+    assert len(sent) < 10_000  # no bases travel
+    assert (pickle.loads(sent).read(0, 0, 99) == first).all()
+
+
+def test_directories_without_shards_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing: no such directory: make shards with `megabase prepare"):
+        ShardIndex.open(tmp_path / "missing")
+    with pytest.raises(DataError, match=r"no index.parquet in it.*`megabase prepare INPUT... OUTPUT`"):
+        ShardIndex.open(tmp_path)
+
+
+def test_an_index_of_a_newer_version_is_refused(copy: Path) -> None:
+    table = pq.read_table(copy / "index.parquet")
+    metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {"version": 3}
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
+    pq.write_table(table, copy / "index.parquet")
+    with pytest.raises(
+        DataError, match=r"newer megabase \(index version 3; this one reads up to 2\): upgrade"
+    ):
+        ShardIndex.open(copy)
+
+
+def test_what_is_no_index_is_refused(copy: Path) -> None:
+    table = pq.read_table(copy / "index.parquet")
+    pq.write_table(table.replace_schema_metadata(None), copy / "index.parquet")
+    with pytest.raises(DataError, match=r"index.parquet: not an index of megabase"):
+        ShardIndex.open(copy)
+    (copy / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"index.parquet: not an index of megabase, or damaged"):
+        ShardIndex.open(copy)
+
+
+def change_index(copy: Path, shards: object = None, rows: str | None = None) -> None:
+    """Name other shards in an index: in its metadata, and in the rows."""
+    table = pq.read_table(copy / "index.parquet")
+    metadata = json.loads(table.schema.metadata[METADATA_KEY])
+    metadata["shards"] = shards
+    if rows is not None:
+        table = table.set_column(
+            table.column_names.index("shard"), SCHEMA.field("shard"), [[rows] * len(table)]
+        )
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
+    pq.write_table(table, copy / "index.parquet")
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/b.tar", "..", ".", "", "x\0.tar"])
+def test_no_shard_lies_elsewhere(copy: Path, name: str) -> None:
+    (copy.parent / "x.tar").write_bytes(b"secret")
+    change_index(copy, {name: 6}, name)
+    with pytest.raises(DataError, match=r"index.parquet: names a shard that is no file of its directory, "):
+        ShardIndex.open(copy)
+
+
+def test_no_record_lies_in_a_shard_that_was_not_checked(copy: Path) -> None:
+    size = (copy / "shard-00000.tar").stat().st_size
+    change_index(copy, {"shard-00000.tar": size}, "../x.tar")
+    with pytest.raises(DataError, match=r"lies in a shard that it has no size of, '../x.tar'"):
+        ShardIndex.open(copy)
+
+
+@pytest.mark.parametrize("shards", [None, [], {"shard-00000.tar": -1}, {"shard-00000.tar": "1"}])
+def test_an_index_without_sizes_is_refused(copy: Path, shards: object) -> None:
+    change_index(copy, shards)
+    with pytest.raises(DataError, match="does not say the sizes of its shards"):
+        ShardIndex.open(copy)
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    (copy / "shard-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00000.tar: the index names this shard but it is not there"):
+        ShardIndex.open(copy)
+
+
+def test_a_shard_of_another_size_is_named(copy: Path) -> None:
+    with (copy / "shard-00000.tar").open("ab") as shard:
+        size = shard.seek(0, 2)
+        shard.truncate(size - 512)
+    with pytest.raises(DataError, match=rf"shard-00000.tar: {size - 512} bytes, the index says {size}"):
+        ShardIndex.open(copy)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_changed_base_is_found_by_its_checksum(copy: Path, version: int) -> None:
+    if version == 1:
+        write_version_1(copy)
+    index = ShardIndex.open(copy)
+    index.verify()
+    with (copy / "shard-00000.tar").open("r+b") as shard:
+        shard.seek(int(index.segments.offset[1]) + 7)
+        shard.write(b"N")
+    with pytest.raises(DataError, match=r"shard-00000.tar: record .*iffer.* from .* checksum"):
+        ShardIndex.open(copy).verify()
+    assert index.verify_row(0) == 33_952
+
+
+def test_a_read_of_a_changed_base_names_the_place_and_the_ways_out(copy: Path) -> None:
+    index = ShardIndex.open(copy)
+    at = BLOCK_BYTES + 9
+    with (copy / "shard-00000.tar").open("r+b") as shard:
+        shard.seek(int(index.segments.offset[0]) + at)
+        shard.write(b"-")
+    place = rf"shard-00000.tar: record '\S+': bases \[{BLOCK_BYTES}, {2 * BLOCK_BYTES}\) differ from their"
+    ways = r"`megabase prepare --check`, copy the shard again, or .*data.on_error: skip"
+    for start, length in ((at, 1), (BLOCK_BYTES - 1, 2), (0, 33_952), (2 * BLOCK_BYTES - 1, 5)):
+        with pytest.raises(DataError, match=f"{place} .*{ways}"):
+            index.read(0, start, length)
+    for start, length in ((0, BLOCK_BYTES), (2 * BLOCK_BYTES, 1)):
+        assert len(index.read(0, start, length)) == length
+
+
+def test_a_shard_cut_short_under_a_running_job_is_named(copy: Path) -> None:
+    index = ShardIndex.open(copy)
+    index.read(0, 0, 10)
+    with (copy / "shard-00000.tar").open("r+b") as shard:
+        shard.truncate(20_000)
+    with pytest.raises(
+        DataError,
+        match=r"shard-00000.tar: record .*: ends at byte 20000, .*: copy .* again, .*on_error: skip",
+    ):
+        index.read(0, 2 * BLOCK_BYTES, 100)
+    assert len(index.read(0, 0, 100)) == 100
+
+
+def test_a_shard_that_went_away_is_named(copy: Path) -> None:
+    index = ShardIndex.open(copy)
+    (copy / "shard-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00000.tar: record .*: cannot be read \(No such file"):
+        index.read(0, 0, 10)
+
+
+def write_version_1(directory: Path) -> None:
+    """Make the index one that the first version wrote."""
+    table = pq.read_table(directory / "index.parquet")
+    metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {"version": 1}
+    table = table.select(VERSION_1.split()).replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
+    pq.write_table(table, directory / "index.parquet")
+
+
+def test_an_index_of_version_1_is_read(lambda_shards: ShardIndex, copy: Path) -> None:
+    write_version_1(copy)
+    old, new = ShardIndex.open(copy), lambda_shards
+    assert old.segments.identity == new.segments.identity
+    assert set(old.segments.source) == {""}
+    assert not len(old.segments.blocks) and not len(old.segments.intervals)
+    assert old.segments.block_bounds.tolist() == [0, 0, 0, 0]
+    assert old.segments.line_bases.tolist() == old.segments.line_bytes.tolist() == [0, 0, 0]
+    assert (old.read(1, 77, 9000) == new.read(1, 77, 9000)).all()
+
+
+class Member(NamedTuple):
+    """A record as it lies in a file: its bases, with a line end behind every `line_bases` of them unless 0."""
+
+    bases: bytes
+    line_bases: int
+    end: bytes
+
+    @property
+    def written(self) -> bytes:
+        step = self.line_bases or len(self.bases)
+        lines = [self.bases[at : at + step] for at in range(0, len(self.bases), step)]
+        return self.end.join(lines)
+
+    def place(self, base: int) -> int:
+        return base + len(self.end) * (base // self.line_bases) if self.line_bases else base
+
+
+@pytest.fixture(scope="module")
+def members() -> list[Member]:
+    bases = np.random.default_rng(5).choice(np.frombuffer(b"ACGTN", np.uint8), 3 * BLOCK_BYTES + 77).tobytes()
+    return [
+        Member(bases, 0, b""),
+        Member(bases[:50_000], 60, b"\n"),
+        Member(bases[5:], 61, b"\r\n"),
+        Member(bases[: 2 * BLOCK_BYTES], 1, b"\n"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def by_hand(members: list[Member], tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """Each member cut in two segments at base 12,345, which is in the middle of a line."""
+    directory = tmp_path_factory.mktemp("by_hand")
+    rows, shard = [], b"header"
+    for number, member in enumerate(members):
+        for split, start, end in (("train", 0, 12_345), ("valid", 12_345, len(member.bases))):
+            rows.append(
+                segment_row(
+                    f"r{number}",
+                    "hand.fa",
+                    Segment(split, start, end - start),
+                    "a.tar",
+                    len(shard) + member.place(start),
+                    memoryview(member.bases)[start:end],
+                    DNA,
+                    member.line_bases,
+                    member.line_bases + len(member.end) if member.line_bases else 0,
+                    [(3, 5), (10, 20)] if number == 1 else (),
+                )
+            )
+        shard += member.written + b"\n>next"
+    (directory / "a.tar").write_bytes(shard)
+    batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
+    write_index(directory / "index.parquet", [batch], DNA, {"a.tar": len(shard)}, ["hand.fa"])
+    return ShardIndex.open(directory)
+
+
+PLACES = st.integers(0, 3) | st.builds(
+    lambda block, beside: max(block * BLOCK_BYTES + beside, 0), st.integers(0, 3), st.integers(-62, 62)
+) | st.integers(0, 4 * BLOCK_BYTES)  # fmt: skip
+
+
+@given(row=st.integers(0, 7), ends=st.tuples(PLACES, PLACES))
+@settings(max_examples=300, deadline=None)
+def test_any_range_read_is_the_record_s(
+    by_hand: ShardIndex, members: list[Member], row: int, ends: tuple[int, int]
+) -> None:
+    segments = by_hand.segments
+    start, end = sorted(min(end, int(segments.length[row])) for end in ends)
+    first = int(segments.start[row])
+    expected = members[row // 2].bases[first + start : first + end]
+    assert by_hand.read(row, start, end - start).tobytes() == expected
+    out = np.full(end - start + 2, 7, np.uint8)
+    by_hand.read_into(row, start, out[1:-1])
+    assert out.tobytes() == b"\7" + expected + b"\7"
+
+
+def test_rows_hold_checksums_gaps_and_intervals(by_hand: ShardIndex, members: list[Member]) -> None:
+    segments, bases = by_hand.segments, members[0].bases[12_345:]
+    blocks = segments.blocks[segments.block_bounds[1] : segments.block_bounds[2]]
+    assert blocks.tolist() == [
+        zlib.crc32(bases[at : at + BLOCK_BYTES]) for at in range(0, len(bases), BLOCK_BYTES)
+    ]
+    assert segments.crc32[1] == zlib.crc32(bases)
+    assert segments.gap_length(1) == bases.count(b"N")
+    assert segments.intervals.tolist() == [[3, 5], [10, 20]] * 2
+    assert segments.interval_bounds.tolist() == [0, 0, 0, 2, 4, 4, 4, 4, 4]
+    assert set(segments.source) == {"hand.fa"}
+    by_hand.verify()
+
+
+def test_a_shard_set_without_rows_is_one(tmp_path: Path) -> None:
+    write_index(tmp_path / "index.parquet", [], DNA, {}, [])
+    segments = ShardIndex.open(tmp_path).segments
+    assert len(segments) == 0 and segments.block_bounds.tolist() == [0] and segments.intervals.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("splits", "identity"),
+    [({"valid": 0.2, "test": 0.1}, "927536ef7ce336d6"), ({}, "124dea735b9e664c")],
+    ids=["split", "whole"],
+)
+def test_the_identity_is_what_the_first_version_gave(
+    lambda_fasta: Path, tmp_path: Path, splits: dict[str, float], identity: str
+) -> None:
+    shards = prepare([lambda_fasta], tmp_path / "shards", progress=False, **splits)
+    assert shards.segments.identity == identity
+
+
+def test_intervals_change_the_identity(by_hand: ShardIndex) -> None:
+    table = pq.read_table(Path(by_hand.directory) / "index.parquet")
+    nothing = pa.array([[]] * len(table), SCHEMA.field("intervals").type)
+    without = Segments.from_table(table.drop(["intervals"]).append_column("intervals", nothing))
+    assert without.identity != by_hand.segments.identity
+
+
+def test_the_identity_is_of_the_bases_and_splits_not_of_the_files(
+    lambda_shards: ShardIndex, tmp_path: Path
+) -> None:
+    two_genomes = [tmp_path / name for name in ("one.fa", "two.fa")]
+    for path, letter in zip(two_genomes, "AC", strict=True):
+        path.write_text(f">{path.stem}\n" + f"{letter}GT" * 900 + "\n")
+    whole = prepare(two_genomes, tmp_path / "whole", valid="0.1", progress=False)
+    cut = prepare(two_genomes, tmp_path / "cut", valid="0.1", shard_bytes=1024, progress=False)
+    assert len(cut.sizes) > len(whole.sizes)
+    assert cut.segments.identity == whole.segments.identity
+    others = [
+        prepare(two_genomes, tmp_path / "split", valid="0.2", progress=False),
+        prepare(two_genomes[::-1], tmp_path / "order", valid="0.1", progress=False),
+        lambda_shards,
+    ]
+    assert len({index.segments.identity for index in (whole, *others)}) == 4

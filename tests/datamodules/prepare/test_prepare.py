@@ -1,0 +1,462 @@
+"""prepare: the same bytes however many processes did it and however often it was killed; and its check."""
+
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.foreign import index_tars
+from megabase.datamodules.index.index import INDEX_NAME, ShardIndex
+from megabase.datamodules.prepare import unfinished
+from megabase.datamodules.prepare.prepare import _units, prepare
+from megabase.datamodules.prepare.verify import check
+
+LENGTHS = (9000, 5000, 3000, 200, 100, 1)
+OPTIONS: dict[str, Any] = {"valid": 0.2, "shard_bytes": 4096, "progress": False}
+
+BLOCKED = """
+import os, signal, sys, time
+from pathlib import Path
+import megabase.datamodules.prepare.prepare as module
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without
+read, blocked, doing = module.read_file, Path(sys.argv[1]), sys.argv[2]
+
+def read_and_stop(path, *rest):
+    for record in read(path, *rest):
+        yield record
+        if path.name == "f1.fa" and doing == "wait":
+            blocked.touch()
+            time.sleep(600)
+        if path.name == "f1.fa" and doing == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+module.read_file = read_and_stop
+
+if __name__ == "__main__":
+    module.prepare(sys.argv[5:], sys.argv[3], valid=0.2, shard_bytes=4096, jobs=int(sys.argv[4]), progress=False)
+"""
+
+
+@pytest.fixture
+def fastas(tmp_path: Path, write_fasta: Callable[[Path, dict[str, bytes]], Path]) -> list[Path]:
+    """Files of three records each, the first the largest; the last ones are small enough to share a unit."""
+    generator = np.random.default_rng(1)
+    bases = np.frombuffer(b"ACGTNacgt", np.uint8)
+    paths = []
+    for number, length in enumerate(LENGTHS):
+        records = {f"r{number}.{part}": generator.choice(bases, length).tobytes() for part in range(3)}
+        paths.append(write_fasta(tmp_path / f"f{number}.fa", records))
+    return paths
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def undisturbed(fastas: list[Path], tmp_path: Path) -> dict[str, bytes]:
+    prepare(fastas, tmp_path / "whole", jobs=1, **OPTIONS)
+    return content(tmp_path / "whole")
+
+
+class Blocked:
+    """A prepare in a process of its own that stops, or dies, in the middle of the second file."""
+
+    def __init__(self, fastas: list[Path], output: Path, jobs: int, doing: str = "wait") -> None:
+        script, mark = output.with_suffix(".py"), output.with_suffix(".blocked")
+        script.write_text(BLOCKED)
+        command = [sys.executable, str(script), str(mark), doing, str(output), str(jobs), *map(str, fastas)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self._mark = mark
+        self._manifest = output.with_name(output.name + ".partial") / "part-00000.parquet"
+
+    def wait(self) -> None:
+        """Until the first file is done and the second is being read."""
+        until = time.monotonic() + 60
+        while not (self._mark.exists() and self._manifest.exists()):
+            assert self.process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+
+    def end(self, number: signal.Signals) -> str:
+        self.process.send_signal(number)
+        return self.process.communicate(timeout=60)[1]
+
+
+def test_text_becomes_shards(tmp_path: Path) -> None:
+    text = b"In the beginning " * 100
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "other.txt").write_bytes(text[:50])
+    index = prepare(
+        [tmp_path / "book.txt.gz", tmp_path / "other.txt"],
+        tmp_path / "new" / "out",
+        "bytes",
+        valid="other.txt",
+    )
+    assert index.segments.record.tolist() == ["book.txt", "other.txt"]
+    assert index.segments.split.tolist() == ["train", "valid"]
+    assert index.read(0, 0, len(text)).tobytes() == text
+    assert len(index.segments.gaps) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (b">a\nACGT\n>a\nACGT\n", {}, "in.fa: a second record is named 'a'"),
+        (b">a\nACGT\n", {"valid": "b"}, "--valid 'b' is neither a fraction between 0 and 1 nor a record"),
+        (b">a\nACGT\n", {"valid": "a"}, "--valid a name every record: leave one to train on"),
+        (b">a\n>b\n", {}, "hold no base at all"),
+        (b">a\nACGT\n", {"alphabet": "rna"}, "unknown alphabet 'rna'"),
+        (gzip.compress(b">a\nACGT\n")[:-4], {}, "cut off or damaged"),
+        (b">a\nACGT\n", {"jobs": 0}, "--jobs 0: must be at least 1"),
+    ],
+)
+def test_bad_input_leaves_no_output(
+    tmp_path: Path, text: bytes, options: dict[str, Any], message: str
+) -> None:
+    fasta = tmp_path / "in.fa"
+    fasta.write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        prepare([fasta], tmp_path / "out", progress=False, **options)
+    assert list(tmp_path.iterdir()) == [fasta]
+
+
+def test_intervals_are_the_splits(tmp_path: Path, lambda_fasta: Path, lambda_bases: bytes) -> None:
+    bed = tmp_path / "split.bed"
+    name = gzip.decompress(lambda_fasta.read_bytes()).split()[0][1:].decode()
+    bed.write_text(f"{name}\t100\t20000\ttrain\n{name}\t20100\t30000\tvalid\n")
+    index = prepare([lambda_fasta], tmp_path / "out", intervals=bed, progress=False)
+    assert index.segments.split.tolist() == ["train", "valid"]
+    assert index.segments.start.tolist() == [0, 20050]
+    assert index.segments.intervals.tolist() == [[100, 19900], [50, 9900]]
+    assert index.read(1, 50, 9900).tobytes() == lambda_bases[20100:30000]
+    bed.write_text(f"{name}\t100\t20000\ttest\n")
+    with pytest.raises(DataError, match=r"split.bed: no interval is for training"):
+        prepare([lambda_fasta], tmp_path / "none", intervals=bed, progress=False)
+
+
+def test_the_bar_reaches_the_input_s_bytes(
+    lambda_fasta: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    prepare([lambda_fasta], tmp_path / "out")
+    shown = capsys.readouterr()
+    assert "Preparing" in shown.err
+    assert "15.4/15.4 kB" in shown.err
+    assert shown.out == ""
+
+
+def test_neighbours_that_are_small_share_a_unit() -> None:
+    paths = [Path(name) for name in "abcdef"]
+    units = _units(paths, [100, 4, 4, 4, 9, 1], shard_bytes=80)
+    assert [(unit.number, [path.name for path in unit.paths]) for unit in units] == [
+        (0, ["a"]),
+        (1, ["b", "c"]),
+        (3, ["d"]),
+        (4, ["e", "f"]),
+    ]
+
+
+def test_the_number_of_processes_changes_nothing(
+    fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(fastas, tmp_path / "three", jobs=3, valid=0.2, shard_bytes=4096)
+    assert content(tmp_path / "three") == undisturbed
+    assert len(undisturbed) > 5
+    total = sum(path.stat().st_size for path in fastas) / 1000
+    assert f"{total:.1f}/{total:.1f} kB" in capsys.readouterr().err
+
+
+def test_webdataset_meets_every_record_once(fastas: list[Path], tmp_path: Path) -> None:
+    index = prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    urls = [str(Path(index.directory) / name) for name in index.sizes]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    names = [json.loads(sample["json"])["record"] for sample in found]
+    assert names == [f"r{number}.{part}" for number in range(len(LENGTHS)) for part in range(3)]
+    assert len({sample["__key__"] for sample in found}) == len(found)
+    assert index.segments.source.tolist()[:2] == ["f0.fa", "f0.fa"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_prepare_goes_on(
+    fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path, jobs: int
+) -> None:
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    killed = Blocked(fastas, output, jobs)
+    killed.wait()
+    assert killed.end(signal.SIGKILL) == ""
+    assert not output.exists()
+    made = (partial / "part-00000-00000.tar").stat().st_mtime_ns
+    prepare(fastas, output, jobs=2, **OPTIONS)
+    assert content(output) == undisturbed
+    assert (output / "shard-00000.tar").stat().st_mtime_ns == made  # kept, not written again
+    assert not partial.exists()
+
+
+def test_a_prepare_that_stops_at_any_rename_goes_on(
+    fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file in OUTPUT.partial that matters comes there by a rename."""
+    options = {**OPTIONS, "shard_bytes": 3000, "jobs": 1}
+    rename, renamed = Path.rename, 0
+
+    def stopping(path: Path, target: Path) -> Path:
+        nonlocal renamed
+        renamed += 1
+        if renamed == stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    stop = 0
+    prepare(fastas[2:], tmp_path / "whole", **options)
+    undisturbed, total = content(tmp_path / "whole"), renamed
+    assert total > 8
+    for stop in range(1, total + 1):
+        renamed = 0
+        output = tmp_path / f"out{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            prepare(fastas[2:], output, **options)
+        assert not output.exists()
+        prepare(fastas[2:], output, **options)
+        assert content(output) == undisturbed
+
+
+def test_an_interrupted_prepare_ends_its_workers_and_keeps_what_is_done(
+    fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    stopped = Blocked(fastas, tmp_path / "out", 2)
+    stopped.wait()
+    said = stopped.end(signal.SIGINT)
+    assert said.count("Traceback") == 1 and said.endswith("KeyboardInterrupt\n")
+    prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_worker_that_dies_is_told_with_its_file(fastas: list[Path], tmp_path: Path) -> None:
+    died = Blocked(fastas, tmp_path / "out", 2, "die").process
+    said = died.communicate(timeout=60)[1]
+    assert died.returncode == 1
+    assert re.search(
+        r"DataError: .*f1.fa: the process that worked on it was killed by signal 9 \(out of", said
+    )
+
+
+def test_two_prepares_at_once_are_refused(
+    fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Blocked(fastas, tmp_path / "out", 1)
+    first.wait()
+    monkeypatch.setattr(unfinished, "_LOCK_TRIES", 2)
+    with pytest.raises(DataError, match=r"out\.partial: another prepare is writing it"):
+        prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    first.end(signal.SIGKILL)
+
+
+def break_second(fastas: list[Path], output: Path) -> bytes:
+    """A prepare that fails at the second file, the first being done; returns what the file held before."""
+    before = fastas[1].read_bytes()
+    fastas[1].write_bytes(b"no genome")
+    with pytest.raises(DataError, match=r"f1.fa: not FASTA .*; what is finished stays in .*out\.partial"):
+        prepare(fastas, output, jobs=1, **OPTIONS)
+    assert (output.parent / "out.partial" / "part-00000.parquet").exists()
+    return before
+
+
+def test_after_a_bad_file_is_mended_the_rest_is_kept(
+    fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    fastas[1].write_bytes(break_second(fastas, tmp_path / "out"))
+    prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_shards_that_were_cut_short_are_made_again(
+    fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    fastas[1].write_bytes(break_second(fastas, tmp_path / "out"))
+    shard = tmp_path / "out.partial" / "part-00000-00000.tar"
+    os.truncate(shard, shard.stat().st_size - 1)
+    prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_another_input_or_other_arguments_do_not_go_on(fastas: list[Path], tmp_path: Path) -> None:
+    fastas[1].write_bytes(break_second(fastas, tmp_path / "out"))
+    for options, what in (({"valid": 0.3}, "--valid"), ({"field": "x", "valid": 0.2}, "--field")):
+        with pytest.raises(DataError, match=rf"out\.partial: was begun with other arguments \({what}\)"):
+            prepare(fastas, tmp_path / "out", jobs=1, **{**OPTIONS, **options})
+    with pytest.raises(DataError, match=r"other arguments \(INPUT\)"):
+        prepare(fastas[1:], tmp_path / "out", jobs=1, **OPTIONS)
+    fastas[0].write_bytes(fastas[0].read_bytes() + b">more\nACGT\n")
+    with pytest.raises(
+        DataError, match=r"f0.fa: has changed since .*out\.partial: remove that directory to begin anew$"
+    ):
+        prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+
+
+def test_a_name_met_in_two_files_is_told_and_can_be_mended(fastas: list[Path], tmp_path: Path) -> None:
+    text = fastas[1].read_text()
+    fastas[1].write_text(text.replace(">r1.2", ">r0.1"))
+    with pytest.raises(
+        DataError, match=r"f1.fa: a second record is named 'r0.1' \(the first is in .*f0.fa\)"
+    ):
+        prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    fastas[1].write_text(text)
+    index = prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+    assert len(set(index.segments.source)) == len(LENGTHS)
+
+
+def test_what_is_there_is_never_touched(fastas: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="out: exists already"):
+        prepare(fastas, tmp_path / "out", **OPTIONS)
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine").touch()
+    with pytest.raises(DataError, match=r"new\.partial: exists and holds mine"):
+        prepare(fastas, tmp_path / "new", **OPTIONS)
+    assert (tmp_path / "new.partial" / "mine").exists()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_slurm_script_passes_arguments_and_exit_code(tmp_path: Path, code: int) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/sh\necho "$SRUN_CPUS_PER_TASK: $@"\nexit {code}\n')
+    srun.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "3",
+    }
+    script = Path(__file__).parents[3] / "slurm" / "prepare.sbatch"
+    done = subprocess.run(
+        ["bash", script, "a b.fa", "out", "--valid", "0.1"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert done.stdout == "3: --export=ALL megabase prepare a b.fa out --valid 0.1 --jobs 3\n"
+
+
+@pytest.fixture
+def shards(fastas: list[Path], tmp_path: Path) -> ShardIndex:
+    return prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
+
+
+def flip(shards: ShardIndex, shard: str, at: int) -> None:
+    with (Path(shards.directory) / shard).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_check_reads_every_base(shards: ShardIndex, jobs: int) -> None:
+    assert check(shards.directory, jobs, progress=False) == 3 * sum(LENGTHS)
+    row = 7
+    flip(
+        shards, shards.segments.shard[row], int(shards.segments.offset[row] + shards.segments.length[row] - 1)
+    )
+    name = shards.segments.record[row]
+    with pytest.raises(DataError, match=rf"{shards.segments.shard[row]}: record '{name}': .*checksum"):
+        check(shards.directory, jobs, progress=False)
+    flip(shards, shards.segments.shard[0], int(shards.segments.offset[0]))
+    with pytest.raises(DataError, match=rf"2 damaged records: .*record '({name}|r0.0)'.*; .*checksum"):
+        check(shards.directory, jobs, progress=False)
+
+
+def test_the_check_finds_members_that_are_elsewhere(shards: ShardIndex) -> None:
+    shard = Path(shards.directory) / shards.segments.shard[0]
+    flip(shards, shard.name, 0)  # the name of a member, then its size
+    with pytest.raises(DataError, match=f"{shard.name}: the tar is damaged"):
+        check(shards.directory, 1, progress=False)
+    flip(shards, shard.name, 0)
+    text = shard.read_bytes()
+    shard.write_bytes(text.replace(b'"record": "r0.0"', b'"record": "r9.9"'))
+    with pytest.raises(DataError, match=rf"{shard.name}: record 'r0.0': member .* is of record 'r9.9'"):
+        check(shards.directory, 1, progress=False)
+    shard.write_bytes(text)
+    path = Path(shards.directory) / INDEX_NAME
+    table = pq.read_table(path)
+    offsets = table.column("offset").to_numpy().copy()
+    offsets[-1] += 600
+    at = table.schema.get_field_index("offset")
+    pq.write_table(table.set_column(at, "offset", [offsets]), path)
+    with pytest.raises(DataError, match=r"record 'r5.2': does not lie in a member"):
+        check(shards.directory, 1, progress=False)
+
+
+def test_the_check_knows_tars_that_others_wrote(lambda_bases: bytes, tmp_path: Path) -> None:
+    lines = b"\n".join(lambda_bases[at : at + 60] for at in range(0, len(lambda_bases), 60))
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "a", "fa": b">x\n" + lines + b"\n>y\nACGT\n"})
+        writer.write({"__key__": "b", "txt": "acgt\n", "json": {"record": "z", "source": "s"}})
+    index = index_tars(tmp_path, valid=0.1, progress=False)
+    assert check(tmp_path, progress=False) == len(lambda_bases) + 8
+    flip(index, "a.tar", int(index.segments.offset[1]))
+    with pytest.raises(DataError, match=r"a.tar: record 'x': .*checksum"):
+        check(tmp_path, progress=False)
+
+
+def test_the_check_finds_shards_cut_short_or_missing(shards: ShardIndex) -> None:
+    shard = Path(shards.directory) / "shard-00001.tar"
+    os.truncate(shard, shard.stat().st_size - 512)
+    with pytest.raises(DataError, match=r"shard-00001.tar: \d+ bytes, the index says"):
+        check(shards.directory, progress=False)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001.tar: the index names this shard but it is not there"):
+        check(shards.directory, progress=False)
+
+
+def test_an_output_that_appears_meanwhile_costs_nothing(
+    fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    publish = unfinished.Unfinished.publish
+
+    def late(*arguments: Any) -> None:
+        output.mkdir()
+        publish(*arguments)
+
+    monkeypatch.setattr(unfinished.Unfinished, "publish", late)
+    with pytest.raises(DataError, match="out: exists already"):
+        prepare(fastas, output, **OPTIONS)
+    monkeypatch.undo()
+    assert list((tmp_path / "out.partial").glob("part-*.parquet"))
+    output.rmdir()
+    assert check(prepare(fastas, output, **OPTIONS).directory, progress=False) > 0
+
+
+def test_odd_outputs(fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check(prepare(fastas, "hg38:v2", **OPTIONS).directory, progress=False) > 0
+    for output, message in ((".", "exists already"), ("s3://bucket/out", "written to a local directory")):
+        with pytest.raises(DataError, match=message):
+            prepare(fastas, output, **OPTIONS)
+
+
+def test_the_check_leaves_other_files_of_a_tar_alone(lambda_bases: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("._k.json", b"\0\5"), ("k.seq", lambda_bases), ("k.json", b"{}")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index_tars(tmp_path, progress=False)
+    assert check(tmp_path, progress=False) == len(lambda_bases)

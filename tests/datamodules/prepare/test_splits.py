@@ -1,0 +1,64 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.prepare.splits import Segment, Splits
+
+
+def test_fractions_come_from_the_end_in_order() -> None:
+    assert Splits.parse("0.2", 0.1).of("a", 100) == [
+        Segment("train", 0, 70),
+        Segment("valid", 70, 20),
+        Segment("test", 90, 10),
+    ]
+    assert Splits.parse(None, "0.25").of("a", 10) == [Segment("train", 0, 8), Segment("test", 8, 2)]
+    assert Splits.parse().of("a", 7) == [Segment("train", 0, 7)]
+
+
+def test_named_records_go_whole_and_the_rest_by_fraction() -> None:
+    splits = Splits.parse("chr8, chr9", 0.5)
+    assert splits.of("chr8", 10) == [Segment("valid", 0, 10)]
+    assert splits.of("chr1", 10) == [Segment("train", 0, 5), Segment("test", 5, 5)]
+
+
+def test_chromosomes_may_be_numbers() -> None:
+    assert Splits.parse("1,2", "22").whole == {"1": "valid", "2": "valid", "22": "test"}
+
+
+@given(
+    length=st.integers(0, 10**9),
+    valid=st.none() | st.floats(0.001, 0.5, exclude_max=True),
+    test=st.none() | st.floats(0.001, 0.5),
+)
+def test_segments_tile_the_record(length: int, valid: float | None, test: float | None) -> None:
+    segments = Splits.parse(valid, test).of("a", length)
+    end = 0
+    for _, start, size, _ in segments:
+        assert start == end
+        assert size > 0
+        end += size
+    assert end == length
+    sizes = {split: size for split, _, size, _ in segments}
+    for split, fraction in (("valid", valid), ("test", test)):
+        assert abs(sizes.get(split, 0) - (fraction or 0) * length) <= 1
+
+
+@pytest.mark.parametrize(
+    ("valid", "test", "message"),
+    [
+        ("0.6", "0.4", "--valid 0.6 and --test 0.4 leave nothing to train on"),
+        ("a,b", "b", "record 'b' is in both --valid and --test"),
+        (" , ", None, "--valid ' , ' names no record"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(valid: str, test: str | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Splits.parse(valid, test)
+
+
+def test_a_named_record_must_be_met() -> None:
+    Splits.parse("a").check_names({"a", "b"})
+    for value in ("1.5", "0", "b"):
+        with pytest.raises(DataError, match=f"--valid '{value}' is neither a fraction between 0 and 1 nor"):
+            Splits.parse(value).check_names(["a"])

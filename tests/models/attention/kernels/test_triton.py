@@ -1,0 +1,365 @@
+"""The Triton kernels of attention against the readable one, where interpreted.py says."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating, reference
+from megabase.models.attention.kernels import triton as kernels
+from megabase.models.attention.kernels.dispatch import unit_keys
+from megabase.models.attention.lsh import draw_rotations, rotate_and_hash
+from megabase.models.config import ConfigError
+from tests.models.interpreted import DEVICE, GPU, HERE, ROOT, run_interpreted
+
+pytest.importorskip("triton")
+
+# The interpreter takes a fifth of a second for a block; a GPU takes seconds to compile for a new width.
+WIDTHS = [(64, 64), (128, 128), (64, 24)] if GPU else [(16, 16), (32, 24), (24, 5), (5, 32)]
+LENGTHS = [1, 7, 65, 130, 1000] if GPU else [1, 2, 7, 31, 64, 65, 130]
+# fp32 is where a mistake shows. In half precision the result is rounded before Σ grad · out is taken from it (as in
+# FlashAttention), which is most of the error of q's gradient where few keys are met and their scores' gradients cancel.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(HERE, reason="the kernels run in this process")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_interpreted(which, tmp_path):
+    run_interpreted(__file__, tmp_path, "-m", which, "-k", "not test_compiles")
+
+
+class Case:
+    """A random problem: q, k, v in a dtype, who sits where, a rule, dropout."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        chance = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        rows, rounds = chance.randint(1, 2), chance.choice([1, 2, 3])
+        length = chance.choice(LENGTHS)
+        d, d_v = chance.choice(WIDTHS)
+        q, k, v = (torch.randn(rows, length, width, generator=generator) for width in (d, d, d_v))
+        self.tensors: list[Tensor | None] = [x.to(DEVICE, dtype) for x in (q * d**-0.5, k, v)]
+        mask = torch.rand(rows, length, generator=generator) < 0.7 if chance.random() < 0.4 else None
+        local = rounds == 1 and chance.random() < 0.5
+        n_buckets = 1 if local else chance.choice([1, 3, 8])
+        buckets = torch.randint(0, n_buckets, (rows, rounds, length), generator=generator)
+        seating = Seating.by_bucket(buckets.to(DEVICE), None if mask is None else mask.to(DEVICE))
+        if local and mask is None:
+            seating = Seating.in_order(rows, length, DEVICE)
+        rule = Rule(
+            reach=chance.choice([1, 2, 5, 16, 40, 70, 300]),
+            attend=chance.choice(["window", "chunk"]),
+            causal=chance.random() < 0.5,
+            once=not local and chance.random() < 0.5,
+            shared=not local and chance.random() < 0.8,
+        )
+        keys = torch.randint(-(2**62), 2**62, (rows,), generator=generator).to(DEVICE)
+        self.rest = seating, rule, PairDropout(0.3, keys) if chance.random() < 0.3 else None
+        self.grad = torch.randn(rows, length, d_v, generator=generator).to(DEVICE, dtype)
+        if chance.random() < 0.4:
+            # Keys are unit queries.
+            self.tensors[0], self.tensors[1] = q.to(DEVICE, dtype), None
+
+    def run(self, meet: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """out and the gradients of q, k, v, computed in a dtype."""
+        tensors = [
+            x if x is None else x.to(dtype or x.dtype, copy=True).requires_grad_() for x in self.tensors
+        ]
+        out = meet(*tensors, *self.rest)
+        given = [x for x in tensors if x is not None]
+        return [out.detach(), *torch.autograd.grad(out, given, self.grad.to(out.dtype))]
+
+    def check(self) -> None:
+        dtype = self.grad.dtype
+        for number, (got, expected) in enumerate(
+            zip(self.run(kernels.meet), self.run(plain, torch.float64), strict=True)
+        ):
+            assert got.dtype == dtype
+            error = (got.double() - expected).norm().item()
+            # A gradient may cancel to nothing; then its rounding is that of what cancels.
+            size = max(1.0, expected.norm().item(), self.grad.norm().item())
+            assert error <= TOLERANCE[dtype] * size, (number, error, size, self.rest[1])
+
+
+def plain(q: Tensor, k: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
+    return reference.meet(q, unit_keys(q) if k is None else k, v, *rest)
+
+
+class TestMeet:
+    __test__ = HERE
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_equals_reference(self, seed):
+        Case(seed, torch.float32).check()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("seed", range(100, 104))
+    def test_equals_reference_in_half_precision(self, seed, dtype):
+        Case(seed, dtype).check()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("seed", range(200, 216))
+    def test_equals_reference_in_many_cases(self, seed, dtype):
+        Case(seed, dtype).check()
+
+    @pytest.mark.parametrize("attend", ["window", "chunk"])
+    @pytest.mark.parametrize("once", [False, True])
+    def test_many_blocks_and_rounds(self, attend, once):
+        case = Case(1, torch.float32)
+        rows, length = 1, 150
+        generator = torch.Generator().manual_seed(5)
+        case.tensors = [torch.randn(rows, length, 16, generator=generator).to(DEVICE) for _ in range(3)]
+        case.grad = torch.randn(rows, length, 16, generator=generator).to(DEVICE)
+        buckets = torch.randint(0, 3, (rows, 3, length), generator=generator).to(DEVICE)
+        case.rest = Seating.by_bucket(buckets), Rule(48, attend, True, once, True), None
+        case.check()
+
+    @pytest.mark.parametrize("seed", [3, 8])
+    def test_the_same_input_gives_the_same_bits(self, seed):
+        case = Case(seed, torch.bfloat16)
+        for a, b in zip(case.run(kernels.meet), case.run(kernels.meet), strict=True):
+            assert torch.equal(a, b)
+
+    def test_rows_in_turns_give_the_same_bits(self, monkeypatch):
+        for case in (Case(seed, torch.float32) for seed in range(3, 30)):
+            if len(case.grad) > 1 and case.rest[1].once:
+                break
+        together = case.run(kernels.meet)
+        monkeypatch.setattr(kernels, "PART", 1)
+        for a, b in zip(case.run(kernels.meet), together, strict=True):
+            assert torch.equal(a, b)
+
+    def test_tables_of_any_integers(self):
+        case = Case(2, torch.float32)
+        seating, *rest = case.rest
+        short = case.run(kernels.meet)
+        case.rest = Seating(*(x.long() for x in (seating.order, seating.buckets, seating.real))), *rest
+        for a, b in zip(case.run(kernels.meet), short, strict=True):
+            assert torch.equal(a, b)
+
+    def test_heads_need_not_lie_apart(self):
+        """(length, heads, d) in memory, as a projection leaves it: the same bits, and results that lie alike."""
+        rows, length, d = 2, 70, 16
+        together = [torch.randn(length, rows, d, device=DEVICE).transpose(0, 1) for _ in range(3)]
+        buckets = torch.randint(0, 3, (rows, 2, length), device=DEVICE)
+        rest = Seating.by_bucket(buckets), Rule(16, "window", True, False, True), None
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            tensors = [x.detach().requires_grad_() for x in tensors]
+            out = kernels.meet(*tensors, *rest)
+            return [out, *torch.autograd.grad(out.square().sum(), tensors)]
+
+        for a, b in zip(run(together), run([x.contiguous() for x in together]), strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == together[0].stride()
+
+    def test_memory_kept_for_backward_does_not_grow_with_rounds(self):
+        def kept(rounds: int) -> int:
+            sizes: dict[int, int] = {}
+
+            def pack(x: Tensor) -> Tensor:
+                sizes[x.data_ptr()] = x.numel()
+                return x
+
+            q, k, v = (torch.randn(1, 64, 16, device=DEVICE).requires_grad_() for _ in range(3))
+            seating = Seating.by_bucket(torch.randint(0, 3, (1, rounds, 64), device=DEVICE))
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                kernels.meet(q, k, v, seating, Rule(8, "window", True, True, True))
+            return sum(sizes.values())
+
+        # q, k, v, out and one log-sum-exp for each position.
+        assert kept(4) == kept(1) == 64 * (4 * 16 + 1)
+
+    @pytest.mark.parametrize(
+        ("dtype", "width"), [(torch.float64, 16), (torch.float32, kernels.WIDEST + 1)], ids=["fp64", "wide"]
+    )
+    def test_refuses_what_it_does_not_compute(self, dtype, width):
+        x = torch.randn(1, 8, width, dtype=dtype, device=DEVICE)
+        assert not kernels.takes(x, x)
+        with pytest.raises(ConfigError, match=r"take bf16, fp16 and fp32 .* backend=chunked"):
+            kernels.meet(x, x, x, Seating.in_order(1, 8, DEVICE), Rule(4, "window", True, False, False))
+
+
+class TestHashing:
+    __test__ = HERE
+
+    @staticmethod
+    def draw(n_buckets: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Rotations]:
+        """x (2, 3, 90, d) and rotations for which no choice of a bucket is a matter of rounding; some rows are 0."""
+        rotations = draw_rotations(3, d, rounds=3, n_buckets=n_buckets, seed=n_buckets)
+        generator = torch.Generator().manual_seed(d)
+        while True:
+            x = torch.randn(2, 3, 90, d, generator=generator).to(dtype)
+            margin = 1.0
+            for rotation in (r.double() for number in range(3) for r in rotations.factors(number)):
+                rotated = x.double() @ rotation
+                best = torch.cat([rotated, -rotated], dim=-1).topk(2).values
+                margin = min(margin, (best[..., 0] - best[..., 1]).min().item())
+            if margin > 1e-4:
+                x[:, :, 7] = 0.0
+                return x.to(DEVICE), rotations
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("n_buckets", "d"), [(2, 16), (6, 24), (64, 16), (256, 8), (512, 32)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_equals_the_plain_hash_and_sort(self, n_buckets, d, dtype, masked):
+        x, rotations = self.draw(n_buckets, d, dtype)
+        buckets = rotate_and_hash(x, rotations)
+        assert torch.equal(kernels.rotate_and_hash(x, rotations).long(), buckets.long())
+        mask = (
+            torch.rand(2, 90, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.8 if masked else None
+        )
+        rows = None if mask is None else mask.repeat_interleave(3, dim=0)
+        expected = Seating.by_bucket(buckets.flatten(0, 1), rows)
+        seating = kernels.seat_by_hash(x, rotations, mask)
+        assert torch.equal(seating.order.long(), expected.order.long())
+        assert torch.equal(seating.rank.long(), expected.rank.long())
+        assert torch.equal(seating.real.long(), expected.real.long())
+        occupied = torch.arange(90, device=DEVICE) < seating.real[:, None, None]
+        assert torch.equal(
+            seating.buckets.long()[occupied.expand(6, 3, 90)],
+            expected.buckets.long()[occupied.expand(6, 3, 90)],
+        )
+        assert {seating.order.dtype, seating.buckets.dtype, seating.real.dtype} == {torch.int32}
+
+    def test_heads_need_not_lie_apart(self):
+        x, rotations = self.draw(64, 16, torch.float32)
+        together = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(
+            kernels.rotate_and_hash(x, rotations), kernels.rotate_and_hash(together, rotations)
+        )
+
+    def test_what_is_not_a_number_has_a_seat(self):
+        x, rotations = self.draw(6, 24, torch.float32)
+        x[0, 0, :50] = float("nan")
+        order = kernels.seat_by_hash(x, rotations).order.long()
+        assert torch.equal(order.sort(dim=-1).values, torch.arange(90, device=DEVICE).expand_as(order))
+
+
+# Compiled for a GPU that is not here.
+
+H100_SHARED = 232448
+"""Bytes of shared memory that a program may have."""
+
+AHEAD = {
+    "plain-64": ("bfloat16", 64, {}),
+    "plain-128": ("bfloat16", 128, {}),
+    "half-32": ("float16", 32, {}),
+    "single-64": ("float32", 64, {}),
+    "unit-64": ("bfloat16", 64, {"unit": True}),
+    "unit-128": ("bfloat16", 128, {"unit": True}),
+    "once-64": ("bfloat16", 64, {"once": True, "unit": True}),
+    "dropout-64": ("bfloat16", 64, {"dropout": True}),
+    "both-sides-64": ("bfloat16", 64, {"causal": False, "once": True}),
+    "chunk-64": ("bfloat16", 64, {"attend": "chunk", "once": True}),
+    "local-64": ("bfloat16", 64, {"shared": False, "rounds": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AHEAD)
+def test_compiles(name):
+    """For compute capability 9.0: all compiles, fits, and multiplies on tensor cores; the main case hardly spills."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from tests.models.attention.kernels.test_triton import compile_ahead; compile_ahead({name!r})",
+        ],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    if "no ahead-of-time compilation" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {"_forward", "_backward", "_hash_kernel"} <= {x["kernel"] for x in compiled}
+    for x in compiled:
+        print(name, x)
+        assert x["registers"] * 32 * x["warps"] <= 65536
+        assert x["shared"] <= H100_SHARED
+        if x["kernel"] in ("_forward", "_backward"):
+            assert x["tensor"] > 0
+            if name == "plain-64":
+                # Bytes of a thread outside the loops; what spills within them is in the hundreds.
+                assert x["stack"] <= 160
+
+
+def compile_ahead(name: str) -> None:
+    """Run the launches of a case with a driver that has a target and no device; print what came of every kernel."""
+    try:
+        import triton
+        import triton.backends.nvidia
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+        assert (tools / "ptxas").exists() and (tools / "cuobjdump").exists()
+    except (ImportError, AssertionError):
+        sys.exit("no ahead-of-time compilation: this triton comes without its NVIDIA backend and tools")
+    target = GPUTarget("cuda", 90, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_device_capability=lambda device=0: (9, 0),
+        )
+    )
+    launch = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
+        made = launch(self, *args, grid=grid, warmup=True, **settings)
+        print(
+            json.dumps({"kernel": self.__name__, "warps": settings.get("num_warps", 4)} | _usage(made, tools))
+        )
+
+    triton.JITFunction.run = compile_only
+    kernels.takes = lambda q, v: True
+    kernels.available = lambda: True
+    dtype, d, options = AHEAD[name]
+    rounds, rows, length = options.get("rounds", 3), 2, 256
+    q, k, v = (torch.randn(rows, length, d).to(getattr(torch, dtype)).requires_grad_() for _ in range(3))
+    seating = Seating.by_bucket(torch.randint(0, 4, (rows, rounds, length)))
+    rule = Rule(
+        reach=128,
+        attend=options.get("attend", "window"),
+        causal=options.get("causal", True),
+        once=options.get("once", False),
+        shared=options.get("shared", True),
+    )
+    dropout = PairDropout(0.1, torch.arange(rows)) if options.get("dropout") else None
+    kernels.meet(q, None if options.get("unit") else k, v, seating, rule, dropout).sum().backward()
+    kernels.rotate_and_hash(q[None].detach(), draw_rotations(rows, d, rounds=rounds, n_buckets=512, seed=0))
+
+
+def _usage(made: Any, tools: Path) -> dict[str, int]:
+    """Registers of a thread; bytes of stack of a thread and of shared memory; instructions for tensor cores."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        report, code = (
+            subprocess.run(
+                [tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = (int(re.search(rf"{word}:(\d+)", report)[1]) for word in ("REG", "STACK"))
+    tensor = len(re.findall(r"\b(?:HGMMA|HMMA)\b", code))
+    return {"registers": registers, "stack": stack, "shared": made.metadata.shared, "tensor": tensor}

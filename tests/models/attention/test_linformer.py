@@ -1,0 +1,116 @@
+"""Linformer attention against its formula; and what it cannot do."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megabase.models.attention import linformer_attention
+from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.linformer import LinformerAttention
+from megabase.models.config import ConfigError, LinformerConfig, ReformerConfig
+from megabase.models.reversible import Call
+
+
+def inputs(length: int = 12) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, length, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def projections(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64), torch.randn(
+        shape, generator=generator, dtype=torch.float64
+    )
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, to_keys: Tensor, to_values: Tensor) -> Tensor:
+    """One sequence and head after the other."""
+    out = torch.empty_like(v)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            e, f = (x if x.dim() == 2 else x[h] for x in (to_keys, to_values))
+            scores = q[b, h] @ (e @ k[b, h]).T / q.shape[-1] ** 0.5
+            out[b, h] = scores.softmax(-1) @ (f @ v[b, h])
+    return out
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (3, 5, 12)])
+def test_equals_the_formula(shape):
+    q, k, v = inputs()
+    e, f = projections(*shape)
+    torch.testing.assert_close(linformer_attention(q, k, v, e, f), by_hand(q, k, v, e, f))
+    torch.testing.assert_close(linformer_attention(q, k, v, e), by_hand(q, k, v, e, e))
+
+
+def test_as_many_slots_as_positions_can_be_full_attention():
+    q, k, v = inputs()
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(linformer_attention(q, k, v, torch.eye(12, dtype=torch.float64)), full)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_is_not_real_is_as_if_it_were_not_there(shared):
+    q, k, v = inputs()
+    e, f = projections(5, 12)
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, :7], mask[1, ::2] = True, True
+    out = linformer_attention(q, k, v, e, None if shared else f, mask=mask)
+    assert not out.transpose(1, 2)[~mask].any()
+    for i, real in enumerate(mask):
+        alone = (x[i : i + 1, :, real] for x in (q, k, v))
+        expected = by_hand(*alone, e[:, real], (e if shared else f)[:, real])
+        torch.testing.assert_close(out[i : i + 1, :, real], expected)
+
+
+def test_dropout_falls_on_pairs_of_query_and_slot():
+    q, k, v = inputs()
+    e, f = projections(5, 12)
+    dropout = PairDropout(0.4, torch.arange(6) * 12345678901)
+    scale = dropout.scale(torch.arange(6)[:, None, None], torch.arange(12)[:, None], torch.arange(5))
+    weights = (q @ (e @ k).mT / 2).softmax(-1) * scale.view(2, 3, 12, 5)
+    torch.testing.assert_close(
+        linformer_attention(q, k, v, e, f, dropout=dropout), weights @ (f @ v), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_gradcheck():
+    q, k, v = (x[:, :, :6].clone().requires_grad_() for x in inputs())
+    e, f = (x.requires_grad_() for x in projections(3, 2, 6))
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    assert torch.autograd.gradcheck(
+        lambda *tensors: linformer_attention(*tensors, mask=mask), (q, k, v, e, f)
+    )
+
+
+def test_another_length_is_refused():
+    q, k, v = inputs(length=11)
+    e, _ = projections(5, 12)
+    with pytest.raises(ConfigError, match=r"a sequence of 11 tokens .* to_keys made for 12"):
+        linformer_attention(q, k, v, e)
+    with pytest.raises(ConfigError, match="to_values made for 12"):
+        linformer_attention(q, k, v, e[:, :11], e)
+
+
+@pytest.mark.parametrize(
+    ("share", "weights"), [("none", 2 * 2 * 5 * 12), ("heads", 2 * 5 * 12), ("keyvalue", 5 * 12)]
+)
+def test_sharing(share, weights):
+    config = ReformerConfig(
+        vocab_size=9,
+        dim=16,
+        heads=2,
+        layers=["linformer"],
+        causal=False,
+        max_length=12,
+        linformer=LinformerConfig(size=5, share=share),
+    )
+    config.validate(12)
+    torch.manual_seed(0)
+    layer = LinformerAttention(config, 0)
+    assert sum(p.numel() for p in layer.parameters()) == 4 * 16 * 16 + weights
+    x = torch.randn(3, 12, 16)
+    y = layer(x, x, Call())
+    q, k, v = (p(x).view(3, 12, 2, 8).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
+    to_values = layer.to_keys if layer.to_values is None else layer.to_values
+    expected = layer.output(by_hand(q, k, v, layer.to_keys, to_values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,190 @@
+"""`megabase bench data`: everybody reads everything, resumes where it should, and what is wrong is said first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from megabase.datamodules.errors import DataError
+from megabase.pipeline import cli
+from megabase.pipeline.bench import contest, data, draw, readers
+from megabase.pipeline.bench.contest import LeftOut, Reason
+from megabase.pipeline.bench.data import DataOptions, DataTask
+from megabase.pipeline.errors import UserError
+
+MIB = 1 << 20
+OPTIONS = DataOptions(
+    lengths="1k,8k",
+    contestants="ours,ours-in-order,webdataset,webdataset-shuffled,copy",
+    mebibytes=1,
+    directory=None,
+    repeat=2,
+    seconds=None,
+    json=None,
+    picture=None,
+)
+PEERS = [name for name in readers.CONTESTANTS if not name.startswith("ours") and name != "copy"]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> readers.Records:
+    return DataTask(tmp_path_factory.mktemp("records"), MIB).records(8192)
+
+
+def present(name: str) -> bool:
+    try:
+        version(name.removesuffix("-shuffled").removesuffix("-encoded"))
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def test_bench_data(tmp_path, capsys):
+    path = tmp_path / "data.json"
+    (tmp_path / "work").mkdir()
+    sizes = ["--lengths", OPTIONS.lengths, "--mebibytes", "1", "--repeat", "2"]
+    files = ["--directory", str(tmp_path / "work"), "--json", str(path)]
+    assert cli.main(["bench", "data", *sizes, *files, "--contestants", str(OPTIONS.contestants)]) == 0
+    assert not list((tmp_path / "work").iterdir())
+    outcome = json.loads(path.read_text())
+    assert outcome["benchmark"] == "data"
+    assert outcome["machine"]["processor"]
+    assert outcome["versions"]["webdataset"] == version("webdataset")
+    assert outcome["tokens"] == {"1024": MIB, "8192": MIB}
+    assert outcome["settings"]["micro_batch"] == {"1024": 128, "8192": 16}
+    sweeps = {
+        along: [p for p in outcome["points"] if p["along"] == along] for along in (data.LENGTH, data.RESUME)
+    }
+    names = str(OPTIONS.contestants).split(",")
+    assert [(p["size"], p["contestant"]) for p in sweeps[data.LENGTH]] == [
+        (size, name) for size in (1024, 8192) for name in names
+    ]
+    assert {p["contestant"] for p in sweeps[data.RESUME]} == {"ours", "webdataset", "webdataset-shuffled"}
+    for point in outcome["points"]:
+        assert point["left_out"] is None
+        assert len(point["samples"]) == 2
+        assert point["against_ours"] > 0
+        assert point["peak_bytes"] is None
+    printed = capsys.readouterr().out
+    assert "M tokens/s" in printed
+    assert all(label in printed for label in outcome["contestants"].values())
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n")
+    again = tmp_path / "again.png"
+    assert draw.main([str(path), str(again)]) == 0
+    assert again.exists()
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_every_peer_hands_over_all_that_is_left_of_the_epoch(name, records):
+    if not present(name):
+        pytest.skip(f"{name} is not installed")
+    for first in (0, records.count // 2)[: 1 + readers.CONTESTANTS[name].resumes]:
+        left = (records.count - first) * records.length
+        assert sum(readers.CONTESTANTS[name].open(records, first)) == left
+
+
+@pytest.mark.parametrize("read", [readers.webdataset, readers.mosaic, readers.litdata])
+def test_peers_resume_where_they_would_have_gone_on(read, records):
+    try:
+        whole = list(read(shuffled=False)(records, 0))
+    except LeftOut as missing:
+        pytest.skip(str(missing))
+    assert whole == list(records.sequences())
+    assert list(read(shuffled=False)(records, records.count // 2)) == whole[records.count // 2 :]
+    shuffled = list(read(shuffled=True)(records, 0))
+    assert sorted(shuffled) == sorted(whole)
+    assert list(read(shuffled=True)(records, records.count // 2)) == shuffled[records.count // 2 :]
+
+
+def test_ours_is_the_training_order_from_the_step_on(records):
+    module = readers.data_module(records)
+    whole = [batch.samples.tolist() for _, batch in zip(range(4), module.train_dataloader(), strict=False)]
+    module.trainer = readers.at_step(2)
+    resumed = [batch.samples.tolist() for _, batch in zip(range(2), module.train_dataloader(), strict=False)]
+    assert resumed == whole[2:]
+
+
+def test_the_middle_is_between_two_batches():
+    for length in (1, 1000, 8192, 65536, 100_000):
+        records = DataTask(Path(), 4 * MIB).records(length)
+        assert records.count % (2 * records.micro_batch) == 0
+        assert records.count > 0
+        assert data.BATCH_TOKENS <= records.micro_batch * length < data.BATCH_TOKENS + length
+        assert records.bases <= 4 * MIB
+
+
+def test_all_formats_hold_the_same_letters(records):
+    sequences = list(records.sequences())
+    assert len(set(sequences)) == records.count
+    assert set(b"".join(sequences)) == set(b"ACGT")
+
+
+def test_half_a_format_is_never_read(records):
+    def broken(records: readers.Records, folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        records.written("broken", broken)
+    assert not (records.folder / "broken").exists()
+    assert records.written("broken", lambda records, folder: folder.mkdir()).is_dir()
+
+
+def test_handing_over_another_number_of_bases_is_a_failure():
+    assert list(data.read(iter([4, 4, 4]), 8)) == [4]
+    for handed_over in ([4], [4, 5], []):
+        with pytest.raises(LeftOut) as caught:
+            data.read(iter(handed_over), 8)
+        assert caught.value.reason.failed
+
+
+def test_a_peer_that_is_missing_is_left_out(monkeypatch, tmp_path, capsys):
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(readers, "version", missing)
+    path = tmp_path / "data.json"
+    options = replace(OPTIONS, lengths="8k", contestants="copy,litdata", repeat=1, json=path)
+    assert data.run(options) == 0
+    points = {(p["along"], p["contestant"]): p for p in json.loads(path.read_text())["points"]}
+    assert points[data.LENGTH, "litdata"]["left_out"] == "not installed (pip install litdata)"
+    assert points[data.LENGTH, "copy"]["left_out"] is None
+    assert "not installed" in capsys.readouterr().out
+
+
+def test_memory_that_was_not_measured_foresees_nothing():
+    before = [contest.Point("a", 1, [1.0], contest.Probe(1.0, None))]
+    contest.foresee(contest.Entry("a", "A", 0.0), 1 << 30, before, contest.Budget(2.0, 1), free_bytes=1)
+    with pytest.raises(LeftOut) as caught:
+        contest.foresee(contest.Entry("a", "A", 0.0), 2, before, contest.Budget(0.5, 1), None)
+    assert caught.value.reason == Reason("too slow (~1.0 s)", for_good=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"contestants": "ours,webdatset"}, "unknown contestant 'webdatset'; did you mean 'webdataset'?"),
+        ({"lengths": "4q"}, "'4q' is no length"),
+        (
+            {"lengths": "1M"},
+            "--mebibytes 1: does not hold two batches of length 1,048,576: take --mebibytes 2",
+        ),
+        ({"mebibytes": 0}, "--mebibytes 0: must be above zero"),
+        ({"repeat": 0}, "--repeat 0: must be above zero"),
+        ({"seconds": -1.0}, "--seconds -1.0: must be above zero"),
+        ({"directory": Path("no/such")}, "--directory no/such: no such directory"),
+        ({"mebibytes": 1 << 30}, "--directory .* free, and records of every length take"),
+        ({"json": Path("no/such/place.json")}, "--json no/such/place.json: cannot be written"),
+        ({"picture": Path("x.jpg")}, "must end in .png"),
+    ],
+)
+def test_bad_input_is_said_before_any_work(wrong, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contest, "hold", lambda *_: pytest.fail("worked on bad input"))
+    with pytest.raises((UserError, DataError), match=message.replace("?", r"\?")):
+        data.run(replace(OPTIONS, **wrong))
+    assert not list(tmp_path.iterdir())

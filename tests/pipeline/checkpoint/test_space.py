@@ -1,0 +1,90 @@
+"""Room for a checkpoint, and telling a full disk from another trouble."""
+
+import errno
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megabase.pipeline.checkpoint import space
+from megabase.pipeline.checkpoint.manifest import MANIFEST, read_manifest
+from megabase.pipeline.checkpoint.space import amount, is_full, needed, shortage
+from tests.pipeline.checkpoints import write_checkpoint
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_what_a_checkpoint_needs_is_taken_from_the_last_or_from_the_model(tmp_path: Path) -> None:
+    parameters = 10_000_000
+    sizes = {
+        (stage, precision): needed(parameters, stage, precision) - space._SPARE_BYTES
+        for stage in (0, 2, 3)
+        for precision in ("32", "bf16")
+    }
+    # fp32 master weights and two moments; below stage 3 the model's own weights as well.
+    assert sizes[2, "32"] >= 16 * parameters > sizes[2, "bf16"] >= 14 * parameters
+    assert 14 * parameters > sizes[3, "bf16"] == sizes[3, "32"] >= 12 * parameters
+    before = read_manifest(write_checkpoint(tmp_path / "step-4"))
+    assert before.size < needed(parameters, 2, "32", before) - space._SPARE_BYTES < 1.1 * before.size
+    # Of another stage or precision, it tells nothing.
+    assert needed(parameters, 3, "32", before) == needed(parameters, 3, "32")
+
+
+def test_a_shortage_says_how_much_where_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - 5_000_000, 5_000_000))
+    assert shortage(tmp_path, 5_000_000) is None
+    said = shortage(tmp_path, 5_000_001)
+    assert said and f"needs up to 4.8 MiB, {tmp_path} has 4.8 MiB free" in said and "checkpoint.keep" in said
+    assert "broken" not in said
+    write_checkpoint(tmp_path / "step-4", name="step-4.broken")
+    assert "broken checkpoints that nobody deletes by itself hold 2." in str(shortage(tmp_path, 5_000_001))
+
+
+def test_the_next_checkpoint_is_judged_by_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 8 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free, free))
+    assert "a checkpoint needs up to 19.6 MiB" in str(space.lacking(tmp_path, 1_000_000, 2, "32"))
+    path = write_checkpoint(tmp_path / "step-4")
+    assert space.lacking(tmp_path, 1_000_000, 2, "32") is None
+    (path / MANIFEST).unlink()
+    assert space.lacking(tmp_path, 1_000_000, 2, "32")
+
+
+def test_a_file_system_that_does_not_answer_hangs_no_other_rank(tmp_path: Path) -> None:
+    said = space.lacking(tmp_path / "gone", 1_000_000, 2, "32")
+    assert said and "does not say how much room it has: " in said
+
+
+@pytest.mark.parametrize("numbers", [10, 5_000_000])
+def test_a_full_disk_is_known_behind_torch_s_own_error(numbers: int) -> None:
+    with (
+        pytest.raises((OSError, RuntimeError)) as raised,
+        Path("/dev/full").open("wb") as full,
+    ):
+        torch.save({"x": torch.zeros(numbers)}, full)
+    assert is_full(raised.value)
+
+
+def test_a_full_disk_is_told_from_other_errors() -> None:
+    assert is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert not is_full(OSError(errno.EIO, "Input/output error"))
+    assert not is_full(RuntimeError("anything"))
+    assert not is_full(None)
+
+
+def test_amounts_read_well() -> None:
+    assert [amount(size) for size in (0, 1023, 1024, 3 * 2**29, 5 * 2**40)] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.0 KiB",
+        "1.5 GiB",
+        "5.0 TiB",
+    ]

@@ -1,0 +1,369 @@
+"""An export is the trained model: the same weights and losses, whatever cut them up; whole, or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabase.datamodules.datamodule import SequenceDataModule
+from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, safetensors
+from megabase.models.pretrained import from_pretrained
+from megabase.pipeline import cli
+from megabase.pipeline.checkpoint.manifest import Manifest
+from megabase.pipeline.config import schema as config
+from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.inference import export as export_module
+from megabase.pipeline.inference.export import choose, export
+from megabase.pipeline.rundir.journal import read
+from tests.pipeline.checkpoints import sealed
+from tests.pipeline.zero.test_states import groups_of, write_sharded
+
+CONFIG = ReformerConfig(
+    vocab_size=9, dim=12, depth=3, heads=2, max_length=64, lsh=LSHConfig(chunk_length=8), head_bias=True
+)
+TIED = dataclasses.replace(CONFIG, tie_embeddings=True, head_bias=False)
+# The one kind of model that transformers has, too; without hashing, whose rotations are each side's own.
+MAPS = dataclasses.replace(
+    CONFIG,
+    layers=["local"],
+    local=LocalConfig(window=8, attend="chunk"),
+    positions="axial",
+    conv=0,
+    head_bias=False,
+)
+
+
+def write_checkpoint(
+    run: Path, settings: ReformerConfig, step: int, *, stage: int = 2, ranks: int = 2
+) -> Reformer:
+    """Write a checkpoint of random weights as DeepSpeed's ranks would; returns the model that it is of."""
+    torch.manual_seed(step)
+    model = Reformer(settings)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02)
+    weights = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    trained = torch.nn.Module()
+    trained.model = model
+    path = run / "checkpoints" / f"step-{step}"
+    write_sharded(path, stage, ranks, [{n: weights[n] for n in names} for names in groups_of(trained)])
+    if settings.tie_embeddings:
+        prefix = "zero_pp_rank_0_" if stage == 3 else ""
+        file = path / "checkpoint" / f"{prefix}mp_rank_00_model_states.pt"
+        shared = {"model.head.weight": "model.body.embedding.tokens.weight"}
+        torch.save(torch.load(file) | {"shared_params": shared}, file)
+    files = {
+        found.relative_to(path).as_posix(): {
+            "size": found.stat().st_size,
+            "sha256": hashlib.sha256(found.read_bytes()).hexdigest(),
+        }
+        for found in path.rglob("*.pt")
+    }
+    manifest = Manifest(
+        step=step,
+        samples=step * 4,
+        ranks=ranks,
+        stage=stage,
+        precision="32",
+        config=config.flatten({"model": asdict(settings)}),
+        data="",
+        versions={"torch": "then"},
+        files=files,
+    )
+    (path / "megabase.json").write_text(manifest.sealed())
+    return model.eval()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with checkpoints of steps 3, 5 and 10."""
+    for step in (3, 5, 10):
+        write_checkpoint(tmp_path / "run", CONFIG, step)
+    return tmp_path / "run"
+
+
+def damage(run: Path, step: int) -> None:
+    path = run / "checkpoints" / f"step-{step}" / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def logits(model: Any, tokens: torch.Tensor, **more: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(tokens, **more)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+@pytest.mark.parametrize("settings", [CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 3), (3, 2)])
+def test_the_export_is_the_model(tmp_path: Path, settings: ReformerConfig, stage: int, ranks: int) -> None:
+    model = write_checkpoint(tmp_path / "run", settings, 7, stage=stage, ranks=ranks)
+    checkpoint = export(tmp_path / "run", tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    assert checkpoint.name == "step-7"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = from_pretrained(tmp_path / "out")
+    assert loaded.body.config == settings
+    expected = model.state_dict()
+    assert list(loaded.state_dict()) == list(expected)
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    assert (loaded.head.weight is loaded.body.embedding.tokens.weight) == settings.tie_embeddings
+    tokens = torch.randint(5, 9, (2, 40))
+    assert torch.equal(logits(loaded, tokens, seeds=Seeds(3)), logits(model, tokens, seeds=Seeds(3)))
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (about["alphabet"], about["step"], about["samples"]) == ("dna", 7, 28)
+    manifest = (checkpoint / "megabase.json").read_bytes()
+    assert about["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
+
+
+def test_the_formats_own_library_reads_it(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("safetensors.torch")
+    model = write_checkpoint(tmp_path / "run", TIED, 7)
+    export(tmp_path / "run", tmp_path / "out", form="safetensors", step=None, dtype="bf16")
+    found = theirs.load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: weight.bfloat16() for name, weight in model.named_parameters()}
+    assert found.keys() == expected.keys()  # tied weights once
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    theirs.save_file(found, tmp_path / "again.safetensors")
+    assert all(
+        torch.equal(weight, expected[name])
+        for name, weight in safetensors.read(tmp_path / "again.safetensors").items()
+    )
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    piece=st.integers(1, 7),
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[list[int]], dtype: torch.dtype, piece: int
+) -> None:
+    path = tmp_path_factory.mktemp("format") / "x.safetensors"
+    tensors = {f"t{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
+
+    def pieces(name: str) -> Iterator[torch.Tensor]:
+        flat = tensors[name].reshape(-1)
+        return (flat[i : i + piece] for i in range(0, len(flat), piece))
+
+    safetensors.write(path, {n: t.shape for n, t in tensors.items()}, dtype, pieces, {"format": "pt"})
+    found = safetensors.read(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n], t) and found[n].dtype == dtype for n, t in tensors.items())
+
+
+def test_an_export_that_was_cut_off_or_changed(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(run, out, form="safetensors", step=5, dtype="fp32")
+    whole = (out / "model.safetensors").read_bytes()
+    for content in (b"", whole[:5], whole[:900], whole[:-4], b"\xff" * 64, whole[:8] + b"[" + whole[9:]):
+        (out / "model.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match="export it again"):
+            from_pretrained(out)
+    (out / "model.safetensors").write_bytes(whole)
+    about = json.loads((out / "config.json").read_text())
+    for key, value, message in (
+        ("dim", 24, "does not have the weights that config.json beside it describes"),
+        ("depht", 3, "model.depht is a setting that this version does not know"),
+        ("dim", "64", "a setting of the model has a value of the wrong type"),
+        ("lsh", 5, "model.lsh=5: it holds settings by name"),
+    ):
+        (out / "config.json").write_text(json.dumps(about | {"model": about["model"] | {key: value}}))
+        with pytest.raises(ConfigError, match=message):
+            from_pretrained(out)
+    for content in (b"{", b"[]", b"{}"):
+        (out / "config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"config\.json"):
+            from_pretrained(out)
+    for place in (tmp_path / "nothing", out / "model.safetensors"):
+        with pytest.raises(ConfigError, match=rf"{place.name}/config\.json is missing"):
+            from_pretrained(place)
+
+
+@pytest.mark.parametrize("shape", [[-2, -2], [4.0], [True, 4], "4", None])
+def test_a_header_with_an_impossible_shape(tmp_path: Path, shape: Any) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 16]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(ConfigError, match="header that cannot be used"):
+        safetensors.read(tmp_path / "x.safetensors")
+
+
+def test_the_newest_that_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose(run, None).name == "step-10"
+    assert choose(run, 5).name == "step-5"
+    damage(run, 10)
+    assert choose(run, None).name == "step-5"
+    said = capsys.readouterr().err
+    assert "step-10 is broken (checkpoint/zero_pp_rank_1" in said
+    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 5 is whole"):
+        choose(run, 10)
+    damage(run, 5)
+    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 3 is whole"):
+        choose(run, 10)
+    damage(run, 3)
+    with pytest.raises(UserError, match="no older one that is whole"):
+        choose(run, None)
+    # A run that trains chooses for itself: nothing was renamed.
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-3", "step-5"]
+
+
+def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "aside" / "checkpoints" / "step-3.broken").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "running.partial").mkdir()
+    new = str(tmp_path / "new")
+    for arguments, message in (
+        ([str(tmp_path / "nowhere"), new], "is no run directory"),
+        ([str(tmp_path), new], "is no run directory"),
+        ([str(tmp_path / "empty"), new], "has no checkpoint yet: train it first"),
+        ([str(tmp_path / "aside"), new], "has no checkpoint that is whole, only step-3.broken"),
+        ([str(run), new, "--step", "4"], "has no checkpoint of step 4: there are 3, 5, 10"),
+        ([str(run), str(tmp_path / "there")], "there exists already: choose another OUT"),
+        ([str(run), "."], "exists already: choose another OUT"),
+        ([str(run), str(run / "checkpoints" / "model")], "is among the checkpoints of"),
+        ([str(run), "/"], "/ exists already: choose another OUT"),
+        ([str(run), str(tmp_path / "running")], "running.partial exists already: an export is writing it"),
+        ([str(run), new, "--format", "huggingface"], "positions=rotary has no counterpart in transformers"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.main(["export", *arguments]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and message in said[0], said
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("when", ["verify", "read_manifest", "source_of"])
+def test_a_checkpoint_that_the_run_deletes_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest goes: the next is taken. The one that was asked for goes: one line."""
+    before = getattr(export_module, when)
+
+    def gone(path: Path, *more: Any) -> Any:
+        if path.name == "step-10":
+            shutil.rmtree(path, ignore_errors=True)
+        return before(path, *more)
+
+    monkeypatch.setattr(export_module, when, gone)
+    shutil.copytree(run / "checkpoints", tmp_path / "kept")
+    assert export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32").name == "step-5"
+    shutil.copytree(tmp_path / "kept" / "step-10", run / "checkpoints" / "step-10", dirs_exist_ok=True)
+    with pytest.raises(
+        (RunError, UserError), match=r"step-10 was deleted while|has no checkpoint of step 10"
+    ):
+        export(run, tmp_path / "asked", form="safetensors", step=10, dtype="fp32")
+    assert capsys.readouterr().err == "" and not list(tmp_path.glob("asked*"))
+
+
+def test_a_checkpoint_of_another_model(run: Path, tmp_path: Path) -> None:
+    path = run / "checkpoints" / "step-10" / "megabase.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["model.dim"] = 24
+    path.write_text(sealed(manifest))
+    with pytest.raises(RunError, match="not of the model that its manifest describes"):
+        export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megabase.models.safetensors.os.fsync", full)
+    with pytest.raises(RunError, match="out cannot be written: No space left on device"):
+        export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_to_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = write_checkpoint(tmp_path / "run", MAPS, 7, stage=3)
+    export(tmp_path / "run", tmp_path / "out", form="huggingface", step=None, dtype="fp32")
+    theirs = transformers.ReformerModelWithLMHead.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.randint(5, 9, (2, 64))
+    assert torch.allclose(logits(theirs, tokens), logits(model, tokens), atol=1e-4)
+    assert json.loads((tmp_path / "out" / "source.json").read_text())["step"] == 7
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from megabase.pipeline.inference.export import export
+from megabase.pipeline.zero.states import Shards
+from megabase.models.pretrained import from_pretrained
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+most = 0
+read = Shards.read
+def measured(*arguments):
+    global most
+    piece = read(*arguments)
+    most = max(most, anonymous())
+    return piece
+
+Shards.read = measured
+root = Path(sys.argv[1])
+export(root / "small", root / "warm", form="safetensors", step=None, dtype="fp32")
+before, most = anonymous(), 0
+export(root / "large", root / "out", form="safetensors", step=None, dtype="fp32")
+during = most - before
+before = anonymous()
+model = from_pretrained(root / "out")
+print(during, anonymous() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Memory that no file backs: what is mapped from the checkpoint can be dropped at any time and is not counted."""
+    write_checkpoint(tmp_path / "small", CONFIG, 1)
+    large = dataclasses.replace(CONFIG, dim=256, depth=24)
+    model = write_checkpoint(tmp_path / "large", large, 1, stage=3)
+    size = sum(4 * weight.numel() for weight in model.parameters())
+    assert size > 60e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    during, loaded = map(int, done.stdout.split())
+    assert loaded > 0.8 * size  # a model in memory is seen by this measure
+    assert during < size / 6
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_loss_is_the_one_of_the_journal(undisturbed: Path, tmp_path: Path) -> None:
+    export(undisturbed, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    model = from_pretrained(tmp_path / "out")
+    trained = config.load([undisturbed / "config.yaml"])
+    nats = bases = 0.0
+    for batch in SequenceDataModule(trained.data, trained.run.seed).some_validation(0):
+        wide = batch.widened()
+        with torch.no_grad():
+            nats += float(model.loss(wide.tokens, wide.labels, seeds=Seeds(run=trained.run.seed)))
+        bases += int((wide.labels != -100).sum())
+    row = [row for row in read(undisturbed / "metrics.jsonl") if "valid_loss" in row][-1]
+    assert row["step"] == json.loads((tmp_path / "out" / "config.json").read_text())["step"]
+    assert bases == row["valid_bases"]
+    assert nats / bases == pytest.approx(row["valid_loss"], rel=1e-6)

@@ -1,0 +1,94 @@
+"""The journal: exact floats, torn lines, resume, and reading while it grows."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabase.pipeline.errors import RunError
+from megabase.pipeline.rundir.journal import Journal, Tail, read, restore
+
+
+@given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+def test_floats_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
+    path = tmp_path_factory.mktemp("journal") / "metrics.jsonl"
+    journal = Journal(path, 0)
+    journal.append([{"step": i, "loss": value} for i, value in enumerate(values)])
+    journal.close()
+    assert [row["loss"] for row in read(path)] == values
+
+
+def test_not_a_number_is_still_valid_json(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "m.jsonl", 0)
+    journal.append([{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}])
+    assert [row["loss"] for row in read(tmp_path / "m.jsonl")] == ["nan", "inf"]
+
+
+def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    first = Journal(path, 0)
+    first.append([{"step": step, "loss": step / 7} for step in range(1, 9)])
+    with path.open("a") as file:
+        file.write('{"step": 9, "lo')
+    resumed = Journal(path, 5)
+    resumed.append([{"step": 6, "loss": 6 / 7}])
+    assert [row["step"] for row in read(path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_anew_keeps_nothing(tmp_path: Path) -> None:
+    Journal(tmp_path / "m.jsonl", 0).append([{"step": 1}])
+    Journal(tmp_path / "m.jsonl", 0)
+    assert list(read(tmp_path / "m.jsonl")) == []
+
+
+def test_a_full_disk_is_one_message_and_closing_adds_none(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
+    journal.close()
+    journal._file = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl cannot be written: .*No space left.* same command goes on"
+    ):
+        journal.append([{"step": 1, "loss": 2.0}])
+    journal.close()
+
+
+def test_tail_returns_each_whole_row_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    tail = Tail(path)
+    assert tail.new() == []
+    with path.open("a") as file:
+        file.write('{"step": 1}\n{"step": 2')
+        file.flush()
+        assert tail.new() == [{"step": 1}]
+        file.write('}\n{"step": 3}\n')
+        file.flush()
+        assert tail.new() == [{"step": 2}, {"step": 3}]
+        assert tail.new() == []
+
+
+def test_rows_that_a_checkpoint_has_come_back(tmp_path: Path) -> None:
+    journal, saved = tmp_path / "metrics.jsonl", tmp_path / "saved.jsonl"
+    rows = [b'{"step": 1, "loss": 2.0}\n', b'{"step": 2, "loss": 1.5}\n', b'{"step": 3, "loss": 1.0}\n']
+    saved.write_bytes(b"".join(rows[:2]))
+    for there, wrong in (
+        (rows, None),
+        (rows[:2], None),
+        (rows[:1], "lacks rows"),
+        ([], "lacks rows"),
+        ([rows[0], rows[1][:9]], "lacks rows"),
+        ([rows[0].replace(b"2.0", b"3.0"), *rows[1:]], "has other rows"),
+    ):
+        journal.write_bytes(b"".join(there))
+        assert restore(journal, saved) == wrong
+        assert journal.read_bytes() == b"".join(there if wrong is None else rows[:2])
+    journal.unlink()
+    assert restore(journal, saved) == "lacks rows" and journal.read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"loss": 1.0}\n', b'{"step": 2'])
+def test_what_is_no_row_ends_a_journal(tmp_path: Path, line: bytes) -> None:
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_bytes(b'{"step": 1}\n' + line)
+    assert list(read(journal)) == [{"step": 1}]

@@ -1,0 +1,75 @@
+"""A training of two ranks in which rank 1, and only it, is told to stop at a chosen moment, several times.
+
+As `python stopping_worker.py MOMENT KEY=VALUE...` this process supervises; its ranks run the same file. MOMENT:
+startup (while the model is built), checkpoint (while step-N.partial is there), evaluation (after its first batch).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megabase.pipeline import cli
+from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.ranks import launch as distributed
+from megabase.pipeline.ranks.stop import StopRequest
+from megabase.pipeline.training import callback as loop
+from megabase.pipeline.training.module import PretrainModule
+
+
+def tell() -> None:
+    """To this process, as a SLURM that is in a hurry does."""
+    for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), signum)
+
+
+def before(function: Callable[..., Any], action: Callable[..., None]) -> Callable[..., Any]:
+    def both(*arguments: Any, **more: Any) -> Any:
+        action(*arguments)
+        return function(*arguments, **more)
+
+    return both
+
+
+def during_checkpoint(partial: Path, *_: Any) -> None:
+    assert partial.name.endswith(".partial") and partial.is_dir()
+    tell()
+
+
+def during_evaluation(*arguments: Any) -> Any:
+    *others, stop = arguments
+    asked = []
+
+    def asks() -> bool:
+        asked.append(1)
+        if len(asked) == 2:
+            tell()
+        answer: bool = stop()
+        return answer
+
+    return evaluate(*others, asks)
+
+
+evaluate = loop.evaluate
+
+
+def arrange(moment: str) -> None:
+    if moment == "startup":
+        PretrainModule.configure_model = before(PretrainModule.configure_model, lambda _: tell())
+    elif moment == "checkpoint":
+        checkpoint.describe = before(checkpoint.describe, during_checkpoint)
+    elif moment == "evaluation":
+        loop.evaluate = during_evaluation
+
+
+if __name__ == "__main__":
+    moment, *settings = sys.argv[1:]
+    if "RANK" not in os.environ:
+        sys.exit(distributed.supervise([sys.executable, *sys.argv], 2, StopRequest().listen()))
+    if os.environ["RANK"] == "1":
+        arrange(moment)
+    sys.exit(cli.main(["train", *settings]))

@@ -1,0 +1,398 @@
+"""Bad numbers: which are, what a run does about them, and that they touch no weight, no moment and no checkpoint."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.batches.batches import Place, TrainBatches
+from megabase.datamodules.datamodule import SequenceDataModule
+from megabase.datamodules.prepare.prepare import prepare
+from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.ranks.agreement import Agreed
+from megabase.pipeline.rundir.journal import Row, read
+from megabase.pipeline.training.bad_windows import report
+from megabase.pipeline.training.guard import LEAST_LOSSES, History, Trouble, WatchedAdamW, step_loss
+from megabase.pipeline.training.recorder import Recorder
+from tests.pipeline.processes import run_ranks
+from tests.pipeline.training import guard_worker
+from tests.pipeline.training.guard_worker import BAD, CASES, SAVED, STEPS
+
+GUESS = math.log(9)
+
+
+def settings(*more: str, root: Path = Path("/nowhere")) -> RunConfig:
+    run = config.load(
+        [], ["run.name=x", f"run.root={root}", "data.shards=s", "data.length=8", "data.global_batch=8", *more]
+    )
+    run.model.vocab_size = 9
+    return run
+
+
+def rows(losses: Sequence[float]) -> list[Row]:
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("guard.on_bad=panic", "guard.on_bad='panic': choose one of skip, stop"),
+        ("guard.spike=1", "guard.spike=1.0: a multiple of the usual loss, above 1"),
+        ("guard.spike=-3", "guard.spike=-3.0: a multiple"),
+        ("guard.window=0", "guard.window=0: must be above zero"),
+        ("guard.max_skips=0", "guard.max_skips=0: must be above zero"),
+        ("guard.max_skips=200", "guard.max_skips=200: at most guard.window=100"),
+    ],
+)
+def test_bad_settings_are_named(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        settings(setting)
+
+
+def test_what_is_bad_about_a_loss() -> None:
+    history = History(settings("guard.spike=3"), rows([2.0] * LEAST_LOSSES))
+    assert not history.bad_loss(6.0)
+    assert history.bad_loss(6.01) == (
+        f"is 6.01, more than guard.spike=3 times the median 2 of the {LEAST_LOSSES} before it"
+    )
+    assert history.bad_loss(math.nan) == "is nan" and history.bad_loss(-math.inf) == "is -inf"
+    # Few are known; the data is learnt by heart, and guessing would still be worse; it is switched off.
+    assert not History(settings(), rows([2.0] * (LEAST_LOSSES - 1))).bad_loss(1e9)
+    learnt = History(settings(), rows([1e-4] * LEAST_LOSSES))
+    assert not learnt.bad_loss(GUESS) and learnt.bad_loss(GUESS * 1.01)
+    assert not History(settings("guard.spike=0"), rows([2.0] * 50)).bad_loss(1e9)
+
+
+def test_one_loss_out_of_line_and_skipped_ones_do_not_move_the_median() -> None:
+    history = History(settings("guard.window=10"), rows([2.0] * LEAST_LOSSES + [5.9]))
+    skipped = {"step": 99, "loss": "inf", "skipped_update": True}
+    history.add(skipped)
+    assert history.skipped == 1 and not history.bad_loss(5.9) and history.bad_loss(6.1)
+
+
+@given(
+    losses=st.lists(st.floats(0.5, 50) | st.sampled_from([math.nan, math.inf]), max_size=60),
+    window=st.integers(10, 30),
+    at=st.integers(0, 60),
+)
+def test_a_resumed_run_judges_as_the_uninterrupted_one(losses: list[float], window: int, at: int) -> None:
+    """After `at` steps it knows no more than what the journal's lines say."""
+    run = settings(f"guard.window={window}", "guard.on_bad=skip", "guard.max_skips=10")
+    whole, told = History(run), []
+    resumed: History | None = None
+    for step, loss in enumerate(losses, 1):
+        if step == at + 1:
+            resumed = History(run, [json.loads(line) for line in told])
+        row, again = {"step": step, "loss": loss}, {"step": step, "loss": loss}
+        applied = not whole.bad_loss(loss)
+        trouble = whole.judge(row, 1.0, applied)
+        if resumed:
+            assert resumed.judge(again, 1.0, applied) == trouble and repr(again) == repr(row)
+            assert resumed.skipped == whole.skipped
+        told.append(json.dumps(row | {"loss": loss if math.isfinite(loss) else repr(loss)}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_bad", "loss", "norm", "applied", "noted", "trouble"),
+    [
+        ("32", "stop", 2.0, 0.5, True, {"grad_norm": 0.5}, None),
+        ("32", "stop", 2.0, None, True, {}, None),
+        ("32", "stop", 2.0, math.inf, False, {"grad_norm": math.inf}, "the gradient norm of step 9 is inf"),
+        ("32", "stop", 2.0, math.nan, True, {"grad_norm": math.nan}, "the gradient norm of step 9 is nan"),
+        ("32", "stop", math.nan, math.inf, False, {"grad_norm": math.inf}, "the loss of step 9 is nan"),
+        ("32", "skip", math.nan, math.inf, False, {"skipped_update": True}, None),
+        ("32", "skip", 2.0, math.inf, False, {"skipped_update": True}, None),
+        ("32", "skip", 99.0, 1.0, True, {"grad_norm": 1.0}, "the loss of step 9 is 99, more than"),
+        ("16", "stop", 2.0, math.inf, False, {"loss_scale_skip": True}, None),
+        ("16", "skip", 2.0, math.inf, False, {"loss_scale_skip": True}, None),
+        ("16", "stop", math.nan, math.inf, False, {"grad_norm": math.inf}, "the loss of step 9 is nan"),
+        ("16", "skip", math.nan, math.inf, False, {"skipped_update": True}, None),
+    ],
+)
+def test_what_a_step_becomes(
+    precision: str, on_bad: str, loss: float, norm: Any, applied: bool, noted: Row, trouble: str | None
+) -> None:
+    run = settings(f"trainer.precision={precision}", f"guard.on_bad={on_bad}")
+    row: Row = {"step": 9, "loss": loss}
+    found = History(run, rows([2.0] * LEAST_LOSSES)).judge(row, norm, applied)
+    assert repr(row) == repr({"step": 9, "loss": loss} | noted)
+    assert (found is None) if trouble is None else (found is not None and found.text.startswith(trouble))
+    if found:
+        assert ("guard.on_bad=skip" in found.way_out) == (on_bad == "stop")
+
+
+def test_skipping_too_often_ends_the_run_and_now_and_then_does_not() -> None:
+    run = settings("guard.on_bad=skip", "guard.window=10", "guard.max_skips=2")
+    history = History(run)
+    for step in range(1, 100):
+        assert history.judge({"step": step, "loss": 2.0}, 1.0, applied=bool(step % 10)) is None
+    found = history.judge({"step": 100, "loss": math.nan}, math.inf, applied=False)
+    assert found is None
+    found = history.judge({"step": 101, "loss": math.nan}, math.inf, applied=False)
+    assert found is not None and found.step == 101
+    assert found.text == "step 101: 2 of the last 10 updates were skipped (guard.max_skips=2)"
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_gradients_that_no_loss_scale_helps_end_an_fp16_run(on_bad: str) -> None:
+    history = History(settings("trainer.precision=16", f"guard.on_bad={on_bad}"))
+    lost = [history.judge({"step": step, "loss": 2.0}, math.inf, applied=False) for step in range(1, 40)]
+    assert lost == [None] * 39
+    assert history.judge({"step": 40, "loss": 2.0}, 1.0, applied=True) is None  # one that works: all is well
+    found = [history.judge({"step": step, "loss": 2.0}, math.inf, applied=False) for step in range(41, 81)]
+    assert found[:-1] == [None] * 39 and found[-1] is not None
+    assert (
+        found[-1].text
+        == "step 80: the gradients of 40 steps in a row were not finite, whatever the loss scale"
+    )
+    resumed = History(
+        settings("trainer.precision=16"), [{"step": 1, "loss": 2.0, "loss_scale_skip": True}] * 39
+    )
+    assert resumed.judge({"step": 40, "loss": 2.0}, math.inf, applied=False) is not None
+
+
+def test_the_loss_of_a_step_is_per_scored_base() -> None:
+    assert step_loss(torch.tensor(6.0), None, 4) == (1.5, 0)
+    assert step_loss(torch.tensor(6.0), torch.tensor([0.75, 2.0]), 4) == (8.0, 2)
+    assert step_loss(torch.tensor(0.0), torch.zeros(2), 4) == (0.0, 0)
+    loss, unread = step_loss(torch.tensor(0.0), torch.tensor([0.0, 3.0]), 4)
+    assert math.isnan(loss) and unread == 3
+
+
+def test_the_books_find_the_first_bad_step_and_count_what_was_skipped(tmp_path: Path) -> None:
+    for on_bad, first in (("stop", 2), ("skip", None)):
+        run = settings(f"guard.on_bad={on_bad}", f"run.root={tmp_path}", f"run.name={on_bad}")
+        run.directory.mkdir()
+        recorder = Recorder(run, 1, None)
+        recorder.begin(0)
+        for step, nats in enumerate([6.0, math.nan, math.inf, 6.0], 1):
+            norm = 1.0 if math.isfinite(nats) else math.inf
+            recorder.add(step, torch.tensor(nats), None, 4, norm, applied=math.isfinite(nats))
+            recorder.confirm(Agreed(step, False, False, 0, 0))
+        recorder.flush()
+        assert (recorder.trouble and recorder.trouble.step) == first
+        recorder.close()
+        told = list(read(run.directory / "metrics.jsonl"))
+        assert [row["loss"] for row in told] == [1.5, "nan", "inf", 1.5]
+        assert [row.get("skipped_update") for row in told] == [None, *[on_bad == "skip" or None] * 2, None]
+        speeds = [row for row in read(run.directory / "performance.jsonl") if "tokens_per_second" in row]
+        assert [row.get("skipped_updates") for row in speeds] == [2 if on_bad == "skip" else None]
+
+
+def test_plain_adamw_knows_its_norm_and_drops_only_when_told() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    adam = WatchedAdamW([weight], lr=0.1)
+
+    def step(gradient: list[float], drops: bool) -> float:
+        weight.grad = torch.tensor(gradient)
+        adam.drops = drops
+        adam.measure()
+        adam.step()
+        return float(adam._global_grad_norm)
+
+    assert step([3.0, 4.0, 0.0], drops=True) == 5.0 and not adam.overflow
+    before = weight.detach().clone(), {k: v.clone() for k, v in adam.state[weight].items()}
+    assert math.isnan(step([math.nan, 4.0, 0.0], drops=True)) and adam.overflow
+    assert torch.equal(weight, before[0])
+    assert all(torch.equal(adam.state[weight][name], value) for name, value in before[1].items())
+    assert bool(weight.isfinite().all())
+    step([math.inf, 0.0, 0.0], drops=False)
+    assert not adam.overflow and not bool(weight.isfinite().all())
+
+
+class Others:
+    """Stands for `Ranks` on rank 0 of some."""
+
+    rank = 0
+
+    def __init__(self, told: list[list[float]]) -> None:
+        self.told, self.size = told, len(told)
+
+    def gather(self, value: Any) -> list[Any]:
+        assert repr(value) == repr(self.told[0])
+        return self.told
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """Shards of one long record and some short ones, and their bases."""
+    folder = tmp_path_factory.mktemp("genome")
+    random = np.random.default_rng(5)
+    bases = {
+        f"r{i}": bytes(random.choice(list(b"ACGT"), size).tolist())
+        for i, size in enumerate([900, 9, 7, 11, 6])
+    }
+    fasta = folder / "g.fa"
+    fasta.write_bytes(b"".join(b">" + name.encode() + b"\n" + text + b"\n" for name, text in bases.items()))
+    prepare([fasta], folder / "shards", progress=False)
+    return folder / "shards", bases
+
+
+@pytest.mark.parametrize("how", [(), ("data.shift=3", "data.reverse_complement=0.5"), ("data.pack=true",)])
+def test_a_report_names_the_windows_that_each_rank_read(
+    genome: tuple[Path, dict[str, bytes]], how: tuple[str, ...], tmp_path: Path
+) -> None:
+    shards, bases = genome
+    run = settings(f"data.shards={shards}", "data.micro_batch=2", f"run.root={tmp_path}", *how)
+    run.directory.mkdir()
+    data = SequenceDataModule(run.data, 1)
+    ranks, turns = 2, 2
+    nats = [[5.0, 5.0], [5.0, math.nan]]
+    step = 40 if not how else 13
+    loaders = [
+        TrainBatches(data.training_windows(), Place(rank, ranks, 2), 1, turns, step - 1)
+        for rank in range(ranks)
+    ]
+    said = report(run, Trouble(step, "the loss"), Others(nats), nats[0], loaders[0])  # type: ignore[arg-type]
+
+    path = run.directory / "logs" / f"bad-step-{step}.json"
+    told = json.loads(path.read_text())
+    assert told["step"] == step and told["why"] == "the loss"
+    windows = told["windows"]
+    assert [window["stands_out"] for window in windows] == [True] * 2 + [False] * 6
+    alphabet = Alphabet.named("dna")
+    for rank, turn in itertools.product(range(ranks), range(turns)):
+        batch = loaders[rank].batch((step - 1) * turns + turn)
+        mine = [w for w in windows if (w["rank"], w["micro_batch"]) == (rank, turn)]
+        assert [w["sample"] for w in mine] == batch.samples.tolist()
+        assert {str(w["micro_batch_nats"]) for w in mine} == {str(nats[rank][turn])}
+        for window, codes in zip(mine, batch.labels, strict=True):
+            pieces = []
+            for place in window["places"]:
+                assert place["source"] == "g.fa"
+                piece = np.frombuffer(bases[place["record"]][place["start"] : place["end"]], np.uint8)
+                pieces.append(alphabet.reverse_complement(piece) if window["reverse_complement"] else piece)
+            read_then = codes.numpy()[
+                codes.numpy() >= alphabet.encode(np.frombuffer(b"ACGT", np.uint8)).min()
+            ]
+            assert alphabet.encode(np.concatenate(pieces)).tolist() == read_then.tolist()
+    first = windows[0]["places"][0]
+    assert f"window {windows[0]['sample']} ({first['record']}:{first['start']}-{first['end']}" in said
+    assert said.startswith("the loss stands out in what was read from ") and said.endswith(f"all in {path}")
+
+
+def test_a_report_says_what_it_cannot_tell(genome: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    run = settings(f"data.shards={genome[0]}", "data.micro_batch=2", f"run.root={tmp_path}")
+    data = SequenceDataModule(run.data, 1)
+    batches = TrainBatches(data.training_windows(), Place(0, 2, 2), 1, 2)
+
+    def said(nats: list[list[float]]) -> str:
+        return report(run, Trouble(3, "the loss"), Others(nats), nats[0], batches)  # type: ignore[arg-type]
+
+    assert "cannot be written" in said([[5.0, 5.0], [5.0, 5.0]])  # the run directory is not there
+    run.directory.mkdir()
+    unknown = said([[5.0, 5.0], [5.0, 5.0]])
+    assert unknown.startswith("what was read then: window ") and " and 5 more; all in " in unknown
+    assert said([[5.0, 5.0], [11.0, 5.0]]).startswith("the loss stands out in what was read from")
+    assert said([[math.nan] * 2] * 2).startswith(
+        "every micro batch shows it, so the weights may have been bad"
+    )
+
+
+@pytest.fixture(scope="module")
+def poisoned(
+    tmp_path_factory: pytest.TempPathFactory, lambda_shards: Path
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The run root and the results of all cases of the worker, trained by two processes."""
+    root = tmp_path_factory.mktemp("guard")
+    output = root / "results.json"
+    assert run_ranks(2, guard_worker.main, str(lambda_shards), str(root), str(output)) == 0
+    results: dict[str, dict[str, Any]] = json.loads(output.read_text())
+    return root, results
+
+
+SKIPPING = [name for name in CASES if name[0].isdigit() and not name.endswith("undone")]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_skipped_update_leaves_every_state_as_if_it_had_been_taken_back(
+    poisoned: tuple[Path, dict[str, dict[str, Any]]], name: str
+) -> None:
+    root, results = poisoned
+    twin = f"{name.rpartition('-')[0]}-undone"
+    found, expected = results[name], results[twin]
+    assert found["ended"] == expected["ended"] == "finished"
+    for rank, other in zip(found["ranks"], expected["ranks"], strict=True):
+        assert rank["unchanged"] == [BAD] and rank["finite"]
+        assert rank["digest"] == other["digest"]
+    told, twins = (list(read(root / run / "metrics.jsonl")) for run in (name, twin))
+    assert told[BAD - 1].pop("skipped_update") is True and "grad_norm" not in told[BAD - 1]
+    assert [row for row in told if row["step"] != BAD] == [row for row in twins if row["step"] != BAD]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_gradient_norm_is_told_in_every_stage(poisoned: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    norms = [
+        [row["grad_norm"] for row in read(poisoned[0] / f"{stage}-undone" / "metrics.jsonl") if "loss" in row]
+        for stage in range(4)
+    ]
+    assert all(norm > 0 for norm in norms[0])
+    for others in norms[1:]:
+        assert others == pytest.approx(norms[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_that_is_resumed_before_a_skipped_step_skips_it_again(
+    poisoned: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    root, results = poisoned
+    # It was an explosion, which one only sees who knows the losses before it.
+    assert SAVED < LEAST_LOSSES
+    assert (root / "resumed/metrics.jsonl").read_bytes() == (root / "2-spike/metrics.jsonl").read_bytes()
+    assert results["resumed"]["ranks"] == results["2-spike"]["ranks"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_bad_numbers_end_a_run_before_a_checkpoint_of_them(
+    poisoned: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    root, results = poisoned
+    at_once, soon, often = (results[name] for name in ("stopped-at-a-checkpoint", "stopped-soon", "too-many"))
+    # Stage 0 has applied it: the checkpoint that was due then would have been poisoned.
+    assert at_once["ended"].startswith(
+        f"the gradient norm of step {2 * SAVED} is nan: stopped before a checkpoint"
+    )
+    assert at_once["step"] == 2 * SAVED and not any(rank["finite"] for rank in at_once["ranks"])
+    saved = [path.name for path in (root / "stopped-at-a-checkpoint" / "checkpoints").iterdir()]
+    assert saved == [f"step-{SAVED}"]
+
+    assert soon["ended"].startswith(f"the loss of step {BAD} is nan")
+    assert "guard.on_bad=skip leaves such updates out" in soon["ended"]
+    assert BAD < soon["step"] <= BAD + 3
+    told = json.loads((root / "stopped-soon" / "logs" / f"bad-step-{BAD}.json").read_text())
+    culprits = {(w["rank"], w["micro_batch"]) for w in told["windows"] if w["stands_out"]}
+    assert culprits == {(1, 0)} and len(told["windows"]) == 8
+
+    assert f"2 of the last {BAD + 1} updates were skipped (guard.max_skips=2)" in often["ended"]
+    assert all(rank["unchanged"][:2] == [BAD, BAD + 1] for rank in often["ranks"])
+    assert STEPS > BAD + 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("undone")])
+def test_a_nan_in_the_states_of_one_rank_is_found_before_they_are_written(
+    poisoned: tuple[Path, dict[str, dict[str, Any]]], name: str
+) -> None:
+    refused = [rank["refused"] for rank in poisoned[1][name]["ranks"]]
+    clean, spoiled = ["", "", ""], ["", *["weights or optimizer states are not finite"] * 2]
+    assert refused == ([spoiled, clean] if name.startswith("0") else [clean, spoiled])

@@ -1,0 +1,236 @@
+"""Every way to stop a run, at every moment; ranks that die or hang; ranks that never come."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megabase.pipeline.ranks import launch as distributed
+from megabase.pipeline.ranks.stop import EXIT_AGAIN
+from tests.conftest import train_settings, training_rows
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("stopping_worker.py")
+ENDLESS = ["trainer.max_steps=100000", "tracking.enabled=false"]
+
+
+def status(run: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((run / "status.json").read_text())
+    return content
+
+
+def newest(run: Path) -> int:
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def test_told_at_any_moment_the_run_is_the_one_nobody_disturbed(
+    undisturbed: Path, runs: Path, lambda_shards: Path
+) -> None:
+    run = runs / "told"
+    settings = train_settings(lambda_shards, runs, "told")
+    steps = []
+    for moment in ("startup", "checkpoint", "evaluation", "never"):
+        # The checkpoint of step 10 is still being written when the evaluation of step 10 is broken off.
+        background = f"checkpoint.background={str(moment == 'evaluation').lower()}"
+        done = subprocess.run(
+            [sys.executable, str(WORKER), moment, *settings, background],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=runs,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(WORKER.parents[3])},
+        )
+        output = done.stdout + done.stderr
+        finished = moment == "never"
+        assert done.returncode == (0 if finished else EXIT_AGAIN), output
+        assert status(run) == {"state": "finished" if finished else "again", "step": newest(run)}
+        assert ("stopping: another rank was told to" in output) == (not finished), output
+        assert not list((run / "checkpoints").glob("*.partial"))
+        steps.append(newest(run))
+    # Before the first step; at the checkpoint of step 5, or one or two steps later; in the evaluation at step 10.
+    assert steps[0] == 0 and 5 <= steps[1] <= 7 and steps[2] == 10
+    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_a_stop_file_stops_until_it_is_removed_and_max_minutes_stop_by_themselves(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    run = runs / "file"
+    settings = train_settings(lambda_shards, runs, "file", *ENDLESS)
+    job = start_job("train", *settings)
+    job.until(lambda: len(training_rows(run)) >= 1)
+    (run / "STOP").touch()
+    code, output = job.wait(60)
+    assert code == EXIT_AGAIN, output
+    assert f"stopping: {run / 'STOP'}" in output and f"remove {run / 'STOP'}, then the same" in output
+    stopped_at = newest(run)
+    assert status(run) == {"state": "stopped", "step": stopped_at}
+
+    code, output = start_job("train", *settings).wait()
+    assert code == 2
+    [line] = [line for line in output.splitlines() if "STOP" in line]
+    assert "remove it to go on" in line
+    assert status(run) == {"state": "stopped", "step": stopped_at}
+
+    (run / "STOP").unlink()
+    # Over before the first step: still it trains, or no start would ever come further.
+    code, output = start_job("train", *settings, "trainer.max_minutes=0.001").wait()
+    assert code == EXIT_AGAIN, output
+    assert "stopping: trainer.max_minutes=0.001" in output
+    assert status(run) == {"state": "again", "step": newest(run)}
+    assert newest(run) > stopped_at
+    assert newest(run) > stopped_at
+
+
+def test_a_rank_that_hangs_is_written_down_and_ends_the_job(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    run = runs / "hangs"
+    quiet = ["trainer.hang_minutes=0.2", "trainer.eval_every_steps=0", "checkpoint.every_steps=0"]
+    job = start_job("train", *train_settings(lambda_shards, runs, "hangs", *ENDLESS, *quiet))
+    job.until(lambda: len(training_rows(run)) >= 1)
+    ranks = job.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    code, output = job.wait(120)
+    assert code == 1, output
+    # 12 s of silence, 3 s for the stacks, 10 s of grace, and a busy machine.
+    assert time.monotonic() - began < 60
+    stacks = run / "logs" / "rank-0.stacks.txt"
+    assert f"rank 0 on {os.uname().nodename}, process {ranks[0]}, has not moved" in output
+    assert str(stacks) in output and "trainer.hang_minutes=0.2" in output
+    # Which collective, and from where.
+    text = stacks.read_text()
+    assert "distributed_c10d.py" in text or "agreement.py" in text, text
+    assert "pipeline/training/run.py" in text
+    hearts = [json.loads((run / "logs" / f"rank-{rank}.heartbeat").read_text()) for rank in (0, 1)]
+    assert [heart["pid"] for heart in hearts] == ranks
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert status(run)["state"] == "running"
+
+
+def test_under_torchrun_a_rank_that_dies_takes_the_others_down(
+    runs: Path, lambda_shards: Path, tmp_path: Path
+) -> None:
+    run = runs / "torchrun"
+    log = (tmp_path / "log").open("w+")
+    settings = train_settings(lambda_shards, runs, "torchrun", *ENDLESS)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        + ["-m", "megabase.pipeline.cli", "train", *settings],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=runs,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(WORKER.parents[3])},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not training_rows_or_none(run):
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        hearts = [json.loads((run / "logs" / f"rank-{rank}.heartbeat").read_text()) for rank in (0, 1)]
+        os.kill(hearts[1]["pid"], signal.SIGKILL)
+        assert launcher.wait(90) == 1, (tmp_path / "log").read_text()
+        assert not any(Path(f"/proc/{heart['pid']}").exists() for heart in hearts)
+        # Its connections broke, which another start may be spared.
+        assert status(run)["state"] in ("crashed", "running")
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+        log.close()
+
+
+def training_rows_or_none(run: Path) -> list[dict[str, object]]:
+    return training_rows(run) if (run / "metrics.jsonl").exists() else []
+
+
+def test_ranks_that_never_come_are_named() -> None:
+    program = (
+        "from datetime import timedelta\n"
+        "from megabase.pipeline import errors\n"
+        "from megabase.pipeline.ranks import launch as distributed\n"
+        "distributed.MEETING_TIMEOUT = timedelta(seconds=3)\n"
+        "try: distributed.start()\n"
+        "except errors.RunError as error: print('RunError', error)\n"
+    )
+    ports = {0: distributed._free_port(), 1: distributed._free_port()}
+    began = time.monotonic()
+    lonely = {
+        rank: subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": ""}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank, port in ports.items()
+    }
+    said, printed = {}, {}
+    for rank, process in lonely.items():
+        try:
+            said[rank], printed[rank] = process.communicate(timeout=90)
+        finally:
+            process.kill()
+        assert said[rank].startswith("RunError"), printed[rank]
+    assert time.monotonic() - began < 90
+    assert f"rank 1, rank 2 of 3 did not come to 127.0.0.1:{ports[0]} within 0.05 minutes" in said[0]
+    assert f"cannot reach the meeting place 127.0.0.1:{ports[1]} within 0.05 minutes" in said[1]
+    # The command line lets rank 0 alone report errors.
+    assert "megabase: rank 1 on" in printed[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [("RunError('worn out')", "megabase: worn out"), ("OSError(5)", "OSError: 5")]
+)
+def test_a_rank_that_fails_leaves_with_its_code_whatever_the_teardown_does(error: str, said: str) -> None:
+    program = (
+        "import atexit, os, sys\n"
+        "from megabase.pipeline import cli\n"
+        "from megabase.pipeline.ranks import launch as distributed\n"
+        "from megabase.pipeline.training import run as train\n"
+        "from megabase.pipeline.errors import RunError\n"
+        "def fail(*_):\n"
+        "    distributed.start()\n"
+        f"    raise {error}\n"
+        "train.train = fail\n"
+        "atexit.register(os.abort)\n"
+        "sys.exit(cli.main(['train', 'data.shards=x', 'run.name=x']))\n"
+    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed._free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=os.environ | alone | meeting,
+    )
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+
+
+def test_collectives_of_every_group_wait_longer_than_the_watchdog() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        groups = [dist.group.WORLD, dist.new_group([0])]
+        for hang, minutes in ((60.0, 70), (0.1, 40), (0.0, 24 * 60)):
+            distributed.wait_longer_than(hang)
+            for group in groups:
+                timeout = group._get_backend(torch.device("cpu")).options._timeout
+                assert timeout == timedelta(minutes=minutes)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,210 @@
+"""Training for real: two DeepSpeed ranks, killed, stopped and resumed; the run must not notice."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.order.order import samples_of_step
+from megabase.datamodules.order.windows import WindowPlan
+from megabase.pipeline.ranks.agreement import hash_samples
+from megabase.pipeline.ranks.stop import EXIT_AGAIN
+from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.training.evaluate import bits
+from tests.conftest import STEPS, Job, train_settings, training_rows
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def test_the_run_directory_describes_itself(undisturbed: Path, lambda_shards: Path) -> None:
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "performance.jsonl",
+        "checkpoints",
+        "mlflow.json",
+    } <= {path.name for path in undisturbed.iterdir()}
+    assert json.loads((undisturbed / "status.json").read_text()) == {"state": "finished", "step": STEPS}
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = training_rows(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["bits_per_base"] == bits(row["loss"]) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_journal_proves_what_every_rank_consumed(undisturbed: Path, lambda_shards: Path) -> None:
+    index = ShardIndex.open(lambda_shards)
+    windows = len(WindowPlan.of(index.segments, "train", 512, 0.5))
+    for row in training_rows(undisturbed):
+        ids = samples_of_step(1, row["step"] - 1, 8, windows).tolist()
+        assert int(row["samples"], 16) == hash_samples(ids) % 2**64
+
+
+def test_evaluations_stand_beside_the_markov_ladder(undisturbed: Path) -> None:
+    rows = [row for row in read(undisturbed / "metrics.jsonl") if "valid_loss" in row]
+    assert [row["step"] for row in rows] == [10, 20, 30, STEPS]
+    for row in rows:
+        assert row["valid_bits_per_base"] == bits(row["valid_loss"])
+        assert row["valid_bases"] == 4850 // 512 * 512
+        assert 1.9 < row["markov_0_bits_per_base"] < 2.05
+
+
+@pytest.fixture(scope="module")
+def disturbed(runs: Path, lambda_shards: Path) -> Path:
+    """The run directory of the same training, killed at one step, stopped at another, and resumed each time."""
+
+    def start_job(*arguments: str) -> Job:
+        return Job(*arguments, cwd=runs)
+
+    settings = train_settings(lambda_shards, runs, "disturbed")
+    run = runs / "disturbed"
+
+    killed = start_job("train", *settings)
+    killed.until(lambda: len(training_rows(run)) >= 8)
+    killed.kill()
+    killed.wait()
+    at = len(training_rows(run))
+    assert 8 <= at < STEPS
+
+    stopped = start_job("train", *settings, "trainer.max_steps=100000")
+    stopped.until(lambda: len(training_rows(run)) > at + 1)
+    stopped.process.send_signal(signal.SIGUSR1)
+    code, output = stopped.wait()
+    assert code == EXIT_AGAIN, output
+    assert "resuming disturbed from" in output
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "again"
+    assert (run / "checkpoints" / f"step-{status['step']}").is_dir()
+
+    code, output = start_job("train", *settings).wait()
+    assert code == 0, output
+    assert f"step-{status['step']}" in output
+
+    return run
+
+
+def test_killed_stopped_and_resumed_gives_the_same_bytes(undisturbed: Path, disturbed: Path) -> None:
+    assert (disturbed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_once_finished_the_same_command_says_so_and_changes_nothing(
+    disturbed: Path, runs: Path, lambda_shards: Path, start_job
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in disturbed.rglob("*.jsonl")}
+    code, output = start_job("train", *train_settings(lambda_shards, runs, "disturbed")).wait()
+    assert code == 0 and "is finished" in output
+    assert before == {path: path.stat().st_mtime_ns for path in disturbed.rglob("*.jsonl")}
+
+
+def test_one_mlflow_run_with_continuous_steps_across_the_kill(disturbed: Path) -> None:
+    known = json.loads((disturbed / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=known["uri"])
+    experiment = client.get_experiment_by_name("megabase")
+    found = [
+        run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "disturbed"
+    ]
+    assert [run.info.run_id for run in found] == [known["run_id"]]
+    assert found[0].info.status == "FINISHED"
+    history = client.get_metric_history(known["run_id"], "loss")
+    rows = training_rows(disturbed)
+    assert [(point.step, point.value) for point in sorted(history, key=lambda p: p.step)] == [
+        (row["step"], row["loss"]) for row in rows
+    ]
+    assert found[0].data.params["model.dim"] == "32"
+
+
+def test_a_second_job_is_refused_and_a_stop_is_heard_at_any_pace(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    # A checkpoint and an evaluation after every step, and reader processes that get the signal as well.
+    pace = [
+        "checkpoint.every_steps=1",
+        "trainer.eval_every_steps=1",
+        "trainer.eval_sequences=4",
+        "data.workers=2",
+    ]
+    settings = train_settings(
+        lambda_shards, runs, "locked", "trainer.max_steps=100000", "tracking.enabled=false", *pace
+    )
+    first = start_job("train", *settings)
+    first.until(lambda: len(training_rows(runs / "locked")) >= 1)
+    code, output = start_job("train", *settings).wait()
+    assert code == 2 and "another job is training" in output
+    # To every process of the job, twice: as good as once to one of them.
+    for _ in range(2):
+        os.killpg(first.process.pid, signal.SIGTERM)
+    code, output = first.wait(60)
+    assert code == EXIT_AGAIN, output
+    # SIGUSR1: the supervisor had been quicker to pass its own on.
+    assert "stopping: SIGTERM" in output or "stopping: SIGUSR1" in output
+    assert "the same command goes on" in output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    wild = [
+        "optim.lr=1e30",
+        "optim.clip=0",
+        "trainer.devices=1",
+        "data.micro_batch=8",
+        "tracking.enabled=false",
+    ]
+    code, output = start_job("train", *train_settings(lambda_shards, runs, "wild", *wild)).wait()
+    assert code == 1, output
+    assert "megabase: the loss of step" in output and "stopped before a checkpoint" in output
+    assert list((runs / "wild" / "checkpoints").iterdir()) == []
+
+
+def test_why_a_run_ends_is_said_before_mlflow_is_waited_for(
+    runs: Path, lambda_shards: Path, start_job
+) -> None:
+    """The other rank has left long before a server that never answers is given up, and the supervisor waits 10 s."""
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen()
+        uri = f"tracking.uri=http://127.0.0.1:{hole.getsockname()[1]}"
+        wild = ["optim.lr=1e30", "optim.clip=0", uri]
+        code, output = start_job("train", *train_settings(lambda_shards, runs, "unheard", *wild)).wait()
+    assert code == 1, output
+    assert output.count("megabase: the loss of step") == 1 and "ended by SIGKILL" not in output
+    assert json.loads((runs / "unheard" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+    undisturbed: Path, runs: Path, lambda_shards: Path, start_job
+) -> None:
+    run = runs / "purged"
+    shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("step-*"))
+    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "status.json")}
+    code, output = start_job("train", *train_settings(lambda_shards, runs, "purged")).wait()
+    assert code == 2 and f"says that the run wrote one of step {STEPS}: put them back" in output, output
+    assert before == {name: (run / name).read_bytes() for name in before}
+
+
+def test_losses_follow_the_golden_curve(undisturbed: Path) -> None:
+    """Numerics do not change unawares. Renew with the run's own values, in a commit that says why."""
+    golden = json.loads((Path(__file__).parents[2] / "golden" / "lambda.json").read_text())
+    assert [row["loss"] for row in training_rows(undisturbed)] == pytest.approx(golden, rel=2e-3)
+
+
+def test_a_rank_that_dies_takes_the_job_down(runs: Path, lambda_shards: Path, start_job) -> None:
+    settings = train_settings(
+        lambda_shards, runs, "orphan", "trainer.max_steps=100000", "tracking.enabled=false"
+    )
+    job = start_job("train", *settings)
+    job.until(lambda: len(training_rows(runs / "orphan")) >= 1)
+    children = job.ranks()
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    code, output = job.wait(60)
+    assert code == 1 and "rank 1 was ended by SIGKILL" in output
+    assert "Traceback" not in output  # of rank 0, whose connection broke
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -1,0 +1,44 @@
+"""What is offloaded to a disk: in memory to those who compute, in files to the kernel. Runs are in test_resume.py."""
+
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megabase.pipeline.config.schema import ZeroConfig
+from megabase.pipeline.errors import RunError
+from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.zero.offload import _file, _in_file, move
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_in_a_file_is_the_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.randn(5, 7).to(dtype)
+    held = _in_file(tmp_path, tensor)
+    assert torch.equal(held, tensor) and held.dtype == dtype
+    held[2, 3] = 9
+    assert held[2, 3] == 9 and tensor[2, 3] != 9
+    # Its file has no name, and goes when nobody holds it.
+    assert not list(tmp_path.iterdir()) and f"{tmp_path}/megabase-" in Path("/proc/self/maps").read_text()
+    del held
+    gc.collect()
+    assert f"{tmp_path}/megabase-" not in Path("/proc/self/maps").read_text()
+
+
+def test_nothing_needs_no_file(tmp_path: Path) -> None:
+    assert _file(tmp_path, torch.empty(0)).shape == (0,)
+
+
+def test_a_disk_without_room_ends_all_ranks_with_one_line_and_leaves_nothing(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    weights = torch.empty(1 << 50, device="meta")  # 4 PiB
+    optimizer = SimpleNamespace(fp32_partitioned_groups_flat=[weights])
+    with pytest.raises(RunError) as caught:
+        move(SimpleNamespace(optimizer=optimizer), ZeroConfig(offload="nvme", nvme_path=str(tmp_path)))
+    said = str(caught.value)
+    assert f"rank 0: zero.nvme_path={tmp_path} cannot hold what is offloaded: " in said
+    assert "4,096.0 TiB were to be taken at once" in said
+    assert not list(tmp_path.iterdir())
