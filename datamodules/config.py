@@ -12,31 +12,37 @@ RAISE, SKIP = "raise", "skip"
 
 @dataclass
 class DataConfig:
-    """`data.*` of a run's configuration.
+    """Which shards are read, how windows and batches are made of them, and in which order.
 
-    shards: directory that `megabase prepare` wrote; must be given.
-    length: bases per window, that is positions per sequence.
-    global_batch: windows per optimizer step, over all ranks; never changed by the number of ranks.
-    micro_batch: windows per rank and forward pass; global_batch = micro_batch * accumulation * ranks.
-    workers: processes per rank that read and encode; 0 reads in the training process. Batches are the same.
-    min_real: fraction of a window's bases that must be letters, 0 to 1; windows with fewer are left out.
-    objective: `causal` predicts every base from those before it, `masked` masked bases from both sides.
-    mask_rate: with `masked`, the fraction of a window's letters to predict, above 0 up to 1: of these, 80% are masked,
-        10% show a random letter and 10% themselves. New ones in every epoch, in evaluation always the same.
-    stride: bases from one training window's start to the next one's; null: `length`, so that windows do not overlap.
-    shift: in training, every visit of a window moves its start by up to so many bases, each way, inside its segment.
-    reverse_complement: in training, probability that a visit reads the other strand; dna only.
-    softmask_weight: in training, what a lower-case letter weighs in the loss, 0 to 1. The gradient is still divided by
-        the number of scored letters, which the index knows without asking other ranks: a step with many soft-masked
-        letters counts for less; the journal's loss is the weighted mean.
-    mixture: in training, weight of each genome: the name of an input file, or a pattern that matches such names or
-        records' (the first that matches counts; 0 leaves out). Each gets its exact share of every 1024 windows, and
-        goes through its own epochs. Empty: every window once an epoch.
-    pack: string segments shorter than `length` together into full windows, a separator between them; else they are
-        left out.
-    on_error: `raise` ends the run at bases that cannot be read or differ from their checksum; `skip` leaves their
-        window out of the loss and counts it.
-    prefetch: batches that each worker reads ahead.
+    Attributes:
+        shards: Directory or URL of the shards that `megabase prepare` wrote; must be given.
+        length: Bases of a window: positions of a sequence.
+        global_batch: Windows of an optimizer step, over all ranks. The number of ranks never changes it.
+        micro_batch: Windows of one forward pass on one rank. global_batch = micro_batch × accumulation × ranks.
+        workers: Processes for each rank that read and encode. 0: the training process reads. The batches are the
+            same.
+        min_real: Fraction of a window's bases that must be letters, 0 to 1. Windows with fewer are left out.
+        objective: `causal`: predict every base from those before it. `masked`: predict masked bases from both
+            sides.
+        mask_rate: With `masked`: fraction of a window's letters to predict, above 0 and at most 1. Of these, 80%
+            are masked, 10% become a random letter and 10% stay as they are. Training draws new ones in every epoch;
+            evaluation always uses the same.
+        stride: Bases from the start of a training window to the start of the next. null: `length`, so that windows
+            do not overlap.
+        shift: In training, each visit of a window moves its start by at most this many bases in either direction,
+            within its segment.
+        reverse_complement: In training, probability that a visit reads the other strand, 0 to 1. dna only.
+        softmask_weight: In training, weight of a lower-case letter in the loss, 0 to 1. The gradient is still
+            divided by the number of scored letters, which the index knows, so a step with many lower-case letters
+            weighs less. The loss in the journal is the weighted mean.
+        mixture: In training, weight of each genome: input file name, or a pattern of file or record names, to a
+            number. The first key that matches a record counts; 0 leaves it out. Each genome gets its exact share of
+            every 1,024 windows and has its own epochs. Empty: every window once an epoch.
+        pack: Join segments shorter than `length` to full windows, with a separator between them. false: leave them
+            out.
+        on_error: For bases that cannot be read or differ from their checksum: `raise` ends the run, `skip` leaves
+            their window out of the loss and counts it.
+        prefetch: Batches that each worker reads ahead.
     """
 
     shards: str = "???"  # how OmegaConf spells a value that must be given

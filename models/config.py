@@ -33,19 +33,21 @@ class ConfigError(ValueError):
 
 @dataclass
 class LSHConfig:
-    """Attention among positions whose query-keys hash to the same bucket.
+    """Attention among positions whose shared query-keys hash to the same bucket (Kitaev et al. 2020, section
+    2).
 
-    rounds: independent hash rounds; time grows with it, memory does not.
-    chunk_length: positions. How many of its bucket a position meets in a round (`attend: window`), or the
-        length of a chunk in sorted order (`attend: chunk`).
-    n_buckets: buckets of a round; even (a multiple of 4 above 128). None: `max_length / chunk_length` rounded
-        down to a power of two, or 64 where `max_length` is not set. Never the length of the moment: then what
-        a position sees would depend on what comes after it.
-    attend: `window`, strictly causal: the last `chunk_length` positions of the own bucket (bidirectional: as
-        many on both sides). `chunk`, the paper's: own and previous chunk in sorted order, where later tokens
-        can change what earlier ones see.
-    duplicates: a key met in several rounds counts as often as it was met (`average`) or `once`.
-    dropout: of attention weights in these layers, in [0, 1); None = the model's `attention_dropout`.
+    Attributes:
+        rounds: Independent rounds of hashing. Time grows with their number, memory does not.
+        chunk_length: With `attend: window`, the number of keys of its own bucket that a position attends to in one
+            round. With `attend: chunk`, the length of a chunk in sorted order. In positions.
+        n_buckets: Buckets of a round: even, and a multiple of 4 above 128. null: `max_length / chunk_length`
+            rounded down to a power of two, or 64 if `max_length` is not set. It never depends on the length of the
+            current sequence, because then later tokens would change what earlier positions attend to.
+        attend: `window`: a position attends to the last `chunk_length` positions of its own bucket, which is
+            strictly causal (not causal: as many on both sides). `chunk`: the paper's rule, own and previous chunk
+            in sorted order; there, later tokens can change what earlier positions attend to.
+        duplicates: A key met in several rounds counts as often as it was met (`average`) or `once`.
+        dropout: Dropout of attention weights in these layers, in [0, 1). null: the model's `attention_dropout`.
     """
 
     rounds: int = 4
@@ -60,10 +62,11 @@ class LSHConfig:
 class LocalConfig:
     """Attention among neighbours.
 
-    window: positions, the own one among them: i attends to i - window + 1 ... i (bidirectional: as far on both
-        sides). With `attend: chunk`, the length of a chunk.
-    attend: `window`, or `chunk`: own and previous chunk of `window` positions (bidirectional too), as in trax.
-    dropout: of attention weights in these layers, in [0, 1); None = the model's `attention_dropout`.
+    Attributes:
+        window: With `attend: window`, position i attends to i - window + 1 ... i (not causal: as far on both
+            sides). With `attend: chunk`, the length of a chunk. In positions.
+        attend: `window`, or `chunk`: own and previous chunk of `window` positions, as in trax.
+        dropout: Dropout of attention weights in these layers, in [0, 1). null: the model's `attention_dropout`.
     """
 
     window: int = 128
@@ -73,11 +76,13 @@ class LocalConfig:
 
 @dataclass
 class LinformerConfig:
-    """Attention to learned mixtures of all positions: bidirectional, and of `max_length` tokens exactly.
+    """Attention to learned mixtures of all positions (Wang et al. 2020). Not causal, and only for sequences of
+    exactly `max_length` tokens.
 
-    size: mixtures, "slots", that a query meets instead of positions.
-    share: who shares a projection of the length: `none`, one for the keys and one for the values of every head;
-        `heads`, one for keys and one for values; `keyvalue`, one for all.
+    Attributes:
+        size: Number of mixtures that a query attends to instead of positions.
+        share: Which projections of the length are shared. `none`: one for the keys and one for the values of every
+            head. `heads`: one for all keys, one for all values. `keyvalue`: one for everything.
     """
 
     size: int = 256
@@ -86,10 +91,11 @@ class LinformerConfig:
 
 @dataclass
 class PerformerConfig:
-    """Attention estimated with random features of queries and keys.
+    """Attention estimated with random features of queries and keys (Choromanski et al. 2021).
 
-    features: random directions of a head; the error falls with their square root, time grows with them.
-    redraw_every: optimizer steps after which the directions are drawn anew; 0 = never.
+    Attributes:
+        features: Random features of a head. The error falls with their square root; time grows with their number.
+        redraw_every: Optimizer steps after which the features are drawn anew. 0: never.
     """
 
     features: int = 256
@@ -98,12 +104,13 @@ class PerformerConfig:
 
 @dataclass
 class FeedForwardConfig:
-    """The feed-forward branch.
+    """The feed-forward branch of a block.
 
-    mult: width of the hidden layer as a multiple of `dim`.
-    activation: gelu, relu or swiglu (gated: a third matrix of the same size).
-    chunk: tokens of the micro batch (batch × length) whose hidden layer exists at once; 0 = as many as suit the
-        device (1,024 on a CPU, 16,384 on a GPU).
+    Attributes:
+        mult: Width of the hidden layer, as a multiple of `dim`.
+        activation: `gelu`, `relu` or `swiglu` (gated: a third matrix of the same size).
+        chunk: Tokens of a micro batch (batch × length) whose hidden layer is in memory at once. 0: 1,024 on a CPU,
+            16,384 on a GPU.
     """
 
     mult: float = 4.0
@@ -113,30 +120,41 @@ class FeedForwardConfig:
 
 @dataclass
 class ReformerConfig:
-    """A Reformer, without its weights.
+    """The architecture of a Reformer.
 
-    vocab_size: number of token ids; None until known (the pipeline takes it from the shards' alphabet).
-    dim: width of each of the two residual streams.
-    depth: number of blocks; a block is one attention and one feed-forward branch.
-    heads, head_dim: attention heads and the width of one (None = dim / heads).
-    layers: kinds of attention (local, lsh, full, linformer, performer), repeated to `depth`.
-    causal: True predicts the next token; False sees both sides.
-    max_length: tokens. The longest sequence that `axial` and `learned` positions hold, the only length of linformer
-        layers, and what the number of hash buckets is laid out for. None: no limit, where nothing needs one.
-    positions: rotary (in local, full and performer layers; LSH compares content alone), axial, learned or none.
-    axial_shape: rows and columns of axial positions, whose product is at least `max_length`; empty = near square.
-    axial_dims: widths of a row's and a column's vector, whose sum is `dim`; empty = halves.
-    norm: layer or rms, at the head of every branch and of the stack's output; norm_eps: what it adds to the
-        variance.
-    residual: `fixed`: int32 streams in units of 2^-16, which invert exactly. `float`: for comparison; drifts.
-    dropout: of the embedding and of every branch's output; attention_dropout: of attention weights. In [0, 1).
-    conv: width, in tokens, of a depthwise convolution before query and key (causal where the model is); 0 = off.
-        Letters of a small alphabet hash alike; with it a query knows its neighbourhood.
-    tie_embeddings: the output head uses the embedding's weights.
-    head_bias: the output head adds a bias to the logits.
-    classifier: head of a ReformerClassifier. `mean`: a linear map of the mean over real tokens. `first`: dense
-        layer, tanh and linear map of the first token, as in BERT and transformers' Reformer.
-    loss_chunk: tokens whose logits exist at once in the loss.
+    Attributes:
+        vocab_size: Number of token ids. null: not known yet; training takes it from the alphabet of the shards.
+        dim: Width of each of the two residual streams.
+        depth: Number of blocks. A block is one attention branch and one feed-forward branch.
+        heads: Attention heads.
+        head_dim: Width of a head. null: dim / heads.
+        layers: Kinds of attention (`local`, `lsh`, `full`, `linformer`, `performer`), repeated to `depth`.
+        causal: true: predict the next token. false: attend to both sides.
+        max_length: The longest sequence that `axial` and `learned` positions hold, and the only length of linformer
+            layers. The number of hash buckets follows from it. null: no limit. In tokens.
+        positions: `rotary` (in local, full and performer layers; LSH layers compare content alone), `axial`,
+            `learned` or `none`.
+        axial_shape: Rows and columns of axial positions; their product is at least `max_length`. Empty: nearly
+            square.
+        axial_dims: Widths of the vectors of a row and of a column; their sum is `dim`. Empty: half each.
+        norm: `layer` or `rms`; before every branch and after the last block.
+        norm_eps: Added to the variance in a norm.
+        residual: `fixed`: int32 streams in units of 2^-16, which the backward pass inverts exactly. `float`:
+            floating-point streams, for comparison; the inverse drifts.
+        dropout: Dropout of the embedding and of every branch's output, in [0, 1).
+        attention_dropout: Dropout of attention weights, in [0, 1).
+        conv: Width in tokens of a depthwise convolution before query and key, causal if the model is. 0: none.
+            Equal letters of a small alphabet hash alike; the convolution adds their neighbourhood.
+        tie_embeddings: The output head uses the embedding's weights.
+        head_bias: The output head adds a bias to the logits.
+        classifier: Head of a ReformerClassifier. `mean`: a linear map of the mean over real tokens. `first`: dense
+            layer, tanh and linear map of the first token, as in BERT and in the Reformer of transformers.
+        loss_chunk: Tokens whose logits are in memory at once in the loss.
+        lsh: Settings of `lsh` layers.
+        local: Settings of `local` layers.
+        linformer: Settings of `linformer` layers.
+        performer: Settings of `performer` layers.
+        feedforward: Settings of the feed-forward branches.
     """
 
     vocab_size: int | None = None

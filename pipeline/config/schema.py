@@ -33,11 +33,12 @@ ON_BAD = {"stop", "skip"}
 
 @dataclass
 class RunSettings:
-    """Where a run lives and the seed of all its chance.
+    """Where a run is stored, and the seed of everything random in it.
 
-    name: the run directory is `<root>/<name>/`; running the same name again resumes it.
-    root: directory of all runs, also of the default MLflow database.
-    seed: everything random (weights, order, hashing, dropout) is a function of it.
+    Attributes:
+        name: The run directory is `<root>/<name>/`. Training the same name again resumes the run.
+        root: Directory of all runs. The default MLflow database is stored in it, too.
+        seed: Weights, order, hashing and dropout are functions of this number.
     """
 
     name: str = "???"
@@ -47,11 +48,17 @@ class RunSettings:
 
 @dataclass
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and a cosine decay.
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay.
 
-    lr: peak learning rate. min_lr: fraction of `lr` left at the last step. warmup_steps: in optimizer steps.
-    weight_decay: on matrices and embeddings only, not on norms and biases. clip: largest global gradient norm
-    (0: none). betas, eps: AdamW's.
+    Attributes:
+        lr: Peak learning rate.
+        min_lr: Learning rate of the last step, as a fraction of `lr`.
+        warmup_steps: Optimizer steps in which the learning rate rises to `lr`.
+        weight_decay: Weight decay of matrices and embeddings. Norms and biases have none.
+        beta1: Decay of AdamW's first moment.
+        beta2: Decay of AdamW's second moment.
+        eps: AdamW's epsilon.
+        clip: Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping.
     """
 
     lr: float = 1e-3
@@ -66,17 +73,22 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """How long and on what.
+    """How long a run trains, on which ranks, and how often it evaluates and writes its journal.
 
-    max_steps: optimizer steps of the whole run. nodes: machines. devices: ranks on each node (null: every GPU
-    of the node, or 1 without one). precision: auto (bf16 on GPUs, 32 on CPUs), 32, bf16 or 16.
-    eval_every_steps: steps between evaluations on the validation split (0: only at the end).
-    eval_sequences: windows of one evaluation, spread evenly over the split (0: all). The last one takes all.
-    log_every_steps: steps between writes of the journal; each write reads the losses from the device.
-    max_minutes: a start asks itself to stop so long after its ranks began, and leaves with a checkpoint and the exit
-    code 75 (0: never). It always trains a step. Leave room for a step and a checkpoint before a limit of the machine.
-    hang_minutes: a rank that has finished no micro batch, batch of an evaluation or phase of a checkpoint for so long
-    writes its stacks to logs/ and ends the job (0: never). Until the first micro batch is done: 30 at least.
+    Attributes:
+        max_steps: Optimizer steps of the whole run.
+        nodes: Number of machines.
+        devices: Ranks on each node. null: one for each GPU of the node, or 1 on a node without GPUs.
+        precision: `auto` (bf16 on GPUs, 32 on CPUs), `32`, `bf16` or `16` (GPUs only).
+        eval_every_steps: Optimizer steps between evaluations on the validation split. 0: only at the end.
+        eval_sequences: Windows of one evaluation, spread evenly over the split. 0: all. The evaluation at the end
+            always takes all.
+        log_every_steps: Optimizer steps between writes of the journal. Each write reads the losses from the device.
+        max_minutes: This many minutes after its ranks began, a start writes a checkpoint and exits with code 75. 0: no
+            limit. At least one step is trained. Leave time for a step and a checkpoint before the machine's own limit.
+        hang_minutes: If a rank finishes no micro batch, evaluation batch or phase of a checkpoint for this many
+            minutes, it writes its stacks to `logs/` and ends the job. 0: never. Until the first micro batch is
+            done, the limit is at least 30 minutes.
     """
 
     max_steps: int = 1000
@@ -92,13 +104,20 @@ class TrainerConfig:
 
 @dataclass
 class ZeroConfig:
-    """DeepSpeed ZeRO. stage: 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters).
+    """DeepSpeed ZeRO: what is sharded, and what is kept in host memory or on a disk.
 
-    offload: where AdamW's states and the fp32 weights are kept: none (on the device), cpu (host memory), nvme (a disk,
-    in stage 3); in the last two the host updates them. true means cpu, false none. offload_parameters: where parameters
-    are between uses, in stage 3: none, cpu or nvme. nvme_path: directory on a disk of each node, for nvme.
-    bucket_mb: size of a communication bucket in MiB. deepspeed: further keys of DeepSpeed's configuration, such as
-    `zero.deepspeed.zero_optimization.round_robin_gradients=true`; one that a setting here decides is refused.
+    Attributes:
+        stage: What is sharded over the ranks. 0: nothing; 1: optimizer states; 2: gradients as well; 3: parameters
+            as well.
+        offload: Where AdamW's states and the fp32 weights are kept: `none` (on the device), `cpu` (host memory,
+            stages 1 to 3) or `nvme` (a disk, stage 3). With `cpu` and `nvme` the host computes the update. `true`
+            means `cpu`, `false` means `none`.
+        offload_parameters: Where parameters are kept between uses, in stage 3: `none`, `cpu` or `nvme`.
+        nvme_path: Directory on a disk of each node; required by `nvme`.
+        bucket_mb: Size of a communication bucket in MiB.
+        deepspeed: Further keys of DeepSpeed's configuration, such as
+            `zero.deepspeed.zero_optimization.round_robin_gradients=true`. A key that another setting decides is
+            refused.
     """
 
     stage: int = 2
@@ -140,13 +159,16 @@ class ZeroConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When sharded checkpoints are written and which stay.
+    """When checkpoints are written, and which are kept. One is always written at the end and on a stop.
 
-    every_steps: optimizer steps between checkpoints (0: never by steps). every_minutes: minutes between them
-    (0: never by time). keep: newest checkpoints that stay. One is always written at the end and when stopping.
-    keep_every: checkpoints of steps that it divides stay for good (0: none). keep_best: so many with the lowest
-    validation loss, of those evaluated at their very step, stay besides (0: none).
-    background: copy the states to host memory and write them while training goes on.
+    Attributes:
+        every_steps: Optimizer steps between checkpoints. 0: none by step.
+        every_minutes: Minutes between checkpoints. 0: none by time.
+        keep: Number of newest checkpoints to keep.
+        keep_every: Checkpoints at multiples of this step number are kept for good. 0: none.
+        keep_best: Number of checkpoints with the lowest validation loss to keep besides, of those evaluated at
+            their own step. 0: none.
+        background: Copy the states to host memory and write them while training continues.
     """
 
     every_steps: int = 500
@@ -159,12 +181,15 @@ class CheckpointConfig:
 
 @dataclass
 class GuardConfig:
-    """What happens when the numbers of a step are bad: a loss or gradient norm that is not finite, an exploding loss.
+    """What to do at a bad step: a loss or gradient norm that is not finite, or a loss that explodes.
 
-    on_bad: stop ends the run before a checkpoint and names the windows; skip leaves the update of that step out, on
-    all ranks, and goes on (each step then waits for its loss once). spike: a loss above so many times the median of the
-    last ones, and above what guessing costs, has exploded (0: none ever has). window: training steps that count as
-    the last ones. max_skips: so many skipped updates among the last ones end the run.
+    Attributes:
+        on_bad: `stop`: end the run before a checkpoint of the bad step is written, and name its windows. `skip`:
+            leave out the update of that step on all ranks and continue; every step then waits for its loss once.
+        spike: A loss has exploded if it is above this many times the median of the last losses and above the loss
+            of guessing. 0: never.
+        window: Number of training steps that count as the last ones.
+        max_skips: The run ends when this many of the last updates were skipped.
     """
 
     on_bad: str = "stop"
@@ -175,9 +200,12 @@ class GuardConfig:
 
 @dataclass
 class TrackingConfig:
-    """MLflow. uri: a tracking server, or null for `sqlite:///<run.root>/mlflow.db`.
+    """MLflow.
 
-    experiment: MLflow experiment. enabled: false keeps the journal only.
+    Attributes:
+        enabled: false: write the journal only, nothing to MLflow.
+        uri: Tracking server. null: `sqlite:///<run.root>/mlflow.db`.
+        experiment: Name of the MLflow experiment.
     """
 
     enabled: bool = True

@@ -26,17 +26,22 @@ TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
 
 @dataclass
 class SlurmConfig:
-    """What a job asks SLURM for, beside nodes and ranks (those are trainer.nodes and trainer.devices).
+    """What a job requests from SLURM. Nodes and ranks are `trainer.nodes` and `trainer.devices`.
 
-    partition, account, qos, constraint: as the cluster names them; null: the cluster's default.
-    time: limit of one start, "HH:MM:SS" or "D-HH:MM:SS" (a bare number: seconds); null: the partition's. The
-        run goes on in the next start, so this need not hold the whole training.
-    signal_seconds: seconds before the limit at which training is told to checkpoint and stop; SLURM may be a
-        minute early. Give it at least the time of a step and of a checkpoint, twice.
-    cpus_per_task: CPUs of each rank, for its data workers too. mem: memory of each node, such as "64G".
-    gpus: type of GPU, such as "h100"; "any": whatever type; null: none, the run is for CPUs. Each node gives
-        trainer.devices of them.
-    extra: further sbatch options, such as ["--exclusive", "--mail-type=FAIL"].
+    Attributes:
+        partition: Partition. null: the cluster's default.
+        account: Account. null: the cluster's default.
+        qos: Quality of service. null: the cluster's default.
+        constraint: Required features of a node. null: none.
+        time: Time limit of one start: "HH:MM:SS", "D-HH:MM:SS", or a bare number of seconds. null: the partition's
+            limit. The job is requeued at the limit, so this need not cover the whole training.
+        signal_seconds: Seconds before the time limit at which SLURM signals the job to write a checkpoint and stop.
+            SLURM may signal a minute early. Allow twice the time of a step and a checkpoint.
+        cpus_per_task: CPUs of each rank, shared with its data workers. null: the cluster's default.
+        mem: Memory of each node, such as "64G". null: the cluster's default.
+        gpus: Type of GPU, such as "h100". "any": any type. null: no GPUs, the run trains on CPUs. Each node gets
+            `trainer.devices` of them.
+        extra: Further sbatch options, such as ["--exclusive", "--mail-type=FAIL"].
     """
 
     partition: str | None = None
