@@ -230,9 +230,9 @@ def count_parameters(dim: int) -> int:
     import torch
 
     from megabase.models import Reformer
-    from megabase.pipeline.config import schema as configs
+    from megabase.pipeline.config.load import load
 
-    model = configs.load([], Task(OURS, ".", ".", dim, 1, 1, 1).settings).model
+    model = load([], Task(OURS, ".", ".", dim, 1, 1, 1).settings).model
     model.vocab_size = 9
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Reformer(model).parameters())
@@ -390,7 +390,7 @@ class Watch:
 def train_ours(task: Task, watch: Watch) -> None:
     """`megabase train`, watched from outside."""
     from megabase.pipeline.checkpoint import publish as checkpoint
-    from megabase.pipeline.config import schema as configs
+    from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks.stop import StopRequest
     from megabase.pipeline.training import run as train
     from megabase.pipeline.training.callback import Boundary
@@ -404,7 +404,7 @@ def train_ours(task: Task, watch: Watch) -> None:
     Boundary.on_train_batch_end = watched  # type: ignore[method-assign]
     checkpoint.choose = watch.timed("verify", checkpoint.choose)
     ZeroStrategy.load_checkpoint = watch.timed("load", ZeroStrategy.load_checkpoint)  # type: ignore[method-assign]
-    config = configs.load([], task.settings)
+    config = load([], task.settings)
     if train.train(config, task.settings, StopRequest()) != 0:
         raise SystemExit(1)
 
@@ -417,7 +417,7 @@ def train_peer(task: Task, watch: Watch) -> None:
     from pytorch_lightning.strategies import DeepSpeedStrategy
 
     from megabase.datamodules.datamodule import SequenceDataModule
-    from megabase.pipeline.config import schema as configs
+    from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks import launch as distributed
     from megabase.pipeline.training import run as train
     from megabase.pipeline.training.module import PretrainModule
@@ -434,7 +434,7 @@ def train_peer(task: Task, watch: Watch) -> None:
             engine.checkpoint_engine = TorchCheckpointEngine()
             return engine, optimizer
 
-    config = configs.load([], task.settings)
+    config = load([], task.settings)
     distributed.start()
     train.check(config, task.ranks)
     peer = Peer(task, watch)

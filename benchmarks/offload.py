@@ -29,7 +29,7 @@ import psutil  # type: ignore[import-untyped]
 
 from megabase.datamodules.prepare.prepare import prepare
 from megabase.models import Reformer
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.rundir import environment
 from megabase.pipeline.rundir.journal import read
 
@@ -163,7 +163,7 @@ def main() -> None:
         directory = Path(temporary)
         shards = directory / "shards"
         prepare([ROOT / "tests" / "data" / "lambda_phage.fna.gz"], shards, progress=False)
-        model = config.load([], [f"data.shards={shards}", "run.name=x", *settings(options)]).model
+        model = load([], [f"data.shards={shards}", "run.name=x", *settings(options)]).model
         model.vocab_size = 9
         parameters = sum(p.numel() for p in Reformer(model).parameters())
         print(f"{parameters:,} parameters, {options.ranks} ranks, ZeRO-3, fp32")

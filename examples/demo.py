@@ -81,7 +81,7 @@ def _train_and_kill() -> int:
 
 def _draw_step() -> int:
     """A step after the first checkpoint and before the last quarter, far enough from a checkpoint to lose some."""
-    from megabase.pipeline.config.schema import load
+    from megabase.pipeline.config.load import load
 
     config = load([CONFIG])
     every = config.checkpoint.every_steps

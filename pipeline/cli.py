@@ -300,19 +300,19 @@ def _train(options: argparse.Namespace) -> int:
     from megabase.pipeline.ranks.stop import StopRequest
 
     stop = StopRequest().listen()  # before the seconds of importing torch, in which a signal may come
-    from megabase.pipeline.config import schema as config
+    from megabase.pipeline.config.load import load
     from megabase.pipeline.training import run as train
 
     files, overrides = split_settings(options.settings)
-    return train.train(config.load(files, overrides), options.settings, stop)
+    return train.train(load(files, overrides), options.settings, stop)
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from megabase.pipeline.config import schema as config
+    from megabase.pipeline.config.load import load
     from megabase.pipeline.slurm import submit
 
     files, overrides = split_settings(options.settings)
-    return submit.submit_run(config.load(files, overrides), files, overrides, dry_run=options.dry_run)
+    return submit.submit_run(load(files, overrides), files, overrides, dry_run=options.dry_run)
 
 
 def _checkpoints(options: argparse.Namespace) -> int:

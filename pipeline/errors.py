@@ -25,3 +25,9 @@ GOES_ON = "the same command goes on from the newest checkpoint, or begins where 
 def rank_zero() -> bool:
     """Whether this process speaks for the run: rank 0 of a launcher, task 0 of a SLURM step, or the only one."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    message = str(error).strip()
+    return message.splitlines()[0] if message else type(error).__name__

@@ -32,7 +32,7 @@ import torch
 
 from megabase.models.config import ConfigError
 from megabase.pipeline.bench.contest import Lab, LeftOut, Probe, Reason, out_of_memory
-from megabase.pipeline.config.schema import first_line
+from megabase.pipeline.errors import first_line
 
 FREE_SHARE = 0.6
 """Of the free memory, what a probe may take: afterwards, timed here, where the allocator keeps what is freed, the same

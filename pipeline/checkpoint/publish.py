@@ -27,7 +27,8 @@ from megabase.pipeline.checkpoint.manifest import (
     verify,
 )
 from megabase.pipeline.checkpoint.space import is_full
-from megabase.pipeline.config.schema import RunConfig, as_dict, flatten
+from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.launch import Ranks
@@ -66,7 +67,7 @@ def manifest_of(config: RunConfig, step: int, ranks: int, data: str) -> Manifest
         ranks=ranks,
         stage=config.zero.stage,
         precision=precision_of(config.trainer.precision),
-        config=flatten(as_dict(config)),
+        config=dotted(config),
         data=data,
         versions=versions(),
     )
@@ -191,7 +192,7 @@ def check_same_run(manifest: Manifest, now: Manifest, path: Path) -> None:
     """
     # What a checkpoint that was written before a setting existed had: its default.
     told = manifest.config
-    defaults = flatten(as_dict(RunConfig())).items()
+    defaults = dotted(RunConfig()).items()
     then = {
         key: value for key, value in defaults if not any(name.startswith(f"{key}.") for name in told)
     } | told

@@ -1,34 +1,26 @@
-"""Every setting of a run as one typed tree.
+"""Every setting of a run as one typed tree of dataclasses, with the checks of its values.
 
-The dataclasses are the schema; files are merged over them from left to right, then `key=value` arguments.
-`model` is `models.ReformerConfig`, `data` is `datamodules.DataConfig`, `slurm` is `submit.SlurmConfig`: each
-package documents its own settings. There is no include language: a small file that is merged does that job.
+`model` is `ReformerConfig` and `data` is `DataConfig`: the packages `models` and `datamodules` document and check their
+own settings. `RunConfig.validate` checks every section, and then what spans sections. `load.py` fills the tree.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
-
 from megabase.datamodules.config import CAUSAL, MASKED, DataConfig
-from megabase.datamodules.files import publish
 from megabase.models.config import ReformerConfig
+from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.slurm.submit import SlurmConfig
 
-PRECISIONS = {"auto", "32", "bf16", "16"}
+PRECISIONS = ("16", "32", "auto", "bf16")
 NONE, CPU, NVME = OFFLOAD = ("none", "cpu", "nvme")
-ON_BAD = {"stop", "skip"}
+STOP, SKIP = ON_BAD = ("stop", "skip")
 
 
 @dataclass
@@ -44,6 +36,11 @@ class RunSettings:
     name: str = "???"
     root: str = "runs"
     seed: int = 1
+
+    def validate(self) -> None:
+        """Raise UserError for a name that cannot be a directory's."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"run.name={self.name!r}: use letters, digits, '.', '_' and '-' only")
 
 
 @dataclass
@@ -69,6 +66,16 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
+
+    def validate(self) -> None:
+        """Raise UserError for a value out of its range."""
+        _require_positive(self, "optim", "lr")
+        _require_not_negative(self, "optim", "warmup_steps", "min_lr", "weight_decay", "clip")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (beta := getattr(self, name)) < 1:
+                raise UserError(f"optim.{name}={beta}: must be at least 0 and below 1")
+        if self.min_lr > 1:
+            raise UserError(f"optim.min_lr={self.min_lr}: it is a fraction of optim.lr, at most 1")
 
 
 @dataclass
@@ -101,6 +108,14 @@ class TrainerConfig:
     max_minutes: float = 0.0
     hang_minutes: float = 30.0
 
+    def validate(self) -> None:
+        """Raise UserError for a value out of its range."""
+        _require_positive(self, "trainer", "max_steps", "nodes", "log_every_steps", "devices")
+        _require_not_negative(
+            self, "trainer", "eval_every_steps", "eval_sequences", "max_minutes", "hang_minutes"
+        )
+        _require_choice("trainer.precision", self.precision, PRECISIONS)
+
 
 @dataclass
 class ZeroConfig:
@@ -129,8 +144,8 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         for key in ("offload", "offload_parameters"):
-            said = str(getattr(self, key)).lower()
-            setattr(self, key, {"true": CPU, "false": NONE}.get(said, said))
+            value = str(getattr(self, key)).lower()
+            setattr(self, key, {"true": CPU, "false": NONE}.get(value, value))
 
     @property
     def on_disk(self) -> bool:
@@ -139,12 +154,11 @@ class ZeroConfig:
 
     def validate(self) -> None:
         """Raise UserError for settings that do not fit together."""
+        _require_positive(self, "zero", "bucket_mb")
         if self.stage not in (0, 1, 2, 3):
             raise UserError(f"zero.stage={self.stage}: DeepSpeed ZeRO has stages 0, 1, 2 and 3")
-        offloads = {"offload": self.offload, "offload_parameters": self.offload_parameters}
-        for key, device in offloads.items():
-            if device not in OFFLOAD:
-                raise UserError(f"zero.{key}={device!r}: choose one of {', '.join(OFFLOAD)}")
+        _require_choice("zero.offload", self.offload, OFFLOAD)
+        _require_choice("zero.offload_parameters", self.offload_parameters, OFFLOAD)
         if self.offload != NONE and self.stage == 0:
             raise UserError(f"zero.offload={self.offload} needs sharded states: set zero.stage to 1, 2 or 3")
         if self.offload == NVME and self.stage != 3:
@@ -178,6 +192,20 @@ class CheckpointConfig:
     keep_best: int = 0
     background: bool = False
 
+    def validate(self) -> None:
+        """Raise UserError for a value out of its range, or a `keep_every` that no checkpoint meets."""
+        _require_positive(self, "checkpoint", "keep")
+        _require_not_negative(self, "checkpoint", "every_steps", "every_minutes", "keep_every", "keep_best")
+        if self.keep_every and not _one_divides_the_other(self.keep_every, self.every_steps):
+            way_out = (
+                f"take a multiple of checkpoint.every_steps={self.every_steps}"
+                if self.every_steps
+                else "set checkpoint.every_steps"
+            )
+            raise UserError(
+                f"checkpoint.keep_every={self.keep_every}: no checkpoint is due at most of these steps: {way_out}"
+            )
+
 
 @dataclass
 class GuardConfig:
@@ -192,10 +220,24 @@ class GuardConfig:
         max_skips: The run ends when this many of the last updates were skipped.
     """
 
-    on_bad: str = "stop"
+    on_bad: str = STOP
     spike: float = 3.0
     window: int = 100
     max_skips: int = 10
+
+    def validate(self) -> None:
+        """Raise UserError for a value out of its range."""
+        _require_positive(self, "guard", "window", "max_skips")
+        _require_choice("guard.on_bad", self.on_bad, ON_BAD)
+        if self.spike and self.spike <= 1:
+            raise UserError(
+                f"guard.spike={self.spike}: a multiple of the usual loss, above 1 (0 switches it off)"
+            )
+        if self.max_skips > self.window:
+            raise UserError(
+                f"guard.max_skips={self.max_skips}: at most guard.window={self.window}, the steps in which skipped"
+                " updates are counted"
+            )
 
 
 @dataclass
@@ -214,8 +256,40 @@ class TrackingConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """What a job requests from SLURM. Nodes and ranks are `trainer.nodes` and `trainer.devices`.
+
+    Attributes:
+        partition: Partition. null: the cluster's default.
+        account: Account. null: the cluster's default.
+        qos: Quality of service. null: the cluster's default.
+        constraint: Required features of a node. null: none.
+        time: Time limit of one start: "HH:MM:SS", "D-HH:MM:SS", or a bare number of seconds. null: the partition's
+            limit. The job is requeued at the limit, so this need not cover the whole training.
+        signal_seconds: Seconds before the time limit at which SLURM signals the job to write a checkpoint and stop.
+            SLURM may signal a minute early. Allow twice the time of a step and a checkpoint.
+        cpus_per_task: CPUs of each rank, shared with its data workers. null: the cluster's default.
+        mem: Memory of each node, such as "64G". null: the cluster's default.
+        gpus: Type of GPU, such as "h100". "any": any type. null: no GPUs, the run trains on CPUs. Each node gets
+            `trainer.devices` of them.
+        extra: Further sbatch options, such as ["--exclusive", "--mail-type=FAIL"].
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None
+    signal_seconds: int = 120
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    gpus: str | None = "any"
+    extra: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RunConfig:
-    """The whole tree; see the class of each part for its settings."""
+    """The whole tree; the class of each section documents its settings."""
 
     run: RunSettings = field(default_factory=RunSettings)
     model: ReformerConfig = field(default_factory=ReformerConfig)
@@ -234,75 +308,44 @@ class RunConfig:
         return (Path(self.run.root) / self.run.name).absolute()
 
     def validate(self) -> None:
-        """Raise UserError for what no field alone can know to be wrong."""
-        for key, number in flatten(as_dict(self)).items():
+        """Check every section, and then what spans sections.
+
+        Raises:
+            UserError: a value is out of its range, or settings do not fit together.
+            DataError: a setting under `data` cannot work.
+            ConfigError: a setting under `model` cannot work.
+        """
+        for key, number in dotted(self).items():
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={number}: must be a finite number")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
-            raise UserError(f"run.name={self.run.name!r}: use letters, digits, '.', '_' and '-' only")
-        positive = {
-            "trainer.max_steps": self.trainer.max_steps,
-            "trainer.nodes": self.trainer.nodes,
-            "trainer.log_every_steps": self.trainer.log_every_steps,
-            "data.length": self.data.length,
-            "data.global_batch": self.data.global_batch,
-            "data.micro_batch": self.data.micro_batch,
-            "optim.lr": self.optim.lr,
-            "checkpoint.keep": self.checkpoint.keep,
-            "zero.bucket_mb": self.zero.bucket_mb,
-            "guard.window": self.guard.window,
-            "guard.max_skips": self.guard.max_skips,
-        }
-        if self.trainer.devices is not None:
-            positive["trainer.devices"] = self.trainer.devices
-        for key, value in positive.items():
-            if value <= 0:
-                raise UserError(f"{key}={value}: must be above zero")
-        not_negative = {
-            "trainer.eval_every_steps": self.trainer.eval_every_steps,
-            "trainer.eval_sequences": self.trainer.eval_sequences,
-            "trainer.max_minutes": self.trainer.max_minutes,
-            "trainer.hang_minutes": self.trainer.hang_minutes,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
-            "checkpoint.every_minutes": self.checkpoint.every_minutes,
-            "checkpoint.keep_every": self.checkpoint.keep_every,
-            "checkpoint.keep_best": self.checkpoint.keep_best,
-            "optim.warmup_steps": self.optim.warmup_steps,
-            "optim.min_lr": self.optim.min_lr,
-            "optim.weight_decay": self.optim.weight_decay,
-            "optim.clip": self.optim.clip,
-        }
-        for key, value in not_negative.items():
-            if value < 0:
-                raise UserError(f"{key}={value}: must not be negative (0 switches it off)")
-        for key, beta in (("optim.beta1", self.optim.beta1), ("optim.beta2", self.optim.beta2)):
-            if not 0 <= beta < 1:
-                raise UserError(f"{key}={beta}: must be at least 0 and below 1")
-        if self.optim.min_lr > 1:
-            raise UserError(f"optim.min_lr={self.optim.min_lr}: it is a fraction of optim.lr, at most 1")
-        self.zero.validate()
+        for section in (self.run, self.optim, self.trainer, self.zero, self.checkpoint, self.guard):
+            section.validate()
+        _require_positive(self.data, "data", "length", "global_batch", "micro_batch")
+        self.data.validate()
+        self._check_offload_and_background()
+        self._check_keep_best()
+        self._check_objective()
+        # The shards decide the size of the vocabulary. What does not depend on it is checked here.
+        vocab_size = self.model.vocab_size or 1
+        dataclasses.replace(self.model, vocab_size=vocab_size).validate(self.data.length)
+
+    def _check_offload_and_background(self) -> None:
         if self.zero.offload == NVME and self.checkpoint.background:
             raise UserError(
                 "checkpoint.background=true copies all states to host memory, which zero.offload=nvme is there to save:"
                 " set checkpoint.background=false, or zero.offload=cpu"
             )
-        if self.trainer.precision not in PRECISIONS:
+
+    def _check_keep_best(self) -> None:
+        every, evaluated = self.checkpoint.every_steps, self.trainer.eval_every_steps
+        if self.checkpoint.keep_best and not _one_divides_the_other(every, evaluated):
             raise UserError(
-                f"trainer.precision={self.trainer.precision!r}: choose one of {', '.join(sorted(PRECISIONS))}"
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs evaluations at the steps of checkpoints: make"
+                f" one of checkpoint.every_steps={every} and trainer.eval_every_steps={evaluated} a multiple of the"
+                " other"
             )
-        if self.guard.on_bad not in ON_BAD:
-            raise UserError(f"guard.on_bad={self.guard.on_bad!r}: choose one of {', '.join(sorted(ON_BAD))}")
-        if self.guard.spike and self.guard.spike <= 1:
-            raise UserError(
-                f"guard.spike={self.guard.spike}: a multiple of the usual loss, above 1 (0 switches it off)"
-            )
-        if self.guard.max_skips > self.guard.window:
-            raise UserError(
-                f"guard.max_skips={self.guard.max_skips}: at most guard.window={self.guard.window}, the steps in"
-                " which skipped updates are counted"
-            )
-        _check_retention(self.checkpoint, self.trainer.eval_every_steps)
-        self.data.validate()
+
+    def _check_objective(self) -> None:
         if self.data.objective == CAUSAL and not self.model.causal:
             raise UserError(
                 "data.objective=causal predicts the next base, which a model with model.causal=false sees: "
@@ -313,110 +356,27 @@ class RunConfig:
                 "data.objective=masked predicts masked bases from both sides, but model.causal=true sees one: "
                 "set model.causal=false, or data.objective=causal"
             )
-        # The vocabulary comes from the shards; what does not depend on it is checked here.
-        vocab_size = self.model.vocab_size or 1
-        dataclasses.replace(self.model, vocab_size=vocab_size).validate(self.data.length)
 
 
-def _check_retention(settings: CheckpointConfig, evaluated: int) -> None:
-    """Raise UserError where `keep_every` or `keep_best` would keep less than they say.
-
-    evaluated: steps between evaluations.
-    """
-    every, kept, best = settings.every_steps, settings.keep_every, settings.keep_best
-    if kept and (not every or (kept % every and every % kept)):
-        way = f"take a multiple of checkpoint.every_steps={every}" if every else "set checkpoint.every_steps"
-        raise UserError(f"checkpoint.keep_every={kept}: no checkpoint is due at most of these steps: {way}")
-    if best and (not every or not evaluated or (evaluated % every and every % evaluated)):
-        raise UserError(
-            f"checkpoint.keep_best={best} needs evaluations at the steps of checkpoints: make one of"
-            f" checkpoint.every_steps={every} and trainer.eval_every_steps={evaluated} a multiple of the other"
-        )
+def _require_positive(section: object, prefix: str, *names: str) -> None:
+    """Raise UserError unless these numbers of a section are above zero, or None."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{prefix}.{name}={value}: must be above zero")
 
 
-def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
-    """Merge defaults, YAML `files` from left to right, and `overrides` ("key.path=value") into a RunConfig.
-
-    Raises:
-        UserError: a file is missing or is not YAML; a key is unknown (the closest known one is named); a value
-            has the wrong type; a required key is missing; the values do not fit together.
-    """
-    merged = OmegaConf.structured(RunConfig)
-    for file in files:
-        merged = _merge(merged, _read_yaml(Path(file)), str(file))
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"{override!r} is neither a config file nor KEY=VALUE")
-        try:
-            parsed = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"argument {override!r}: {first_line(error)}") from None
-        merged = _merge(merged, parsed, f"argument {override!r}")
-    try:
-        config = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        key = str(error.full_key)
-        hint = f"{key}=VALUE"
-        raise UserError(f"{key} is missing: set it in a config file or add {hint}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"config: {first_line(error)}") from None
-    assert isinstance(config, RunConfig)
-    config.validate()
-    return config
+def _require_not_negative(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        if (value := getattr(section, name)) < 0:
+            raise UserError(f"{prefix}.{name}={value}: must not be negative (0 switches it off)")
 
 
-def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved tree as YAML that `load` reads back to an equal one."""
-    publish(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value!r}: choose one of {', '.join(choices)}")
 
 
-def as_dict(config: RunConfig) -> dict[str, Any]:
-    """The tree as nested dictionaries of plain values."""
-    return dataclasses.asdict(config)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to {"a.b.c": value}; an empty one is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _read_yaml(path: Path) -> Any:
-    if not path.exists():
-        raise UserError(f"config file {path} does not exist")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config file {path} cannot be read as YAML: {first_line(error)}") from None
-    if not OmegaConf.is_dict(loaded):
-        raise UserError(f"config file {path} must hold keys and values, not a list")
-    return loaded
-
-
-def _merge(base: Any, change: Any, place: str) -> Any:
-    try:
-        return OmegaConf.merge(base, change)
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        known = list(flatten(as_dict(RunConfig())))
-        known += sorted({".".join(name.split(".")[:-1]) for name in known})
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        sections = ", ".join(field.name for field in dataclasses.fields(RunConfig))
-        hint = f"did you mean {close[0]!r}?" if close else f"the sections are {sections}"
-        raise UserError(f"{place}: unknown key {key[:60]!r}; {hint}") from None
-    except (ValidationError, OmegaConfBaseException) as error:
-        said = first_line(error)
-        if "ListConfig" in said:
-            said = f"a list is wanted: '{error.full_key}=[a,b]'"
-        raise UserError(f"{place}: {error.full_key or 'value'}: {said}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_divides_the_other(a: int, b: int) -> bool:
+    """Whether both are above zero and one is a multiple of the other."""
+    return bool(a and b) and (a % b == 0 or b % a == 0)

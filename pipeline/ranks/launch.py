@@ -34,8 +34,7 @@ import torch.distributed as dist
 import megabase
 from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
-from megabase.pipeline.config.schema import first_line
-from megabase.pipeline.errors import GOES_ON, RunError, UserError, rank_zero
+from megabase.pipeline.errors import GOES_ON, RunError, UserError, first_line, rank_zero
 from megabase.pipeline.ranks.stop import INTERRUPTED, STOP_SIGNALS, StopRequest
 from megabase.pipeline.ranks.watchdog import START_MINUTES
 

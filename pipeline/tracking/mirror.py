@@ -9,6 +9,7 @@ with another `optim.*`: then the journal has the new ones, MLflow the old).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megabase.datamodules.files import publish_json
-from megabase.pipeline.config.schema import RunConfig, as_dict, flatten
+from megabase.pipeline.config.keys import flatten
+from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Row, Tail
 
 POLL_S = 1.0
@@ -169,7 +171,7 @@ class Mirror:
         """Send the settings. MLflow's parameters are immutable: one that has changed since becomes a tag."""
         from mlflow.entities import Param, RunTag
 
-        tree = as_dict(self._config)
+        tree = dataclasses.asdict(self._config)
         tree["data"]["mixture"] = json.dumps(
             tree["data"]["mixture"]
         )  # patterns are no names that MLflow takes

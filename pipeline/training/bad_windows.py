@@ -13,7 +13,8 @@ from megabase.datamodules.order.hashing import visit_keys
 from megabase.datamodules.order.order import slots
 from megabase.datamodules.order.packing import Piece
 from megabase.datamodules.order.windows import PACKED
-from megabase.pipeline.config.schema import RunConfig, first_line
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import first_line
 from megabase.pipeline.ranks.launch import Ranks
 from megabase.pipeline.training.guard import Trouble
 

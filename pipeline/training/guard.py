@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.journal import JOURNAL, Row, read
 
-SKIP = "skip"
 # A loss can only have exploded when so many are known.
 LEAST_LOSSES = 8
 # fp16 halves its loss scale when a gradient overflows, from 2^32 or less to 1. After so many in a row the scale is not

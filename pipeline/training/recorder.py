@@ -10,13 +10,14 @@ import torch
 
 from megabase.models.flops import training_flops_per_token
 from megabase.pipeline.checkpoint.saver import Saved
-from megabase.pipeline.config.schema import RunConfig, first_line
+from megabase.pipeline.config.schema import SKIP, RunConfig
+from megabase.pipeline.errors import first_line
 from megabase.pipeline.hardware import peak_flops, peak_memory, precision_of
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Journal, Row, read
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.evaluate import bits
-from megabase.pipeline.training.guard import SKIP, History, Trouble, step_loss
+from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve
 from megabase.pipeline.training.progress import ProgressLine

@@ -20,7 +20,7 @@ from megabase.datamodules.order.mixture import identity_of
 from megabase.datamodules.prepare.splits import VALID
 from megabase.models.config import ConfigError
 from megabase.pipeline.checkpoint import publish as checkpoint
-from megabase.pipeline.config import schema as configs
+from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, UserError, rank_zero
 from megabase.pipeline.hardware import precision_of
@@ -209,7 +209,7 @@ def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
             print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
             if (resume_from / JOURNAL).exists():  # older checkpoints have no copy
                 _restore_journal(directory, resume_from)
-        configs.save(config, directory / "config.yaml")
+        save(config, directory / "config.yaml")
         environment.write(directory)
     except OSError as error:
         return f"cannot write in {directory}: {error}"

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from megabase.pipeline.config.schema import CPU, NONE, NVME, RunConfig, ZeroConfig, first_line, flatten
-from megabase.pipeline.errors import UserError
+from megabase.pipeline.config.keys import flatten
+from megabase.pipeline.config.schema import CPU, NONE, NVME, RunConfig, ZeroConfig
+from megabase.pipeline.errors import UserError, first_line
 from megabase.pipeline.hardware import precision_of
 
 ZERO = "zero_optimization"

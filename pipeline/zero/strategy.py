@@ -31,7 +31,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from megabase.pipeline.checkpoint.publish import TAG, read_manifest
-from megabase.pipeline.config.schema import RunConfig, as_dict, flatten
+from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.ranks.launch import STARTING_TIMEOUT
 from megabase.pipeline.zero import offload as mapped
 from megabase.pipeline.zero.checkpoint_engine import Storage
@@ -111,7 +112,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine = self.deepspeed_engine
         manifest, config = read_manifest(path), self.run_config
         then = manifest.ranks, manifest.stage, layout(manifest.config)
-        as_it_was = then == (dist.get_world_size(), config.zero.stage, layout(flatten(as_dict(config))))
+        as_it_was = then == (dist.get_world_size(), config.zero.stage, layout(dotted(config)))
         # DeepSpeed would put new states, in memory, in the place of those that are mapped from files.
         if not as_it_was or config.zero.on_disk:
             client = reshard(engine, Shards.open(path))

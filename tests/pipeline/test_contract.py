@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from megabase.pipeline import cli
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.schema import RunConfig
 
 SPLITS = ["--alphabet", "--valid", "--test", "--intervals"]
 COMMANDS = {
@@ -128,7 +129,7 @@ def test_benchmarks() -> None:
 
 
 def test_keys() -> None:
-    assert set(KEYS) <= set(config.flatten(config.as_dict(config.RunConfig())))
+    assert set(KEYS) <= set(dotted(RunConfig()))
 
 
 def test_settings_are_told_from_files(tmp_path) -> None:

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.config.schema import RunConfig, SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.slurm import submit
-from megabase.pipeline.slurm.submit import TRAIN_SCRIPT, SlurmConfig, sbatch_call
+from megabase.pipeline.slurm.submit import TRAIN_SCRIPT, sbatch_call
 from megabase.pipeline.training import run as train
 from megabase.slurm.testcluster.cluster import TestCluster
 

@@ -12,7 +12,7 @@ from megabase.pipeline.checkpoint import manifest
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.checkpoint.manifest import seal_of
 from megabase.pipeline.checkpoint.publish import MANIFEST, Manifest
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.ranks.launch import Ranks
 
@@ -116,7 +116,7 @@ def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ra
 
 def settings(*changes: str) -> Manifest:
     """What a checkpoint of a small run would say."""
-    run = config.load([], ["run.name=x", "data.shards=s", *changes])
+    run = load([], ["run.name=x", "data.shards=s", *changes])
     return checkpoint.manifest_of(run, 5, 2, "these bases")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megabase.datamodules.prepare.prepare import prepare
 from megabase.pipeline.checkpoint.manifest import MANIFEST, list_checkpoints, step_of
 from megabase.pipeline.checkpoint.retention import best, doomed, evaluations, prune
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import CheckpointConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.training import run as train
@@ -174,12 +174,12 @@ def test_what_cannot_be_deleted_ends_no_training(
 )
 def test_settings_that_would_keep_less_than_they_say_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.load([], ["run.name=x", "data.shards=s", *settings])
+        load([], ["run.name=x", "data.shards=s", *settings])
 
 
 def test_the_best_needs_a_validation_split(tmp_path: Path) -> None:
     prepare([DATA / "lambda_phage.fna.gz"], tmp_path / "shards", progress=False)
-    run = config.load([], ["run.name=x", f"data.shards={tmp_path / 'shards'}", "checkpoint.keep_best=1"])
+    run = load([], ["run.name=x", f"data.shards={tmp_path / 'shards'}", "checkpoint.keep_best=1"])
     with pytest.raises(UserError, match=r"checkpoint.keep_best=1: .* has no validation split"):
         train.check(run, 1)
 
@@ -190,4 +190,4 @@ def test_settings_that_fit_are_taken() -> None:
         ["checkpoint.keep_best=1", "checkpoint.every_steps=250"],
         ["checkpoint.keep_best=1", "checkpoint.every_steps=1000"],
     ):
-        config.load([], ["run.name=x", "data.shards=s", *settings])
+        load([], ["run.name=x", "data.shards=s", *settings])

@@ -16,7 +16,7 @@ import torch
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.checkpoint.publish import list_checkpoints, read_manifest
 from megabase.pipeline.checkpoint.saver import Saver
-from megabase.pipeline.config.schema import load
+from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks.agreement import Agreement
 from megabase.pipeline.ranks.launch import Ranks

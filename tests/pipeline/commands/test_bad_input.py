@@ -8,7 +8,7 @@ import pytest
 from megabase.datamodules.index.index import ShardIndex
 from megabase.pipeline import cli
 from megabase.pipeline.checkpoint import publish as checkpoint
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from tests.conftest import DATA
 
 
@@ -127,7 +127,7 @@ def test_resume_with_another_model(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = train_arguments(lambda_shards, tmp_path)
-    then = config.load([], settings[1:])
+    then = load([], settings[1:])
     then.model.vocab_size = 9
     step = tmp_path / "t" / "checkpoints" / "step-5"
     step.mkdir(parents=True)

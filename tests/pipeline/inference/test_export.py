@@ -23,7 +23,8 @@ from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, Refor
 from megabase.models.pretrained import from_pretrained
 from megabase.pipeline import cli
 from megabase.pipeline.checkpoint.manifest import Manifest
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.keys import flatten
+from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.inference import export as export_module
 from megabase.pipeline.inference.export import choose, export
@@ -78,7 +79,7 @@ def write_checkpoint(
         ranks=ranks,
         stage=stage,
         precision="32",
-        config=config.flatten({"model": asdict(settings)}),
+        config=flatten({"model": asdict(settings)}),
         data="",
         versions={"torch": "then"},
         files=files,
@@ -356,7 +357,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 def test_the_loss_is_the_one_of_the_journal(undisturbed: Path, tmp_path: Path) -> None:
     export(undisturbed, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
     model = from_pretrained(tmp_path / "out")
-    trained = config.load([undisturbed / "config.yaml"])
+    trained = load([undisturbed / "config.yaml"])
     nats = bases = 0.0
     for batch in SequenceDataModule(trained.data, trained.run.seed).some_validation(0):
         wide = batch.widened()

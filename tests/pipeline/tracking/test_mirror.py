@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.journal import Journal
 from megabase.pipeline.tracking.mirror import RUN_FILE, Mirror
@@ -68,7 +68,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def settings(tmp_path: Path, uri: str) -> RunConfig:
-    made = config.load(
+    made = load(
         [],
         [
             "run.name=r",

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabase.pipeline.checkpoint.publish import TAG, list_checkpoints, step_of
-from megabase.pipeline.config import schema as configs
+from megabase.pipeline.config.load import load
+from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, rank_zero
 from megabase.pipeline.ranks import launch as distributed
 from megabase.pipeline.ranks.stop import StopRequest
@@ -113,7 +114,7 @@ class Poisoned(PretrainModule):
     case: Case
     last: Poisoned
 
-    def __init__(self, config: configs.RunConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         type(self).last = self
         self.unchanged: list[int] = []
@@ -178,7 +179,7 @@ class Poisoned(PretrainModule):
 def run(name: str, case: Case, shards: str, root: Path, ranks: distributed.Ranks) -> dict[str, Any]:
     """Train a case; what is known of it on all ranks."""
     settings = [f"data.shards={shards}", f"run.root={root}", f"run.name={name}", *SETTINGS, *case.settings]
-    config = configs.load([], settings)
+    config = load([], settings)
     train.check(config, ranks.size)
     if rank_zero():
         (config.directory / "checkpoints").mkdir(parents=True)

@@ -17,7 +17,7 @@ from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.batches.batches import Place, TrainBatches
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.datamodules.prepare.prepare import prepare
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.agreement import Agreed
@@ -33,7 +33,7 @@ GUESS = math.log(9)
 
 
 def settings(*more: str, root: Path = Path("/nowhere")) -> RunConfig:
-    run = config.load(
+    run = load(
         [], ["run.name=x", f"run.root={root}", "data.shards=s", "data.length=8", "data.global_batch=8", *more]
     )
     run.model.vocab_size = 9

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training.evaluate import bits
@@ -27,7 +27,7 @@ MASKED = [
 
 
 def test_objective_and_model_must_agree(lambda_shards: Path, tmp_path: Path) -> None:
-    settings = config.load([], train_settings(lambda_shards, tmp_path, "x", *MASKED))
+    settings = load([], train_settings(lambda_shards, tmp_path, "x", *MASKED))
     check(settings, 2)
     settings.model.causal = True
     settings.model.layers = ["performer"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.batches.collate import Raw, causal_batch
 from megabase.models import Reformer, ReformerConfig
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.agreement import Agreed
@@ -36,9 +36,7 @@ def test_the_rate_rises_then_falls_to_its_floor(warmup: int, max_steps: int, flo
 
 
 def test_only_matrices_decay() -> None:
-    run = config.load(
-        [], ["run.name=x", "data.shards=s", "model.dim=8", "model.heads=2", "optim.weight_decay=0.3"]
-    )
+    run = load([], ["run.name=x", "data.shards=s", "model.dim=8", "model.heads=2", "optim.weight_decay=0.3"])
     run.model.vocab_size = 9
     module = PretrainModule(run)
     module.configure_model()
@@ -49,7 +47,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_the_seed_decides_the_weights() -> None:
-    run = config.load([], ["run.name=x", "data.shards=s", "model.dim=8", "model.heads=2"])
+    run = load([], ["run.name=x", "data.shards=s", "model.dim=8", "model.heads=2"])
     run.model.vocab_size = 9
     weights = []
     for _ in range(2):
@@ -73,7 +71,7 @@ def test_a_block_shared_between_depths_is_refused_where_zero_cannot_train_it() -
 
 def tiny_run(root: Path, *more: str) -> RunConfig:
     settings = [f"run.root={root}", "run.name=x", "data.shards=s", "data.length=8"]
-    run = config.load(
+    run = load(
         [], [*settings, "model.dim=8", "model.depth=1", "model.heads=2", "model.layers=[local]", *more]
     )
     run.model.vocab_size = 9

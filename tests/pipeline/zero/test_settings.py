@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megabase.pipeline.config import schema as configs
+from megabase.pipeline.config.keys import dotted, flatten
+from megabase.pipeline.config.load import load as load_config
+from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.zero import settings as zero
@@ -18,7 +20,7 @@ ZERO = f"{KEY}.zero_optimization"
 
 
 def load(*settings: str) -> RunConfig:
-    return configs.load([], ["run.name=x", "data.shards=somewhere", *settings])
+    return load_config([], ["run.name=x", "data.shards=somewhere", *settings])
 
 
 def error_of(*settings: str) -> str:
@@ -39,13 +41,13 @@ def test_offload_may_be_said_in_two_ways_and_is_read_back_from_a_saved_config(
 ) -> None:
     written = tmp_path / "a.yaml"
     written.write_text(f"zero: {{offload: {said}}}")
-    config = configs.load([written], ["run.name=x", "data.shards=somewhere"])
+    config = load_config([written], ["run.name=x", "data.shards=somewhere"])
     assert config.zero.offload == load(f"zero.offload={said}").zero.offload == means
     offloads = zero.deepspeed_config(config)["zero_optimization"].get("offload_optimizer", {"device": "none"})
     assert offloads["device"] == means
     saved = tmp_path / "config.yaml"
-    configs.save(config, saved)
-    assert configs.load([saved]) == config
+    save(config, saved)
+    assert load_config([saved]) == config
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,8 @@ def test_what_deepspeed_knows_goes_through_beside_what_we_set(setting: str, expe
     config = load(setting)
     zero.check(config)
     made, plain = zero.deepspeed_config(config), zero.deepspeed_config(load())
-    assert configs.flatten(expected).items() <= configs.flatten(made).items()
-    assert configs.flatten(plain).items() <= configs.flatten(made).items()
+    assert flatten(expected).items() <= flatten(made).items()
+    assert flatten(plain).items() <= flatten(made).items()
 
 
 def test_thresholds_of_stage_3_are_defaults_of_ours() -> None:
@@ -136,7 +138,7 @@ def test_everything_that_we_set_is_refused_or_a_default_of_ours() -> None:
         "fp16.initial_scale_power",
         "fp16.loss_scale_window",
     }
-    made = set(configs.flatten(zero.deepspeed_config(config)))
+    made = set(flatten(zero.deepspeed_config(config)))
     assert {key for key in made if key not in zero.OURS | zero.REFUSED} == defaults
 
 
@@ -247,7 +249,7 @@ def test_a_bucket_is_as_large_in_bytes_whatever_the_precision() -> None:
 
 def test_the_layout_of_a_checkpoint_changes_with_the_keys_that_order_states() -> None:
     plain, other, same = (
-        zero.layout(configs.flatten(configs.as_dict(load(*settings))))
+        zero.layout(dotted(load(*settings)))
         for settings in ([], [f"{ZERO}.round_robin_gradients=true"], ["zero.bucket_mb=3"])
     )
     assert plain == same != other
@@ -256,9 +258,9 @@ def test_the_layout_of_a_checkpoint_changes_with_the_keys_that_order_states() ->
 def test_a_check_without_keys_for_deepspeed_does_not_import_it() -> None:
     program = (
         "import sys\n"
-        "from megabase.pipeline.config import schema as config\n"
+        "from megabase.pipeline.config.load import load\n"
         "from megabase.pipeline.zero import settings as zero\n"
-        "zero.check(config.load([], ['run.name=x', 'data.shards=y', 'zero.offload=cpu', 'zero.stage=3']))\n"
+        "zero.check(load([], ['run.name=x', 'data.shards=y', 'zero.offload=cpu', 'zero.stage=3']))\n"
         "assert 'deepspeed' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megabase.datamodules.config import accumulation
 from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
-from megabase.pipeline.config import schema as config
+from megabase.pipeline.config.load import load, save
 from megabase.pipeline.errors import UserError
 
 MINIMAL = ["run.name=x", "data.shards=s"]
@@ -23,7 +23,7 @@ def write(path: Path, text: str) -> Path:
 def test_files_merge_left_to_right_and_arguments_win(tmp_path: Path) -> None:
     first = write(tmp_path / "a.yaml", "run: {name: a}\ndata: {shards: s, length: 1024}\noptim: {lr: 0.1}\n")
     second = write(tmp_path / "b.yaml", "data: {length: 2048}\nmodel: {layers: [lsh]}\n")
-    merged = config.load([first, second], ["data.length=4096"])
+    merged = load([first, second], ["data.length=4096"])
     assert (merged.run.name, merged.data.length, merged.optim.lr, merged.model.layers) == (
         "a",
         4096,
@@ -41,10 +41,10 @@ def test_saved_config_loads_to_an_equal_one(
     tmp_path_factory: pytest.TempPathFactory, lr: float, steps: int, name: str
 ) -> None:
     path = tmp_path_factory.mktemp("config") / "config.yaml"
-    original = config.load([], [*MINIMAL, f"optim.lr={lr!r}", f"trainer.max_steps={steps}"])
+    original = load([], [*MINIMAL, f"optim.lr={lr!r}", f"trainer.max_steps={steps}"])
     original.run.name = name
-    config.save(original, path)
-    assert config.load([path]) == original
+    save(original, path)
+    assert load([path]) == original
 
 
 def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None:
@@ -52,11 +52,11 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
     with pytest.raises(
         UserError, match=r"bad\.yaml: unknown key 'data\.lenght'; did you mean 'data\.length'\?"
     ):
-        config.load([bad], MINIMAL)
+        load([bad], MINIMAL)
     with pytest.raises(
         UserError, match=r"unknown key 'model\.lsh\.round'; did you mean 'model\.lsh\.rounds'\?"
     ):
-        config.load([], [*MINIMAL, "model.lsh.round=2"])
+        load([], [*MINIMAL, "model.lsh.round=2"])
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,19 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
 )
 def test_bad_argument_is_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises((UserError, ConfigError, DataError), match=message) as caught:
-        config.load([], [*MINIMAL, argument])
+        load([], [*MINIMAL, argument])
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file_bad_yaml_and_missing_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        config.load([tmp_path / "none.yaml"], MINIMAL)
+        load([tmp_path / "none.yaml"], MINIMAL)
     with pytest.raises(UserError, match="cannot be read as YAML"):
-        config.load([write(tmp_path / "torn.yaml", "a: [1, 2\n")], MINIMAL)
+        load([write(tmp_path / "torn.yaml", "a: [1, 2\n")], MINIMAL)
     with pytest.raises(UserError, match="must hold keys and values"):
-        config.load([write(tmp_path / "list.yaml", "- 1\n")], MINIMAL)
+        load([write(tmp_path / "list.yaml", "- 1\n")], MINIMAL)
     with pytest.raises(UserError, match=r"data\.shards is missing.*data\.shards=VALUE"):
-        config.load([], ["run.name=x"])
+        load([], ["run.name=x"])
 
 
 ROOT = Path(__file__).parents[3]
@@ -117,7 +117,7 @@ ROOT = Path(__file__).parents[3]
 )
 def test_the_experiments_in_configs_fit_together(names: list[str]) -> None:
     files = [ROOT / "configs" / f"{name}.yaml" for name in names]
-    loaded = config.load(files, ["run.name=x", "data.shards=s"])
+    loaded = load(files, ["run.name=x", "data.shards=s"])
     devices = loaded.trainer.devices
     assert devices is not None
     accumulation(loaded.data.global_batch, loaded.data.micro_batch, loaded.trainer.nodes * devices)

@@ -1,0 +1,25 @@
+"""Settings by their dotted keys, such as `data.length`: as messages name them and as manifests hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megabase.pipeline.config.schema import RunConfig
+
+
+def dotted(config: RunConfig) -> dict[str, Any]:
+    """Every setting of a run: {"a.b.c": value}."""
+    return flatten(dataclasses.asdict(config))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to {"a.b.c": value}. An empty dictionary is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

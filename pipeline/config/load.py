@@ -1,0 +1,105 @@
+"""Reading and writing a run's configuration: defaults, then YAML files from left to right, then KEY=VALUE arguments.
+
+There is no include language: a small file that is merged over another one does that job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from megabase.datamodules.files import publish
+from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError, first_line
+
+
+def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge the defaults, YAML `files` from left to right, and `overrides` into a validated RunConfig.
+
+    Args:
+        files: each may set any part of the tree.
+        overrides: settings as "key.path=value".
+
+    Returns:
+        The configuration, for which `RunConfig.validate` passed.
+
+    Raises:
+        UserError: a file is missing or is not YAML; a key is unknown (the closest known one is named); a value has
+            the wrong type; a required key is missing; values do not fit together.
+        DataError: a setting under `data` cannot work.
+        ConfigError: a setting under `model` cannot work.
+    """
+    merged = OmegaConf.structured(RunConfig)
+    for file in files:
+        merged = _merge(merged, _read_yaml(Path(file)), str(file))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"argument {override!r}")
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        raise UserError(f"{key} is missing: set it in a config file or add {key}=VALUE") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {first_line(error)}") from None
+    assert isinstance(config, RunConfig)
+    config.validate()
+    return config
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write every setting as YAML, which `load` reads back to an equal tree. Raises OSError."""
+    publish(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+
+
+def _parse_override(override: str) -> Any:
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is neither a config file nor KEY=VALUE")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"argument {override!r}: {first_line(error)}") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"config file {path} cannot be read as YAML: {first_line(error)}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"config file {path} must hold keys and values, not a list")
+    return loaded
+
+
+def _merge(base: Any, change: Any, source: str) -> Any:
+    """`change` merged over `base`. `source` is the file or argument that an error message names."""
+    try:
+        return OmegaConf.merge(base, change)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        raise UserError(f"{source}: unknown key {key[:60]!r}; {_hint(key)}") from None
+    except OmegaConfBaseException as error:
+        problem = first_line(error)
+        if "ListConfig" in problem:
+            problem = f"a list is wanted: '{error.full_key}=[a,b]'"
+        raise UserError(f"{source}: {error.full_key or 'value'}: {problem}") from None
+
+
+def _hint(unknown: str) -> str:
+    """The known key that is closest to an unknown one; without a close one, the names of all sections."""
+    known = list(dotted(RunConfig()))
+    known += sorted({key.rpartition(".")[0] for key in known})
+    close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"the sections are {', '.join(field.name for field in dataclasses.fields(RunConfig))}"
