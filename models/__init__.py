@@ -2,23 +2,29 @@
 
     from megabase.models import Reformer, ReformerConfig, Seeds
 
-Nothing here knows of Lightning, DeepSpeed, files or configs on disk: a config is a dataclass, a model is an
-``nn.Module``, and all chance comes in with the call. (One module reads files: `pretrained`, for exported models.)
+This package knows no Lightning, no DeepSpeed and no config files. A name is imported when it is first used, so
+`from megabase.models import ReformerConfig` does not import torch.
 """
 
-from megabase.models.chance import Seeds
-from megabase.models.config import (
-    ConfigError,
-    FeedForwardConfig,
-    LinformerConfig,
-    LocalConfig,
-    LSHConfig,
-    PerformerConfig,
-    ReformerConfig,
-)
-from megabase.models.encoder_decoder import EncoderDecoder
-from megabase.models.generation import generate
-from megabase.models.reformer import Reformer, ReformerClassifier
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megabase.models.chance import Seeds
+    from megabase.models.config import (
+        ConfigError,
+        FeedForwardConfig,
+        LinformerConfig,
+        LocalConfig,
+        LSHConfig,
+        PerformerConfig,
+        ReformerConfig,
+    )
+    from megabase.models.encoder_decoder import EncoderDecoder
+    from megabase.models.generation import generate
+    from megabase.models.reformer import Reformer, ReformerClassifier
 
 __all__ = [
     "ConfigError",
@@ -34,3 +40,21 @@ __all__ = [
     "Seeds",
     "generate",
 ]
+
+_MODULES = {
+    "EncoderDecoder": "encoder_decoder",
+    "Reformer": "reformer",
+    "ReformerClassifier": "reformer",
+    "Seeds": "chance",
+    "generate": "generation",
+}
+"""The module of each exported name; the other names are in `config`."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported name when it is first used (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'config')}"), name)
+    globals()[name] = value
+    return value
