@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.layers import Norm, linear
 from megabase.models.precision import Precision
-from megabase.models.reversible import Call
 
 CPU_CHUNK, GPU_CHUNK = 1024, 16384
 """Tokens of a chunk where none are set: on a CPU their hidden layer should stay in cache; a GPU wants to be filled."""

@@ -37,12 +37,13 @@ from megabase.models.attention.kernels.reference import first_of_each
 from megabase.models.attention.local import LocalAttention
 from megabase.models.attention.lsh import LSHAttention, rotate_and_hash, seat_by_hash
 from megabase.models.attention.performer import PerformerAttention, RunningAttention
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, random_bits
 from megabase.models.config import ConfigError
 from megabase.models.encoder_decoder import EncoderDecoder, decoder_seeds
 from megabase.models.precision import Precision
 from megabase.models.reformer import Body, Reformer
-from megabase.models.reversible import Branch, Call
+from megabase.models.reversible import Branch
 
 
 @dataclass

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from megabase.models.attention import build_attention
 from megabase.models.attention.cross import CrossAttentionBranch
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.feedforward import FeedForwardBranch
 from megabase.models.layers import Linear, Norm
 from megabase.models.loss import linear_cross_entropy
 from megabase.models.positions import build_positions
-from megabase.models.reversible import Block, Call, ReversibleStack
+from megabase.models.reversible import Block, ReversibleStack
 
 
 class Reformer(nn.Module):

@@ -4,37 +4,39 @@ What is special:
 - The two residual streams are int32 in units of 2^-16. A branch computes in floating point, its output is
   rounded to that grid once, and integers are added: addition wraps, and subtraction undoes it bit for bit at
   any depth. Floating-point streams drift when inverted (bf16: 12 % at 48 layers).
-- The whole stack is one autograd.Function. It keeps the two final streams and nothing for each layer. The
-  backward pass takes the branches in reverse: run one again with gradients, undo it, go on to the one before.
-- A branch adds to the stream that was written before the last, and reads the last. So a block may have any
-  number of them; a decoder's has a third, cross-attention, between F and G (as in trax).
-- What cross-attention reads, the context, is an input of the Function, detached for each branch anew: what the
-  branches pass back to it is summed in fp32 and returned once. It is kept once, whatever the depth.
+- The whole stack is one autograd.Function. It saves the two final streams, and nothing for each layer. The
+  backward pass visits the branches in reverse: it runs a branch again with gradients, subtracts its output, and
+  continues with the branch before.
+- A branch reads the stream that was written last and adds to the other one. So a block may have any number of
+  branches; a decoder's block has a third, cross-attention, between F and G (as in trax).
+- The context that cross-attention reads is an input of the Function. The gradients that the branches return for
+  it are summed in fp32 and passed on once. It is saved once, whatever the depth.
 - Rounding passes gradients unchanged (straight through); along the streams they are fp32.
-- No state on modules: all a pass depends on (seeds, training mode, mask, autocast) is captured with it, so
-  any number of forwards may precede a backward, and a switch to eval() in between harms nothing.
+- Modules hold no state of a pass: everything a pass depends on (`Call`, autocast) is saved with it. So any number
+  of forward passes may precede a backward pass, and calling eval() in between changes nothing.
 
 Branches are called as modules, and every block's backward is a nested torch.autograd.backward: hooks on
-modules and parameters (DDP, ZeRO 1 to 3) fire once for each parameter, in its block's turn. Consequences:
-`loss.backward()` fills `.grad`; `torch.autograd.grad` for parameters is refused; a module used by two blocks
+modules and parameters (DDP, ZeRO 1 to 3) fire once for each parameter, when its block is visited. Consequences:
+`loss.backward()` fills `.grad`; `torch.autograd.grad` for parameters is refused; a module shared by two blocks
 works in plain torch, but not under ZeRO 2 and 3.
 
-Range: the grid holds ±32768. Branch outputs and streams are watched against ±16384, below which no addition
-can wrap. Past it, and for anything not finite, the stack's output is NaN: a run that diverges shows it.
+Range: the grid holds ±32768. Branch outputs and streams are checked against ±16384, below which no addition
+can wrap. If one is larger or not finite, the stack's output is NaN, so that a diverging run is noticed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from megabase.models import fused
-from megabase.models.chance import Seeds
+from megabase.models.call import Call
 from megabase.models.device import pieces
 from megabase.models.precision import Precision
 
@@ -43,25 +45,6 @@ SCALE = 65536.0
 
 LIMIT = 16384.0
 """Absolute value beyond which the next addition could wrap."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one pass through the model depends on besides the tokens and the weights.
-
-    training: whether dropout is on. mask: (batch, length) bool, True where a token is real; None = all are.
-    context: (batch, source length, width) fp32, what cross-attention reads, and context_mask: (batch, source
-    length) bool, like mask; None where there is no cross-attention.
-    grad: (batch, length, dim) fp32, the gradient that the branch's output is going to get. Known where the backward
-    pass of the reversible stack runs a branch again, so that it may do both in one go; else None.
-    """
-
-    seeds: Seeds = field(default_factory=Seeds)
-    training: bool = False
-    mask: Tensor | None = None
-    context: Tensor | None = None
-    context_mask: Tensor | None = None
-    grad: Tensor | None = None
 
 
 class Branch(Protocol):
@@ -81,67 +64,70 @@ class Block(nn.Module):
 
     @property
     def branches(self) -> list[Branch]:
-        """In the order in which they run."""
+        """The branches in the order in which they run."""
         return [self.f, self.g] if self.cross is None else [self.f, self.cross, self.g]
 
 
 class FixedPoint:
-    """Streams as int32 in units of 1 / SCALE. On a GPU each of these is one pass over memory."""
+    """Streams as int32 in units of 1 / SCALE. On a GPU each of these is one pass over memory.
+
+    Where `invalid` is an argument, it is a scalar fp32. It becomes NaN if a number is not finite or beyond ±LIMIT,
+    without a synchronisation with the device.
+    """
 
     @staticmethod
-    def encode(x: Tensor, alarm: Tensor | None = None) -> Tensor:
-        """Round to the nearest unit (ties to even); saturate at the ends of the range. alarm: see `add`."""
+    def encode(x: Tensor, invalid: Tensor | None = None) -> Tensor:
+        """Round x to the nearest unit (ties to even), int32; saturates at the ends of the range."""
         if fused.fits(x):
-            return fused.add_to_stream(None, x, 1, SCALE, LIMIT, alarm)
+            return fused.add_to_stream(None, x, 1, SCALE, LIMIT, invalid)
         stream = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         flat, source = stream.view(-1), x.reshape(-1)
         for part in pieces(flat.shape[0], 1, x.device):
             # 2147483520 is the largest fp32 below 2^31.
             flat[part] = (source[part].float() * SCALE).round_().clamp_(-2147483648.0, 2147483520.0)
-        if alarm is not None:
-            FixedPoint.watch(x, stream, alarm)
+        if invalid is not None:
+            FixedPoint.check_range(x, stream, invalid)
         return stream
 
     @staticmethod
     def decode(stream: Tensor) -> Tensor:
-        """fp32 value of a stream. Beyond ±256 its last bits are rounded: the same way every time."""
+        """The fp32 value of a stream. Beyond ±256 its last bits are rounded, the same way every time."""
         if stream.is_cuda:
             return fused.decode(stream, 1.0 / SCALE)
         return stream.to(torch.float32).mul_(1.0 / SCALE)
 
     @staticmethod
-    def add(stream: Tensor, branch: Tensor, alarm: Tensor) -> Tensor:
-        """The stream plus a branch's output. alarm: a scalar fp32; becomes NaN if one of the two is not finite or
-        beyond ±LIMIT. Adds no synchronisation with a device."""
-        if fused.fits(branch):
-            return fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
-        result = FixedPoint.encode(branch).add_(stream)
-        FixedPoint.watch(branch, result, alarm)
+    def add(stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
+        """The stream plus a branch's output, both of the same shape."""
+        if fused.fits(output):
+            return fused.add_to_stream(stream, output, 1, SCALE, LIMIT, invalid)
+        result = FixedPoint.encode(output).add_(stream)
+        FixedPoint.check_range(output, result, invalid)
         return result
 
     @staticmethod
-    def subtract(stream: Tensor, branch: Tensor) -> Tensor:
-        """What the stream was before `add`."""
-        if fused.fits(branch):
-            return fused.add_to_stream(stream, branch, -1, SCALE, LIMIT, None)
-        step = FixedPoint.encode(branch)
+    def subtract(stream: Tensor, output: Tensor) -> Tensor:
+        """The inverse of `add`: the stream before the branch's output was added."""
+        if fused.fits(output):
+            return fused.add_to_stream(stream, output, -1, SCALE, LIMIT, None)
+        step = FixedPoint.encode(output)
         return torch.sub(stream, step, out=step)
 
     @staticmethod
-    def watch(x: Tensor, stream: Tensor, alarm: Tensor) -> None:
-        """What `add` says of the alarm."""
+    def check_range(x: Tensor, stream: Tensor, invalid: Tensor) -> None:
+        """Set `invalid` to NaN if x (floating point) or stream (int32) leaves the range."""
         low, high = torch.aminmax(x)
         bottom, top = torch.aminmax(stream)
         edge = round(LIMIT * SCALE)
         fine = (low > -LIMIT) & (high < LIMIT) & (bottom > -edge) & (top < edge)
-        alarm += torch.where(fine, 0.0, torch.nan)
+        invalid += torch.where(fine, 0.0, torch.nan)
 
 
 class FloatingPoint:
     """Streams as fp32: what a reversible network usually does. Inversion is not exact; for comparison."""
 
     @staticmethod
-    def encode(x: Tensor, alarm: Tensor | None = None) -> Tensor:
+    def encode(x: Tensor, invalid: Tensor | None = None) -> Tensor:
         return x.to(torch.float32, copy=True)
 
     @staticmethod
@@ -149,19 +135,24 @@ class FloatingPoint:
         return stream.clone()
 
     @classmethod
-    def add(cls, stream: Tensor, branch: Tensor, alarm: Tensor) -> Tensor:
-        return cls.encode(branch).add_(stream)
+    def add(cls, stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
+        return cls.encode(output).add_(stream)
 
     @classmethod
-    def subtract(cls, stream: Tensor, branch: Tensor) -> Tensor:
-        return stream - cls.encode(branch)
+    def subtract(cls, stream: Tensor, output: Tensor) -> Tensor:
+        return stream - cls.encode(output)
 
 
 Arithmetic = type[FixedPoint] | type[FloatingPoint]
 
 
 class ReversibleStack(nn.Module):
-    """Blocks over two streams. residual: `fixed` (int32, exact) or `float` (fp32, drifts)."""
+    """Blocks over two residual streams.
+
+    Args:
+        blocks: in the order in which they run.
+        residual: `fixed` (int32, exact) or `float` (fp32, drifts).
+    """
 
     def __init__(self, blocks: Iterable[Block], residual: str = "fixed") -> None:
         super().__init__()
@@ -170,20 +161,30 @@ class ReversibleStack(nn.Module):
 
     @property
     def branches(self) -> list[Branch]:
-        """Those of all blocks, in the order in which they run."""
+        """The branches of all blocks, in the order in which they run."""
         return [branch for block in cast("Sequence[Block]", self.blocks) for branch in block.branches]
 
     def forward(self, x: Tensor, call: Call, *, reverse: bool = True) -> Tensor:
-        """Both streams start as x (batch, length, dim); returns them side by side: (batch, length, 2·dim) fp32.
+        """Run the stack. Both streams start as x.
 
-        reverse=False runs the same arithmetic through ordinary autograd, which keeps every activation: the
-        twin that the reversible pass equals bit for bit, loss and gradients.
+        Args:
+            x: (batch, length, dim).
+            call: what the pass depends on.
+            reverse: False runs the same arithmetic through ordinary autograd, which keeps every activation: the
+                reference that the reversible pass equals bit for bit, loss and gradients.
+
+        Returns:
+            Both streams side by side, (batch, length, 2·dim) fp32.
+
+        Raises:
+            RuntimeError: in the backward pass, if `torch.autograd.grad` or `backward(inputs=...)` started it and the
+                stack has trainable parameters.
         """
-        # In fp32, so that what many branches pass back to it is summed in fp32.
+        # In fp32, so that the gradients of many branches are summed in fp32.
         context = None if call.context is None else call.context.float()
         call = replace(call, context=None)
         if not reverse:
-            return _ordinary(self.arithmetic, self.branches, x, context, call)
+            return _run_with_autograd(self.arithmetic, self.branches, x, context, call)
         # The anchor makes the output differentiable for the sake of the blocks even where x is not.
         trained = any(p.requires_grad for p in self.parameters())
         anchor = torch.empty(0, device=x.device, requires_grad=trained)
@@ -191,24 +192,32 @@ class ReversibleStack(nn.Module):
 
     @torch.no_grad()
     def run(self, x: Tensor, branches: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
-        """The stack's output with other `branches` in the place of its own, and no gradients."""
-        one, two, alarm = _advance(self.arithmetic, branches, x)
-        return _side_by_side(self.arithmetic, one, two, alarm)
+        """Run other `branches` in place of the stack's own, without gradients.
+
+        Args:
+            x: (batch, length, dim).
+            branches: as many as the stack has; each takes and returns (batch, length, dim).
+
+        Returns:
+            Both streams side by side, (batch, length, 2·dim) fp32.
+        """
+        return _join(self.arithmetic, *_advance(self.arithmetic, branches, x))
 
 
 def _advance(
     arithmetic: Arithmetic, branches: Iterable[Callable[[Tensor], Tensor]], x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The streams behind `branches`, the one written last at the second place, and the alarm of all of them."""
-    alarm = torch.zeros((), dtype=torch.float32, device=x.device)
-    one = two = arithmetic.encode(x, alarm)
+    """Run the branches. Returns the two streams, the one written last second, and `invalid` (see FixedPoint)."""
+    invalid = torch.zeros((), dtype=torch.float32, device=x.device)
+    older = newer = arithmetic.encode(x, invalid)
     for branch in branches:
-        one, two = two, arithmetic.add(one, branch(arithmetic.decode(two)), alarm)
-    return one, two, alarm
+        older, newer = newer, arithmetic.add(older, branch(arithmetic.decode(newer)), invalid)
+    return older, newer, invalid
 
 
-def _side_by_side(arithmetic: Arithmetic, one: Tensor, two: Tensor, alarm: Tensor) -> Tensor:
-    return torch.cat((arithmetic.decode(one), arithmetic.decode(two)), dim=-1).add_(alarm)
+def _join(arithmetic: Arithmetic, older: Tensor, newer: Tensor, invalid: Tensor) -> Tensor:
+    """Both streams side by side, (batch, length, 2·dim) fp32; all NaN if a number left the range."""
+    return torch.cat((arithmetic.decode(older), arithmetic.decode(newer)), dim=-1).add_(invalid)
 
 
 class _Reversible(torch.autograd.Function):
@@ -222,32 +231,51 @@ class _Reversible(torch.autograd.Function):
         call = replace(call, context=context)
         with ctx.precision.restored():
             branches = (partial(branch, call=call) for branch in stack.branches)
-            one, two, alarm = _advance(stack.arithmetic, branches, x)
-        ctx.save_for_backward(one, two, context)
-        return _side_by_side(stack.arithmetic, one, two, alarm)
+            older, newer, invalid = _advance(stack.arithmetic, branches, x)
+        ctx.save_for_backward(older, newer, context)
+        return _join(stack.arithmetic, older, newer, invalid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         stack: ReversibleStack = ctx.stack
-        if not torch.autograd._is_checkpoint_valid() and any(p.requires_grad for p in stack.parameters()):
+        trained = any(p.requires_grad for p in stack.parameters())
+        if trained and not _accumulates_everywhere(grads[0].device):
             raise RuntimeError(
                 "the reversible stack computes its parameters' gradients inside its own backward pass, so "
                 "torch.autograd.grad cannot return them: call loss.backward() and read .grad, "
                 "or freeze the stack, or run it with reverse=False"
             )
-        one, two, context = ctx.saved_tensors
+        older, newer, context = ctx.saved_tensors
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[1])
-        grad_one, grad_two = grads[0].chunk(2, dim=-1)
+        grad_older, grad_newer = grads[0].chunk(2, dim=-1)
         for branch in reversed(stack.branches):
-            before, grad_source = _undo(ctx, branch, two, one, context, grad_two, grad_one)
-            one, two = before, one
-            grad_one, grad_two = grad_two, grad_source
+            before, grad_source = _invert(ctx, branch, newer, older, context, grad_newer, grad_older)
+            older, newer = before, older
+            grad_older, grad_newer = grad_newer, grad_source
         grad_context = None if context is None else context.grad
-        return (grad_one + grad_two).to(ctx.x_dtype), grad_context, None, None, None
+        return (grad_older + grad_newer).to(ctx.x_dtype), grad_context, None, None, None
 
 
-def _undo(
+def _accumulates_everywhere(device: torch.device) -> bool:
+    """Whether the backward pass that is running fills `.grad` of every parameter.
+
+    It does when `backward()` started it without `inputs`; `torch.autograd.grad` and `backward(inputs=...)` fill or
+    return the gradients of some tensors only. Torch has no function that tells. But the backward pass of a reentrant
+    activation checkpoint raises RuntimeError in the second case, for the same reason as this stack, and a nested
+    backward pass inherits the case from the outer one. So this checkpoints a scalar on `device` (0.3 ms).
+    """
+    scalar = torch.zeros((), device=device, requires_grad=True)
+    with torch.enable_grad():
+        copy = CheckpointFunction.apply(torch.clone, False, scalar)
+    try:
+        copy.backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _invert(
     ctx: Any,
     branch: Branch,
     after: Tensor,
@@ -256,15 +284,23 @@ def _undo(
     grad: Tensor,
     grad_source: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Undo after = before + branch(source): return `before`, and grad_source plus what the branch passes to it.
+    """Invert after = before + branch(source).
 
-    Runs the branch once, with gradients; leaves its parameters' gradients in their `.grad`, and adds what it
-    passes to the context, a leaf, to the context's.
+    Runs the branch once, with gradients. It leaves its parameters' gradients in their `.grad`, and adds its gradient
+    of the context, a leaf, to that of the context.
+
+    Args:
+        ctx: of the running `_Reversible`.
+        after, source: the two streams (batch, length, dim).
+        grad, grad_source: their gradients.
+
+    Returns:
+        `before`, and the gradient of `source`: grad_source plus the gradient that the branch returns.
     """
     arithmetic: Arithmetic = ctx.stack.arithmetic
     with torch.enable_grad():
         x = arithmetic.decode(source).requires_grad_()
-        # Behind a view of its own, what one branch passes back adds up before it meets that of the others.
+        # Through a view of its own, a branch's gradients add up before they meet those of the other branches.
         own = None if context is None else context.view_as(context)
         with ctx.precision.restored():
             y = branch(x, replace(ctx.call, context=own, grad=grad))
@@ -274,22 +310,22 @@ def _undo(
     return before, x.grad.add_(grad_source)
 
 
-def _ordinary(
+def _run_with_autograd(
     arithmetic: Arithmetic, branches: Iterable[Branch], x: Tensor, context: Tensor | None, call: Call
 ) -> Tensor:
-    """The stack through ordinary autograd. Each stream is carried twice: encoded, and as the float autograd sees."""
-    alarm = torch.zeros((), dtype=torch.float32, device=x.device)
-    one = two = arithmetic.encode(x.detach(), alarm)
-    x = _Rounded.apply(x, one, arithmetic)
-    # Behind a view of its own, what a stream or a branch passes back adds up before it meets anything else's
-    # gradient: the order of sums that the reversible pass has.
-    x_one, x_two = x.view_as(x), x.view_as(x)
+    """The stack through ordinary autograd. Each stream exists twice: encoded, and as the float that autograd sees."""
+    invalid = torch.zeros((), dtype=torch.float32, device=x.device)
+    older = newer = arithmetic.encode(x.detach(), invalid)
+    x = _Rounded.apply(x, newer, arithmetic)
+    # Through views of their own, the gradients of a stream or a branch add up before they meet any others: the order
+    # of sums that the reversible pass has.
+    x_older, x_newer = x.view_as(x), x.view_as(x)
     for branch in branches:
         own = None if context is None else context.view_as(context)
-        y = branch(x_two.view_as(x_two), replace(call, context=own))
-        one, two = two, arithmetic.add(one, y.detach(), alarm)
-        x_one, x_two = x_two, _Added.apply(x_one, y, two, arithmetic)
-    return torch.cat((x_one, x_two), dim=-1) + alarm
+        y = branch(x_newer.view_as(x_newer), replace(call, context=own))
+        older, newer = newer, arithmetic.add(older, y.detach(), invalid)
+        x_older, x_newer = x_newer, _Added.apply(x_older, y, newer, arithmetic)
+    return torch.cat((x_older, x_newer), dim=-1) + invalid
 
 
 class _Rounded(torch.autograd.Function):
@@ -306,13 +342,13 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """x + branch, whose sum the stream holds; gradients pass straight through to both."""
+    """x + output, whose sum the stream holds; gradients pass straight through to both."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, stream: Tensor, arithmetic: Arithmetic) -> Tensor:
-        ctx.branch_dtype = branch.dtype
+    def forward(ctx: Any, x: Tensor, output: Tensor, stream: Tensor, arithmetic: Arithmetic) -> Tensor:
+        ctx.output_dtype = output.dtype
         return arithmetic.decode(stream)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], grads[0].to(ctx.branch_dtype), None, None
+        return grads[0], grads[0].to(ctx.output_dtype), None, None

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from megabase.models.attention.full import dropped_attention
 from megabase.models.attention.heads import merge_heads, output, split_heads, weight_dropout
 from megabase.models.attention.kernels import PairDropout
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.layers import Linear, Norm
-from megabase.models.reversible import Call
 
 
 def cross_attention(

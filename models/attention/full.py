@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megabase.models.attention.heads import SeparateAttention, pair_dropout
 from megabase.models.attention.kernels import PairDropout
-from megabase.models.reversible import Call
+from megabase.models.call import Call
 
 
 def full_attention(

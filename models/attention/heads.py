@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from megabase.models.attention.kernels import PairDropout
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.layers import Linear, Norm, ShortConvolution
 from megabase.models.positions import rotary
-from megabase.models.reversible import Call
 
 
 class AttentionBranch(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megabase.models.attention.heads import SeparateAttention, pair_dropout
 from megabase.models.attention.kernels import PairDropout, Rule, Seating, dispatch, row_mask
-from megabase.models.reversible import Call
+from megabase.models.call import Call
 
 
 def local_attention(

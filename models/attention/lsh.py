@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megabase.models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
 from megabase.models.attention.kernels import Rotations, Rule, Seating, dispatch, row_mask
 from megabase.models.attention.kernels.dispatch import rotate_and_hash, seat_by_hash
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
 from megabase.models.config import (
     ATTENDS,
@@ -26,7 +27,6 @@ from megabase.models.config import (
     check_buckets,
     check_name,
 )
-from megabase.models.reversible import Call
 
 
 def lsh_attention(

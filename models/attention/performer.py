@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention.heads import SeparateAttention
+from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds
 from megabase.models.config import ConfigError
-from megabase.models.reversible import Call
 
 CHUNK = 128
 """Positions whose features exist at once."""

@@ -21,9 +21,10 @@ from megabase.models import (
 )
 from megabase.models.attention.cross import cross_attention
 from megabase.models.attention.kernels import PairDropout
+from megabase.models.call import Call
 from megabase.models.chance import Purpose
 from megabase.models.generation import read, start
-from megabase.models.reversible import Block, Call, ReversibleStack
+from megabase.models.reversible import Block, ReversibleStack
 from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
 
 DECODER = ReformerConfig(

@@ -89,7 +89,7 @@ class Doubles(FloatingPoint):
     """Streams as fp64: neither fixed point nor fp32 hides a difference between the two models."""
 
     @staticmethod
-    def encode(x: Tensor, alarm: Tensor | None = None) -> Tensor:
+    def encode(x: Tensor, invalid: Tensor | None = None) -> Tensor:
         return x.to(torch.float64, copy=True)
 
 

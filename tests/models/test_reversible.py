@@ -1,4 +1,4 @@
-"""The reversible stack against its twin, the same arithmetic through ordinary autograd: equal to the last bit."""
+"""The reversible stack equals the same arithmetic through ordinary autograd (reverse=False) to the last bit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models.call import Call
 from megabase.models.config import FeedForwardConfig
-from megabase.models.reversible import LIMIT, SCALE, Block, Call, FixedPoint, ReversibleStack
+from megabase.models.reversible import LIMIT, SCALE, Block, FixedPoint, ReversibleStack
 from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
 
 TINY = ReformerConfig(
@@ -42,7 +43,7 @@ def run(model: Reformer, *, reverse: bool) -> Tensor:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("depth", [1, 12, pytest.param(48, marks=pytest.mark.slow)])
-def test_equals_its_twin_bit_for_bit(depth, precision, causal):
+def test_equals_ordinary_autograd_bit_for_bit(depth, precision, causal):
     torch.manual_seed(0)
     model = Reformer(dataclasses.replace(TINY, depth=depth, causal=causal))
     if precision == "bf16":
@@ -53,27 +54,27 @@ def test_equals_its_twin_bit_for_bit(depth, precision, causal):
             loss = run(model, reverse=reverse)
         loss.backward()
         results.append((loss, gradients(model)))
-    (loss, ours), (twin_loss, twins) = results
+    (loss, found), (expected_loss, expected) = results
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, twin_loss)
-    assert_same_bits(ours, twins)
-    assert all(grad.abs().sum() > 0 for grad in ours.values())
+    assert torch.equal(loss, expected_loss)
+    assert_same_bits(found, expected)
+    assert all(grad.abs().sum() > 0 for grad in found.values())
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 @pytest.mark.parametrize("options", [{"norm": "rms"}, {"tie_embeddings": True}, {"positions": "axial"}])
-def test_other_settings_equal_their_twin(options, activation):
+def test_other_settings_equal_ordinary_autograd(options, activation):
     torch.manual_seed(0)
     feedforward = FeedForwardConfig(mult=2.0, activation=activation, chunk=13)
     model = Reformer(dataclasses.replace(TINY, depth=3, max_length=64, feedforward=feedforward, **options))
     run(model, reverse=True).backward()
-    ours = gradients(model)
+    found = gradients(model)
     run(model, reverse=False).backward()
-    assert_same_bits(ours, gradients(model))
+    assert_same_bits(found, gradients(model))
 
 
 def test_backward_under_autocast_finds_every_gradient():
-    """A weight that autocast casts under no_grad must not be what the backward pass runs with."""
+    """Autocast caches a weight that it casts under no_grad; the backward pass must not use that copy."""
     torch.manual_seed(0)
     model = Reformer(dataclasses.replace(TINY, depth=3))
     results = []
@@ -107,13 +108,13 @@ def test_backward_twice_through_one_graph():
     assert_same_bits(first, gradients(model))
 
 
-def test_eval_mode_has_gradients_and_a_switch_in_between_harms_nothing():
+def test_eval_mode_has_gradients_and_calling_eval_before_backward_changes_nothing():
     torch.manual_seed(0)
     model = Reformer(dataclasses.replace(TINY, depth=3)).eval()
     run(model, reverse=True).backward()
-    ours = gradients(model)
+    found = gradients(model)
     run(model, reverse=False).backward()
-    assert_same_bits(ours, gradients(model))
+    assert_same_bits(found, gradients(model))
 
     run(model.train(), reverse=True).backward()
     expected = gradients(model)
@@ -126,9 +127,9 @@ def test_eval_mode_has_gradients_and_a_switch_in_between_harms_nothing():
 def test_no_grad_gives_the_same_loss_and_no_graph():
     model = Reformer(dataclasses.replace(TINY, depth=3))
     with torch.no_grad():
-        quiet = run(model, reverse=True)
-    assert not quiet.requires_grad
-    assert torch.equal(quiet, run(model, reverse=True))
+        loss = run(model, reverse=True)
+    assert not loss.requires_grad
+    assert torch.equal(loss, run(model, reverse=True))
 
 
 def test_frozen_embedding_still_trains_the_stack():
@@ -138,13 +139,15 @@ def test_frozen_embedding_still_trains_the_stack():
     assert all(p.grad is not None for p in model.body.stack.parameters())
 
 
-def test_autograd_grad_is_refused_rather_than_wrong():
+def test_autograd_grad_for_parameters_is_refused():
     model = Reformer(dataclasses.replace(TINY, depth=1))
     loss = run(model, reverse=True)
     with pytest.raises(RuntimeError, match=r"loss\.backward"):
         torch.autograd.grad(loss, list(model.parameters()))
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         torch.autograd.grad(run(model, reverse=True), list(model.body.stack.parameters()))
+    with pytest.raises(RuntimeError, match=r"loss\.backward"):
+        run(model, reverse=True).backward(inputs=[model.body.embedding.tokens.weight])
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -173,7 +176,7 @@ def saved_elements(model: Reformer, *, reverse: bool) -> int:
     return sum(x.numel() for x in kept_for_backward(model, lambda: run(model, reverse=reverse)))
 
 
-def test_what_is_kept_for_backward_does_not_grow_with_depth():
+def test_memory_kept_for_backward_does_not_grow_with_depth():
     models = [Reformer(dataclasses.replace(TINY, depth=depth)) for depth in (1, 6, 24)]
     kept = [saved_elements(model, reverse=True) for model in models]
     assert kept[0] == kept[1] == kept[2]
@@ -195,8 +198,7 @@ def test_inversion_is_exact_even_where_addition_wraps():
     torch.manual_seed(0)
     stack = ReversibleStack([Block(Scaled(30000.0), Scaled(-30000.0)) for _ in range(6)])
     x = torch.randn(2, 5, 4)
-    one = two = FixedPoint.encode(x)
-    start = one
+    one = two = start = FixedPoint.encode(x)
     with torch.no_grad():
         for block in stack.blocks:
             one = one + FixedPoint.encode(block.f(FixedPoint.decode(two), Call()))
@@ -210,13 +212,13 @@ def test_inversion_is_exact_even_where_addition_wraps():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), LIMIT, -40000.0])
 @pytest.mark.parametrize("reverse", [True, False])
-def test_leaving_the_range_shows_as_nan(value, reverse):
+def test_the_output_is_nan_if_a_number_leaves_the_range(value, reverse):
     stack = ReversibleStack([Block(Scaled(value), Scaled(0.0))])
     out = stack(torch.full((1, 2, 3), torch.pi / 2), Call(), reverse=reverse)
     assert out.isnan().all()
 
 
-def test_within_the_range_nothing_shows():
+def test_the_output_is_finite_within_the_range():
     stack = ReversibleStack([Block(Scaled(LIMIT - 10), Scaled(0.0))])
     assert stack(torch.full((1, 2, 3), 1.5), Call()).isfinite().all()
 
@@ -229,13 +231,15 @@ def test_rounding_is_to_the_nearest_unit_and_saturates():
     assert torch.equal(FixedPoint.encode(FixedPoint.decode(stream)), stream)
 
 
-def test_floating_residual_is_close_to_its_twin_but_not_exact():
+def test_float_residual_is_close_to_ordinary_autograd_but_not_exact():
     torch.manual_seed(0)
     model = Reformer(dataclasses.replace(TINY, depth=4, residual="float", layers=["local"]))
     run(model, reverse=True).backward()
-    ours = gradients(model)
+    found = gradients(model)
     run(model, reverse=False).backward()
-    twins = gradients(model)
-    for name, grad in ours.items():
-        torch.testing.assert_close(grad, twins[name], atol=1e-4 * twins[name].abs().max().item(), rtol=1e-3)
-    assert any(not torch.equal(grad, twins[name]) for name, grad in ours.items())
+    expected = gradients(model)
+    for name, grad in found.items():
+        torch.testing.assert_close(
+            grad, expected[name], atol=1e-4 * expected[name].abs().max().item(), rtol=1e-3
+        )
+    assert any(not torch.equal(grad, expected[name]) for name, grad in found.items())

@@ -7,8 +7,8 @@ from torch import Tensor
 from megabase.models.attention import linformer_attention
 from megabase.models.attention.kernels import PairDropout
 from megabase.models.attention.linformer import LinformerAttention
+from megabase.models.call import Call
 from megabase.models.config import ConfigError, LinformerConfig, ReformerConfig
-from megabase.models.reversible import Call
 
 
 def inputs(length: int = 12) -> list[Tensor]:
