@@ -3,7 +3,11 @@
 In the repository this directory holds links to the packages beside it; in a wheel it holds the packages.
 """
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
+
+# Messages are shown only where a program asks for them, as `megabase.pipeline.log.set_up` does for the command line.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 try:
     __version__ = version("megabase")

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megabase.pipeline import log
 from megabase.pipeline.errors import GOES_ON, RunError, UserError
 from megabase.pipeline.ranks.stop import INTERRUPTED
 
 if TYPE_CHECKING:
     from megabase.datamodules.index.index import ShardIndex
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A rank of a training ends its process with it instead."""
     options = build_parser().parse_args(arguments)
+    log.set_up()
     try:
         code = _outcome(options)
     except Exception as error:
@@ -42,10 +47,7 @@ def _outcome(options: argparse.Namespace) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         if not _is_rank():  # whose supervisor says so
-            print(
-                f"megabase: interrupted{f'; {GOES_ON}' if options.command == 'train' else ''}",
-                file=sys.stderr,
-            )
+            logger.error("interrupted%s", f"; {GOES_ON}" if options.command == "train" else "")
         return INTERRUPTED
     except RunError as error:
         _complain(error)
@@ -380,7 +382,7 @@ def _complain(error: Exception) -> None:
     if distributed := sys.modules.get("megabase.pipeline.ranks.launch"):  # it knows of other ranks
         distributed.complain(error)
     else:
-        print(f"megabase: {' '.join(str(error).split())}", file=sys.stderr)
+        logger.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

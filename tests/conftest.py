@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -51,6 +52,15 @@ def train_settings(shards: Path, root: Path, name: str, *more: str) -> list[str]
     return [f"data.shards={shards}", f"run.root={root}", f"run.name={name}", *SETTINGS, *more]
 
 
+@pytest.fixture(autouse=True)
+def unchanged_logging() -> Iterator[None]:
+    """A test that runs a command in this process leaves the logger `megabase` as it was."""
+    logger = logging.getLogger("megabase")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
 @pytest.fixture(scope="session")
 def lambda_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The genome of phage lambda (48,502 bases) as shards; the last 10% are for validation."""
@@ -77,26 +87,29 @@ class Job:
     """`megabase ...` in a process group of its own."""
 
     def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.command = arguments[0]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megabase.pipeline.cli", *arguments],
             cwd=cwd,
             # Two ranks need two GPUs or none.
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
     def wait(self, timeout: float = START_S) -> tuple[int, str]:
-        """(exit code, everything it printed); kills the group and fails when it takes longer."""
+        """(exit code, stderr); kills the group and fails when it takes longer, or when training prints on stdout."""
         try:
-            output, _ = self.process.communicate(timeout=timeout)
+            stdout, messages = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            output, _ = self.process.communicate()
-            pytest.fail(f"megabase did not end within {timeout} s:\n{output[-4000:]}")
-        return self.process.returncode, output
+            _, messages = self.process.communicate()
+            pytest.fail(f"megabase did not end within {timeout} s:\n{messages[-4000:]}")
+        if self.command == "train":
+            assert stdout == "", f"stdout is for results, and training has none: {stdout[-4000:]}"
+        return self.process.returncode, messages
 
     def kill(self) -> None:
         """SIGKILL to every process of the job."""
@@ -115,8 +128,8 @@ class Job:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 code = self.process.poll()
                 self.kill()
-                output, _ = self.process.communicate()
-                pytest.fail(f"the job (code {code}) did not come so far:\n{output[-4000:]}")
+                _, messages = self.process.communicate()
+                pytest.fail(f"the job (code {code}) did not come so far:\n{messages[-4000:]}")
             time.sleep(0.05)
 
 

@@ -334,8 +334,7 @@ DRAWERS = {"attention": attention, "model": model, "data": data}
 def main(arguments: Sequence[str]) -> int:
     """Draw RESULT.json as PICTURE.png."""
     if len(arguments) != 2:
-        print("usage: python -m megabase.pipeline.bench.draw RESULT.json PICTURE.png", file=sys.stderr)
-        return 2
+        sys.exit("usage: python -m megabase.pipeline.bench.draw RESULT.json PICTURE.png")
     result = json.loads(Path(arguments[0]).read_text())
     DRAWERS[result["benchmark"]](result, Path(arguments[1]))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from megabase.pipeline.bench import contest, peers
 from megabase.pipeline.bench.contest import Point
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir import environment
+
+logger = logging.getLogger(__name__)
 
 OURS = "ours"
 """The contestant that the others are measured against."""
@@ -194,7 +197,7 @@ def say(points: Sequence[Point], result: Result) -> None:
         f"{result.labels[p.contestant]} {p.left_out.text if p.left_out else seconds(p.seconds)}"
         for p in points
     )
-    print(f"megabase: {size}: {told}", file=sys.stderr, flush=True)
+    logger.info(f"{size}: {told}")
 
 
 def attention_table(result: Result) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 import sys
@@ -18,6 +19,8 @@ from megabase.datamodules.files import publish_json
 from megabase.pipeline.checkpoint.space import is_full
 from megabase.pipeline.errors import UserError, rank_zero
 from megabase.pipeline.ranks.launch import Ranks
+
+logger = logging.getLogger(__name__)
 
 # How long the lock of a job that is gone may stay: file servers keep it for a lease of about 90 s.
 LOCK_LEASE_S = 120.0
@@ -88,8 +91,8 @@ def _take_lock(directory: Path) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
-            print(
-                f"megabase: {directory} is on a file system without locks: nothing keeps a second job out of it"
+            logger.warning(
+                f"{directory} is on a file system without locks: nothing keeps a second job out of it"
             )
             break
     os.ftruncate(descriptor, 0)

@@ -24,6 +24,8 @@ from megabase.pipeline.config.keys import flatten
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Row, Tail
 
+logger = logging.getLogger(__name__)
+
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
 # MLflow's REST interface takes at most this many metrics in one call.
@@ -87,10 +89,9 @@ class Mirror:
                     return
             except Exception as error:  # MLflow, SQLAlchemy, requests, sqlite: none may end a training run
                 if not self._warned:
-                    print(
-                        f"megabase: MLflow at {self._uri} does not take metrics ({type(error).__name__});"
-                        " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)",
-                        flush=True,
+                    logger.warning(
+                        f"MLflow at {self._uri} does not take metrics ({type(error).__name__});"
+                        " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)"
                     )
                     self._warned = True
                 pause = min(pause * 2, LONGEST_PAUSE_S)

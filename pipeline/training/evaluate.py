@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,8 @@ from megabase.datamodules.report import markov
 from megabase.pipeline.rundir.journal import Row
 
 BASELINES = "baselines.json"
+
+logger = logging.getLogger(__name__)
 
 
 def bits(nats: float) -> float:
@@ -88,7 +90,7 @@ def baselines(directory: Path, index: ShardIndex, skip: bool) -> list[float]:
     try:
         publish_json(path, {"data": identity, "markov_bits_per_base": ladder})
     except OSError as error:  # counted again when they are needed again
-        print(f"megabase: {path} cannot be written: {error.strerror}", file=sys.stderr)
+        logger.warning("%s cannot be written: %s", path, error.strerror)
     return ladder
 
 

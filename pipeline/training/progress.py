@@ -1,23 +1,29 @@
-"""One line that says how training goes: a bar in a terminal, plain lines in a log file."""
+"""The progress of a training in one line: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from megabase.pipeline.log import PROGRESS, console
 
 
 class ProgressLine:
-    """For rank 0. Shows step, loss (nats), bits per base, tokens per second and the time left."""
+    """Shows step, loss (nats), bits per base, tokens per second and the time left. For rank 0.
+
+    Args:
+        max_steps: the last step of the run.
+        start: optimizer steps done already.
+        every_s: without a terminal, seconds between two lines at least.
+    """
 
     def __init__(self, max_steps: int, start: int, every_s: float = 10.0) -> None:
-        self._max = max_steps
-        self._every = every_s
-        self._last_print = 0.0
-        self._began, self._first = time.monotonic(), start
-        self._console = Console(stderr=True)
+        self._max_steps = max_steps
+        self._every_s = every_s
+        self._last_line = 0.0
+        self._start_time, self._start = time.monotonic(), start
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
@@ -26,38 +32,37 @@ class ProgressLine:
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
-                console=self._console,
+                console=console(),
                 refresh_per_second=4,
             )
             self._task = self._bar.add_task("train", total=max_steps, completed=start, text="")
             self._bar.start()
 
     def update(self, step: int, loss: float, bits_per_base: float, tokens_per_second: float) -> None:
-        """Show the newest figures."""
+        """Show the figures of a step."""
         text = f"loss {loss:.4f}  {bits_per_base:.4f} bits/base  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
-        if now - self._last_print >= self._every or step == self._max:
-            self._last_print = now
-            left = (now - self._began) / max(step - self._first, 1) * (self._max - step)
-            self.say(f"step {step}/{self._max}  {text}  {_clock(left)} left")
+        if now - self._last_line >= self._every_s or step == self._max_steps:
+            self._last_line = now
+            seconds_per_step = (now - self._start_time) / max(step - self._start, 1)
+            left = clock(seconds_per_step * (self._max_steps - step))
+            self.print(f"step {step}/{self._max_steps}  {text}  {left} left")
 
-    def say(self, text: str) -> None:
-        """Print one line without disturbing the bar."""
-        if self._bar is not None:
-            self._console.print(text, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    def print(self, text: str) -> None:
+        """Print one line, above the bar where there is one."""
+        PROGRESS.info(text)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Any
@@ -21,6 +22,8 @@ from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve
 from megabase.pipeline.training.progress import ProgressLine
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -44,10 +47,9 @@ class Recorder:
         directory = self._config.directory
         self._journal = Journal(directory / JOURNAL, step)
         if self._journal.last_step < step:
-            print(
-                f"megabase: {self._journal.path} ends at step {self._journal.last_step}, the checkpoint is of step"
-                f" {step}: the rows between are lost, training goes on",
-                file=sys.stderr,
+            logger.warning(
+                f"{self._journal.path} ends at step {self._journal.last_step}, the checkpoint is of step"
+                f" {step}: the rows between are lost, training goes on"
             )
         self._history = History(self._config, read(self._journal.path))
         # What happened stays: a restart adds to the record of speed and removes nothing from it.
@@ -126,7 +128,7 @@ class Recorder:
     def say(self, text: str) -> None:
         """Print one line beside the progress."""
         assert self._progress
-        self._progress.say(text)
+        self._progress.print(text)
 
     def saved(self, saved: Saved) -> None:
         """Note a published checkpoint."""
@@ -159,7 +161,7 @@ class Recorder:
         try:
             loss_curve(self._config.directory)
         except Exception as error:  # a picture is no reason to end a training, nor to hide why one ended
-            print(f"megabase: the loss curve cannot be drawn: {first_line(error)}", file=sys.stderr)
+            logger.warning(f"the loss curve cannot be drawn: {first_line(error)}")
 
 
 class Speed:

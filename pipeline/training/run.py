@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
     from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.training.callback import Boundary
+
+logger = logging.getLogger(__name__)
 
 # How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
 MLFLOW_FAREWELL_S = 20.0
@@ -84,11 +85,9 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
             f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
             " on every node"
         )
-    print(
-        f"megabase: {config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
-        f" run directory {config.directory}",
-        file=sys.stderr,
-        flush=True,
+    logger.info(
+        f"{config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
+        f" run directory {config.directory}"
     )
     command = distributed.megabase_command("train", *arguments)
     return distributed.supervise(command, devices, stop)
@@ -137,13 +136,10 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
         # Only rank 0 says "again": a launcher that sees a rank fail would end the others.
         return 0
     if state == "finished":
-        print(f"megabase: finished: {config.directory}", file=sys.stderr)
+        logger.info(f"finished: {config.directory}")
         return 0
     first = f"remove {config.directory / STOP_FILE}, then " if state == "stopped" else ""
-    print(
-        f"megabase: stopped: {config.directory}; {first}the same command goes on where it was",
-        file=sys.stderr,
-    )
+    logger.info(f"stopped: {config.directory}; {first}the same command goes on where it was")
     return EXIT_AGAIN
 
 
@@ -167,7 +163,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         if resume_from and _finished(config, step, data.has_validation, ranks):
             state, begun = "finished", True
             if ranks.rank == 0:
-                print(f"megabase: {config.run.name} is finished (step {step})", file=sys.stderr)
+                logger.info(f"{config.run.name} is finished (step {step})")
             if mirror:
                 mirror.start()  # it may not have got everything
             return state
@@ -206,7 +202,7 @@ def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
     directory = config.directory
     try:
         if resume_from:
-            print(f"megabase: resuming {config.run.name} from {resume_from}", file=sys.stderr)
+            logger.info(f"resuming {config.run.name} from {resume_from}")
             if (resume_from / JOURNAL).exists():  # older checkpoints have no copy
                 _restore_journal(directory, resume_from)
         save(config, directory / "config.yaml")
@@ -220,10 +216,8 @@ def _restore_journal(directory: Path, resume_from: Path) -> None:
     """On rank 0: the journal holds at least what it held when the checkpoint was written."""
     wrong = restore(directory / JOURNAL, resume_from / JOURNAL)
     if wrong:
-        print(
-            f"megabase: {directory / JOURNAL} {wrong} before the checkpoint's step: put back from the"
-            " checkpoint",
-            file=sys.stderr,
+        logger.warning(
+            f"{directory / JOURNAL} {wrong} before the checkpoint's step: put back from the checkpoint"
         )
 
 
@@ -298,9 +292,8 @@ def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.
 
 def _farewell(mirror: Mirror, status: str, seconds: float) -> None:
     if not mirror.finish(status, seconds):
-        print(
-            "megabase: MLflow has not taken everything; the journal has it, and the same command sends the rest",
-            file=sys.stderr,
+        logger.warning(
+            "MLflow has not taken everything; the journal has it, and the same command sends the rest"
         )
 
 

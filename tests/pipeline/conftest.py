@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
+from megabase.pipeline import log
 from megabase.pipeline.ranks.launch import Ranks
+
+
+@pytest.fixture(autouse=True)
+def messages_on_stderr() -> None:
+    """Messages go to stderr, as they do for commands. `tests/conftest.py` ends that after each test."""
+    log.set_up()
 
 
 @pytest.fixture(scope="module")

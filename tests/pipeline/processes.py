@@ -17,8 +17,10 @@ def run_ranks(ranks: int, main: Callable[..., None], *arguments: str) -> int:
     """
     program = (
         f"import sys, traceback; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from megabase.pipeline import log\n"
         "from megabase.pipeline.ranks.launch import leave\n"
         f"from {main.__module__} import {main.__name__} as main\n"
+        "log.set_up()\n"
         f"try: main(*{arguments!r})\n"
         "except BaseException: traceback.print_exc(); leave(1)\n"
         "leave(0)\n"

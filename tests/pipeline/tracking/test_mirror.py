@@ -102,7 +102,7 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     complaint = ""
     while "training goes on" not in complaint and time.monotonic() < deadline:
         time.sleep(0.1)
-        complaint += capfd.readouterr().out
+        complaint += capfd.readouterr().err
     assert "does not take metrics" in complaint and complaint.count("\n") == 1
 
     server.start()
