@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from megabase.models.attention.kernels import Rule, Seating
 from megabase.models.attention.kernels import triton as kernels
+from megabase.models.attention.kernels.inputs import Rule, SortedOrder
 from megabase.models.attention.kernels.triton import Tiles
 from megabase.models.attention.lsh import draw_rotations
 from megabase.models.config import LSHConfig, ReformerConfig
@@ -98,13 +98,13 @@ class Problem:
         self.rotations = draw_rotations(
             heads, d, rounds=ROUNDS, n_buckets=n_buckets, seed=0, device=self.q.device
         )
-        self.seating = Seating.by_bucket(buckets)
+        self.order = SortedOrder.by_bucket(buckets)
         self.rule = Rule(reach=CHUNK, attend="window", causal=True, once=once, shared=True)
         for x in (self.q, self.v):
             x.requires_grad_()
 
     def forward(self) -> torch.Tensor:
-        return kernels.meet(self.q, None, self.v, self.seating, self.rule)
+        return kernels.sorted_attention(self.q, None, self.v, self.order, self.rule)
 
     def times(self, which: str, repeat: int) -> list[float]:
         """Milliseconds of so many passes after two that warm up."""

@@ -103,7 +103,7 @@ def normals(key: int, n: int, device: torch.device | None = None) -> Tensor:
     """n numbers of N(0, 1) in bf16, the same on every device: 2^16 quantiles, chosen by hashing. key: 64 bits."""
     key = _signed(key & _MASK)
     table = _quantiles(torch.device("cpu") if device is None else device)
-    if fused.fits(table):
+    if fused.supports(table):
         return fused.normals(key, n, table)
     counters = torch.arange(n, dtype=torch.int32, device=table.device)
     bits = random_bits(torch.tensor(key, device=table.device), counters)
@@ -130,7 +130,7 @@ def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     """
     if rate == 0.0:
         return x
-    if fused.fits(x):
+    if fused.supports(x):
         return fused.dropout(x, rate, keys)
     n = x[0].numel()
     counters = torch.arange(n, dtype=torch.int32, device=x.device)

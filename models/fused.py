@@ -30,7 +30,7 @@ PROGRAMS = 1024
 """That sum a weight's gradient, at the most: each leaves one row of partial sums."""
 
 
-def fits(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether these kernels compute with x: on a GPU, with triton, in one of the dtypes."""
     return x.is_cuda and gpu.available() and x.dtype in gpu.DTYPES
 

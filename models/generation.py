@@ -31,11 +31,11 @@ from torch import Tensor
 from megabase.models.attention.cross import CrossAttentionBranch
 from megabase.models.attention.full import FullAttention
 from megabase.models.attention.heads import AttentionBranch, merge_heads
-from megabase.models.attention.kernels import Seating
 from megabase.models.attention.kernels.dispatch import unit_keys
-from megabase.models.attention.kernels.reference import first_of_each
+from megabase.models.attention.kernels.inputs import SortedOrder
+from megabase.models.attention.kernels.reference import first_occurrences
 from megabase.models.attention.local import LocalAttention
-from megabase.models.attention.lsh import LSHAttention, rotate_and_hash, seat_by_hash
+from megabase.models.attention.lsh import LSHAttention, rotate_and_hash, sort_by_hash
 from megabase.models.attention.performer import PerformerAttention, RunningAttention
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, random_bits
@@ -352,9 +352,9 @@ class BucketRings:
     def attend(self, layer: LSHAttention, x: Tensor, near: Tensor, position: int, call: Call) -> Tensor:
         qk, v = layer.project(x, near)
         if qk.shape[2] > 1:
-            seating = seat_by_hash(qk, self.rotations, None)
-            self.fill(qk.flatten(0, 1), v.flatten(0, 1), seating)
-            return layer.attend(qk, v, seating, call)
+            order = sort_by_hash(qk, self.rotations, None)
+            self.fill(qk.flatten(0, 1), v.flatten(0, 1), order)
+            return layer.attend(qk, v, order, call)
         buckets = rotate_and_hash(qk, self.rotations)
         one = (qk.flatten(0, 2), v.flatten(0, 2), buckets.flatten(0, 1).squeeze(-1))
         y = self.step(*one, position, once=layer.rule.once)
@@ -372,7 +372,7 @@ class BucketRings:
         oldest = positions.argmin(dim=-1)
         met = met.flatten(1)
         if once:
-            met = first_of_each(positions.flatten(1), met)
+            met = first_occurrences(positions.flatten(1), met)
         lonely = ~met.any(dim=-1, keepdim=True)
         y = _attend(qk, self.keys[rings].flatten(1, 2), values, met | lonely)
         place = (*rings, oldest)
@@ -381,15 +381,15 @@ class BucketRings:
         self.values[place] = v[:, None]
         return torch.where(lonely, v, y)
 
-    def fill(self, qk: Tensor, v: Tensor, seating: Seating) -> None:
+    def fill(self, qk: Tensor, v: Tensor, order: SortedOrder) -> None:
         """Keep the last entries of every bucket of a sequence from position 0: qk, v (rows, length, d)."""
         reach = self.keys.shape[3]
-        last = torch.ones_like(seating.buckets, dtype=torch.bool)
-        last[..., :-reach] = seating.buckets[..., reach:] != seating.buckets[..., :-reach]
+        last = torch.ones_like(order.buckets, dtype=torch.bool)
+        last[..., :-reach] = order.buckets[..., reach:] != order.buckets[..., :-reach]
         row, this, seat = last.nonzero(as_tuple=True)
-        position = seating.order[row, this, seat].long()
+        position = order.positions[row, this, seat].long()
         # Those of one bucket sit side by side and are at most `reach`: no two get the same place.
-        place = (row, this, seating.buckets[row, this, seat], seat % reach)
+        place = (row, this, order.buckets[row, this, seat], seat % reach)
         self.positions[place] = position
         self.keys[place] = unit_keys(qk)[row, position].to(self.keys.dtype)
         self.values[place] = v[row, position].to(self.values.dtype)

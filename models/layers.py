@@ -48,7 +48,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = self.weight.shape
-        if fused.fits(x) and shape[0] <= fused.WIDEST:
+        if fused.supports(x) and shape[0] <= fused.WIDEST:
             return fused.norm(x, self.weight, self.bias, self.eps)
         if x.dtype != torch.float64:
             x = x.float()
@@ -76,7 +76,7 @@ class ShortConvolution(nn.Module):
         """mask: (batch, length) bool, True where a token is real: the others count as zero."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        convolve = fused.convolve if fused.fits(x) else _Convolve.apply
+        convolve = fused.convolve if fused.supports(x) else _Convolve.apply
         return convolve(x, self.weight, self.before)
 
 

@@ -68,7 +68,7 @@ def rotary(x: Tensor, start: int = 0) -> Tensor:
     Norms stay.
     """
     cos, sin = _turns(start, *x.shape[-2:], x.dtype, x.device)
-    if fused.fits(x) and x.dim() == 4:
+    if fused.supports(x) and x.dim() == 4:
         return fused.turn(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

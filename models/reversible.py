@@ -78,7 +78,7 @@ class FixedPoint:
     @staticmethod
     def encode(x: Tensor, invalid: Tensor | None = None) -> Tensor:
         """Round x to the nearest unit (ties to even), int32; saturates at the ends of the range."""
-        if fused.fits(x):
+        if fused.supports(x):
             return fused.add_to_stream(None, x, 1, SCALE, LIMIT, invalid)
         stream = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         flat, source = stream.view(-1), x.reshape(-1)
@@ -99,7 +99,7 @@ class FixedPoint:
     @staticmethod
     def add(stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
         """The stream plus a branch's output, both of the same shape."""
-        if fused.fits(output):
+        if fused.supports(output):
             return fused.add_to_stream(stream, output, 1, SCALE, LIMIT, invalid)
         result = FixedPoint.encode(output).add_(stream)
         FixedPoint.check_range(output, result, invalid)
@@ -108,7 +108,7 @@ class FixedPoint:
     @staticmethod
     def subtract(stream: Tensor, output: Tensor) -> Tensor:
         """The inverse of `add`: the stream before the branch's output was added."""
-        if fused.fits(output):
+        if fused.supports(output):
             return fused.add_to_stream(stream, output, -1, SCALE, LIMIT, None)
         step = FixedPoint.encode(output)
         return torch.sub(stream, step, out=step)

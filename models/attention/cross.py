@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megabase.models.attention.full import dropped_attention
 from megabase.models.attention.heads import merge_heads, output, split_heads, weight_dropout
-from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.models.attention.heads import SeparateAttention, pair_dropout
-from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig

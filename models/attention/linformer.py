@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megabase.models.attention.full import dropped_attention
 from megabase.models.attention.heads import SeparateAttention, pair_dropout
-from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.config import ConfigError, ReformerConfig
 

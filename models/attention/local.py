@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention.heads import SeparateAttention, pair_dropout
-from megabase.models.attention.kernels import PairDropout, Rule, Seating, dispatch, row_mask
+from megabase.models.attention.kernels import dispatch
+from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder, row_mask
 from megabase.models.call import Call
 
 
@@ -32,13 +33,13 @@ def local_attention(
     batch, heads, length, d = q.shape
     rows = batch * heads
     if mask is None:
-        seating = Seating.in_order(rows, length, q.device)
+        order = SortedOrder.identity(rows, length, q.device)
     else:
         nowhere = torch.zeros(rows, 1, length, dtype=torch.int32, device=q.device)
-        seating = dispatch.seat(nowhere, 1, row_mask(mask, heads))
+        order = dispatch.sort_by_bucket(nowhere, 1, row_mask(mask, heads))
     reach = window - 1 if attend == "window" else window
     rule = Rule(reach, attend, causal, once=False, shared=False)
-    return dispatch.meet(q, k, v, seating, rule, dropout, scale=d**-0.5, backend=backend)
+    return dispatch.sorted_attention(q, k, v, order, rule, dropout, scale=d**-0.5, backend=backend)
 
 
 class LocalAttention(SeparateAttention):

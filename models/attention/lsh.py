@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from megabase.models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
-from megabase.models.attention.kernels import Rotations, Rule, Seating, dispatch, row_mask
-from megabase.models.attention.kernels.dispatch import rotate_and_hash, seat_by_hash
+from megabase.models.attention.kernels import dispatch
+from megabase.models.attention.kernels.dispatch import rotate_and_hash, sort_by_hash
+from megabase.models.attention.kernels.inputs import Rotations, Rule, SortedOrder, row_mask
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
 from megabase.models.config import (
@@ -71,11 +72,11 @@ def lsh_attention(
         check_buckets(n_buckets, "n_buckets")
         shape = qk.shape[1], qk.shape[3]
         rotations = draw_rotations(*shape, rounds=rounds, n_buckets=n_buckets, seed=seed, device=qk.device)
-        seating = seat_by_hash(qk, rotations, mask)
+        order = sort_by_hash(qk, rotations, mask)
     else:
-        seating = dispatch.seat(buckets.flatten(0, 1), None, row_mask(mask, qk.shape[1]))
+        order = dispatch.sort_by_bucket(buckets.flatten(0, 1), None, row_mask(mask, qk.shape[1]))
     rule = Rule(chunk_length, attend, causal, once=duplicates == "once", shared=True)
-    return dispatch.meet(qk, None, v, seating, rule, backend=backend)
+    return dispatch.sorted_attention(qk, None, v, order, rule, backend=backend)
 
 
 def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor:
@@ -145,14 +146,14 @@ class LSHAttention(nn.Module):
             device=device,
         )
 
-    def attend(self, qk: Tensor, v: Tensor, seating: Seating, call: Call) -> Tensor:
+    def attend(self, qk: Tensor, v: Tensor, order: SortedOrder, call: Call) -> Tensor:
         dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
-        return dispatch.meet(qk, None, v, seating, self.rule, dropout)
+        return dispatch.sorted_attention(qk, None, v, order, self.rule, dropout)
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
         qk, v = self.project(x, near)
-        seating = seat_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
-        return self.output(merge_heads(self.attend(qk, v, seating, call)))
+        order = sort_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
+        return self.output(merge_heads(self.attend(qk, v, order, call)))
 
 
 def _check(

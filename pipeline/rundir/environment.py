@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megabase.datamodules.files import publish_json
-from megabase.models.attention.kernels.dispatch import choose
+from megabase.models.attention.kernels.dispatch import choose_backend
 from megabase.models.device import processor_lines
 
 PACKAGES = (
@@ -65,7 +65,7 @@ def write(directory: Path) -> None:
 
 def _kernel(device: str) -> str:
     x = torch.empty(1, 1, 1, 64, device=device)
-    return choose(x, x)
+    return choose_backend(x, x)
 
 
 def _commit(directory: Path) -> str | None:

@@ -20,7 +20,7 @@ from megabase.models import (
     generate,
 )
 from megabase.models.attention.cross import cross_attention
-from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose
 from megabase.models.generation import read, start

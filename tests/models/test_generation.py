@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from megabase.models.attention import lsh_attention
-from megabase.models.attention.kernels import Seating
+from megabase.models.attention.kernels.inputs import SortedOrder
 from megabase.models.attention.lsh import LSHAttention
 from megabase.models.chance import Purpose
 from megabase.models.generation import BucketRings, State, _draw, generate, read, start
@@ -149,7 +149,7 @@ def test_rings_meet_the_keys_that_the_whole_sequence_meets(prompt, reach, once):
         backend="reference",
     )[0]
     if prompt:
-        rings.fill(qk[:, :prompt], v[:, :prompt], Seating.by_bucket(buckets[:, :, :prompt]))
+        rings.fill(qk[:, :prompt], v[:, :prompt], SortedOrder.by_bucket(buckets[:, :, :prompt]))
     for i in range(prompt, length):
         weights = rings.step(qk[:, i], v[:, i], buckets[:, :, i], i, once=once)
         assert torch.equal(weights > 0, expected[:, i] > 0)

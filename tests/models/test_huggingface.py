@@ -20,7 +20,7 @@ from megabase.models import (
     ReformerClassifier,
     ReformerConfig,
 )
-from megabase.models.attention.kernels import Seating
+from megabase.models.attention.kernels.inputs import SortedOrder
 from megabase.models.attention.lsh import LSHAttention
 from megabase.models.huggingface import OURS, from_huggingface, to_huggingface
 from megabase.models.reversible import FloatingPoint
@@ -114,13 +114,13 @@ def same_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     found: dict[int, Tensor | None] = {}
     attend = LSHAttention.attend
 
-    def attend_as_theirs(layer: LSHAttention, qk: Tensor, v: Tensor, seating: Seating, call: Any) -> Tensor:
+    def attend_as_theirs(layer: LSHAttention, qk: Tensor, v: Tensor, order: SortedOrder, call: Any) -> Tensor:
         seen = found[layer.layer]
         # None: a sequence within one chunk, where the buckets do not matter. Theirs may have padding at the end.
         if seen is not None:
             mask = None if call.mask is None else call.mask.repeat_interleave(qk.shape[1], dim=0)
-            seating = Seating.by_bucket(seen[..., : qk.shape[2]].flatten(0, 1), mask)
-        return attend(layer, qk, v, seating, call)
+            order = SortedOrder.by_bucket(seen[..., : qk.shape[2]].flatten(0, 1), mask)
+        return attend(layer, qk, v, order, call)
 
     def note(layer: nn.Module, _: object, result: Any) -> None:
         found[layer.layer_idx] = result.buckets

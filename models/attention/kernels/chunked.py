@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabase.models.attention.kernels import PairDropout, Rule, Seating
+from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder
 from megabase.models.config import round_up
 
 HIDDEN = -1e30
@@ -40,27 +40,27 @@ SORTED = 1 << 18
 """Elements of one sorted copy that exist at once; the rows (batch × heads) beyond them wait."""
 
 
-def meet(
-    q: Tensor, k: Tensor, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None = None
+def sorted_attention(
+    q: Tensor, k: Tensor, v: Tensor, order: SortedOrder, rule: Rule, dropout: PairDropout | None = None
 ) -> Tensor:
     """See models.attention.kernels. Products in the inputs' dtype, softmax and sums in fp32 (fp64 for fp64)."""
-    return _Meet.apply(q.contiguous(), k.contiguous(), v.contiguous(), seating, rule, dropout)
+    return _SortedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), order, rule, dropout)
 
 
-class _Meet(torch.autograd.Function):
+class _SortedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, order: SortedOrder, rule: Rule, dropout: PairDropout | None
     ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty(v.shape, dtype=wide, device=v.device)
-        lse = torch.empty(seating.order.shape, dtype=wide, device=q.device)
+        lse = torch.empty(order.positions.shape, dtype=wide, device=q.device)
         with torch.autocast(q.device.type, enabled=False):
             for part in _row_groups(q):
-                hall = _Hall(seating, rule, dropout, part, wide)
+                hall = _Hall(order, rule, dropout, part, wide)
                 _forward(hall, q[part], k[part], v[part], out[part], lse[part])
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.seating, ctx.rule, ctx.dropout = seating, rule, dropout
+        ctx.order, ctx.rule, ctx.dropout = order, rule, dropout
         return out.to(v.dtype)
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Meet(torch.autograd.Function):
         sums = [torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v)]
         with torch.autocast(q.device.type, enabled=False):
             for part in _row_groups(q):
-                hall = _Hall(ctx.seating, ctx.rule, ctx.dropout, part, out.dtype)
+                hall = _Hall(ctx.order, ctx.rule, ctx.dropout, part, out.dtype)
                 grad = grads[0][part].to(out.dtype)
                 _backward(
                     hall, q[part], k[part], v[part], out[part], lse[part], grad, [x[part] for x in sums]
@@ -162,11 +162,11 @@ class _Hall:
     """
 
     def __init__(
-        self, seating: Seating, rule: Rule, dropout: PairDropout | None, part: slice, dtype: torch.dtype
+        self, order: SortedOrder, rule: Rule, dropout: PairDropout | None, part: slice, dtype: torch.dtype
     ) -> None:
         self.rule, self.dropout, self.dtype = rule, dropout, dtype
-        self.order, self.rank = seating.order[part].long(), seating.rank[part].long()
-        self.real = seating.real[part].long()
+        self.order, self.rank = order.positions[part].long(), order.slots[part].long()
+        self.real = order.real_lengths[part].long()
         self.rows, self.rounds, self.length = self.order.shape
         self.device = self.order.device
         self.row = torch.arange(part.start, part.stop, device=self.device)
@@ -182,7 +182,7 @@ class _Hall:
         self.seats = self.rows * self.stride
         self.blocks = self.seats // self.block
         self.span = self.before + self.block + self.after
-        self.low, self.high = _intervals(seating.buckets[part], self.real, rule)
+        self.low, self.high = _intervals(order.buckets[part], self.real, rule)
         # Seats and positions are compared as floats: exact up to 2^22 with the halves that occur.
         self.exact = torch.float32 if self.length < 1 << 22 else torch.float64
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating
+from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rule, SortedOrder
 from megabase.models.device import processor_lines
 
 SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
@@ -45,26 +45,28 @@ def available() -> bool:
     return _library() is not None
 
 
-def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether `meet` computes with such tensors."""
+def supports(q: Tensor, v: Tensor) -> bool:
+    """Whether `sorted_attention` computes with such tensors."""
     return q.device.type == "cpu" and q.dtype in DTYPES and v.dtype in DTYPES and available()
 
 
-def meet(
+def sorted_attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
-    seating: Seating,
+    order: SortedOrder,
     rule: Rule,
     dropout: PairDropout | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """See megabase.models.attention.kernels.dispatch.meet. q, k, v: fp32, bf16 or fp16, on the CPU, and strided as they
-    please. Computes in fp32. The same input gives the same bits, whatever the number of threads."""
-    return _Meet.apply(q, k, v, seating, rule, dropout, scale)
+    """The same as `dispatch.sorted_attention`, for q, k, v in fp32, bf16 or fp16 on the CPU, with any strides.
+
+    Computes in fp32. The same input gives the same bits, whatever the number of threads.
+    """
+    return _SortedAttention.apply(q, k, v, order, rule, dropout, scale)
 
 
-def hash_buckets(x: Tensor, rotations: Rotations) -> Tensor:
+def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     """dispatch.rotate_and_hash. A position's buckets do not depend on what else is hashed with it."""
     x = _dense(x.detach())
     batch, heads, length = x.shape[:3]
@@ -90,8 +92,8 @@ def hash_buckets(x: Tensor, rotations: Rotations) -> Tensor:
     return buckets
 
 
-def seat(buckets: Tensor, n_buckets: int, mask: Tensor | None) -> Seating:
-    """Seating.by_bucket of buckets (rows, rounds, length) in [0, n_buckets), by counting."""
+def sort_by_bucket(buckets: Tensor, n_buckets: int, mask: Tensor | None) -> SortedOrder:
+    """SortedOrder.by_bucket of buckets (rows, rounds, length) in [0, n_buckets), by counting."""
     buckets = buckets.to(torch.int32).contiguous()
     rows, rounds, length = buckets.shape
     hidden = None if mask is None else (~mask).to(torch.int32).contiguous()
@@ -108,17 +110,17 @@ def seat(buckets: Tensor, n_buckets: int, mask: Tensor | None) -> Seating:
         threads=torch.get_num_threads(),
     )
     _call("megabase_sort", sorting)
-    return Seating(order, seated, Seating.count(mask, buckets))
+    return SortedOrder(order, seated, SortedOrder.count_real(mask, buckets))
 
 
-class _Meet(torch.autograd.Function):
+class _SortedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor | None,
         v: Tensor,
-        seating: Seating,
+        order: SortedOrder,
         rule: Rule,
         dropout: PairDropout | None,
         scale: float,
@@ -126,11 +128,11 @@ class _Meet(torch.autograd.Function):
         q, k, v = _dense(q), None if k is None else _dense(k), _dense(v)
         out = _like(v)
         lse = torch.full((q.shape[0] * q.shape[1], q.shape[2]), HIDDEN)
-        problem, kept = _problem(q, k, v, out, lse, torch.zeros_like(lse), seating, rule, dropout, scale)
+        problem, kept = _problem(q, k, v, out, lse, torch.zeros_like(lse), order, rule, dropout, scale)
         _call("megabase_forward", problem)
         del kept
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.case = seating, rule, dropout, scale
+        ctx.case = order, rule, dropout, scale
         return out.to(v.dtype)
 
     @staticmethod
@@ -204,7 +206,7 @@ def _problem(
     out: Tensor,
     most: Tensor,
     total: Tensor,
-    seating: Seating,
+    order: SortedOrder,
     rule: Rule,
     dropout: PairDropout | None,
     scale: float,
@@ -212,9 +214,9 @@ def _problem(
     """What forward and backward share, and the tensors that must live while it is used. most, total: (rows, length),
     as cpp/strip.h has them."""
     batch, heads, length, _ = q.shape
-    order, buckets = _table(seating.order), _table(seating.buckets)
-    rank = _table(seating.rank) if rule.once else order
-    real = seating.real.to(torch.int32).contiguous()
+    positions, buckets = _table(order.positions), _table(order.buckets)
+    slots = _table(order.slots) if rule.once else positions
+    real = order.real_lengths.to(torch.int32).contiguous()
     problem = _Problem(
         q=_Tensor.of(q),
         k=_Tensor() if k is None else _Tensor.of(k),
@@ -222,17 +224,17 @@ def _problem(
         out=_Tensor.of(out),
         most=most.data_ptr(),
         total=total.data_ptr(),
-        order=order.data_ptr(),
-        rank=rank.data_ptr(),
+        order=positions.data_ptr(),
+        rank=slots.data_ptr(),
         buckets=buckets.data_ptr(),
-        order_row=order.stride(0),
-        rank_row=rank.stride(0),
+        order_row=positions.stride(0),
+        rank_row=slots.stride(0),
         buckets_row=buckets.stride(0),
         real=real.data_ptr(),
         scale=scale,
         batch=batch,
         heads=heads,
-        rounds=order.shape[1],
+        rounds=positions.shape[1],
         length=length,
         reach=min(rule.reach, length),  # what is longer changes nothing, and needs memory
         window=rule.attend == "window",
@@ -241,7 +243,7 @@ def _problem(
         shared=rule.shared,
         threads=torch.get_num_threads(),
     )
-    kept = [total, order, rank, buckets, real]
+    kept = [total, positions, slots, buckets, real]
     if dropout is not None:
         keys = dropout.keys.contiguous()
         problem.keys, problem.rate = keys.data_ptr(), dropout.rate

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating
+from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rule, SortedOrder
 
 
-def meet(
-    q: Tensor, k: Tensor, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None = None
+def sorted_attention(
+    q: Tensor, k: Tensor, v: Tensor, order: SortedOrder, rule: Rule, dropout: PairDropout | None = None
 ) -> Tensor:
     """See megabase.models.attention.kernels. Computes in the inputs' dtype."""
     rows, length, _ = q.shape
-    keys, met = met_keys(seating, rule)
+    keys, met = keys_in_reach(order, rule)
     row = torch.arange(rows, device=q.device)[:, None, None]
     position = torch.arange(length, device=q.device)[None, :, None]
     scores = torch.einsum("nid,niwd->niw", q, k[row, keys]).masked_fill(~met, -torch.inf)
@@ -31,30 +31,30 @@ def meet(
         alone = v * dropout.scale(row, position, position).to(v.dtype)
     out = torch.where(lonely, alone, out)
     real = torch.zeros_like(lonely).scatter(
-        1, seating.order[:, 0, :, None].long(), _seated(seating)[..., None]
+        1, order.positions[:, 0, :, None].long(), _seated(order)[..., None]
     )
     return torch.where(real, out, 0.0)
 
 
-def met_keys(seating: Seating, rule: Rule) -> tuple[Tensor, Tensor]:
+def keys_in_reach(order: SortedOrder, rule: Rule) -> tuple[Tensor, Tensor]:
     """The positions each position may meet, round after round: keys (rows, length, places) int64, and which of
     these places hold a key that is met, bool of the same shape."""
-    rows, rounds, length = seating.order.shape
-    row = torch.arange(rows, device=seating.order.device)[:, None, None]
-    position = torch.arange(length, device=seating.order.device)[None, :, None]
+    rows, rounds, length = order.positions.shape
+    row = torch.arange(rows, device=order.positions.device)[:, None, None]
+    position = torch.arange(length, device=order.positions.device)[None, :, None]
     keys, met = [], []
     for this in range(rounds):
-        rank = seating.rank[:, this, :, None].long()
-        is_real = rank < seating.real[:, None, None]
+        rank = order.slots[:, this, :, None].long()
+        is_real = rank < order.real_lengths[:, None, None]
         places = (
-            _window(this, rank, rule) if rule.attend == "window" else _chunks(this, rank, seating, rule.reach)
+            _window(this, rank, rule) if rule.attend == "window" else _chunks(this, rank, order, rule.reach)
         )
         for other, seats, there in places:
-            found = there & (seats >= 0) & (seats < seating.real[:, None, None]) & is_real
+            found = there & (seats >= 0) & (seats < order.real_lengths[:, None, None]) & is_real
             seats = seats.clamp(0, length - 1)
-            key = seating.order[:, other][row, seats].long()
+            key = order.positions[:, other][row, seats].long()
             if rule.attend == "window":
-                found &= seating.buckets[:, this][row, seats] == seating.buckets[:, this][row, rank]
+                found &= order.buckets[:, this][row, seats] == order.buckets[:, this][row, rank]
             if rule.causal:
                 found &= key <= position
             if rule.shared:
@@ -62,7 +62,7 @@ def met_keys(seating: Seating, rule: Rule) -> tuple[Tensor, Tensor]:
             keys.append(key)
             met.append(found)
     all_keys, all_met = torch.cat(keys, dim=-1), torch.cat(met, dim=-1)
-    return all_keys, first_of_each(all_keys, all_met) if rule.once else all_met
+    return all_keys, first_occurrences(all_keys, all_met) if rule.once else all_met
 
 
 def _window(this: int, rank: Tensor, rule: Rule) -> list[tuple[int, Tensor, Tensor]]:
@@ -72,20 +72,20 @@ def _window(this: int, rank: Tensor, rule: Rule) -> list[tuple[int, Tensor, Tens
     return [(this, seats, torch.ones_like(seats, dtype=torch.bool))]
 
 
-def _chunks(this: int, rank: Tensor, seating: Seating, reach: int) -> list[tuple[int, Tensor, Tensor]]:
+def _chunks(this: int, rank: Tensor, order: SortedOrder, reach: int) -> list[tuple[int, Tensor, Tensor]]:
     """(round, seats, whether the seat is offered) of the own chunk, the one before, and the ring's."""
     within = torch.arange(reach, device=rank.device)
     chunk = rank // reach
-    last = (seating.real[:, None, None].long() - 1).clamp_min(0) // reach
+    last = (order.real_lengths[:, None, None].long() - 1).clamp_min(0) // reach
     own = chunk * reach + within
     before = own - reach
     ring = (last * reach + within).expand_as(own)
     first = (chunk == 0).expand_as(own)
-    rounds = seating.order.shape[1]
+    rounds = order.positions.shape[1]
     return [(this, own, torch.ones_like(first)), (this, before, ~first), ((this - 1) % rounds, ring, first)]
 
 
-def first_of_each(keys: Tensor, met: Tensor) -> Tensor:
+def first_occurrences(keys: Tensor, met: Tensor) -> Tensor:
     """Of the places whose keys are met, the first for every key."""
     nobody = torch.iinfo(torch.int64).max
     ordered, places = keys.masked_fill(~met, nobody).sort(dim=-1, stable=True)
@@ -94,10 +94,10 @@ def first_of_each(keys: Tensor, met: Tensor) -> Tensor:
     return met & ~torch.zeros_like(met).scatter(-1, places, again)
 
 
-def _seated(seating: Seating) -> Tensor:
+def _seated(order: SortedOrder) -> Tensor:
     """(rows, length) bool: whether a seat holds a real position."""
-    seats = torch.arange(seating.order.shape[-1], device=seating.order.device)
-    return seats < seating.real[:, None]
+    seats = torch.arange(order.positions.shape[-1], device=order.positions.device)
+    return seats < order.real_lengths[:, None]
 
 
 @torch.no_grad()

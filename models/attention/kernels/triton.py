@@ -9,7 +9,7 @@ What is special:
   rounds before left, as if they were one more block of keys.
 - Backward starts from the log-sum-exp over all rounds, and one launch for each round does both halves: a block's
   queries meet the keys before them (q's gradient), then its keys the queries behind them (those of k and v).
-- No tables besides the Seating: who meets whom follows from the buckets of two seats and their distance (rule
+- No tables besides the SortedOrder: who meets whom follows from the buckets of two seats and their distance (rule
   `window`) or from the numbers of their chunks (`chunk`). Keys beyond the border of a bucket are not visited. Only
   `once` makes tables, of every position's seat and interval: whether a pair has met before is one comparison for each
   round before.
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating, row_mask
+from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rule, SortedOrder, row_mask
 from megabase.models.config import ConfigError
 from megabase.models.gpu import DTYPES, FUSED, INTERPRETED, available, jit, padded, random_bits, tl, triton
 
@@ -40,29 +40,29 @@ WIDEST = 128
 """Largest width of q, k and v: beyond it the tiles of the backward pass do not fit into registers."""
 
 
-def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether `meet` computes with such tensors: their device, dtypes and widths."""
+def supports(q: Tensor, v: Tensor) -> bool:
+    """Whether `sorted_attention` computes with such tensors: their device, dtypes and widths."""
     here = q.is_cuda or INTERPRETED
     return available() and here and all(x.dtype in DTYPES and x.shape[-1] <= WIDEST for x in (q, v))
 
 
-def meet(
-    q: Tensor, k: Tensor | None, v: Tensor, seating: Seating, rule: Rule, dropout: PairDropout | None = None
+def sorted_attention(
+    q: Tensor, k: Tensor | None, v: Tensor, order: SortedOrder, rule: Rule, dropout: PairDropout | None = None
 ) -> Tensor:
     """See megabase.models.attention.kernels. Products in the inputs' dtype, softmax and sums in fp32.
 
     k = None: keys are the queries scaled to unit length (`dispatch.unit_keys`), without ever being written.
     q, k, v may have any strides of rows and positions; out and the gradients get those of v and of q, k, v. Raises
-    ConfigError for tensors that `takes` refuses.
+    ConfigError for tensors that `supports` refuses.
     """
-    if not takes(q, v) or (k is not None and q.dtype != k.dtype):
+    if not supports(q, v) or (k is not None and q.dtype != k.dtype):
         raise ConfigError(
             f"the Triton kernels take bf16, fp16 and fp32 of width {WIDEST} at the most, on a CUDA device, q and k of "
             f"one dtype; these are q {q.dtype}, k {q.dtype if k is None else k.dtype}, v {v.dtype}, widths "
             f"{q.shape[-1]} and {v.shape[-1]}, on {q.device}: take backend=chunked"
         )
     k = None if k is None else _rows_apart(k)
-    return _Meet.apply(_rows_apart(q), k, _rows_apart(v), seating, rule, dropout)
+    return _SortedAttention.apply(_rows_apart(q), k, _rows_apart(v), order, rule, dropout)
 
 
 def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
@@ -73,7 +73,7 @@ def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     return _hash(x, rotations, None, torch.int32)
 
 
-def seat_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None = None) -> Seating:
+def sort_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None = None) -> SortedOrder:
     """Hash x (batch, heads, length, d) and sort: the seats of rows = batch × heads, tables of int32.
 
     rotations: see rotate_and_hash. mask: (batch, length) bool, True where a position is real; the others sit at
@@ -81,9 +81,11 @@ def seat_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None = None) ->
     """
     n_buckets = rotations.n_buckets
     small = next(t for t in (torch.uint8, torch.int16, torch.int32) if n_buckets <= torch.iinfo(t).max)
-    seated, order = torch.sort(_hash(x, rotations, mask, small).flatten(0, 1), dim=-1, stable=True)
-    real = Seating.count(row_mask(mask, x.shape[1]), order)
-    return Seating(order=order.to(torch.int32), buckets=seated.to(torch.int32), real=real)
+    sorted_buckets, positions = torch.sort(
+        _hash(x, rotations, mask, small).flatten(0, 1), dim=-1, stable=True
+    )
+    real = SortedOrder.count_real(row_mask(mask, x.shape[1]), positions)
+    return SortedOrder(positions.to(torch.int32), sorted_buckets.to(torch.int32), real)
 
 
 class Tiles(NamedTuple):
@@ -125,14 +127,14 @@ PART = 1 << 28
 """Elements that one tensor of those a round leaves to the next holds at once (1 GiB); further rows wait."""
 
 
-class _Meet(torch.autograd.Function):
+class _SortedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor | None,
         v: Tensor,
-        seating: Seating,
+        order: SortedOrder,
         rule: Rule,
         dropout: PairDropout | None,
     ) -> Tensor:
@@ -147,19 +149,19 @@ class _Meet(torch.autograd.Function):
                     **{"D": q.shape[-1], "PAD": padded(q.shape[-1]), "BLOCK": 64, **FUSED},
                 )
             for part in _parts(q, v):
-                launch = _Launch(q, v, seating, rule, dropout, part, unit)
+                launch = _Launch(q, v, order, rule, dropout, part, unit)
                 tensors = [x[part] for x in (q, k, v, out)]
                 launch.run(
                     _forward, FORWARD, [*tensors, launch.wide(v), lse[part], scales[part]], tensors[:3]
                 )
         ctx.save_for_backward(q, k, v, out, lse, scales)
-        ctx.case = seating, rule, dropout, unit
+        ctx.case = order, rule, dropout, unit
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, scales = ctx.saved_tensors
-        seating, rule, dropout, unit = ctx.case
+        order, rule, dropout, unit = ctx.case
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         delta = torch.empty_like(lse)
         grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
@@ -170,7 +172,7 @@ class _Meet(torch.autograd.Function):
                 **{"D_V": v.shape[-1], "PAD_V": padded(v.shape[-1]), "BLOCK": 64, **FUSED},
             )
             for part in _parts(q, v):
-                launch = _Launch(q, v, seating, rule, dropout, part, unit)
+                launch = _Launch(q, v, order, rule, dropout, part, unit)
                 tensors = [x[part] for x in (q, k, v, grad)]
                 vectors = [x[part] for x in (lse, delta, scales)]
                 results = [x[part] for x in (grad_q, grad_k, grad_v)]
@@ -187,16 +189,16 @@ class _Launch:
         self,
         q: Tensor,
         v: Tensor,
-        seating: Seating,
+        order: SortedOrder,
         rule: Rule,
         dropout: PairDropout | None,
         part: slice,
         unit: bool,
     ) -> None:
-        tables = (seating.order[part], seating.buckets[part])
+        tables = (order.positions[part], order.buckets[part])
         self.order, self.buckets = (x if x.stride(-1) == 1 else x.contiguous() for x in tables)
         self.rows, self.rounds, self.length = self.order.shape
-        self.real, self.rule = seating.real[part], rule
+        self.real, self.rule = order.real_lengths[part], rule
         self.keys, self.rate = (self.real, 0.0) if dropout is None else (dropout.keys[part], dropout.rate)
         self.dropout, self.unit = dropout is not None, unit
         self.d, self.d_v = q.shape[-1], v.shape[-1]

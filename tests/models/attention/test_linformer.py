@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention import linformer_attention
-from megabase.models.attention.kernels import PairDropout
+from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.attention.linformer import LinformerAttention
 from megabase.models.call import Call
 from megabase.models.config import ConfigError, LinformerConfig, ReformerConfig

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention import full_attention, local_attention, lsh_attention
-from megabase.models.attention.kernels import PairDropout, Rule, Seating, chunked, dispatch, native, reference
+from megabase.models.attention.kernels import chunked, dispatch, native, reference
+from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder
 from megabase.models.attention.lsh import draw_rotations, rotate_and_hash
 from megabase.models.config import ConfigError
 
@@ -19,7 +20,7 @@ needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compile
 
 def random_case(
     seed: int, length: int | None = None
-) -> tuple[list[Tensor], Seating, Rule, PairDropout | None]:
+) -> tuple[list[Tensor], SortedOrder, Rule, PairDropout | None]:
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, rounds, d = chance.randint(1, 5), chance.randint(1, 4), chance.choice([3, 8])
@@ -36,7 +37,7 @@ def random_case(
     )
     keys = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
     dropout = PairDropout(0.3, keys) if chance.random() < 0.3 else None
-    return [x.requires_grad_() for x in (q, k, v)], Seating.by_bucket(buckets, mask), rule, dropout
+    return [x.requires_grad_() for x in (q, k, v)], SortedOrder.by_bucket(buckets, mask), rule, dropout
 
 
 def with_gradients(meet: Callable[..., Tensor], tensors: list[Tensor], *case: object) -> list[Tensor]:
@@ -53,15 +54,15 @@ def test_chunked_equals_reference(seed, monkeypatch):
     monkeypatch.setattr(chunked, "GROUP", random.Random(seed).choice([1, 2000, 1 << 18]))
     monkeypatch.setattr(chunked, "SORTED", random.Random(seed).choice([1, 500, 1 << 18]))
     tensors, *case = random_case(seed)
-    expected = with_gradients(reference.meet, tensors, *case)
-    got = with_gradients(chunked.meet, tensors, *case)
+    expected = with_gradients(reference.sorted_attention, tensors, *case)
+    got = with_gradients(chunked.sorted_attention, tensors, *case)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, *case: Any) -> Tensor:
-    """native.meet of rows (rows, length, d), as one sequence with as many heads."""
-    return native.meet(q[None], k[None], v[None], *case)[0]
+    """native.sorted_attention of rows (rows, length, d), as one sequence with as many heads."""
+    return native.sorted_attention(q[None], k[None], v[None], *case)[0]
 
 
 @needs_native
@@ -70,7 +71,7 @@ def test_native_equals_reference(seed):
     # From 120 on of lengths that take several strips, and blocks that end anywhere.
     length = random.Random(seed).randint(200, 1100) if seed >= 120 else None
     tensors, *case = random_case(seed, length)
-    expected = with_gradients(reference.meet, tensors, *case)
+    expected = with_gradients(reference.sorted_attention, tensors, *case)
     single = [x.detach().float().requires_grad_() for x in tensors]
     for a, b in zip(with_gradients(by_rows, single, *case), expected, strict=True):
         assert (a.double() - b).norm() <= 2e-5 * max(1.0, b.norm().item())
@@ -79,11 +80,11 @@ def test_native_equals_reference(seed):
 @needs_native
 @pytest.mark.parametrize("seed", range(30))
 def test_native_makes_unit_keys_and_reads_any_layout(seed):
-    (q, _, v), seating, rule, dropout = random_case(seed, random.Random(seed).randint(1, 600))
-    case = (seating, replace(rule, shared=True), dropout)
+    (q, _, v), order, rule, dropout = random_case(seed, random.Random(seed).randint(1, 600))
+    case = (order, replace(rule, shared=True), dropout)
 
     def kernel(backend: str) -> Callable[..., Tensor]:
-        return lambda q, v: dispatch.meet(q[None], None, v[None], *case, backend=backend)[0]
+        return lambda q, v: dispatch.sorted_attention(q[None], None, v[None], *case, backend=backend)[0]
 
     expected = with_gradients(kernel("reference"), [q, v])
     apart = [x.detach().float().mT.contiguous().mT.requires_grad_() for x in (q, v)]
@@ -125,8 +126,8 @@ def test_native_hash_equals_torch(n_buckets, d, dtype, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 1500, d).to(dtype)
     rotations = draw_rotations(3, d, rounds=2, n_buckets=n_buckets, seed=1)
-    hashed = native.hash_buckets(x, rotations)
-    assert torch.equal(hashed[:, :, :, 700:701], native.hash_buckets(x[:, :, 700:701], rotations))
+    hashed = native.rotate_and_hash(x, rotations)
+    assert torch.equal(hashed[:, :, :, 700:701], native.rotate_and_hash(x[:, :, 700:701], rotations))
     monkeypatch.setattr(native, "available", lambda: False)
     theirs = rotate_and_hash(x, rotations)
     # Those whose largest and second largest coordinates are as good as equal may fall to either side.
@@ -141,11 +142,11 @@ def test_native_seats_equal_a_stable_sort():
         length, n_buckets = [1, 7, 200][seed % 3], [1, 4, 300][seed // 7]
         buckets = torch.randint(0, n_buckets, (4, 3, length), generator=generator)
         mask = torch.rand(4, length, generator=generator) < 0.7 if seed % 2 else None
-        ours, theirs = native.seat(buckets, n_buckets, mask), Seating.by_bucket(buckets, mask)
-        assert torch.equal(ours.order, theirs.order)
-        assert torch.equal(ours.real, theirs.real)
-        assert torch.equal(ours.rank, theirs.rank)
-        real = torch.arange(length) < ours.real[:, None, None]
+        ours, theirs = native.sort_by_bucket(buckets, n_buckets, mask), SortedOrder.by_bucket(buckets, mask)
+        assert torch.equal(ours.positions, theirs.positions)
+        assert torch.equal(ours.real_lengths, theirs.real_lengths)
+        assert torch.equal(ours.slots, theirs.slots)
+        real = torch.arange(length) < ours.real_lengths[:, None, None]
         assert torch.equal(ours.buckets.where(real, -1), theirs.buckets.where(real, -1))
 
 
@@ -161,7 +162,7 @@ def test_without_a_compiler_the_chunked_kernel_runs_and_says_so(monkeypatch, unb
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*Install g\+\+, or set CXX"):
         qk = torch.randn(1, 2, 40, 8)
-        assert dispatch.choose(qk, qk) == "chunked"
+        assert dispatch.choose_backend(qk, qk) == "chunked"
     with pytest.raises(ConfigError, match=r"backend='native' cannot run here.*chunked"):
         lsh_attention(qk, qk, rounds=1, chunk_length=8, causal=True, seed=0, backend="native")
 
@@ -180,7 +181,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path, unbuilt):
 def test_what_auto_chooses():
     def choice(dtype: torch.dtype, d: int = 64, backend: str = "auto") -> str:
         x = torch.empty(1, 1, 1, d, dtype=dtype)
-        return dispatch.choose(x, x, backend)
+        return dispatch.choose_backend(x, x, backend)
 
     fused = "native" if native.available() else "chunked"
     assert [choice(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [fused] * 3
@@ -205,8 +206,8 @@ def test_chunked_in_lower_precision(dtype, tolerance):
         tensors, *case = random_case(seed)
         low = [x.detach().to(dtype).requires_grad_() for x in tensors]
         same = [x.detach().double().requires_grad_() for x in low]
-        expected = with_gradients(reference.meet, same, *case)
-        for a, b in zip(with_gradients(chunked.meet, low, *case), expected, strict=True):
+        expected = with_gradients(reference.sorted_attention, same, *case)
+        for a, b in zip(with_gradients(chunked.sorted_attention, low, *case), expected, strict=True):
             assert a.dtype == dtype
             assert (a.double() - b).norm() <= tolerance * max(1.0, b.norm().item())
 

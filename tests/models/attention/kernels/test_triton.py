@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabase.models.attention.kernels import PairDropout, Rotations, Rule, Seating, reference
+from megabase.models.attention.kernels import reference
 from megabase.models.attention.kernels import triton as kernels
 from megabase.models.attention.kernels.dispatch import unit_keys
+from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rule, SortedOrder
 from megabase.models.attention.lsh import draw_rotations, rotate_and_hash
 from megabase.models.config import ConfigError
 from tests.models.interpreted import DEVICE, GPU, HERE, ROOT, run_interpreted
@@ -56,9 +57,9 @@ class Case:
         local = rounds == 1 and chance.random() < 0.5
         n_buckets = 1 if local else chance.choice([1, 3, 8])
         buckets = torch.randint(0, n_buckets, (rows, rounds, length), generator=generator)
-        seating = Seating.by_bucket(buckets.to(DEVICE), None if mask is None else mask.to(DEVICE))
+        order = SortedOrder.by_bucket(buckets.to(DEVICE), None if mask is None else mask.to(DEVICE))
         if local and mask is None:
-            seating = Seating.in_order(rows, length, DEVICE)
+            order = SortedOrder.identity(rows, length, DEVICE)
         rule = Rule(
             reach=chance.choice([1, 2, 5, 16, 40, 70, 300]),
             attend=chance.choice(["window", "chunk"]),
@@ -67,7 +68,7 @@ class Case:
             shared=not local and chance.random() < 0.8,
         )
         keys = torch.randint(-(2**62), 2**62, (rows,), generator=generator).to(DEVICE)
-        self.rest = seating, rule, PairDropout(0.3, keys) if chance.random() < 0.3 else None
+        self.rest = order, rule, PairDropout(0.3, keys) if chance.random() < 0.3 else None
         self.grad = torch.randn(rows, length, d_v, generator=generator).to(DEVICE, dtype)
         if chance.random() < 0.4:
             # Keys are unit queries.
@@ -85,7 +86,7 @@ class Case:
     def check(self) -> None:
         dtype = self.grad.dtype
         for number, (got, expected) in enumerate(
-            zip(self.run(kernels.meet), self.run(plain, torch.float64), strict=True)
+            zip(self.run(kernels.sorted_attention), self.run(plain, torch.float64), strict=True)
         ):
             assert got.dtype == dtype
             error = (got.double() - expected).norm().item()
@@ -95,7 +96,7 @@ class Case:
 
 
 def plain(q: Tensor, k: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
-    return reference.meet(q, unit_keys(q) if k is None else k, v, *rest)
+    return reference.sorted_attention(q, unit_keys(q) if k is None else k, v, *rest)
 
 
 class TestMeet:
@@ -125,30 +126,33 @@ class TestMeet:
         case.tensors = [torch.randn(rows, length, 16, generator=generator).to(DEVICE) for _ in range(3)]
         case.grad = torch.randn(rows, length, 16, generator=generator).to(DEVICE)
         buckets = torch.randint(0, 3, (rows, 3, length), generator=generator).to(DEVICE)
-        case.rest = Seating.by_bucket(buckets), Rule(48, attend, True, once, True), None
+        case.rest = SortedOrder.by_bucket(buckets), Rule(48, attend, True, once, True), None
         case.check()
 
     @pytest.mark.parametrize("seed", [3, 8])
     def test_the_same_input_gives_the_same_bits(self, seed):
         case = Case(seed, torch.bfloat16)
-        for a, b in zip(case.run(kernels.meet), case.run(kernels.meet), strict=True):
+        for a, b in zip(case.run(kernels.sorted_attention), case.run(kernels.sorted_attention), strict=True):
             assert torch.equal(a, b)
 
     def test_rows_in_turns_give_the_same_bits(self, monkeypatch):
         for case in (Case(seed, torch.float32) for seed in range(3, 30)):
             if len(case.grad) > 1 and case.rest[1].once:
                 break
-        together = case.run(kernels.meet)
+        together = case.run(kernels.sorted_attention)
         monkeypatch.setattr(kernels, "PART", 1)
-        for a, b in zip(case.run(kernels.meet), together, strict=True):
+        for a, b in zip(case.run(kernels.sorted_attention), together, strict=True):
             assert torch.equal(a, b)
 
     def test_tables_of_any_integers(self):
         case = Case(2, torch.float32)
-        seating, *rest = case.rest
-        short = case.run(kernels.meet)
-        case.rest = Seating(*(x.long() for x in (seating.order, seating.buckets, seating.real))), *rest
-        for a, b in zip(case.run(kernels.meet), short, strict=True):
+        order, *rest = case.rest
+        short = case.run(kernels.sorted_attention)
+        case.rest = (
+            SortedOrder(*(x.long() for x in (order.positions, order.buckets, order.real_lengths))),
+            *rest,
+        )
+        for a, b in zip(case.run(kernels.sorted_attention), short, strict=True):
             assert torch.equal(a, b)
 
     def test_heads_need_not_lie_apart(self):
@@ -156,11 +160,11 @@ class TestMeet:
         rows, length, d = 2, 70, 16
         together = [torch.randn(length, rows, d, device=DEVICE).transpose(0, 1) for _ in range(3)]
         buckets = torch.randint(0, 3, (rows, 2, length), device=DEVICE)
-        rest = Seating.by_bucket(buckets), Rule(16, "window", True, False, True), None
+        rest = SortedOrder.by_bucket(buckets), Rule(16, "window", True, False, True), None
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             tensors = [x.detach().requires_grad_() for x in tensors]
-            out = kernels.meet(*tensors, *rest)
+            out = kernels.sorted_attention(*tensors, *rest)
             return [out, *torch.autograd.grad(out.square().sum(), tensors)]
 
         for a, b in zip(run(together), run([x.contiguous() for x in together]), strict=True):
@@ -176,9 +180,9 @@ class TestMeet:
                 return x
 
             q, k, v = (torch.randn(1, 64, 16, device=DEVICE).requires_grad_() for _ in range(3))
-            seating = Seating.by_bucket(torch.randint(0, 3, (1, rounds, 64), device=DEVICE))
+            order = SortedOrder.by_bucket(torch.randint(0, 3, (1, rounds, 64), device=DEVICE))
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                kernels.meet(q, k, v, seating, Rule(8, "window", True, True, True))
+                kernels.sorted_attention(q, k, v, order, Rule(8, "window", True, True, True))
             return sum(sizes.values())
 
         # q, k, v, out and one log-sum-exp for each position.
@@ -189,9 +193,11 @@ class TestMeet:
     )
     def test_refuses_what_it_does_not_compute(self, dtype, width):
         x = torch.randn(1, 8, width, dtype=dtype, device=DEVICE)
-        assert not kernels.takes(x, x)
+        assert not kernels.supports(x, x)
         with pytest.raises(ConfigError, match=r"take bf16, fp16 and fp32 .* backend=chunked"):
-            kernels.meet(x, x, x, Seating.in_order(1, 8, DEVICE), Rule(4, "window", True, False, False))
+            kernels.sorted_attention(
+                x, x, x, SortedOrder.identity(1, 8, DEVICE), Rule(4, "window", True, False, False)
+            )
 
 
 class TestHashing:
@@ -224,17 +230,17 @@ class TestHashing:
             torch.rand(2, 90, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.8 if masked else None
         )
         rows = None if mask is None else mask.repeat_interleave(3, dim=0)
-        expected = Seating.by_bucket(buckets.flatten(0, 1), rows)
-        seating = kernels.seat_by_hash(x, rotations, mask)
-        assert torch.equal(seating.order.long(), expected.order.long())
-        assert torch.equal(seating.rank.long(), expected.rank.long())
-        assert torch.equal(seating.real.long(), expected.real.long())
-        occupied = torch.arange(90, device=DEVICE) < seating.real[:, None, None]
+        expected = SortedOrder.by_bucket(buckets.flatten(0, 1), rows)
+        order = kernels.sort_by_hash(x, rotations, mask)
+        assert torch.equal(order.positions.long(), expected.positions.long())
+        assert torch.equal(order.slots.long(), expected.slots.long())
+        assert torch.equal(order.real_lengths.long(), expected.real_lengths.long())
+        occupied = torch.arange(90, device=DEVICE) < order.real_lengths[:, None, None]
         assert torch.equal(
-            seating.buckets.long()[occupied.expand(6, 3, 90)],
+            order.buckets.long()[occupied.expand(6, 3, 90)],
             expected.buckets.long()[occupied.expand(6, 3, 90)],
         )
-        assert {seating.order.dtype, seating.buckets.dtype, seating.real.dtype} == {torch.int32}
+        assert {order.positions.dtype, order.buckets.dtype, order.real_lengths.dtype} == {torch.int32}
 
     def test_heads_need_not_lie_apart(self):
         x, rotations = self.draw(64, 16, torch.float32)
@@ -246,8 +252,10 @@ class TestHashing:
     def test_what_is_not_a_number_has_a_seat(self):
         x, rotations = self.draw(6, 24, torch.float32)
         x[0, 0, :50] = float("nan")
-        order = kernels.seat_by_hash(x, rotations).order.long()
-        assert torch.equal(order.sort(dim=-1).values, torch.arange(90, device=DEVICE).expand_as(order))
+        positions = kernels.sort_by_hash(x, rotations).positions.long()
+        assert torch.equal(
+            positions.sort(dim=-1).values, torch.arange(90, device=DEVICE).expand_as(positions)
+        )
 
 
 # Compiled for a GPU that is not here.
@@ -331,12 +339,12 @@ def compile_ahead(name: str) -> None:
         )
 
     triton.JITFunction.run = compile_only
-    kernels.takes = lambda q, v: True
+    kernels.supports = lambda q, v: True
     kernels.available = lambda: True
     dtype, d, options = AHEAD[name]
     rounds, rows, length = options.get("rounds", 3), 2, 256
     q, k, v = (torch.randn(rows, length, d).to(getattr(torch, dtype)).requires_grad_() for _ in range(3))
-    seating = Seating.by_bucket(torch.randint(0, 4, (rows, rounds, length)))
+    order = SortedOrder.by_bucket(torch.randint(0, 4, (rows, rounds, length)))
     rule = Rule(
         reach=128,
         attend=options.get("attend", "window"),
@@ -345,7 +353,7 @@ def compile_ahead(name: str) -> None:
         shared=options.get("shared", True),
     )
     dropout = PairDropout(0.1, torch.arange(rows)) if options.get("dropout") else None
-    kernels.meet(q, None if options.get("unit") else k, v, seating, rule, dropout).sum().backward()
+    kernels.sorted_attention(q, None if options.get("unit") else k, v, order, rule, dropout).sum().backward()
     kernels.rotate_and_hash(q[None].detach(), draw_rotations(rows, d, rounds=rounds, n_buckets=512, seed=0))
 
 
