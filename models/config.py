@@ -1,14 +1,24 @@
-"""The settings of a Reformer: plain dataclasses, so that OmegaConf (or anything else) can fill them in.
+"""The settings of a Reformer: plain dataclasses that OmegaConf, or anything else, can fill in.
 
-`ReformerConfig.validate` is the one gate: it says what is wrong, with which value, and the way out, before
-anything expensive is built.
+`ReformerConfig.validate` checks all settings before anything expensive is built. Its messages name the setting, the
+value and what to do instead. This module needs no torch.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from megabase.models.checks import (
+    ConfigError,
+    build,
+    check_at_least,
+    check_buckets,
+    check_name,
+    check_rate,
+    round_up,
+)
 
 LAYERS = ("local", "lsh", "full", "linformer", "performer")
 NORMS = ("layer", "rms")
@@ -23,18 +33,10 @@ CLASSIFIERS = ("mean", "first")
 DEFAULT_BUCKETS = 64
 """Buckets of a hash round where neither `n_buckets` nor `max_length` is set."""
 
-SINGLE_ROTATION = 128
-"""Up to so many buckets one rotation makes a hash; beyond, two rotations make a factor each (paper, section 2)."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: what, where, which value, and the way out."""
-
 
 @dataclass
 class LSHConfig:
-    """Attention among positions whose shared query-keys hash to the same bucket (Kitaev et al. 2020, section
-    2).
+    """Attention among positions whose query-keys hash to the same bucket (Kitaev et al. 2020, section 2).
 
     Attributes:
         rounds: Independent rounds of hashing. Time grows with their number, memory does not.
@@ -57,6 +59,16 @@ class LSHConfig:
     duplicates: str = "average"
     dropout: float | None = None
 
+    def validate(self) -> None:
+        """Check these settings. Raises ConfigError."""
+        check_at_least(1, "model.lsh.rounds", self.rounds)
+        check_at_least(1, "model.lsh.chunk_length", self.chunk_length)
+        if self.n_buckets is not None:
+            check_buckets(self.n_buckets, "model.lsh.n_buckets")
+        check_name("model.lsh.attend", self.attend, ATTENDS)
+        check_name("model.lsh.duplicates", self.duplicates, DUPLICATES)
+        check_rate("model.lsh.dropout", self.dropout)
+
 
 @dataclass
 class LocalConfig:
@@ -73,20 +85,30 @@ class LocalConfig:
     attend: str = "window"
     dropout: float | None = None
 
+    def validate(self) -> None:
+        """Check these settings. Raises ConfigError."""
+        check_at_least(1, "model.local.window", self.window)
+        check_name("model.local.attend", self.attend, ATTENDS)
+        check_rate("model.local.dropout", self.dropout)
+
 
 @dataclass
 class LinformerConfig:
-    """Attention to learned mixtures of all positions (Wang et al. 2020). Not causal, and only for sequences of
-    exactly `max_length` tokens.
+    """Attention to learned mixtures of all positions (Wang et al. 2020). Not causal; for one length, `max_length`.
 
     Attributes:
         size: Number of mixtures that a query attends to instead of positions.
-        share: Which projections of the length are shared. `none`: one for the keys and one for the values of every
-            head. `heads`: one for all keys, one for all values. `keyvalue`: one for everything.
+        share: Which projections of the length are shared. `none`: every head has one for keys and one for values.
+            `heads`: all heads share one for keys and one for values. `keyvalue`: one serves all.
     """
 
     size: int = 256
     share: str = "heads"
+
+    def validate(self) -> None:
+        """Check these settings. Raises ConfigError."""
+        check_at_least(1, "model.linformer.size", self.size)
+        check_name("model.linformer.share", self.share, SHARES)
 
 
 @dataclass
@@ -101,6 +123,11 @@ class PerformerConfig:
     features: int = 256
     redraw_every: int = 1000
 
+    def validate(self) -> None:
+        """Check these settings. Raises ConfigError."""
+        check_at_least(1, "model.performer.features", self.features)
+        check_at_least(0, "model.performer.redraw_every", self.redraw_every)
+
 
 @dataclass
 class FeedForwardConfig:
@@ -109,13 +136,17 @@ class FeedForwardConfig:
     Attributes:
         mult: Width of the hidden layer, as a multiple of `dim`.
         activation: `gelu`, `relu` or `swiglu` (gated: a third matrix of the same size).
-        chunk: Tokens of a micro batch (batch × length) whose hidden layer is in memory at once. 0: 1,024 on a CPU,
-            16,384 on a GPU.
+        chunk: Tokens (batch × length) whose hidden layer is in memory at once. 0: 1,024 on a CPU, 16,384 on a GPU.
     """
 
     mult: float = 4.0
     activation: str = "gelu"
     chunk: int = 0
+
+    def validate(self) -> None:
+        """Check these settings. Raises ConfigError."""
+        check_name("model.feedforward.activation", self.activation, ACTIVATIONS)
+        check_at_least(0, "model.feedforward.chunk", self.chunk)
 
 
 @dataclass
@@ -134,8 +165,7 @@ class ReformerConfig:
             layers. The number of hash buckets follows from it. null: no limit. In tokens.
         positions: `rotary` (in local, full and performer layers; LSH layers compare content alone), `axial`,
             `learned` or `none`.
-        axial_shape: Rows and columns of axial positions; their product is at least `max_length`. Empty: nearly
-            square.
+        axial_shape: Rows and columns of axial positions; their product is at least `max_length`. Empty: nearly square.
         axial_dims: Widths of the vectors of a row and of a column; their sum is `dim`. Empty: half each.
         norm: `layer` or `rms`; before every branch and after the last block.
         norm_eps: Added to the variance in a norm.
@@ -196,7 +226,7 @@ class ReformerConfig:
 
     @property
     def buckets(self) -> int:
-        """Buckets of one hash round."""
+        """Buckets of one hash round of the lsh layers."""
         if self.lsh.n_buckets is not None:
             return self.lsh.n_buckets
         if self.max_length is None:
@@ -225,36 +255,56 @@ class ReformerConfig:
         return self.dim // 2, self.dim - self.dim // 2
 
     def attention_rate(self, kind: str) -> float:
-        """Dropout of attention weights in layers of this kind."""
+        """The dropout rate of attention weights in layers of this kind (one of LAYERS)."""
         own = {"lsh": self.lsh.dropout, "local": self.local.dropout}.get(kind)
         return self.attention_dropout if own is None else own
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReformerConfig:
+        """Build a config from settings by name and validate it. A setting that is missing has its default.
+
+        Args:
+            values: nested, as `dataclasses.asdict` returns them (`{"lsh": {"rounds": 4}}`), or flat with dotted keys
+                (`{"lsh.rounds": 4}`).
+
+        Raises:
+            ConfigError: a setting is unknown (a newer version may have written it), or its value cannot work.
+        """
+        config: ReformerConfig = build(cls(), values, "model")
+        try:
+            config.validate()
+        except TypeError as error:
+            raise ConfigError(f"a setting of the model has a value of the wrong type: {error}") from None
+        return config
+
     def validate(self, length: int | None = None) -> None:
-        """Check every setting and, if given, that sequences of `length` tokens fit. Raises ConfigError."""
+        """Check every setting.
+
+        Args:
+            length: tokens; if given, check also that sequences of this length fit.
+
+        Raises:
+            ConfigError: a setting cannot work, or the sequences do not fit.
+        """
         if self.vocab_size is None:
             raise ConfigError("model.vocab_size is not set: give the number of token ids, e.g. 9 for DNA")
         for name in ("vocab_size", "dim", "depth", "heads", "loss_chunk"):
-            _at_least(1, f"model.{name}", getattr(self, name))
-        _at_least(0, "model.conv", self.conv)
-        self._validate_names()
-        self._validate_widths()
-        _rate("model.dropout", self.dropout)
-        _rate("model.attention_dropout", self.attention_dropout)
-        _rate("model.lsh.dropout", self.attention_rate("lsh"))
-        _rate("model.local.dropout", self.attention_rate("local"))
+            check_at_least(1, f"model.{name}", getattr(self, name))
+        check_at_least(0, "model.conv", self.conv)
+        check_rate("model.dropout", self.dropout)
+        check_rate("model.attention_dropout", self.attention_dropout)
         if not self.norm_eps > 0.0:
             raise ConfigError(f"model.norm_eps={self.norm_eps} must be above 0: take 1e-6")
-        _at_least(1, "model.lsh.rounds", self.lsh.rounds)
-        _at_least(1, "model.lsh.chunk_length", self.lsh.chunk_length)
-        check_buckets(self.buckets, "model.lsh.n_buckets")
-        _at_least(1, "model.local.window", self.local.window)
-        _at_least(1, "model.linformer.size", self.linformer.size)
-        _at_least(1, "model.performer.features", self.performer.features)
-        _at_least(0, "model.performer.redraw_every", self.performer.redraw_every)
-        self._validate_kinds()
-        self._validate_length(length)
+        for part in (self.lsh, self.local, self.linformer, self.performer, self.feedforward):
+            part.validate()
+        self._check_names()
+        self._check_widths()
+        self._check_layers()
+        self._check_positions()
+        if length is not None:
+            self._check_length(length)
 
-    def _validate_names(self) -> None:
+    def _check_names(self) -> None:
         if not self.layers:
             raise ConfigError(f"model.layers is empty: name at least one of {', '.join(LAYERS)}")
         for layer in self.layers:
@@ -262,40 +312,21 @@ class ReformerConfig:
         check_name("model.norm", self.norm, NORMS)
         check_name("model.residual", self.residual, RESIDUALS)
         check_name("model.positions", self.positions, POSITIONS)
-        check_name("model.feedforward.activation", self.feedforward.activation, ACTIVATIONS)
-        check_name("model.lsh.attend", self.lsh.attend, ATTENDS)
-        check_name("model.lsh.duplicates", self.lsh.duplicates, DUPLICATES)
-        check_name("model.local.attend", self.local.attend, ATTENDS)
-        check_name("model.linformer.share", self.linformer.share, SHARES)
         check_name("model.classifier", self.classifier, CLASSIFIERS)
 
-    def _validate_widths(self) -> None:
+    def _check_widths(self) -> None:
         if self.head_dim is None and self.dim % self.heads:
             raise ConfigError(
                 f"model.dim={self.dim} is not a multiple of model.heads={self.heads}: "
                 f"take dim={round_up(self.dim, self.heads)} or set model.head_dim"
             )
-        _at_least(1, "model.head_dim", self.width)
-        if self.positions == "rotary" and self.width % 2:
-            raise ConfigError(
-                f"model.positions=rotary turns pairs of channels, but heads are {self.width} wide: "
-                "take an even model.head_dim, or other positions"
-            )
-        turned = {"local", "full", "performer"} & set(self.layers)
-        if self.positions == "rotary" and self.conv == 0 and not turned:
-            raise ConfigError(
-                f"model.positions=rotary does nothing in layers {self.layers} without model.conv: "
-                "take axial or learned positions, or conv=4, or say positions=none"
-            )
-        if self.positions == "axial" and self.dim < 2:
-            raise ConfigError("model.positions=axial needs model.dim of at least 2")
+        check_at_least(1, "model.head_dim", self.width)
         if self.hidden < 1:
             raise ConfigError(
                 f"model.feedforward.mult={self.feedforward.mult} leaves no hidden layer: take 4"
             )
-        _at_least(0, "model.feedforward.chunk", self.feedforward.chunk)
 
-    def _validate_kinds(self) -> None:
+    def _check_layers(self) -> None:
         if "linformer" in self.layers and self.causal:
             raise ConfigError(
                 "model.layers names linformer, whose slots mix all positions, but model.causal=True: "
@@ -303,36 +334,27 @@ class ReformerConfig:
             )
         if "linformer" in self.layers and self.max_length is None:
             raise ConfigError(
-                "model.layers names linformer, which is made for one length, but model.max_length is not set: "
-                "set it to the length of every sequence, or take performer, lsh or local layers"
+                "model.layers names linformer, which takes sequences of one length only, but model.max_length is not "
+                "set: set it to the length of every sequence, or take performer, lsh or local layers"
             )
         if "performer" in self.layers and self.attention_rate("performer"):
             raise ConfigError(
                 f"model.attention_dropout={self.attention_dropout} cannot drop weights in performer layers, "
-                "where they never exist: set it to 0, and model.local.dropout or model.lsh.dropout instead"
+                "which never compute them: set it to 0, and model.local.dropout or model.lsh.dropout instead"
             )
 
-    def _validate_length(self, length: int | None) -> None:
-        if length is not None:
-            _at_least(1, "the length of a sequence", length)
+    def _check_positions(self) -> None:
         if self.max_length is not None:
-            _at_least(1, "model.max_length", self.max_length)
-        if self.positions in ("axial", "learned"):
-            if self.max_length is None:
-                raise ConfigError(
-                    f"model.positions={self.positions} needs model.max_length: set it to the longest sequence, "
-                    "or take model.positions=rotary"
-                )
-            if length is not None and length > self.max_length:
-                raise ConfigError(
-                    f"sequences of {length} tokens do not fit model.max_length={self.max_length} "
-                    f"with model.positions={self.positions}: raise max_length, or take rotary"
-                )
-        if "linformer" in self.layers and length is not None and length != self.max_length:
+            check_at_least(1, "model.max_length", self.max_length)
+        elif self.positions in ("axial", "learned"):
             raise ConfigError(
-                f"sequences of {length} tokens do not fit linformer layers made for model.max_length="
-                f"{self.max_length}: they must have that length, so change it, or pad and mask"
+                f"model.positions={self.positions} needs model.max_length: set it to the longest sequence, "
+                "or take model.positions=rotary"
             )
+        if self.positions == "rotary":
+            self._check_rotary()
+        if self.positions == "axial" and self.dim < 2:
+            raise ConfigError("model.positions=axial needs model.dim of at least 2")
         if self.axial_shape:
             if len(self.axial_shape) != 2 or min(self.axial_shape) < 1:
                 raise ConfigError(f"model.axial_shape={self.axial_shape} must be two positive numbers")
@@ -350,36 +372,28 @@ class ReformerConfig:
                 f"model.dim={self.dim}: change them, or leave it empty"
             )
 
+    def _check_rotary(self) -> None:
+        if self.width % 2:
+            raise ConfigError(
+                f"model.positions=rotary rotates pairs of channels, but heads are {self.width} wide: "
+                "take an even model.head_dim, or other positions"
+            )
+        if self.conv == 0 and not {"local", "full", "performer"} & set(self.layers):
+            raise ConfigError(
+                f"model.positions=rotary does nothing in layers {self.layers} without model.conv: "
+                "take axial or learned positions, or conv=4, or say positions=none"
+            )
 
-def check_name(key: str, value: str, valid: Iterable[str]) -> None:
-    """Raise ConfigError if `value` is none of `valid`, naming the closest one."""
-    valid = tuple(valid)
-    if value in valid:
-        return
-    close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"{key}={value!r} is unknown: {hint}valid: {', '.join(valid)}")
-
-
-def check_buckets(n: int, key: str) -> None:
-    """Raise ConfigError unless `n` buckets can be hashed into: even, and a multiple of 4 above SINGLE_ROTATION."""
-    step = 2 if n <= SINGLE_ROTATION else 4
-    if n < 2 or n % step:
-        raise ConfigError(
-            f"{key}={n} must be a positive multiple of {step}: take {max(step, round_up(max(n, 1), step))}"
-        )
-
-
-def round_up(value: int, step: int) -> int:
-    """The smallest multiple of `step` that is at least `value`."""
-    return -(-value // step) * step
-
-
-def _rate(key: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ConfigError(f"{key}={value} must be at least 0 and below 1")
-
-
-def _at_least(least: int, key: str, value: int) -> None:
-    if value < least:
-        raise ConfigError(f"{key}={value} must be at least {least}")
+    def _check_length(self, length: int) -> None:
+        check_at_least(1, "the length of a sequence", length)
+        table = self.positions in ("axial", "learned")
+        if table and self.max_length is not None and length > self.max_length:
+            raise ConfigError(
+                f"sequences of {length} tokens do not fit model.max_length={self.max_length} "
+                f"with model.positions={self.positions}: raise max_length, or take rotary"
+            )
+        if "linformer" in self.layers and length != self.max_length:
+            raise ConfigError(
+                f"sequences of {length} tokens do not fit linformer layers made for model.max_length="
+                f"{self.max_length}: change max_length, or pad the sequences to that length and mask the padding"
+            )

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,7 +38,7 @@ def from_pretrained(directory: str | Path) -> Reformer:
                 f"{directory / CONFIG} has no settings of a Reformer under 'model': give a directory that"
                 " `megabase export --format safetensors` wrote"
             )
-        config = config_of(content["model"])
+        config = ReformerConfig.from_dict(content["model"])
         weights = safetensors.read(directory / WEIGHTS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
@@ -57,20 +55,6 @@ def from_pretrained(directory: str | Path) -> Reformer:
             f" ({differing[0]}, {len(differing)} such): export again"
         )
     return filled(model, weights).eval()
-
-
-def config_of(values: Mapping[str, Any]) -> ReformerConfig:
-    """The settings from nested dictionaries, as `dataclasses.asdict` gives them; what is missing has its default.
-
-    Raises:
-        ConfigError: a setting is unknown (a newer version may have written it), or no setting.
-    """
-    config: ReformerConfig = _built(ReformerConfig(), values, "model")
-    try:
-        config.validate()
-    except TypeError as error:
-        raise ConfigError(f"a setting of the model has a value of the wrong type: {error}") from None
-    return config
 
 
 def empty(config: ReformerConfig) -> Reformer:
@@ -93,17 +77,3 @@ def filled(model: Reformer, weights: Mapping[str, torch.Tensor]) -> Reformer:
     if tied:
         model.head.weight = model.body.embedding.tokens.weight
     return model
-
-
-def _built(default: Any, values: Mapping[str, Any], place: str) -> Any:
-    known = {field.name: getattr(default, field.name) for field in fields(default)}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"{place}.{name} is a setting that this version does not know: update megabase")
-        if not is_dataclass(known[name]):
-            known[name] = value
-        elif isinstance(value, Mapping):
-            known[name] = _built(known[name], value, f"{place}.{name}")
-        else:
-            raise ConfigError(f"{place}.{name}={value!r}: it holds settings by name")
-    return type(default)(**known)

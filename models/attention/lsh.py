@@ -18,16 +18,8 @@ from megabase.models.attention.kernels.dispatch import rotate_and_hash, sort_by_
 from megabase.models.attention.kernels.inputs import Rotations, Rule, SortedOrder, row_mask
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
-from megabase.models.config import (
-    ATTENDS,
-    DEFAULT_BUCKETS,
-    DUPLICATES,
-    SINGLE_ROTATION,
-    ConfigError,
-    ReformerConfig,
-    check_buckets,
-    check_name,
-)
+from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_buckets, check_name
+from megabase.models.config import ATTENDS, DEFAULT_BUCKETS, DUPLICATES, ReformerConfig
 
 
 def lsh_attention(

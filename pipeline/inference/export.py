@@ -163,16 +163,12 @@ def choose(run: Path, step: int | None, check: Callable[[Manifest], None] | None
 
 
 def model_config(manifest: Manifest) -> ReformerConfig:
-    """The settings of the model that a checkpoint is of. Raises ConfigError for one that is unknown."""
-    nested: dict[str, Any] = {}
-    for key, value in manifest.config.items():
-        first, *path = key.split(".")
-        if first == "model":
-            target = nested
-            for name in path[:-1]:
-                target = target.setdefault(name, {})
-            target[path[-1]] = value
-    return pretrained.config_of(nested)
+    """The settings of a checkpoint's model. Raises ConfigError for one that is unknown or cannot work."""
+    prefix = "model."
+    settings = {
+        key.removeprefix(prefix): value for key, value in manifest.config.items() if key.startswith(prefix)
+    }
+    return ReformerConfig.from_dict(settings)
 
 
 def source_of(checkpoint: Path, manifest: Manifest, config: ReformerConfig, dtype: str) -> dict[str, Any]:

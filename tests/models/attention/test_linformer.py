@@ -1,14 +1,18 @@
-"""Linformer attention against its formula; and what it cannot do."""
+"""Linformer attention against its formula, and models with linformer layers."""
+
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
+from megabase.models import Reformer
 from megabase.models.attention import linformer_attention
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.attention.linformer import LinformerAttention
 from megabase.models.call import Call
-from megabase.models.config import ConfigError, LinformerConfig, ReformerConfig
+from megabase.models.config import ConfigError, LinformerConfig, PerformerConfig, ReformerConfig
+from tests.models.attention import model_checks
 
 
 def inputs(length: int = 12) -> list[Tensor]:
@@ -24,7 +28,7 @@ def projections(*shape: int) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, to_keys: Tensor, to_values: Tensor) -> Tensor:
-    """One sequence and head after the other."""
+    """The formula, for one sequence and one head at a time."""
     out = torch.empty_like(v)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -49,7 +53,7 @@ def test_as_many_slots_as_positions_can_be_full_attention():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_what_is_not_real_is_as_if_it_were_not_there(shared):
+def test_padding_adds_nothing_to_any_slot(shared):
     q, k, v = inputs()
     e, f = projections(5, 12)
     mask = torch.zeros(2, 12, dtype=torch.bool)
@@ -114,3 +118,62 @@ def test_sharing(share, weights):
     to_values = layer.to_keys if layer.to_values is None else layer.to_values
     expected = layer.output(by_hand(q, k, v, layer.to_keys, to_values).transpose(1, 2).flatten(2))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+# In a model
+
+
+LENGTH = model_checks.LENGTH
+MODEL = ReformerConfig(
+    vocab_size=9,
+    dim=16,
+    depth=3,
+    heads=2,
+    layers=["linformer"],
+    causal=False,
+    max_length=LENGTH,
+    conv=3,
+    dropout=0.1,
+    attention_dropout=0.1,
+    linformer=LinformerConfig(size=6),
+)
+CONFIGS = {
+    "heads": MODEL,
+    "keyvalue": dataclasses.replace(MODEL, linformer=LinformerConfig(6, "keyvalue")),
+    "none": dataclasses.replace(MODEL, linformer=LinformerConfig(6, "none")),
+    "with other kinds": dataclasses.replace(
+        MODEL,
+        layers=["performer", "local", "linformer"],
+        attention_dropout=0.0,
+        performer=PerformerConfig(features=12),
+    ),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@every_config
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_the_reversible_pass_equals_ordinary_autograd(config, precision):
+    model_checks.check_equal_to_ordinary_autograd(config, precision)
+
+
+@every_config
+def test_each_parameter_gets_one_gradient(config):
+    model_checks.check_one_gradient_for_each_parameter(config)
+
+
+@every_config
+def test_the_pass_is_a_function_of_weights_tokens_and_seeds(config):
+    model_checks.check_function_of_weights_tokens_and_seeds(config)
+
+
+@every_config
+def test_padding_changes_nothing_for_real_tokens(config):
+    model_checks.check_padding_changes_nothing(config, any_length=False)
+
+
+def test_a_model_takes_sequences_of_max_length_only():
+    model = Reformer(MODEL)
+    for length in (LENGTH - 1, LENGTH + 1):
+        with pytest.raises(ConfigError, match=f"{length} tokens do not fit linformer.*max_length=40"):
+            model(torch.full((1, length), 5))

@@ -1,5 +1,6 @@
 """Performer attention against the same features written out, and against the softmax that they estimate."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabase.models import Seeds
+from megabase.models import Reformer, Seeds
 from megabase.models.attention import full_attention, performer, performer_attention
 from megabase.models.attention.performer import PerformerAttention, draw_directions
 from megabase.models.config import ConfigError, PerformerConfig, ReformerConfig
+from tests.models.attention import model_checks
 
 CPU = torch.device("cpu")
 
@@ -282,3 +284,53 @@ def test_directions_first_drawn_for_inference_serve_training_too():
 def test_what_does_not_fit_is_refused(shape, mask, message):
     with pytest.raises(ConfigError, match=message):
         performer_attention(*inputs(), torch.zeros(shape), causal=True, mask=mask)
+
+
+# In a model
+
+
+MODEL = ReformerConfig(
+    vocab_size=9,
+    dim=16,
+    depth=3,
+    heads=2,
+    layers=["performer"],
+    conv=3,
+    dropout=0.1,
+    performer=PerformerConfig(features=12),
+)
+every_config = pytest.mark.parametrize(
+    "config", [MODEL, dataclasses.replace(MODEL, causal=False)], ids=["causal", "bidirectional"]
+)
+
+
+@every_config
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_the_reversible_pass_equals_ordinary_autograd(config, precision):
+    model_checks.check_equal_to_ordinary_autograd(config, precision)
+
+
+@every_config
+def test_each_parameter_gets_one_gradient(config):
+    model_checks.check_one_gradient_for_each_parameter(config)
+
+
+@every_config
+def test_the_pass_is_a_function_of_weights_tokens_and_seeds(config):
+    model_checks.check_function_of_weights_tokens_and_seeds(config)
+
+
+@every_config
+def test_padding_changes_nothing_for_real_tokens(config):
+    model_checks.check_padding_changes_nothing(config, any_length=True)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "none"])
+def test_a_model_is_causal(positions):
+    model = Reformer(dataclasses.replace(MODEL, positions=positions)).eval()
+    x = model_checks.tokens()
+    changed = torch.cat((x[:, :30], model_checks.tokens(seed=1)[:, 30:]), dim=1)
+    logits = model(x)
+    for other in (changed, x[:, :30]):
+        torch.testing.assert_close(model(other)[:, :30], logits[:, :30], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(changed)[:, 30:], logits[:, 30:], atol=1e-2)

@@ -180,7 +180,7 @@ def test_an_export_that_was_cut_off_or_changed(run: Path, tmp_path: Path) -> Non
         ("dim", 24, "does not have the weights that config.json beside it describes"),
         ("depht", 3, "model.depht is a setting that this version does not know"),
         ("dim", "64", "a setting of the model has a value of the wrong type"),
-        ("lsh", 5, "model.lsh=5: it holds settings by name"),
+        ("lsh", 5, "model.lsh=5 must be a group of settings"),
     ):
         (out / "config.json").write_text(json.dumps(about | {"model": about["model"] | {key: value}}))
         with pytest.raises(ConfigError, match=message):
