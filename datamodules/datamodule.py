@@ -4,7 +4,6 @@ Rank, number of ranks and the step to go on from are read from the trainer; with
 at step 0. Where training stands is the trainer's step, so there is no state to save.
 """
 
-import ctypes
 import logging
 import signal
 import warnings
@@ -23,8 +22,8 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
 from megabase.datamodules.prepare.splits import TEST, VALID
+from megabase.datamodules.processes import end_with_parent, signals_blocked
 
-_PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 log = logging.getLogger(__name__)
@@ -149,11 +148,8 @@ class _Loader(DataLoader[Batch]):
     """
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        try:
+        with signals_blocked(_STOP_SIGNALS):
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -170,4 +166,4 @@ def _belong_to_parent(worker: int) -> None:
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()

@@ -9,19 +9,15 @@
 At the end the shards are numbered through, the index is written, and the directory is renamed to OUTPUT.
 """
 
-import fcntl
 import hashlib
 import json
-import os
+import logging
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,27 +25,14 @@ import pyarrow.parquet as pq
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.files import sync
+from megabase.datamodules.files import FileLock, LockHeldError, sync
 from megabase.datamodules.index.index import INDEX_NAME, METADATA_KEY, SCHEMA, write_index
 from megabase.datamodules.prepare.writer import Part
 
+log = logging.getLogger(__name__)
+
 _LOCK, _ARGUMENTS = ".lock", "arguments.json"
 _LOCK_TRIES, _LOCK_WAIT_S = 30, 0.1  # a killed prepare's workers end a moment after it
-
-
-class Lock:
-    """The descriptor of a locked file. A worker that is sent it holds the same lock: it outlives the parent's
-    death until the last worker is gone."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def __reduce__(self) -> tuple[Callable[[Any], "Lock"], tuple[Any]]:
-        return _received, (reduction.DupFd(self.descriptor),)
-
-
-def _received(sent: Any) -> Lock:
-    return Lock(sent.detach())
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ class Manifest:
 class Unfinished:
     """The directory OUTPUT.partial, locked for this process: see `unfinished`."""
 
-    def __init__(self, folder: Path, lock: Lock) -> None:
+    def __init__(self, folder: Path, lock: FileLock) -> None:
         self.folder = folder
         self.lock = lock
 
@@ -187,9 +170,8 @@ def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinishe
     directory is of other arguments or none of ours.
     """
     folder = output.with_name(output.name + ".partial")
-    lock = _locked(output, folder)
-    try:
-        work = Unfinished(folder, Lock(lock))
+    with _locked(output, folder) as lock:
+        work = Unfinished(folder, lock)
         try:
             _check_arguments(folder, arguments)
         except OSError as error:
@@ -200,8 +182,6 @@ def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinishe
             if not work.holds_something():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 def states(unit: Unit) -> list[list[str | int]]:
@@ -247,21 +227,26 @@ def _renamed(rows: pa.Table, names: dict[str, str]) -> pa.Table:
     return rows.set_column(at, SCHEMA.field("shard"), pc.take(new, shards.indices))
 
 
-def _locked(output: Path, folder: Path) -> int:
-    """Make the directory, if it is not there, and lock it; returns the lock's descriptor."""
+def _locked(output: Path, folder: Path) -> FileLock:
+    """Make the directory if it is missing, and lock it."""
     for _ in range(_LOCK_TRIES):
         _check_output(output)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(exist_ok=True)
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            lock = FileLock.take(folder / _LOCK, 0o666)
+        except LockHeldError:
+            time.sleep(_LOCK_WAIT_S)
+            continue
         except OSError as error:
             if output.exists():
-                continue  # another prepare was done between the two looks
+                continue  # another prepare finished between the two checks
             raise DataError(f"{folder}: cannot be made ({error.strerror}): choose another output") from None
-        if _lock(lock) and _is_same(lock, folder / _LOCK):
+        if lock.is_file(folder / _LOCK):  # else the prepare that held it has finished or given up meanwhile
+            if not lock.supported:
+                log.warning("%s: its file system has no locks: start no second prepare on it", folder)
             return lock
-        os.close(lock)
+        lock.close()
         time.sleep(_LOCK_WAIT_S)
     raise DataError(f"{folder}: another prepare is writing it: wait for it, or choose another output")
 
@@ -270,28 +255,6 @@ def _check_output(output: Path) -> None:
     if output.exists():
         what = "exists already" if output.is_dir() else "is a file, and OUTPUT a directory to make"
         raise DataError(f"{output}: {what}: the last argument must be a new directory for the shards")
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether the lock is ours now."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        warnings.warn(
-            f"the file system of the output has no locks ({error.strerror}): start no second prepare on it",
-            stacklevel=2,
-        )
-    return True
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name: else its prepare was done or has given up."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:

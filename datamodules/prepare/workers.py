@@ -9,7 +9,6 @@ parent has threads, which do not survive a fork. A script that calls this needs 
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -19,6 +18,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.processes import end_with_parent, signals_blocked
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,11 +88,8 @@ class _Worker(Generic[T, R]):
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_work, args=(theirs, task), daemon=True)
         self.busy = False
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the parent alone
-        try:
+        with signals_blocked([signal.SIGINT]):  # for good in the worker: Ctrl-C is for the parent alone
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def give(self, item: T) -> None:
@@ -121,7 +118,7 @@ class _Worker(Generic[T, R]):
 
 def _work(connection: Connection, task: Callable[[Any, Report], Any]) -> None:
     """What a worker does: items in, results out, until the parent is gone."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     reporter = _Reporter(connection)
     with suppress(EOFError, ConnectionError):
         while True:
@@ -135,13 +132,6 @@ def _work(connection: Connection, task: Callable[[Any, Report], Any]) -> None:
             else:
                 reporter.flush()
                 connection.send(("result", result))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 class _Reporter:
