@@ -211,7 +211,7 @@ def size_of(text: str) -> int:
 
 def make_shards(directory: Path) -> Path:
     """The genome of phage lambda, without a validation split."""
-    from megabase.datamodules.prepare.prepare import prepare
+    from megabase.datamodules.prepare.run import prepare
 
     shards = directory / "shards"
     prepare([ROOT / "tests" / "data" / "lambda_phage.fna.gz"], shards, progress=False)

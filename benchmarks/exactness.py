@@ -290,7 +290,7 @@ def zero() -> Row:
 
 
 def elastic() -> Row:
-    from megabase.datamodules.prepare.prepare import prepare
+    from megabase.datamodules.prepare.run import prepare
     from tests.conftest import DATA
     from tests.pipeline.training.test_resume import CHAIN, furthest, moved
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.run import prepare
 from megabase.models import Reformer
 from megabase.pipeline.config.load import load
 from megabase.pipeline.rundir import environment

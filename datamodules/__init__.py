@@ -17,5 +17,5 @@
     markov     index            -> the bits per base that counting alone reaches
 
 Nothing here imports `models` or `pipeline`. Import the modules by name: this file imports none of them, so
-that `megabase.datamodules.prepare.prepare` does not load Lightning.
+that `megabase.datamodules.prepare.run` does not load Lightning.
 """

@@ -1,13 +1,18 @@
 """Settings of the data, and the arithmetic of batch sizes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.order.order import quotas_of
 
 CAUSAL, MASKED = "causal", "masked"
 RAISE, SKIP = "raise", "skip"
+
+CYCLE = 1024
+"""Positions of the training order in which each group of a mixture has its exact share."""
 
 
 @dataclass
@@ -101,7 +106,7 @@ class DataConfig:
             return
         if not (weights := [weight for weight in self.mixture.values() if weight]):
             raise DataError("data.mixture: every weight is 0: give one that is above")
-        quotas_of(weights)
+        mixture_quotas(weights)
 
 
 def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -128,6 +133,26 @@ def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
         f"data.global_batch {global_batch} is no multiple of data.micro_batch {micro_batch} "
         f"x {world_size} ranks: set {', or '.join(ways)}"
     )
+
+
+def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """Positions of each group in a cycle: its share of `CYCLE`, rounded by largest remainder.
+
+    Args:
+        weights: of the groups, each above 0.
+
+    Raises:
+        DataError: a group is left without a position.
+    """
+    shares = np.array(weights) / sum(weights) * CYCLE
+    quotas = np.floor(shares).astype(np.int64)
+    quotas[np.argsort(quotas - shares, kind="stable")[: CYCLE - int(quotas.sum())]] += 1
+    if not quotas.all():
+        least = weights[int(quotas.argmin())]
+        raise DataError(
+            f"data.mixture: weight {least:g} is less than 1/{CYCLE} of all weights: raise it, or set it to 0"
+        )
+    return tuple(quotas.tolist())
 
 
 def _shortened(values: list[int], shown: int = 8) -> str:

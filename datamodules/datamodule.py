@@ -14,14 +14,14 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from megabase.datamodules.batches.batches import EvalBatches, NumberedBatches, Place, TrainBatches
 from megabase.datamodules.batches.collate import Batch
+from megabase.datamodules.batches.numbered import EvalBatches, NumberedBatches, Place, TrainBatches
 from megabase.datamodules.batches.visits import Windows, evaluation_windows, training_windows
 from megabase.datamodules.config import DataConfig, accumulation
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.segments import TEST, VALID
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
-from megabase.datamodules.prepare.splits import TEST, VALID
 from megabase.datamodules.processes import end_with_parent, signals_blocked
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

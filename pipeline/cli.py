@@ -18,7 +18,7 @@ from megabase.pipeline.errors import GOES_ON, RunError, UserError
 from megabase.pipeline.ranks.stop import INTERRUPTED
 
 if TYPE_CHECKING:
-    from megabase.datamodules.index.index import ShardIndex
+    from megabase.datamodules.index.shard_index import ShardIndex
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +236,8 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from megabase.datamodules.prepare.prepare import prepare
-    from megabase.datamodules.prepare.verify import check
+    from megabase.datamodules.prepare.check import check
+    from megabase.datamodules.prepare.run import prepare
 
     shown = sys.stderr.isatty()
     if options.check:
@@ -263,7 +263,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from megabase.datamodules.index.foreign import index_tars
+    from megabase.datamodules.prepare.foreign import index_tars
 
     index = index_tars(Path(options.directory), progress=sys.stderr.isatty(), **_splits(options))
     _print_splits(options.directory, index)
@@ -271,8 +271,8 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from megabase.datamodules.index.index import ShardIndex
-    from megabase.datamodules.report import report
+    from megabase.datamodules.index.shard_index import ShardIndex
+    from megabase.datamodules.report import description as report
 
     index = ShardIndex.open(options.directory)
     description = report.describe(index)

@@ -14,7 +14,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.rundir.journal import Row, read
 
 # How long an example takes is no property of the code: machines are noisy.

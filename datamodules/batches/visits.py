@@ -23,10 +23,10 @@ from megabase.datamodules.batches.collate import (
 )
 from megabase.datamodules.config import MASKED, SKIP, DataConfig
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.segments import TRAIN
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.hashing import Purpose, derived, uniform
 from megabase.datamodules.order.windows import PACKED, WindowPlan
-from megabase.datamodules.prepare.splits import TRAIN
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ A few numbers per segment and gap, whatever the windows are: 24 bytes a gap, 8 a
 import numpy as np
 from numpy.typing import NDArray
 
-from megabase.datamodules.index.index import Segments
+from megabase.datamodules.index.segments import Segments
 
 
 class Letters:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import Segments
+from megabase.datamodules.index.segments import Segments
 
 _SHOWN = 8
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import Segments
 from megabase.datamodules.index.letters import Letters
+from megabase.datamodules.index.segments import Segments
 from megabase.datamodules.order.mixture import groups_of
 from megabase.datamodules.order.packing import Tape
 

@@ -15,23 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segment
 
-TRAIN, VALID, TEST = "train", "valid", "test"
 _SPLIT_NAMES = {TRAIN: TRAIN, VALID: VALID, "val": VALID, "validation": VALID, TEST: TEST}
 _BED_COLUMNS = 4
 _BED_DISPLAY_LINES = ("track", "browser")
-
-
-class Segment(NamedTuple):
-    """A contiguous part of a record that lies in one split; start and length in bases.
-
-    intervals: (start, length) of the BED intervals in it, relative to `start`; () where no BED file is used.
-    """
-
-    split: str
-    start: int
-    length: int
-    intervals: tuple[tuple[int, int], ...] = ()
 
 
 class Interval(NamedTuple):

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.files import FileLock, LockHeldError, sync
-from megabase.datamodules.index.index import INDEX_NAME, METADATA_KEY, SCHEMA, write_index
+from megabase.datamodules.index.index_file import INDEX_NAME, METADATA_KEY, SCHEMA, write_index
 from megabase.datamodules.prepare.writer import Part
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import SCHEMA, RowBatches, segment_row
+from megabase.datamodules.index.index_file import SCHEMA, RowBatches, segment_row
+from megabase.datamodules.index.segments import Segment
 from megabase.datamodules.prepare.records import Record
-from megabase.datamodules.prepare.splits import Segment
 
 SHARD_BYTES = 256 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -139,7 +139,6 @@ class ShardWriter:
             offset + segment.start,
             memoryview(record.sequence)[segment.start : segment.start + segment.length],
             self._alphabet,
-            intervals=segment.intervals,
         )
         self._rows.add(row)
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import BLOCK_BYTES, Segments, ShardIndex
-from megabase.datamodules.prepare.splits import TRAIN, VALID
+from megabase.datamodules.index.index_file import BLOCK_BYTES
+from megabase.datamodules.index.segments import TRAIN, VALID, Segments
+from megabase.datamodules.index.shard_index import ShardIndex
 
 FIT_BASES = 64_000_000
 SCORE_BASES = 16_000_000

@@ -25,9 +25,9 @@ import torch
 from megabase.datamodules.alphabet import BOS, Alphabet
 from megabase.datamodules.config import DataConfig
 from megabase.datamodules.datamodule import SequenceDataModule
-from megabase.datamodules.index.index import ShardIndex
-from megabase.datamodules.prepare.prepare import prepare
-from megabase.datamodules.prepare.splits import TRAIN
+from megabase.datamodules.index.segments import TRAIN
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.bench import report
 from megabase.pipeline.bench.contest import Entry, LeftOut, Reason
 

@@ -7,11 +7,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from megabase.datamodules.batches.batches import TrainBatches
+from megabase.datamodules.batches.numbered import TrainBatches
 from megabase.datamodules.files import publish_json
 from megabase.datamodules.order.hashing import visit_keys
-from megabase.datamodules.order.order import slots
 from megabase.datamodules.order.packing import Piece
+from megabase.datamodules.order.training_order import slots
 from megabase.datamodules.order.windows import PACKED
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import first_line

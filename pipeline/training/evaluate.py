@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.datamodules.files import publish_json
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.report import markov
 from megabase.pipeline.rundir.journal import Row
 

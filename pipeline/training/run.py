@@ -14,9 +14,9 @@ import torch
 from megabase.datamodules.batches.visits import training_windows
 from megabase.datamodules.config import accumulation
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.segments import VALID
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
-from megabase.datamodules.prepare.splits import VALID
 from megabase.models.config import ConfigError
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.config.load import save

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megabase.datamodules.index.index import ShardIndex
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.prepare.run import prepare
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -13,19 +13,21 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch.utils.data._utils import signal_handling
 
 from megabase.datamodules.batches.collate import Batch
-from megabase.datamodules.config import DataConfig, accumulation
+from megabase.datamodules.config import CYCLE, DataConfig, accumulation
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.hashing import mix, visit_keys
 from megabase.datamodules.order.mixture import identity_of
-from megabase.datamodules.order.order import CYCLE, Permutation, samples_of_step
+from megabase.datamodules.order.permutation import Permutation
+from megabase.datamodules.order.training_order import Order
 from megabase.datamodules.order.windows import PACKED
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.run import prepare
 
 LENGTH, GLOBAL_BATCH, SEED = 512, 8, 11
 
@@ -44,6 +46,11 @@ def module(
 def take(data: SequenceDataModule, steps: int) -> list[Batch]:
     batches = iter(data.train_dataloader())
     return [next(batches) for _ in range(steps * data.accumulation)]
+
+
+def ids_of_step(step: int, windows: int) -> NDArray[np.int64]:
+    """Ids of the windows in a global batch of `take`."""
+    return Order(SEED, (0, windows)).of_step(step, GLOBAL_BATCH)[0]
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -69,7 +76,7 @@ def test_any_ranks_see_the_same_global_batches(
     plan = module(lambda_shards).windows("train").plan
     for step in range(steps):
         dealt = [by_rank[rank][step * turns + turn] for turn in range(turns) for rank in range(ranks)]
-        expected = samples_of_step(SEED, step, GLOBAL_BATCH, len(plan))
+        expected = ids_of_step(step, len(plan))
         assert torch.cat([batch.samples for batch in dealt]).tolist() == expected.tolist()
         scored = sum(int(labelled(batch).sum()) for batch in dealt)
         assert {batch.targets for batch in dealt} == {float(scored)}
@@ -180,7 +187,7 @@ def test_a_resume_is_a_number(lambda_shards: ShardIndex) -> None:
     assert all(same(one, two) for one, two in zip(through[18:], resumed, strict=True))
     # Another number of ranks goes on with the same steps.
     wider = [take(module(lambda_shards, rank, 4, step=9, micro_batch=2), 1)[0] for rank in range(4)]
-    assert torch.cat([batch.samples for batch in wider]).tolist() == samples_of_step(SEED, 9, 8, 66).tolist()
+    assert torch.cat([batch.samples for batch in wider]).tolist() == ids_of_step(9, 66).tolist()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -423,7 +430,7 @@ def test_what_cannot_be_read_is_skipped_and_counted(
     # The order is that of whole shards: every rank keeps step.
     n = len(module(damaged_shards).windows("train").plan)
     seen = torch.cat([batch.samples for batch in batches]).tolist()
-    assert seen == [s for step in range(18) for s in samples_of_step(SEED, step, GLOBAL_BATCH, n).tolist()]
+    assert seen == [s for step in range(18) for s in ids_of_step(step, n).tolist()]
     if not workers:
         assert caplog.text.count("data.on_error=skip: a window is left out") == 1
 
@@ -520,7 +527,7 @@ def test_lightning_trains_validates_and_resumes(lambda_shards: ShardIndex, tmp_p
     config = DataConfig(str(lambda_shards.directory), LENGTH, GLOBAL_BATCH, micro_batch=2)
     first = fit(SequenceDataModule(config, SEED), tmp_path, 3)
     second = fit(SequenceDataModule(config, SEED), tmp_path, 5, tmp_path / "3.ckpt")
-    expected = np.concatenate([samples_of_step(SEED, step, GLOBAL_BATCH, 66) for step in range(5)])
+    expected = np.concatenate([ids_of_step(step, 66) for step in range(5)])
     assert first.train_samples + second.train_samples == expected.tolist()
     assert first.val_samples == list(range(18))
 

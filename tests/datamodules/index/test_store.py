@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index import store
-from megabase.datamodules.index.index import BLOCK_BYTES, ShardIndex
+from megabase.datamodules.index.index_file import BLOCK_BYTES
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.index.store import LocalStore, StoreError, open_store
 
 pytest.importorskip("aiohttp")

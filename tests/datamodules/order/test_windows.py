@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import Segments, ShardIndex
 from megabase.datamodules.index.letters import Letters
+from megabase.datamodules.index.segments import Segments
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.packing import Piece, Tape
 from megabase.datamodules.order.windows import PACKED, WindowPlan
 from megabase.datamodules.prepare.splits import Splits

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.prepare.splits import Bed, Interval, Segment, Splits
+from megabase.datamodules.index.segments import Segment
+from megabase.datamodules.prepare.splits import Bed, Interval, Splits
 
 SPLITS = ("train", "valid", "test")
 

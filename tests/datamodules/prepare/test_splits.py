@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.prepare.splits import Segment, Splits
+from megabase.datamodules.index.segments import Segment
+from megabase.datamodules.prepare.splits import Splits
 
 
 def test_fractions_come_from_the_end_in_order() -> None:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.segments import Segment
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.records import Record
-from megabase.datamodules.prepare.splits import Segment
 from megabase.datamodules.prepare.writer import ShardWriter, _header
 
 DNA = Alphabet.named("dna")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.prepare.run import prepare
 from megabase.datamodules.report.markov import bits_per_base
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.checkpoint.manifest import MANIFEST, list_checkpoints, step_of
 from megabase.pipeline.checkpoint.retention import best, doomed, evaluations, prune
 from megabase.pipeline.config.load import load

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.pipeline import cli
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.config.load import load

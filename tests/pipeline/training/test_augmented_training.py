@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megabase.datamodules.index.index import BLOCK_BYTES, ShardIndex
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.index.index_file import BLOCK_BYTES
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.rundir.journal import read
 from tests.conftest import DATA, train_settings, training_rows
 

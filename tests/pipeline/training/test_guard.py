@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.datamodules.alphabet import Alphabet
-from megabase.datamodules.batches.batches import Place, TrainBatches
+from megabase.datamodules.batches.numbered import Place, TrainBatches
 from megabase.datamodules.datamodule import SequenceDataModule
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from megabase.datamodules.index.index import ShardIndex
-from megabase.datamodules.order.order import samples_of_step
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.order.training_order import Order
 from megabase.datamodules.order.windows import WindowPlan
 from megabase.pipeline.ranks.agreement import hash_samples
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
@@ -43,7 +43,7 @@ def test_the_journal_proves_what_every_rank_consumed(undisturbed: Path, lambda_s
     index = ShardIndex.open(lambda_shards)
     windows = len(WindowPlan.of(index.segments, "train", 512, 0.5))
     for row in training_rows(undisturbed):
-        ids = samples_of_step(1, row["step"] - 1, 8, windows).tolist()
+        ids = Order(1, (0, windows)).of_step(row["step"] - 1, 8)[0].tolist()
         assert int(row["samples"], 16) == hash_samples(ids) % 2**64
 
 

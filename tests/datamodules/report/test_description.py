@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
-from megabase.datamodules.prepare.prepare import prepare
-from megabase.datamodules.report import report
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.prepare.run import prepare
+from megabase.datamodules.report import description as report
 
 LETTERS = b"ACGTacgt"
 

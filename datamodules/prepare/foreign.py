@@ -21,9 +21,11 @@ from numpy.lib import format as npy_format
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.files import sync
-from megabase.datamodules.index.index import INDEX_NAME, RowBatches, ShardIndex, segment_row, write_index
+from megabase.datamodules.index.index_file import INDEX_NAME, RowBatches, segment_row, write_index
+from megabase.datamodules.index.segments import TRAIN
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.records import Names, check_characters, compression
-from megabase.datamodules.prepare.splits import TRAIN, Splits
+from megabase.datamodules.prepare.splits import Splits
 from megabase.datamodules.progress import bar
 
 _COMPRESSED = (".gz", ".bgz", ".zst", ".bz2", ".xz")
@@ -178,7 +180,6 @@ class _Rows:
                 self._alphabet,
                 sequence.line_bases,
                 sequence.line_bytes,
-                segment.intervals,
             )
             self._trained = self._trained or segment.split == TRAIN
             self._rows.add(row)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.datamodules.config import DataConfig
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import Segments, ShardIndex
+from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segments
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.windows import WindowPlan
-from megabase.datamodules.prepare.splits import TEST, TRAIN, VALID
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

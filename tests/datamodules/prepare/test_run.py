@@ -20,11 +20,12 @@ import pytest
 import webdataset
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.foreign import index_tars
-from megabase.datamodules.index.index import INDEX_NAME, ShardIndex
+from megabase.datamodules.index.index_file import INDEX_NAME
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare import unfinished
-from megabase.datamodules.prepare.prepare import _units, prepare
-from megabase.datamodules.prepare.verify import check
+from megabase.datamodules.prepare.check import check
+from megabase.datamodules.prepare.foreign import index_tars
+from megabase.datamodules.prepare.run import _units, prepare
 
 LENGTHS = (9000, 5000, 3000, 200, 100, 1)
 OPTIONS: dict[str, Any] = {"valid": 0.2, "shard_bytes": 4096, "progress": False}
@@ -32,7 +33,7 @@ OPTIONS: dict[str, Any] = {"valid": 0.2, "shard_bytes": 4096, "progress": False}
 BLOCKED = """
 import os, signal, sys, time
 from pathlib import Path
-import megabase.datamodules.prepare.prepare as module
+import megabase.datamodules.prepare.run as module
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without
 read, blocked, doing = module.read_file, Path(sys.argv[1]), sys.argv[2]

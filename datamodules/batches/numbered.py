@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from megabase.datamodules.batches.collate import FILLER, Batch
 from megabase.datamodules.batches.visits import Visits, Windows
 from megabase.datamodules.order.hashing import visit_keys
-from megabase.datamodules.order.order import Order, slots
+from megabase.datamodules.order.training_order import Order, slots
 
 _PLANNED = 4096
 """Windows, about, whose order is computed at once."""

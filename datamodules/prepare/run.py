@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import INDEX_VERSION, ShardIndex
+from megabase.datamodules.index.index_file import INDEX_VERSION
+from megabase.datamodules.index.segments import TRAIN
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.records import Names, check_inputs, expand, read_file
-from megabase.datamodules.prepare.splits import TRAIN, Splits
+from megabase.datamodules.prepare.splits import Splits
 from megabase.datamodules.prepare.unfinished import Unfinished, Unit, digest, states, unfinished
 from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.prepare.writer import SHARD_BYTES, Part, ShardWriter

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megabase.datamodules.config import CYCLE, mixture_quotas
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.order.order import CYCLE, Order, Permutation, quotas_of, samples_of_step, slots
+from megabase.datamodules.order.permutation import Permutation
+from megabase.datamodules.order.training_order import Order, slots
 
 keys = st.integers(-(2**70), 2**70)
 
@@ -39,7 +41,7 @@ def test_positions_are_computed_one_by_one_as_together() -> None:
 def test_the_order_is_frozen() -> None:
     """A run resumed by a later version must see the same windows: these numbers never change."""
     assert Permutation(1, 10)(np.arange(10)).tolist() == [0, 6, 1, 9, 8, 5, 4, 3, 7, 2]
-    assert samples_of_step(seed=5, step=3, global_batch=8, n=1000).tolist() == [
+    assert Order(5, (0, 1000)).of_step(3, 8)[0].tolist() == [
         225,
         699,
         706,
@@ -82,13 +84,15 @@ def test_impossible_domains_are_refused() -> None:
 @given(seed=keys, n=st.integers(1, 50), global_batch=st.integers(1, 70))
 def test_every_epoch_has_every_window_once(seed: int, n: int, global_batch: int) -> None:
     steps = -(-3 * n // global_batch)
-    stream = np.concatenate([samples_of_step(seed, step, global_batch, n) for step in range(steps)])
+    stream = np.concatenate([Order(seed, (0, n)).of_step(step, global_batch)[0] for step in range(steps)])
     for epoch in range(3):
         assert np.array_equal(np.sort(stream[epoch * n : (epoch + 1) * n]), np.arange(n))
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(samples_of_step(seed, epoch, 100, 100)) for seed in (0, 1, -1) for epoch in range(10)}
+    orders = {
+        tuple(Order(seed, (0, 100)).of_step(epoch, 100)[0]) for seed in (0, 1, -1) for epoch in range(10)
+    }
     assert len(orders) == 30
 
 
@@ -159,4 +163,4 @@ def test_the_order_of_a_mixture_is_frozen() -> None:
 
 def test_a_weight_below_one_position_in_a_cycle_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.mixture: weight 0.0001 is less than 1/1024 of all weights"):
-        quotas_of([1.0, 0.0001])
+        mixture_quotas([1.0, 0.0001])

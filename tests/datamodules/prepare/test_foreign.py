@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.foreign import index_tars
-from megabase.datamodules.index.index import INDEX_NAME, ShardIndex
-from megabase.datamodules.prepare.prepare import prepare
+from megabase.datamodules.index.index_file import INDEX_NAME
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.prepare.foreign import index_tars
+from megabase.datamodules.prepare.run import prepare
 
 BASES = "ACGTNacgt"
 
@@ -50,7 +51,7 @@ def whole(index: ShardIndex) -> dict[str, bytes]:
         name = segments.record[row]
         assert segments.start[row] == len(records.setdefault(name, b""))
         records[name] += index.read(row, 0, int(segments.length[row])).tobytes()
-    index.verify()
+        index.verify_row(row)
     return records
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index import ShardIndex
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.index.store import Store, StoreError
 from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.progress import bar
