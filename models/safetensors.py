@@ -1,14 +1,14 @@
-"""The safetensors format, written and read piece by piece: tensors by name, and nothing that could run.
+"""Files in the safetensors format: tensors by name, and nothing that can run.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets; under
-`__metadata__` strings by name), and the tensors' bytes without gaps. The format's own library wants all tensors at
-once and need not be installed; what is written here it reads, and the other way round.
+The format's own library reads them. It cannot write them here: it needs all tensors in memory at once. `write` takes
+a tensor in pieces instead, so an export needs no memory for the whole model. A file is the length of its header
+(8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets; strings by name under
+`__metadata__`), and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabase.models.config import ConfigError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LENGTH = struct.Struct("<Q")
-_METADATA = "__metadata__"
-# What the format's own library takes.
-_MOST_HEADER_BYTES = 100_000_000
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+"""The dtypes that a file of weights may have, with their names in the format."""
 
 
 def write(
@@ -35,14 +32,18 @@ def write(
     read: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a new file, which is on disk when this returns.
+    """Write a new file, piece by piece, and flush it to disk.
 
     Args:
+        path: must not exist.
         shapes: of all tensors, by name, in the order of the file.
-        read: gives a tensor's elements in order, flat, in as many pieces as it likes; asked for one after the other.
+        dtype: of all tensors in the file.
+        read: called with one name after the other; returns the tensor's elements in order, as flat pieces of any size.
+        metadata: strings by name, for the header.
 
     Raises:
-        OSError: it cannot be written. ValueError: `read` gave more or fewer elements than the shape has.
+        OSError: the file cannot be written.
+        ValueError: `read` returned more or fewer elements than the shape has.
     """
     with path.open("xb") as file:
         file.write(_header(shapes, dtype, metadata))
@@ -58,57 +59,35 @@ def write(
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of their own.
+    """Read all tensors of a file into memory.
+
+    Returns:
+        Tensors by name, on the CPU. They are copies: the file may change or go away afterwards.
 
     Raises:
-        ConfigError: it is no such file, torn, or holds other numbers than DTYPES. OSError: it cannot be read.
+        ConfigError: the file is damaged, is not in the format, or has tensors of other dtypes than DTYPES.
+        OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        entries, begin = _entries(path, file.read(_LENGTH.size), file.read, size)
-        tensors = {}
-        for name, (dtype, shape, start) in entries.items():
-            tensor = torch.empty(math.prod(shape), dtype=dtype)
-            file.seek(begin + start)
-            file.readinto(tensor.view(torch.uint8).numpy().data)
-            tensors[name] = tensor.view(shape)
-        return tensors
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in DTYPES.values():
+                    known = ", ".join(DTYPES.values())
+                    raise ConfigError(f"{path} has {name} in {dtype}, not in one of {known}: export it again")
+                tensors[name] = file.get_tensor(name).clone()
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged or not a safetensors file ({error}): export it again") from None
+    return tensors
 
 
 def _header(shapes: Mapping[str, torch.Size], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {_METADATA: dict(metadata)}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + shape.numel() * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return _LENGTH.pack(len(text)) + text
-
-
-def _entries(
-    path: Path, length: bytes, more: Callable[[int], bytes], size: int
-) -> tuple[dict[str, tuple[torch.dtype, list[int], int]], int]:
-    """{name: (dtype, shape, first byte)} and where in the file the bytes begin."""
-    (count,) = _LENGTH.unpack(length) if len(length) == _LENGTH.size else (size,)
-    begin = _LENGTH.size + count
-    if count > _MOST_HEADER_BYTES or begin > size:
-        raise ConfigError(f"{path} is not a safetensors file, or torn: export it again")
-    entries = {}
-    position = 0
-    try:
-        header = json.loads(more(count))
-        header.pop(_METADATA, None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if not all(type(length) is int and length >= 0 for length in shape):
-                raise ValueError(f"{name} has the shape {shape}")
-            if start != position or end - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} does not have the bytes of its shape")
-            entries[name] = (dtype, shape, start)
-            position = end
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} has a header that cannot be used ({error}): export it again") from None
-    if begin + position != size:
-        raise ConfigError(f"{path} has {size} bytes instead of {begin + position}: export it again")
-    return entries, begin
+    return struct.pack("<Q", len(text)) + text
