@@ -279,8 +279,8 @@ def measure(size: int, contestants: list[str], ranks: int, directory: Path, shar
 
 def start(task: Task) -> Times:
     """Run a task in processes of its own."""
-    from megabase.pipeline.ranks.launch import supervise
     from megabase.pipeline.ranks.stop import StopRequest
+    from megabase.pipeline.ranks.supervisor import supervise
 
     task.started = time.time()
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--worker", json.dumps(asdict(task))]
@@ -418,7 +418,7 @@ def train_peer(task: Task, watch: Watch) -> None:
 
     from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.config.load import load
-    from megabase.pipeline.ranks import launch as distributed
+    from megabase.pipeline.ranks import rendezvous
     from megabase.pipeline.training import run as train
     from megabase.pipeline.training.module import PretrainModule
     from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
@@ -435,7 +435,7 @@ def train_peer(task: Task, watch: Watch) -> None:
             return engine, optimizer
 
     config = load([], task.settings)
-    distributed.start()
+    rendezvous.start()
     train.check(config, task.ranks)
     peer = Peer(task, watch)
 

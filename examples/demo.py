@@ -17,13 +17,15 @@ import time
 from pathlib import Path
 
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Row, read
+from megabase.pipeline.rundir.journal import Row, read
+from megabase.pipeline.rundir.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[1]
 GENOME = ROOT / "tests" / "data" / "ecoli_536.fna.gz"
 SHARDS = ROOT / "data" / "demo"
 CONFIG = ROOT / "configs" / "demo.yaml"
 RUN = ROOT / "runs" / "demo"
+PATHS = RunPaths(RUN)
 # A start-up imports torch, Lightning and DeepSpeed on every rank; a training that says nothing this long is stuck.
 SILENCE_S = 300.0
 
@@ -45,7 +47,7 @@ def main() -> int:
         step_of,
     )
 
-    saved = sorted(step_of(path) for path in list_checkpoints(RUN / "checkpoints"))
+    saved = sorted(step_of(path) for path in list_checkpoints(PATHS.checkpoints))
     _say(
         f"SIGKILL to every process at step {killed_at}; checkpoints on disk: {saved}. The same command again:"
     )
@@ -70,7 +72,7 @@ def _train_and_kill() -> int:
             steps = [row["step"] for row in _training_rows()]
             if steps and steps[-1] > step:
                 step, heard = steps[-1], time.monotonic()
-            if not target and (RUN / "config.yaml").exists():
+            if not target and PATHS.config.exists():
                 target = _draw_step()
     finally:
         if job.poll() is None:
@@ -101,14 +103,14 @@ def _check_seam(before: dict[int, Row]) -> None:
 
 
 def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
-    rows = list(read(RUN / JOURNAL))
-    speed = [row for row in read(RUN / PERFORMANCE) if "tokens_per_second" in row]
+    rows = list(read(PATHS.metrics))
+    speed = [row for row in read(PATHS.performance) if "tokens_per_second" in row]
     final = next(row for row in reversed(rows) if "valid_bits_per_base" in row)
     bits = final["valid_bits_per_base"]
     ladder = [final[f"markov_{order}_bits_per_base"] for order in range(6)]
     rates = sorted(row["tokens_per_second"] for row in speed)
     memory = max(row["peak_memory_bytes"] for row in speed) / 2**20
-    mlflow = json.loads((RUN / "mlflow.json").read_text()) if (RUN / "mlflow.json").exists() else None
+    mlflow = json.loads(PATHS.mlflow.read_text()) if PATHS.mlflow.exists() else None
     print()
     print(f"  killed at step {killed_at}, resumed from step {resumed_at}: every step is in the journal once,")
     print(f"  and the {killed_at - resumed_at} steps trained twice gave the same losses to the last bit")
@@ -119,14 +121,14 @@ def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
     print(f"  peak memory      {memory:,.0f} MiB (rank 0, libraries included)")
     print(f"  time             {seconds / 60:.1f} minutes")
     print(f"  run directory    {RUN}")
-    print(f"  loss curve       {RUN / 'loss.png'}")
+    print(f"  loss curve       {PATHS.loss_curve}")
     if mlflow:
         ui = Path(sys.executable).with_name("mlflow")
         print(f"  MLflow           {ui} ui --backend-store-uri {mlflow['uri']}")
 
 
 def _training_rows() -> list[Row]:
-    return [row for row in read(RUN / JOURNAL) if "loss" in row]
+    return [row for row in read(PATHS.metrics) if "loss" in row]
 
 
 def _command(*arguments: str) -> list[str]:

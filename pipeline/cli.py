@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabase.pipeline import log
-from megabase.pipeline.errors import GOES_ON, RunError, UserError
+from megabase.pipeline.errors import RESUME_HINT, RunError, UserError
 from megabase.pipeline.ranks.stop import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error)
         code = 1
     if _is_rank():
-        from megabase.pipeline.ranks import launch as distributed
+        from megabase.pipeline.ranks.failure import exit_rank
 
-        distributed.leave(code)
+        exit_rank(code)
     return code
 
 
@@ -47,7 +47,7 @@ def _outcome(options: argparse.Namespace) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         if not _is_rank():  # whose supervisor says so
-            logger.error("interrupted%s", f"; {GOES_ON}" if options.command == "train" else "")
+            logger.error("interrupted%s", f"; {RESUME_HINT}" if options.command == "train" else "")
         return INTERRUPTED
     except RunError as error:
         _complain(error)
@@ -366,8 +366,8 @@ def _typed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _is_rank() -> bool:
-    distributed = sys.modules.get("megabase.pipeline.ranks.launch")  # it brings torch along
-    return distributed is not None and distributed.started()
+    rendezvous = sys.modules.get("megabase.pipeline.ranks.rendezvous")  # it imports torch
+    return rendezvous is not None and rendezvous.is_started()
 
 
 def _is_the_users(error: Exception) -> bool:
@@ -379,8 +379,8 @@ def _is_the_users(error: Exception) -> bool:
 
 
 def _complain(error: Exception) -> None:
-    if distributed := sys.modules.get("megabase.pipeline.ranks.launch"):  # it knows of other ranks
-        distributed.complain(error)
+    if failure := sys.modules.get("megabase.pipeline.ranks.failure"):  # it knows of other ranks
+        failure.report_failure(error)
     else:
         logger.error(" ".join(str(error).split()))
 

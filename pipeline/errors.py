@@ -1,30 +1,24 @@
-"""Errors whose message is for the user: the command line prints them as one line and leaves."""
-
-import os
+"""Errors with a message for the user, which the command line prints as one line."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: printed as one line on stderr, exit code 2."""
+    """An argument, setting or input is wrong: printed as one line on stderr, exit code 2."""
 
 
 class RunError(Exception):
-    """The run failed for a reason that can be said in one line: printed on stderr, exit code 1.
+    """A run failed for a reason that one line explains: printed on stderr, exit code 1.
 
-    passing: another start may well not meet it, as when a file server was away for a moment.
+    Attributes:
+        temporary: whether another start may succeed, as after an outage of a file server.
     """
 
-    def __init__(self, message: str, *, passing: bool = False) -> None:
+    def __init__(self, message: str, *, temporary: bool = False) -> None:
         super().__init__(message)
-        self.passing = passing
+        self.temporary = temporary
 
 
-# For a message's end.
-GOES_ON = "the same command goes on from the newest checkpoint, or begins where there is none"
-
-
-def rank_zero() -> bool:
-    """Whether this process speaks for the run: rank 0 of a launcher, task 0 of a SLURM step, or the only one."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+# The end of a message about a run that was interrupted.
+RESUME_HINT = "the same command resumes from the newest checkpoint, or begins at step 0 if there is none"
 
 
 def first_line(error: BaseException) -> str:

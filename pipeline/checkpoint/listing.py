@@ -17,15 +17,13 @@ from megabase.pipeline.checkpoint.manifest import (
     Damaged,
     Manifest,
     damage,
-    directory_size,
     glance,
     read_manifest,
 )
 from megabase.pipeline.checkpoint.retention import evaluations
-from megabase.pipeline.checkpoint.space import amount
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.ranks.stop import STOP_FILE
-from megabase.pipeline.rundir.journal import JOURNAL
+from megabase.pipeline.files import directory_size, readable_size
+from megabase.pipeline.rundir.paths import RunPaths
 
 VERIFIED = "verified"
 COMPLETE = "complete"
@@ -77,9 +75,9 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
         UserError: it is not a run directory, or has no checkpoint.
     """
     try:
-        losses = evaluations(run / JOURNAL)
+        losses = evaluations(RunPaths(run).metrics)
     except OSError as error:
-        raise UserError(f"{run / JOURNAL} cannot be read: {error.strerror}") from None
+        raise UserError(f"{RunPaths(run).metrics} cannot be read: {error.strerror}") from None
     for _ in range(_ATTEMPTS):
         found = _find(run)
         whole_bytes = sum(_promised(path) for path in found) if not fast else 0
@@ -102,7 +100,7 @@ def text(run: Path, entries: Sequence[Entry]) -> str:
     rows = [
         (
             entry.name,
-            amount(entry.bytes),
+            readable_size(entry.bytes),
             _age(now - entry.created),
             *("" if value is None else str(value) for value in (entry.ranks, entry.stage, entry.precision)),
             "" if entry.valid_loss is None else f"{entry.valid_loss:.4f}",
@@ -231,11 +229,11 @@ def _conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
         lines.append(f"{run}: the next start goes on from {newest.name}.")
     else:
         lines.append(f"{run}: the next start ends at {newest.name}, which it can neither read nor leave out.")
-    if (run / STOP_FILE).exists():
-        lines.append(f"{run / STOP_FILE} is there: no start goes on until it is removed.")
+    if RunPaths(run).stop.exists():
+        lines.append(f"{RunPaths(run).stop} is there: no start goes on until it is removed.")
     aside = [entry for entry in entries if ".broken" in entry.name]
     if aside:
-        size = amount(sum(entry.bytes for entry in aside))
+        size = readable_size(sum(entry.bytes for entry in aside))
         lines.append(
             f"Broken ones set aside hold {size}; nothing deletes them by itself: look, then remove them with rm -r."
         )

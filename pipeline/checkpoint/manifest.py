@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
 import time
 import types
@@ -170,18 +169,6 @@ def checksum(path: Path, report: Callable[[int], None] | None = None) -> str:
             if report:
                 report(count)
     return digest.hexdigest()
-
-
-def directory_size(path: Path) -> int:
-    """Bytes of the files in a directory; those that vanish meanwhile do not count."""
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118
-            except FileNotFoundError:
-                continue
-    return total
 
 
 def _told(check: Callable[[], None]) -> str | None:

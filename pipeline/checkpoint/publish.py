@@ -26,12 +26,12 @@ from megabase.pipeline.checkpoint.manifest import (
     step_of,
     verify,
 )
-from megabase.pipeline.checkpoint.space import is_full
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.files import is_disk_full
 from megabase.pipeline.hardware import precision_of
-from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir.environment import versions
 
 __all__ = ["MANIFEST", "Damaged", "Manifest", "list_checkpoints", "read_manifest", "step_of", "verify"]
@@ -86,7 +86,7 @@ def published(partial: Path) -> Path:
 def describe(
     partial: Path,
     manifest: Manifest,
-    ranks: Ranks,
+    ranks: Group,
     files: dict[Path, dict[str, Any]],
     error: Exception | None = None,
 ) -> None:
@@ -116,7 +116,7 @@ def seal(partial: Path, manifest: Manifest) -> None:
     sync(final.parent)
 
 
-def agree(ranks: Ranks, error: BaseException | None, told: T | None = None) -> list[T]:
+def agree(ranks: Group, error: BaseException | None, told: T | None = None) -> list[T]:
     """What every rank has told, in the order of ranks.
 
     Raises:
@@ -125,18 +125,18 @@ def agree(ranks: Ranks, error: BaseException | None, told: T | None = None) -> l
     wrong = None
     if error:
         said = str(error) if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: {error}"
-        wrong = (said, is_full(error), isinstance(error, OSError))
+        wrong = (said, is_disk_full(error), isinstance(error, OSError))
     found = ranks.gather((wrong, told))
     errors = {rank: wrong for rank, (wrong, _) in enumerate(found) if wrong}
     if errors:
         said = "; ".join(f"rank {rank}: {text}" for rank, (text, _, _) in errors.items())
         if all(full for _, full, _ in errors.values()):
             raise DiskFull(said)
-        raise RunError(said, passing=all(of_a_disk for _, _, of_a_disk in errors.values()))
+        raise RunError(said, temporary=all(of_a_disk for _, _, of_a_disk in errors.values()))
     return [value for _, value in found]
 
 
-def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
+def choose(checkpoints: Path, ranks: Group) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies, or None if there never was one; all ranks get the same answer.
 
     Ranks share the work of checking. One whose content is damaged is renamed to `step-N.broken` and named on
@@ -153,11 +153,11 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path, Manifest] | None:
             mine = damage(path, ranks.rank, ranks.size)
         except OSError as caught:
             unreadable = f"{platform.node()}: {path} cannot be read: {caught}"
-        ranks.check(unreadable, passing=True)
+        ranks.check(unreadable, temporary=True)
         damages = {rank: found for rank, found in enumerate(ranks.gather(mine)) if found}
         if not damages:
             return path, read_manifest(path)
-        ranks.check(_put_aside(path, damages) if ranks.rank == 0 else None, passing=True)
+        ranks.check(_put_aside(path, damages) if ranks.rank == 0 else None, temporary=True)
     broken = ranks.broadcast(sorted(p.name for p in checkpoints.glob("step-*.broken*")))
     if broken:
         raise UserError(

@@ -26,10 +26,10 @@ from megabase.pipeline.checkpoint.publish import LATEST, TAG, DiskFull, Manifest
 from megabase.pipeline.checkpoint.retention import evaluations, prune
 from megabase.pipeline.checkpoint.space import lacking
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.errors import GOES_ON, RunError
+from megabase.pipeline.errors import RESUME_HINT, RunError
 from megabase.pipeline.hardware import precision_of
-from megabase.pipeline.ranks.launch import Ranks
-from megabase.pipeline.rundir.journal import JOURNAL
+from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.rundir.paths import METRICS, RunPaths
 from megabase.pipeline.zero.checkpoint_engine import Storage
 
 
@@ -64,13 +64,13 @@ class Pending:
 class Saver:
     """Writes a run's checkpoints. Every rank has one and calls the same methods at the same steps."""
 
-    def __init__(self, config: RunConfig, data: str, ranks: Ranks, storage: Storage) -> None:
+    def __init__(self, config: RunConfig, data: str, ranks: Group, storage: Storage) -> None:
         """data: identity of the shards, for the manifest."""
         self._config = config
         self._data = data
         self._ranks = ranks
         self._storage = storage
-        self._directory = config.directory / "checkpoints"
+        self._directory = RunPaths(config.directory).checkpoints
         self._pruning: Future[None] | None = None
         self.pending: Pending | None = None
 
@@ -106,7 +106,7 @@ class Saver:
                 self._pruning.result()
             checkpoint.clean(self._directory)
             self._prune()  # before room is looked for: `checkpoint.keep` may have been lowered to make some
-            journal = (self._config.directory / JOURNAL).stat().st_size
+            journal = RunPaths(self._config.directory).metrics.stat().st_size
             lacks = self._lacking(trainer)
         # Also: nobody writes before rank 0 has cleaned up.
         if lacks := self._ranks.broadcast(lacks):
@@ -137,7 +137,7 @@ class Saver:
             if self._ranks.rank == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)  # also to give the room back
             must = pending.must or not isinstance(error, DiskFull)
-            self._left_out(pending.step, str(error), must, passing=error.passing)
+            self._left_out(pending.step, str(error), must, temporary=error.temporary)
             return None
         self.pending = None
         if self._ranks.rank == 0:
@@ -172,7 +172,7 @@ class Saver:
         """On rank 0: delete the checkpoints that are not to stay."""
         settings = self._config.checkpoint
         try:
-            losses = evaluations(self._config.directory / JOURNAL) if settings.keep_best else {}
+            losses = evaluations(RunPaths(self._config.directory).metrics) if settings.keep_best else {}
         except OSError as error:
             print(f"megabase: no checkpoint is deleted: {error}", file=sys.stderr)
             return
@@ -180,20 +180,20 @@ class Saver:
 
     def _add_ours(self, pending: Pending, manifest: Manifest) -> None:
         """On rank 0: the journal up to the step, and the file that DeepSpeed's own tools look for."""
-        with (self._config.directory / JOURNAL).open("rb") as rows:
-            contents = {LATEST: TAG.encode(), JOURNAL: rows.read(pending.journal)}
+        with RunPaths(self._config.directory).metrics.open("rb") as rows:
+            contents = {LATEST: TAG.encode(), METRICS: rows.read(pending.journal)}
         for name, content in contents.items():
             path = pending.partial / name
             path.write_bytes(content)
             manifest.files[name] = checkpoint.synced(path)
 
-    def _left_out(self, step: int, why: str, must: bool, *, passing: bool = False) -> None:
-        """Say that a checkpoint is not written; raise RunError, `passing` or not, if it had to be."""
+    def _left_out(self, step: int, why: str, must: bool, *, temporary: bool = False) -> None:
+        """Say that a checkpoint is not written; raise RunError, `temporary` or not, if it had to be."""
         said = f"the checkpoint of step {step} is not written: {why}"
         if must:
             raise RunError(
-                f"{said}. What was there before is as it was; {GOES_ON}",
-                passing=passing,
+                f"{said}. What was there before is as it was; {RESUME_HINT}",
+                temporary=temporary,
             )
         if self._ranks.rank == 0:
             print(f"megabase: {said}. Training goes on without it", file=sys.stderr, flush=True)

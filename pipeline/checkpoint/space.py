@@ -6,7 +6,6 @@ still be full in the middle of a checkpoint, which is then removed to give its r
 
 from __future__ import annotations
 
-import errno
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -14,17 +13,16 @@ from pathlib import Path
 from megabase.pipeline.checkpoint.manifest import (
     Damaged,
     Manifest,
-    directory_size,
     list_checkpoints,
     read_manifest,
 )
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.files import directory_size, readable_size
 
 # AdamW in fp32: the weights and two moments.
 _STATES_BYTES = 12
 # Left to the journal and the logs, beside what a checkpoint needs.
 _SPARE_BYTES = 4 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def lacking(checkpoints: Path, parameters: int, stage: int, precision: str) -> str | None:
@@ -69,27 +67,10 @@ def shortage(checkpoints: Path, wanted: int) -> str | None:
     free = shutil.disk_usage(checkpoints).free
     if free >= wanted:
         return None
-    said = f"a checkpoint needs up to {amount(wanted)}, {checkpoints} has {amount(free)} free: make room"
+    said = f"a checkpoint needs up to {readable_size(wanted)}, {checkpoints} has {readable_size(free)} free: make room"
     broken = sorted(path for path in checkpoints.glob("step-*.broken*") if path.is_dir())
     if broken:
         size = sum(map(directory_size, broken))
         names = ", ".join(path.name for path in broken[:3]) + ", ..." * (len(broken) > 3)
-        said += f" (broken checkpoints that nobody deletes by itself hold {amount(size)}: {names})"
+        said += f" (broken checkpoints that nobody deletes by itself hold {readable_size(size)}: {names})"
     return f"{said}, or keep fewer (checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)"
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error comes of a disk, or a quota, that is full: it, or one that it came of."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def amount(size: int) -> str:
-    """Bytes for people."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size} bytes"

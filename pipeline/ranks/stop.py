@@ -1,8 +1,8 @@
-"""Being told to stop: a flag that signals, a STOP file or the clock set, from the first moment of a process on.
+"""Requests to stop: a flag that a signal, a STOP file or a time limit sets.
 
-Nothing happens in the signal frame. What the flag leads to is agreed between ranks (`agreement.py`) and done
-between two steps (`callback.py`). This module imports nothing heavy: the handlers must be there before the seconds
-that importing torch takes.
+A signal handler only sets the flag. The ranks agree on a step to stop at (`agreement.py`), and the training callback
+stops between two steps. This module imports nothing heavy: the handlers must be set before the seconds that importing
+torch takes.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-# `megabase train` leaves with this code (EX_TEMPFAIL) when it has checkpointed and wants to be started again.
+# Exit code of `megabase train` when it has written a checkpoint and should be started again (EX_TEMPFAIL).
 EXIT_AGAIN = 75
-# Its exit code after a second Ctrl-C, as of any program that SIGINT ends.
+# Exit code after a second Ctrl-C, as of any program that SIGINT ends.
 INTERRUPTED = 130
-# A file of this name in the run directory stops the run, and keeps it from starting again while it is there.
-STOP_FILE = "STOP"
-# Seconds between two looks for it: each is a question to the file server.
+# Seconds between two checks for the STOP file: each is a request to the file server.
 POLL_S = 1.0
 
 
 class StopRequest:
-    """A flag. Setting it twice changes nothing, but for a second Ctrl-C: that interrupts.
+    """A flag: true once something requested to stop. Further requests change nothing, but a second Ctrl-C interrupts.
 
-    reason: who asked first, "" before anyone has. by_person: a STOP file asks, so nobody should start the run again.
-    minutes: after so many since this process began, the clock asks, if someone watches (0: never).
+    Attributes:
+        reason: what set the flag first: a signal's name, the STOP file's path or the setting `trainer.max_minutes`.
+        by_person: whether there is a STOP file: then nothing should start the run again by itself.
+        minutes: set the flag so many minutes after this object was made; 0: never. Needs `watch`.
     """
 
     def __init__(self) -> None:
-        # Plain data, because a handler may interrupt another and must take no lock.
+        # Plain attributes: a handler may interrupt another handler and must take no lock.
         self.reason = ""
         self.by_person = False
         self.minutes = 0.0
@@ -42,17 +42,18 @@ class StopRequest:
         self._began = time.monotonic()
 
     def listen(self) -> StopRequest:
-        """Take over SIGTERM, SIGUSR1 and SIGINT of this process, from now until it ends."""
+        """Handle SIGTERM, SIGUSR1 and SIGINT of this process, from now until it ends; returns itself."""
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._handle)
-        # A supervisor starts its ranks with these signals held back: one that came meanwhile is delivered now.
+        # A supervisor starts its ranks with these signals blocked: one that came meanwhile is delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def watch(self, file: Path) -> None:
-        """Look about once a second for `file`, and at the clock.
+        """Check about once a second for a STOP file, and for the time limit `minutes`.
 
-        In a thread of its own, so that a slow file server delays no step. For one rank: the others agree with it.
+        Call it on one rank; the ranks agree on what it finds. A thread does it, so that a slow file server delays no
+        step.
         """
         threading.Thread(target=self._watch, args=(file,), name="stop", daemon=True).start()
 
@@ -61,7 +62,7 @@ class StopRequest:
 
     def _watch(self, file: Path) -> None:
         while not self.by_person:
-            with suppress(OSError):  # a file server that is unwell is no wish to stop
+            with suppress(OSError):  # an error of the file server is no request to stop
                 self.by_person = file.exists()
             if self.by_person:
                 self.reason = self.reason or str(file)

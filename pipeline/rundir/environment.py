@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware, as `environment.json` in the run directory."""
+"""The environment of a run: versions, commit and hardware, as `environment.json` in the run directory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from megabase.datamodules.files import publish_json
 from megabase.models.attention.kernels.dispatch import choose_backend
 from megabase.models.device import processor_lines
+from megabase.pipeline.rundir.paths import RunPaths
 
 PACKAGES = (
     "megabase",
@@ -29,9 +30,9 @@ PACKAGES = (
 )
 
 
-@functools.cache  # every checkpoint asks, and parsing packages' metadata takes 20 ms
+@functools.cache  # every checkpoint needs them, and parsing packages' metadata takes 20 ms
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose change could change a run."""
+    """Versions of Python and of the packages that can change what a run computes: {name: version}."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -42,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Versions, git commit of the code, command line, host, hardware, and the kernel that attention runs in there."""
+    """Versions, git commit of the code, command line, host, hardware, and the attention kernel that runs there."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": versions(),
@@ -59,8 +60,8 @@ def describe() -> dict[str, Any]:
 
 
 def write(directory: Path) -> None:
-    """Write `environment.json`."""
-    publish_json(directory / "environment.json", describe(), indent=1)
+    """Write `describe()` to `environment.json` of a run directory. Raises OSError."""
+    publish_json(RunPaths(directory).environment, describe(), indent=1)
 
 
 def _kernel(device: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megabase.pipeline.config.schema import RunConfig, SlurmConfig
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.rundir.paths import RunPaths
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
 
@@ -87,8 +88,9 @@ def submit(call: Sequence[str], run_dir: Path) -> int:
     """
     script = Path(next(word for word in call[1:] if not word.startswith("-")))
     shebang, rest = script.read_text().split("\n", 1)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "submit.sbatch").write_text(f"{shebang}\n# {shlex.join(call)}\n{rest}")
+    paths = RunPaths(run_dir)
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    paths.submit_script.write_text(f"{shebang}\n# {shlex.join(call)}\n{rest}")
     # Of a job that we may be in ourselves nothing must leak into the new one; and the new one has to find the
     # `megabase` that submitted it, whether its environment is activated or not.
     environment = {
@@ -144,7 +146,7 @@ def submit_run(
         print(shlex.join(call))
         return 0
     job = submit(call, config.directory)
-    print(f"job {job} submitted; its log: {config.directory}/logs/slurm-{job}.out")
+    print(f"job {job} submitted; its log: {RunPaths(config.directory).slurm_log(job)}")
     return 0
 
 

@@ -22,7 +22,8 @@ from typing import Any
 from megabase.datamodules.files import publish_json
 from megabase.pipeline.config.keys import flatten
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Row, Tail
+from megabase.pipeline.rundir.journal import Row, Tail
+from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ BATCH = 1000
 PARAM_BATCH = 100
 # Longest value of a parameter, in characters.
 PARAM_LENGTH = 500
-RUN_FILE = "mlflow.json"
 KEY_TAG = "megabase.key"
 
 
@@ -48,6 +48,7 @@ class Mirror:
     def __init__(self, config: RunConfig, directory: Path) -> None:
         self._config = config
         self._directory = directory
+        self._paths = RunPaths(directory)
         self._uri = default_uri(config)
         self._finish = threading.Event()
         self._status = "RUNNING"
@@ -55,7 +56,7 @@ class Mirror:
         self._run_id: str | None = None
         # For each metric, the last step that MLflow has.
         self._sent: dict[str, int] = {}
-        self._tails = [Tail(directory / name) for name in (JOURNAL, PERFORMANCE)]
+        self._tails = [Tail(path) for path in (self._paths.metrics, self._paths.performance)]
         self._queue: list[tuple[str, float, int]] = []
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
 
@@ -108,8 +109,8 @@ class Mirror:
             self._queue += [(name, value, row["step"]) for row in tail.new() for name, value in _metrics(row)]
         self._send(client)
         if finishing:
-            picture = self._directory / "loss.png"
-            for artifact in (picture, self._directory / "config.yaml", self._directory / "environment.json"):
+            paths = self._paths
+            for artifact in (paths.loss_curve, paths.config, paths.environment):
                 if artifact.exists():
                     client.log_artifact(self._run_id, str(artifact))
             client.set_terminated(self._run_id, status=self._status)
@@ -139,7 +140,7 @@ class Mirror:
             tags = {KEY_TAG: known["key"], "megabase.run_directory": str(self._directory)}
             run = client.create_run(experiment_id, run_name=self._config.run.name, tags=tags)
         run_id = str(run.info.run_id)
-        publish_json(self._directory / RUN_FILE, {**known, "run_id": run_id})
+        publish_json(self._paths.mlflow, {**known, "run_id": run_id})
         client.update_run(run_id, status="RUNNING")
         self._log_params(client, run_id, client.get_run(run_id).data.params)
         return run_id
@@ -148,13 +149,13 @@ class Mirror:
         """What `mlflow.json` says, if it speaks of this server and experiment; else a new key, written down."""
         about = {"uri": self._uri, "experiment": self._config.tracking.experiment}
         try:
-            known: dict[str, Any] = json.loads((self._directory / RUN_FILE).read_text())
+            known: dict[str, Any] = json.loads(self._paths.mlflow.read_text())
             if about.items() <= known.items():
                 return known
         except (FileNotFoundError, json.JSONDecodeError):
             pass
         known = {**about, "key": uuid.uuid4().hex, "run_id": None}
-        publish_json(self._directory / RUN_FILE, known)
+        publish_json(self._paths.mlflow, known)
         return known
 
     def _experiment(self, client: Any) -> str:

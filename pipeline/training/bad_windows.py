@@ -15,7 +15,8 @@ from megabase.datamodules.order.training_order import slots
 from megabase.datamodules.order.windows import PACKED
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import first_line
-from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.training.guard import Trouble
 
 # Windows that a message names; the file has all.
@@ -25,7 +26,7 @@ OUTLIER = 2.0
 
 
 def report(
-    config: RunConfig, trouble: Trouble, ranks: Ranks, nats: list[float], batches: TrainBatches
+    config: RunConfig, trouble: Trouble, ranks: Group, nats: list[float], batches: TrainBatches
 ) -> str:
     """Write `logs/bad-step-N.json` of the run directory, with the windows of the step; all ranks call it.
 
@@ -50,7 +51,7 @@ def report(
                 window |= {"rank": rank, "micro_batch": turn, "micro_batch_nats": _number(loss)}
                 window["stands_out"] = (rank, turn) in outliers
     windows.sort(key=lambda window: not window.get("stands_out", False))
-    path = config.directory / "logs" / f"bad-step-{trouble.step}.json"
+    path = RunPaths(config.directory).bad_step(trouble.step)
     content = {"step": trouble.step, "why": trouble.text, "on_bad": config.guard.on_bad, "windows": windows}
     text = _in_words(windows, len(outliers) == sum(map(len, gathered))) + _written(path, content)
     return str(ranks.broadcast(text))

@@ -19,9 +19,10 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
-from megabase.pipeline.ranks.launch import Ranks, wait_longer_than
-from megabase.pipeline.ranks.stop import STOP_FILE, StopRequest
-from megabase.pipeline.rundir.journal import JOURNAL, has_evaluation
+from megabase.pipeline.ranks.groups import Groups
+from megabase.pipeline.ranks.stop import StopRequest
+from megabase.pipeline.rundir.journal import has_evaluation
+from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.bad_windows import report
 from megabase.pipeline.training.evaluate import baselines, evaluate, evaluation_row
@@ -29,6 +30,7 @@ from megabase.pipeline.training.guard import Trouble
 from megabase.pipeline.training.module import PretrainModule
 from megabase.pipeline.training.recorder import Recorder
 from megabase.pipeline.zero.strategy import ZeroStrategy
+from megabase.pipeline.zero.timeouts import set_collective_timeouts
 
 
 class Boundary(pl.Callback):
@@ -38,13 +40,14 @@ class Boundary(pl.Callback):
         self,
         config: RunConfig,
         data: SequenceDataModule,
-        ranks: Ranks,
+        groups: Groups,
         stop: StopRequest,
         mirror: Mirror | None,
     ) -> None:
         self.config = config
         self.data = data
-        self.ranks = ranks
+        self.groups = groups
+        self.ranks = ranks = groups.world
         self.stop = stop
         self.stopped_early = False
         self.step = 0
@@ -58,13 +61,13 @@ class Boundary(pl.Callback):
         self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy.storage)
         self.step = trainer.global_step
         self._open_books()
-        wait_longer_than(self.config.trainer.hang_minutes)
+        set_collective_timeouts(self.config.trainer.hang_minutes)
         if any(self.ranks.gather(bool(self.stop))):  # told while starting: what is on disk is all there is
             self._say_why()
             self.stopped_early = trainer.should_stop = True
             return
         if self._main:
-            self.stop.watch(self.config.directory / STOP_FILE)
+            self.stop.watch(RunPaths(self.config.directory).stop)
         if self.step and self._evaluation_due() and not self._has_evaluation():
             self.stopped_early = not self._evaluate(trainer)
         if self.stopped_early:
@@ -199,7 +202,7 @@ class Boundary(pl.Callback):
         module = trainer.lightning_module
         assert isinstance(module, PretrainModule)
         nats = module.guard.micro_nats(trouble.step)
-        return report(self.config, trouble, self.ranks, nats, trainer.train_dataloader.dataset)
+        return report(self.config, trouble, self.groups.data, nats, trainer.train_dataloader.dataset)
 
     def _evaluation_due(self) -> bool:
         every = self.config.trainer.eval_every_steps
@@ -207,7 +210,7 @@ class Boundary(pl.Callback):
         return self.data.has_validation and (last or (bool(every) and self.step % every == 0))
 
     def _has_evaluation(self) -> bool:
-        journal = self.config.directory / JOURNAL
+        journal = RunPaths(self.config.directory).metrics
         return bool(self.ranks.broadcast(self.ranks.rank == 0 and has_evaluation(journal, self.step)))
 
     def _evaluate(self, trainer: pl.Trainer) -> bool:

@@ -19,8 +19,7 @@ from megabase.datamodules.files import publish_json
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.report import markov
 from megabase.pipeline.rundir.journal import Row
-
-BASELINES = "baselines.json"
+from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ def baselines(directory: Path, index: ShardIndex, skip: bool) -> list[float]:
     Up to order 5, or as far as counting goes with a larger alphabet. Computed once for a run and kept in
     `baselines.json`. skip: leave out bases that cannot be read. For rank 0.
     """
-    path = directory / BASELINES
+    path = RunPaths(directory).baselines
     identity = index.segments.identity
     with suppress(
         FileNotFoundError, ValueError, KeyError, TypeError

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.hardware import precision_of
-from megabase.pipeline.rundir.journal import JOURNAL, Row, read
+from megabase.pipeline.rundir.journal import Row, read
+from megabase.pipeline.rundir.paths import RunPaths
 
 # A loss can only have exploded when so many are known.
 LEAST_LOSSES = 8
@@ -181,7 +182,7 @@ class Guard:
 
 def recent_rows(config: RunConfig, step: int) -> list[Row]:
     """The training rows of the run's journal up to `step` that `History` looks at."""
-    rows = read(config.directory / JOURNAL)
+    rows = read(RunPaths(config.directory).metrics)
     return list(
         deque((row for row in rows if "loss" in row and row["step"] <= step), maxlen=config.guard.window)
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, read
+from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.training.evaluate import bits
 
 
@@ -16,7 +17,7 @@ def loss_curve(directory: Path) -> Path | None:
     # The object interface: pyplot keeps global state and looks for a display.
     from matplotlib.figure import Figure
 
-    rows = list(read(directory / JOURNAL))
+    rows = list(read(RunPaths(directory).metrics))
     train = [(row["step"], bits(row["loss"])) for row in rows if isinstance(row.get("loss"), float)]
     valid = [
         (row["step"], row["valid_bits_per_base"])
@@ -39,7 +40,7 @@ def loss_curve(directory: Path) -> Path | None:
                 axes.annotate(
                     f"Markov order {order}", (train[-1][0], value), ha="right", va="bottom", fontsize=8
                 )
-    starts = [row["step"] for row in read(directory / PERFORMANCE) if row.get("started")]
+    starts = [row["step"] for row in read(RunPaths(directory).performance) if row.get("started")]
     for number, step in enumerate(starts[1:]):
         axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
     axes.set_xlabel("optimizer step")
@@ -49,7 +50,7 @@ def loss_curve(directory: Path) -> Path | None:
     axes.set_ylim(min(tail) - 0.02, max(2.05, min(max(tail), 2.3)))
     axes.set_title(f"{directory.name}: bits per base")
     axes.legend(loc="upper right")
-    path = directory / "loss.png"
+    path = RunPaths(directory).loss_curve
     partial = directory / "loss.partial.png"
     figure.savefig(partial, dpi=120)
     partial.rename(path)

@@ -15,7 +15,8 @@ from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.errors import first_line
 from megabase.pipeline.hardware import peak_flops, peak_memory, precision_of
 from megabase.pipeline.ranks.agreement import Agreed
-from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, Journal, Row, read
+from megabase.pipeline.rundir.journal import Journal, Row, read
+from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.evaluate import bits
 from megabase.pipeline.training.guard import History, Trouble, step_loss
@@ -44,8 +45,8 @@ class Recorder:
 
     def begin(self, step: int) -> None:
         """Open the books at `step`: later rows are dropped, training computes them again."""
-        directory = self._config.directory
-        self._journal = Journal(directory / JOURNAL, step)
+        paths = RunPaths(self._config.directory)
+        self._journal = Journal(paths.metrics, step)
         if self._journal.last_step < step:
             logger.warning(
                 f"{self._journal.path} ends at step {self._journal.last_step}, the checkpoint is of step"
@@ -53,7 +54,7 @@ class Recorder:
             )
         self._history = History(self._config, read(self._journal.path))
         # What happened stays: a restart adds to the record of speed and removes nothing from it.
-        self._performance = Journal(directory / PERFORMANCE, sys.maxsize)
+        self._performance = Journal(paths.performance, sys.maxsize)
         self._performance.append([{"step": step, "time": time.time(), "started": True}])
         if self._mirror:
             self._mirror.start()  # only now: it must not read rows that are about to be dropped
@@ -149,7 +150,7 @@ class Recorder:
         """Draw the picture and close the books."""
         if self._journal and self._performance and self._progress:
             if self._history.skipped:
-                logs = self._config.directory / "logs"
+                logs = RunPaths(self._config.directory).logs
                 self.say(f"updates skipped so far: {self._history.skipped}; their windows are in {logs}")
             self._progress.close()
             self._journal.close()

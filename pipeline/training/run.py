@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,18 @@ from megabase.models.config import ConfigError
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.errors import RunError, UserError, rank_zero
+from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.hardware import precision_of
-from megabase.pipeline.ranks import launch as distributed
-from megabase.pipeline.ranks import watchdog
-from megabase.pipeline.ranks.stop import EXIT_AGAIN, STOP_FILE, StopRequest
+from megabase.pipeline.ranks import rendezvous, supervisor, watchdog
+from megabase.pipeline.ranks.environment import complete_environment, is_rank, is_rank_zero, local_devices
+from megabase.pipeline.ranks.failure import report_failure
+from megabase.pipeline.ranks.groups import Group, Groups
+from megabase.pipeline.ranks.stop import EXIT_AGAIN, StopRequest
 from megabase.pipeline.rundir import environment
-from megabase.pipeline.rundir.journal import JOURNAL, PERFORMANCE, has_evaluation, read, restore
-from megabase.pipeline.rundir.lock import check_writable, lock, write_status
+from megabase.pipeline.rundir.journal import has_evaluation, read, restore
+from megabase.pipeline.rundir.lock import check_writable, lock_run
+from megabase.pipeline.rundir.paths import METRICS, RunPaths
+from megabase.pipeline.rundir.status import write_launcher_status, write_status
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.zero import settings as zero
 
@@ -43,7 +48,7 @@ logger = logging.getLogger(__name__)
 # How long the end of a run waits for MLflow; what is not sent by then stays in the journal.
 MLFLOW_FAREWELL_S = 20.0
 # The same for a run that fails: other ranks leave at once, and who waits for them ends rank 0 after GRACE_S.
-MLFLOW_HASTE_S = distributed.GRACE_S / 2
+MLFLOW_HASTE_S = supervisor.GRACE_S / 2
 # How a start ends, in status.json and in MLflow. again, stopped: at a checkpoint, to go on later; the second because of
 # a STOP file, so that nothing starts it again by itself. failed: for a reason that another start would meet as well.
 # crashed: for any other, also one that passes.
@@ -69,14 +74,15 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     Raises:
         UserError, DataError, ConfigError: something given is wrong; nothing has been started or changed.
     """
-    devices = distributed.local_devices(config.trainer.devices)
-    if distributed.launched():
+    devices = local_devices(config.trainer.devices)
+    if is_rank():
         try:
-            distributed.adopt(config.trainer.nodes, devices)
+            complete_environment(config.trainer.nodes, devices)
             check(config, config.trainer.nodes * devices)
         except BaseException:
-            # Only where the launcher asked: the run directory may be another job's.
-            write_status(None, "failed", None)
+            # Not in the run directory, which may be another job's.
+            if is_rank_zero():
+                write_launcher_status("failed", None)
             raise
         return _rank(config, devices, stop)
     check(config, config.trainer.nodes * devices)
@@ -89,18 +95,18 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
         f"{config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
         f" run directory {config.directory}"
     )
-    command = distributed.megabase_command("train", *arguments)
-    return distributed.supervise(command, devices, stop)
+    command = supervisor.megabase_command("train", *arguments)
+    return supervisor.supervise(command, devices, stop)
 
 
 def check(config: RunConfig, ranks: int) -> None:
     """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
     config.validate()
-    stop_file = config.directory / STOP_FILE
+    stop_file = RunPaths(config.directory).stop
     # One rank looks: the file may come or go between two looks.
-    if rank_zero() and stop_file.exists():
+    if is_rank_zero() and stop_file.exists():
         raise UserError(f"{stop_file} stopped this run and keeps it so: remove it to go on")
-    if rank_zero():
+    if is_rank_zero():
         check_writable(config.directory)
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
     zero.check(config)
@@ -115,7 +121,7 @@ def check(config: RunConfig, ranks: int) -> None:
         )
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
-    for path in checkpoint.list_checkpoints(config.directory / "checkpoints")[:1]:
+    for path in checkpoint.list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
         with suppress(checkpoint.Damaged, OSError):  # `choose` finds out and says so
             manifest = checkpoint.read_manifest(path)
             now = checkpoint.manifest_of(config, 0, ranks, identity_of(index.segments, config.data.mixture))
@@ -124,11 +130,12 @@ def check(config: RunConfig, ranks: int) -> None:
 
 def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     """One rank, from its first breath to its exit code."""
-    distributed.start()
-    ranks = distributed.Ranks()
-    with lock(config.directory, ranks):
-        watch = watchdog.Watchdog(config.directory / "logs", ranks.rank, config.trainer.hang_minutes).start()
-        state = _fit(config, devices, ranks, stop)
+    rendezvous.start()
+    groups = Groups.create()
+    ranks = groups.world
+    with _locked(config.directory, ranks):
+        watch = watchdog.Watchdog(config.directory, ranks.rank, config.trainer.hang_minutes).start()
+        state = _fit(config, devices, groups, stop)
         ranks.check(None)
     torch.distributed.destroy_process_group()
     watch.stop()
@@ -138,12 +145,30 @@ def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     if state == "finished":
         logger.info(f"finished: {config.directory}")
         return 0
-    first = f"remove {config.directory / STOP_FILE}, then " if state == "stopped" else ""
+    first = f"remove {RunPaths(config.directory).stop}, then " if state == "stopped" else ""
     logger.info(f"stopped: {config.directory}; {first}the same command goes on where it was")
     return EXIT_AGAIN
 
 
-def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRequest) -> str:
+@contextmanager
+def _locked(directory: Path, world: Group) -> Iterator[None]:
+    """Keep a second job out of a run directory. Raises UserError on every rank if rank 0 cannot lock it."""
+    lock, error = None, None
+    if world.rank == 0:
+        try:
+            lock = lock_run(directory)
+        except UserError as caught:
+            error = str(caught)
+    if error := world.broadcast(error):
+        raise UserError(error)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
+def _fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> str:
     """Train until the end or an agreed stop; returns the state, a key of MLFLOW_STATUS.
 
     However it ends, the status file and MLflow hear of it.
@@ -152,7 +177,7 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
     from megabase.pipeline.training.callback import Boundary
     from megabase.pipeline.training.module import PretrainModule
 
-    directory = config.directory
+    directory, ranks = config.directory, groups.world
     mirror = Mirror(config, directory) if config.tracking.enabled and ranks.rank == 0 else None
     state, step, begun = "crashed", 0, False
     failure: BaseException | None = None
@@ -169,11 +194,13 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
             return state
         ranks.check(_describe_run(config, resume_from) if ranks.rank == 0 else None)
         begun = True
-        write_status(directory, "running", step)
+        if ranks.rank == 0:
+            write_status(directory, "running", step)
+            write_launcher_status("running", step, directory)
         watchdog.beat("building the model")
-        boundary = Boundary(config, data, ranks, stop, mirror)
+        boundary = Boundary(config, data, groups, stop, mirror)
         try:
-            trainer = _trainer(config, devices, ranks, boundary)
+            trainer = _trainer(config, devices, groups, boundary)
             trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
         except SystemExit:  # what Lightning makes of it
             raise KeyboardInterrupt from None
@@ -185,14 +212,17 @@ def _fit(config: RunConfig, devices: int, ranks: distributed.Ranks, stop: StopRe
         return state
     except BaseException as error:
         if isinstance(error, RunError | UserError | DataError | ConfigError):
-            state = "crashed" if getattr(error, "passing", False) else "failed"
+            state = "crashed" if getattr(error, "temporary", False) else "failed"
         failure = error
         raise
     finally:
         # First this: whoever waits for the status may kill what lingers.
-        write_status(directory, state, step, begun=begun)
+        if ranks.rank == 0:
+            if begun:  # else the status of the start before stays
+                write_status(directory, state, step)
+            write_launcher_status(state, step, directory)
         if failure:
-            distributed.complain(failure)  # before MLflow is waited for
+            report_failure(failure)  # before MLflow is waited for
         if mirror:
             _farewell(mirror, MLFLOW_STATUS[state], MLFLOW_HASTE_S if failure else MLFLOW_FAREWELL_S)
 
@@ -203,9 +233,9 @@ def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
     try:
         if resume_from:
             logger.info(f"resuming {config.run.name} from {resume_from}")
-            if (resume_from / JOURNAL).exists():  # older checkpoints have no copy
+            if (resume_from / METRICS).exists():  # older checkpoints have no copy
                 _restore_journal(directory, resume_from)
-        save(config, directory / "config.yaml")
+        save(config, RunPaths(directory).config)
         environment.write(directory)
     except OSError as error:
         return f"cannot write in {directory}: {error}"
@@ -214,18 +244,16 @@ def _describe_run(config: RunConfig, resume_from: Path | None) -> str | None:
 
 def _restore_journal(directory: Path, resume_from: Path) -> None:
     """On rank 0: the journal holds at least what it held when the checkpoint was written."""
-    wrong = restore(directory / JOURNAL, resume_from / JOURNAL)
+    wrong = restore(RunPaths(directory).metrics, resume_from / METRICS)
     if wrong:
         logger.warning(
-            f"{directory / JOURNAL} {wrong} before the checkpoint's step: put back from the checkpoint"
+            f"{RunPaths(directory).metrics} {wrong} before the checkpoint's step: put back from the checkpoint"
         )
 
 
-def _resume_point(
-    config: RunConfig, data: SequenceDataModule, ranks: distributed.Ranks
-) -> tuple[Path | None, int]:
+def _resume_point(config: RunConfig, data: SequenceDataModule, ranks: Group) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step; (None, 0) for a fresh start."""
-    chosen = checkpoint.choose(config.directory / "checkpoints", ranks)
+    chosen = checkpoint.choose(RunPaths(config.directory).checkpoints, ranks)
     if chosen is None:
         _refuse_to_begin_again(config.directory, ranks)
         return None, 0
@@ -235,19 +263,19 @@ def _resume_point(
     return path, manifest.step
 
 
-def _refuse_to_begin_again(directory: Path, ranks: distributed.Ranks) -> None:
+def _refuse_to_begin_again(directory: Path, ranks: Group) -> None:
     """Raise UserError if a run directory without checkpoints once had some: they were deleted, or are elsewhere."""
-    steps = [0]
+    paths, steps = RunPaths(directory), [0]
     if ranks.rank == 0:
-        steps += [row["step"] for row in read(directory / PERFORMANCE, having="checkpoint_seconds")]
+        steps += [row["step"] for row in read(paths.performance, having="checkpoint_seconds")]
     if newest := ranks.broadcast(max(steps)):
         raise UserError(
-            f"{directory / 'checkpoints'} has no checkpoint, but {PERFORMANCE} says that the run wrote one of step"
+            f"{paths.checkpoints} has no checkpoint, but {paths.performance.name} says that the run wrote one of step"
             f" {newest}: put them back, or start again from step 0 with another run.name"
         )
 
 
-def _trainer(config: RunConfig, devices: int, ranks: distributed.Ranks, boundary: Boundary) -> pl.Trainer:
+def _trainer(config: RunConfig, devices: int, groups: Groups, boundary: Boundary) -> pl.Trainer:
     """Lightning's Trainer; what it would log, show, evaluate and save is `boundary`'s."""
     import pytorch_lightning as pl
 
@@ -265,7 +293,7 @@ def _trainer(config: RunConfig, devices: int, ranks: distributed.Ranks, boundary
             max_steps=-1,
             max_epochs=-1,
             accumulate_grad_batches=accumulation(
-                config.data.global_batch, config.data.micro_batch, ranks.size
+                config.data.global_batch, config.data.micro_batch, groups.data.size
             ),
             gradient_clip_val=config.optim.clip or None,
             callbacks=[boundary],
@@ -280,13 +308,13 @@ def _trainer(config: RunConfig, devices: int, ranks: distributed.Ranks, boundary
     )
 
 
-def _finished(config: RunConfig, step: int, evaluates: bool, ranks: distributed.Ranks) -> bool:
+def _finished(config: RunConfig, step: int, evaluates: bool, ranks: Group) -> bool:
     """Whether a run whose newest checkpoint is of `step` has nothing left to do, the last evaluation included."""
     if step < config.trainer.max_steps:
         return False
     if not evaluates:
         return True
-    evaluated = ranks.rank == 0 and has_evaluation(config.directory / JOURNAL, step)
+    evaluated = ranks.rank == 0 and has_evaluation(RunPaths(config.directory).metrics, step)
     return bool(ranks.broadcast(evaluated))
 
 

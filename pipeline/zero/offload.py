@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabase.pipeline.checkpoint.space import amount
 from megabase.pipeline.config.schema import NVME, ZeroConfig
-from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.files import readable_size
+from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.zero.states import MOMENTS
 
 
@@ -56,7 +56,7 @@ def move(engine: Any, zero: ZeroConfig) -> None:
             optimizer.param_groups_fp16_flat_cpu_memory.clear()
     except OSError as caught:
         error = f"zero.nvme_path={directory} cannot hold what is offloaded: {caught.strerror or caught}"
-    Ranks().check(error)
+    Group.of_all_ranks().check(error)
 
 
 def _in_file(directory: Path, tensor: Tensor) -> Tensor:
@@ -78,7 +78,9 @@ def _file(directory: Path, like: Tensor) -> Tensor:
         os.posix_fallocate(descriptor, 0, size)
         return torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}, {amount(size)} were to be taken at once") from None
+        raise OSError(
+            error.errno, f"{error.strerror}, {readable_size(size)} were to be taken at once"
+        ) from None
     finally:
         os.close(descriptor)
         Path(name).unlink()

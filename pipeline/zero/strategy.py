@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from megabase.pipeline.checkpoint.publish import TAG, read_manifest
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.ranks.launch import STARTING_TIMEOUT
+from megabase.pipeline.ranks.rendezvous import STARTING_TIMEOUT
 from megabase.pipeline.zero import offload as mapped
 from megabase.pipeline.zero.checkpoint_engine import Storage
 from megabase.pipeline.zero.construction import Sharded
@@ -47,7 +47,7 @@ LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 class ZeroStrategy(DeepSpeedStrategy):
     """`zero.*` and `optim.clip` of a RunConfig as a Lightning strategy.
 
-    Expects a process group that already exists (see `ranks/launch.py`) and the torchrun variables RANK, LOCAL_RANK,
+    Expects a process group that already exists (see `ranks/rendezvous.py`) and the torchrun variables RANK, LOCAL_RANK,
     WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
     """
 
@@ -157,7 +157,7 @@ def _recount(client: dict[str, Any], accumulation: int) -> None:
 
 
 def start_deepspeed() -> None:
-    """Tell DeepSpeed of the process group that is there (`distributed.start`)."""
+    """Tell DeepSpeed of the process group that is there (`rendezvous.start`)."""
     if not torch.cuda.is_available():
         # DeepSpeed would compile a shared-memory all-reduce now: a minute of start-up and a compiler on every
         # node, for what gloo does well enough.

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megabase.pipeline import log
-from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.ranks.groups import Group
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +18,8 @@ def messages_on_stderr() -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
+def ranks() -> Iterator[Group]:
     """One rank in a real process group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks()
+    yield Group.of_all_ranks()
     dist.destroy_process_group()

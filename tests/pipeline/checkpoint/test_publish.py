@@ -14,10 +14,10 @@ from megabase.pipeline.checkpoint.manifest import seal_of
 from megabase.pipeline.checkpoint.publish import MANIFEST, Manifest
 from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError, UserError
-from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.ranks.groups import Group
 
 
-def publish(root: Path, step: int, ranks: Ranks, config: dict | None = None) -> Path:
+def publish(root: Path, step: int, ranks: Group, config: dict | None = None) -> Path:
     partial = checkpoint.partial_directory(root, step)
     shard = partial / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     shard.parent.mkdir(parents=True)
@@ -30,7 +30,7 @@ def publish(root: Path, step: int, ranks: Ranks, config: dict | None = None) -> 
     return checkpoint.published(partial)
 
 
-def test_a_published_checkpoint_is_whole_and_the_partial_is_gone(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_published_checkpoint_is_whole_and_the_partial_is_gone(tmp_path: Path, ranks: Group) -> None:
     path = publish(tmp_path, 3, ranks)
     assert path == tmp_path / "step-3"
     assert checkpoint.verify(path) is None
@@ -88,7 +88,7 @@ def add_shard(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_chosen(
-    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], damage, says: str
+    tmp_path: Path, ranks: Group, capsys: pytest.CaptureFixture[str], damage, says: str
 ) -> None:
     publish(tmp_path, 2, ranks)
     damage(publish(tmp_path, 4, ranks))
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_chosen(
     assert (tmp_path / "step-4.broken").is_dir()
 
 
-def test_half_written_ones_are_not_seen(tmp_path: Path, ranks: Ranks) -> None:
+def test_half_written_ones_are_not_seen(tmp_path: Path, ranks: Group) -> None:
     checkpoint.partial_directory(tmp_path, 9).mkdir()
     (tmp_path / "step-7.deleting").mkdir()
     assert checkpoint.choose(tmp_path, ranks) is None
@@ -107,7 +107,7 @@ def test_half_written_ones_are_not_seen(tmp_path: Path, ranks: Ranks) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ranks: Ranks) -> None:
+def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ranks: Group) -> None:
     publish(tmp_path, 1, ranks)
     publish(tmp_path, 1, ranks)
     assert checkpoint.verify(tmp_path / "step-1") is None
@@ -166,14 +166,14 @@ def test_a_mixture_of_genomes_belongs_to_the_run(tmp_path: Path) -> None:
         checkpoint.check_same_run(settings(), then, tmp_path)
 
 
-def test_when_none_is_whole_nothing_starts_from_zero(tmp_path: Path, ranks: Ranks) -> None:
+def test_when_none_is_whole_nothing_starts_from_zero(tmp_path: Path, ranks: Group) -> None:
     truncate(publish(tmp_path, 2, ranks))
     for _ in range(2):  # the second time only the broken one is left
         with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(step-2\.broken\)"):
             checkpoint.choose(tmp_path, ranks)
 
 
-def test_a_checkpoint_of_a_newer_version_stays_where_it_is(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_checkpoint_of_a_newer_version_stays_where_it_is(tmp_path: Path, ranks: Group) -> None:
     path = publish(tmp_path, 2, ranks)
     newer = json.loads((path / MANIFEST).read_text()) | {"version": 99, "unheard_of": 1}
     newer["seal"] = seal_of(newer)
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_a_newer_version_stays_where_it_is(tmp_path: Path, ranks
 
 
 def test_what_cannot_be_read_is_no_damage(
-    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ranks: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = publish(tmp_path, 2, ranks)
 
@@ -222,8 +222,8 @@ def test_the_manifest_has_what_each_rank_wrote_and_one_ranks_error_is_everyones(
         (gone, full, RunError, True),
         (ours, away, RunError, False),
     ]
-    for theirs_wrong, error, kind, passing in cases:
+    for theirs_wrong, error, kind, temporary in cases:
         ranks: Any = Two((theirs_wrong, {}))
         with pytest.raises(RunError, match="rank 1: ") as caught:
             checkpoint.describe(tmp_path, manifest, ranks, {}, error)
-        assert (type(caught.value), caught.value.passing) == (kind, passing)
+        assert (type(caught.value), caught.value.temporary) == (kind, temporary)

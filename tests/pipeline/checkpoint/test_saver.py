@@ -19,15 +19,15 @@ from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks.agreement import Agreement
-from megabase.pipeline.ranks.launch import Ranks
-from megabase.pipeline.rundir.journal import JOURNAL
+from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.rundir.paths import METRICS
 from megabase.pipeline.zero.checkpoint_engine import Storage
 
 
 class Bench:
     """A saver whose states are one tensor, `weights`, written by the real storage."""
 
-    def __init__(self, root: Path, ranks: Ranks, background: bool) -> None:
+    def __init__(self, root: Path, ranks: Group, background: bool) -> None:
         settings = [
             f"run.root={root}",
             "run.name=run",
@@ -37,7 +37,7 @@ class Bench:
         config = load([], [*settings, "data.shards=nowhere"])
         self.run = config.directory
         (self.run / "checkpoints").mkdir(parents=True)
-        (self.run / JOURNAL).write_text('{"step": 1, "loss": 2.0}\n')
+        (self.run / METRICS).write_text('{"step": 1, "loss": 2.0}\n')
         self.weights = torch.arange(5.0)
         self.storage = Storage(background)
         self.saver = Saver(config, "data", ranks, self.storage)
@@ -57,7 +57,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, ranks: Ranks) -> Callable[[bool], Bench]:
+def bench(tmp_path: Path, ranks: Group) -> Callable[[bool], Bench]:
     return lambda background: Bench(tmp_path, ranks, background)
 
 
@@ -91,7 +91,7 @@ def test_training_goes_on_while_a_checkpoint_gets_its_name(bench, monkeypatch) -
     assert set(read_manifest(saved.path).files) == {
         "checkpoint/mp_rank_00_model_states.pt",
         "latest",
-        JOURNAL,
+        METRICS,
     }
     assert checkpoint.verify(saved.path) is None
 

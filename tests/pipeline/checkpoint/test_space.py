@@ -1,16 +1,14 @@
-"""Room for a checkpoint, and telling a full disk from another trouble."""
+"""Disk space for a checkpoint."""
 
-import errno
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from megabase.pipeline.checkpoint import space
 from megabase.pipeline.checkpoint.manifest import MANIFEST, read_manifest
-from megabase.pipeline.checkpoint.space import amount, is_full, needed, shortage
+from megabase.pipeline.checkpoint.space import needed, shortage
 from tests.pipeline.checkpoints import write_checkpoint
 
 
@@ -61,30 +59,3 @@ def test_the_next_checkpoint_is_judged_by_the_last(tmp_path: Path, monkeypatch: 
 def test_a_file_system_that_does_not_answer_hangs_no_other_rank(tmp_path: Path) -> None:
     said = space.lacking(tmp_path / "gone", 1_000_000, 2, "32")
     assert said and "does not say how much room it has: " in said
-
-
-@pytest.mark.parametrize("numbers", [10, 5_000_000])
-def test_a_full_disk_is_known_behind_torch_s_own_error(numbers: int) -> None:
-    with (
-        pytest.raises((OSError, RuntimeError)) as raised,
-        Path("/dev/full").open("wb") as full,
-    ):
-        torch.save({"x": torch.zeros(numbers)}, full)
-    assert is_full(raised.value)
-
-
-def test_a_full_disk_is_told_from_other_errors() -> None:
-    assert is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert not is_full(OSError(errno.EIO, "Input/output error"))
-    assert not is_full(RuntimeError("anything"))
-    assert not is_full(None)
-
-
-def test_amounts_read_well() -> None:
-    assert [amount(size) for size in (0, 1023, 1024, 3 * 2**29, 5 * 2**40)] == [
-        "0 bytes",
-        "1023 bytes",
-        "1.0 KiB",
-        "1.5 GiB",
-        "5.0 TiB",
-    ]

@@ -1,4 +1,4 @@
-"""Signals set a flag and nothing else; hashes of samples ignore order and rank."""
+"""Requests to stop: signals set a flag and nothing else; a STOP file and a time limit set it, too."""
 
 import os
 import signal
@@ -8,11 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megabase.pipeline.ranks import stop as preemption
-from megabase.pipeline.ranks.agreement import hash_samples
+from megabase.pipeline.ranks import stop as stop_module
 from megabase.pipeline.ranks.stop import StopRequest
 
 # Another process sends as fast as it can, so that handlers interrupt handlers.
@@ -63,10 +60,8 @@ def wait_for(stop: StopRequest) -> str:
     return stop.reason
 
 
-def test_a_file_asks_to_stop_and_says_that_a_person_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preemption, "POLL_S", 0.01)
+def test_a_stop_file_sets_the_flag_for_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "POLL_S", 0.01)
     stop = StopRequest()
     stop.watch(tmp_path / "STOP")
     time.sleep(0.1)
@@ -76,10 +71,8 @@ def test_a_file_asks_to_stop_and_says_that_a_person_did(
     assert stop.by_person
 
 
-def test_a_file_after_a_signal_is_still_a_persons_wish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preemption, "POLL_S", 0.01)
+def test_a_stop_file_after_a_signal_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "POLL_S", 0.01)
     stop = StopRequest()
     stop._handle(signal.SIGUSR1, None)
     (tmp_path / "STOP").touch()
@@ -90,8 +83,10 @@ def test_a_file_after_a_signal_is_still_a_persons_wish(
     assert (stop.reason, stop.by_person) == ("SIGUSR1", True)
 
 
-def test_minutes_ask_to_stop_but_no_person_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "POLL_S", 0.01)
+def test_a_time_limit_sets_the_flag_but_not_for_a_person(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_module, "POLL_S", 0.01)
     stop = StopRequest()
     began = time.monotonic()
     stop.watch(tmp_path / "STOP")
@@ -101,16 +96,3 @@ def test_minutes_ask_to_stop_but_no_person_did(tmp_path: Path, monkeypatch: pyte
     # Threads of these tests end with the file.
     assert not stop.by_person
     (tmp_path / "STOP").touch()
-
-
-@given(st.lists(st.integers(-1, 2**40), max_size=30), st.integers(1, 5), st.randoms())
-def test_hash_of_parts_adds_up_to_the_hash_of_all(ids: list[int], parts: int, chance) -> None:
-    shuffled = ids[:]
-    chance.shuffle(shuffled)
-    total = sum(hash_samples(shuffled[part::parts]) for part in range(parts))
-    assert total % 2**64 == hash_samples(ids) % 2**64
-    assert -(2**63) <= hash_samples(ids) < 2**63
-
-
-def test_swapping_bases_of_equal_sum_changes_the_hash() -> None:
-    assert hash_samples([1, 4]) != hash_samples([2, 3])

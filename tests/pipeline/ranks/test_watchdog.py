@@ -16,7 +16,7 @@ from megabase.pipeline.ranks import watchdog
 
 watchdog.LINGER_S = 0.1
 watchdog.HEARTBEAT_S = 0.1
-dog = watchdog.Watchdog(Path(sys.argv[1]) / "logs", 3, {minutes}).start()
+dog = watchdog.Watchdog(Path(sys.argv[1]), 3, {minutes}).start()
 
 def rests_forever():
     time.sleep(60)

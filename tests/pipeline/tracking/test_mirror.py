@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.journal import Journal
-from megabase.pipeline.tracking.mirror import RUN_FILE, Mirror
+from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.tracking.mirror import Mirror
 
 pytestmark = pytest.mark.slow
 
@@ -117,8 +118,8 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     assert history(client, first.info.run_id) == [(row["step"], row["loss"]) for row in rows(1, 2500)]
 
     # The id of the run was not written down when the process died: its key finds it.
-    known = json.loads((run.directory / RUN_FILE).read_text())
-    (run.directory / RUN_FILE).write_text(json.dumps({**known, "run_id": None}))
+    known = json.loads((RunPaths(run.directory).mlflow).read_text())
+    (RunPaths(run.directory).mlflow).write_text(json.dumps({**known, "run_id": None}))
     run.optim.lr = 7.0
 
     # A restart from a checkpoint at step 2000: rows come again, with the same values, and go on.
@@ -137,4 +138,4 @@ def test_a_server_that_never_comes_costs_only_the_farewell(tmp_path: Path, serve
     Journal(run.directory / "metrics.jsonl", 0).append(rows(1, 3))
     mirror = Mirror(run, run.directory).start()
     assert not mirror.finish("FINISHED", timeout_s=1)
-    assert json.loads((run.directory / RUN_FILE).read_text())["run_id"] is None
+    assert json.loads((RunPaths(run.directory).mlflow).read_text())["run_id"] is None

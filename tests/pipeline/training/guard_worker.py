@@ -24,7 +24,8 @@ from megabase.pipeline.checkpoint.publish import TAG, list_checkpoints, step_of
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, rank_zero
-from megabase.pipeline.ranks import launch as distributed
+from megabase.pipeline.ranks import rendezvous
+from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.training import module
 from megabase.pipeline.training import run as train
@@ -176,11 +177,11 @@ class Poisoned(PretrainModule):
             self.unchanged.append(self.global_step)
 
 
-def run(name: str, case: Case, shards: str, root: Path, ranks: distributed.Ranks) -> dict[str, Any]:
+def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[str, Any]:
     """Train a case; what is known of it on all ranks."""
     settings = [f"data.shards={shards}", f"run.root={root}", f"run.name={name}", *SETTINGS, *case.settings]
     config = load([], settings)
-    train.check(config, ranks.size)
+    train.check(config, groups.world.size)
     if rank_zero():
         (config.directory / "checkpoints").mkdir(parents=True)
         if case.of:
@@ -188,10 +189,10 @@ def run(name: str, case: Case, shards: str, root: Path, ranks: distributed.Ranks
             for checkpoint in list_checkpoints(config.directory / "checkpoints"):
                 if step_of(checkpoint) > SAVED:
                     shutil.rmtree(checkpoint)
-    ranks.check(None)
+    groups.world.check(None)
     Poisoned.case = case
     try:
-        ended = train._fit(config, ranks.size, ranks, StopRequest())
+        ended = train._fit(config, groups.world.size, groups, StopRequest())
     except RunError as error:
         ended = str(error)
     trained = Poisoned.last
@@ -205,7 +206,7 @@ def run(name: str, case: Case, shards: str, root: Path, ranks: distributed.Ranks
     }
     if case.how == "undone":
         known["refused"] = [_refused(trained.engine, which, root) for which in ("", "weights", "exp_avg")]
-    return {"ended": ended, "step": trained.global_step, "ranks": ranks.gather(known)}
+    return {"ended": ended, "step": trained.global_step, "ranks": groups.world.gather(known)}
 
 
 def _refused(engine: Any, which: str, root: Path) -> str:
@@ -231,16 +232,16 @@ def main(shards: str, root: str, output: str) -> None:
     from megabase.pipeline.zero import strategy
 
     warnings.filterwarnings("ignore")
-    distributed.start()
+    rendezvous.start()
     strategy.start_deepspeed()
     module.PretrainModule = Poisoned  # type: ignore[misc]
-    ranks = distributed.Ranks()
+    groups = Groups.create()
     results = {}
     for name, case in CASES.items():
-        results[name] = run(name, case, shards, Path(root), ranks)
+        results[name] = run(name, case, shards, Path(root), groups)
         if rank_zero():
             Path(output).write_text(json.dumps(results))
-    ranks.check(None)
+    groups.world.check(None)
 
 
 if __name__ == "__main__":

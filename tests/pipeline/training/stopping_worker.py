@@ -15,8 +15,8 @@ from typing import Any
 
 from megabase.pipeline import cli
 from megabase.pipeline.checkpoint import publish as checkpoint
-from megabase.pipeline.ranks import launch as distributed
 from megabase.pipeline.ranks.stop import StopRequest
+from megabase.pipeline.ranks.supervisor import supervise
 from megabase.pipeline.training import callback as loop
 from megabase.pipeline.training.module import PretrainModule
 
@@ -69,7 +69,7 @@ def arrange(moment: str) -> None:
 if __name__ == "__main__":
     moment, *settings = sys.argv[1:]
     if "RANK" not in os.environ:
-        sys.exit(distributed.supervise([sys.executable, *sys.argv], 2, StopRequest().listen()))
+        sys.exit(supervise([sys.executable, *sys.argv], 2, StopRequest().listen()))
     if os.environ["RANK"] == "1":
         arrange(moment)
     sys.exit(cli.main(["train", *settings]))

@@ -6,15 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from megabase.pipeline.ranks import launch as distributed
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
+from megabase.pipeline.ranks.supervisor import free_port
 from tests.conftest import train_settings, training_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -160,13 +157,14 @@ def training_rows_or_none(run: Path) -> list[dict[str, object]]:
 def test_ranks_that_never_come_are_named() -> None:
     program = (
         "from datetime import timedelta\n"
-        "from megabase.pipeline import errors\n"
-        "from megabase.pipeline.ranks import launch as distributed\n"
-        "distributed.MEETING_TIMEOUT = timedelta(seconds=3)\n"
-        "try: distributed.start()\n"
+        "from megabase.pipeline import errors, log\n"
+        "from megabase.pipeline.ranks import rendezvous\n"
+        "log.set_up()\n"
+        "rendezvous.MEETING_TIMEOUT = timedelta(seconds=3)\n"
+        "try: rendezvous.start()\n"
         "except errors.RunError as error: print('RunError', error)\n"
     )
-    ports = {0: distributed._free_port(), 1: distributed._free_port()}
+    ports = {0: free_port(), 1: free_port()}
     began = time.monotonic()
     lonely = {
         rank: subprocess.Popen(
@@ -201,18 +199,18 @@ def test_a_rank_that_fails_leaves_with_its_code_whatever_the_teardown_does(error
     program = (
         "import atexit, os, sys\n"
         "from megabase.pipeline import cli\n"
-        "from megabase.pipeline.ranks import launch as distributed\n"
+        "from megabase.pipeline.ranks import rendezvous\n"
         "from megabase.pipeline.training import run as train\n"
         "from megabase.pipeline.errors import RunError\n"
         "def fail(*_):\n"
-        "    distributed.start()\n"
+        "    rendezvous.start()\n"
         f"    raise {error}\n"
         "train.train = fail\n"
         "atexit.register(os.abort)\n"
         "sys.exit(cli.main(['train', 'data.shards=x', 'run.name=x']))\n"
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed._free_port())}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -221,16 +219,3 @@ def test_a_rank_that_fails_leaves_with_its_code_whatever_the_teardown_does(error
         env=os.environ | alone | meeting,
     )
     assert (done.returncode, said in done.stderr) == (1, True), done.stderr
-
-
-def test_collectives_of_every_group_wait_longer_than_the_watchdog() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        groups = [dist.group.WORLD, dist.new_group([0])]
-        for hang, minutes in ((60.0, 70), (0.1, 40), (0.0, 24 * 60)):
-            distributed.wait_longer_than(hang)
-            for group in groups:
-                timeout = group._get_backend(torch.device("cpu")).options._timeout
-                assert timeout == timedelta(minutes=minutes)
-    finally:
-        dist.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 
 from megabase.pipeline.config.schema import ZeroConfig
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.ranks.launch import Ranks
+from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.zero.offload import _file, _in_file, move
 
 
@@ -32,7 +32,7 @@ def test_nothing_needs_no_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_ends_all_ranks_with_one_line_and_leaves_nothing(
-    tmp_path: Path, ranks: Ranks
+    tmp_path: Path, ranks: Group
 ) -> None:
     weights = torch.empty(1 << 50, device="meta")  # 4 PiB
     optimizer = SimpleNamespace(fp32_partitioned_groups_flat=[weights])

@@ -111,10 +111,10 @@ def train_and_save(checkpoint: Path, stage: int, precision: str, more: dict[str,
 
 def main(output: str) -> None:
     """One of RANKS processes: all cases."""
-    from megabase.pipeline.ranks import launch as distributed
+    from megabase.pipeline.ranks import rendezvous
     from megabase.pipeline.zero import strategy
 
-    distributed.start()
+    rendezvous.start()
     strategy.start_deepspeed()
     for name, (stage, precision, more) in CASES.items():
         checkpoint = Path(output) / name / "step-2"

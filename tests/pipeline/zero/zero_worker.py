@@ -25,7 +25,7 @@ from torch import nn
 
 from megabase.models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from megabase.pipeline.errors import rank_zero
-from megabase.pipeline.ranks import launch as distributed
+from megabase.pipeline.ranks import rendezvous
 
 STEPS, BATCH, LENGTH = 3, 4, 48
 LR, MOMENTUM = 0.1, 0.9
@@ -345,7 +345,7 @@ def main(output: str) -> None:
     from megabase.pipeline.zero import strategy  # sets DeepSpeed up for CPUs
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    distributed.start()
+    rendezvous.start()
     strategy.start_deepspeed()
     results = {f"built-{precision}": built(precision) for precision in PRECISIONS}
     for twin in itertools.product(PRECISIONS, CLIPS):

@@ -1,0 +1,84 @@
+"""What a rank knows of itself from its environment: torchrun's variables, or SLURM's.
+
+`megabase train` starts in one of three ways, and each ends with torchrun's variables set:
+
+- by hand: the process starts one rank per device itself (`supervisor.py`);
+- by `srun`, one task per device: `complete_environment` derives the variables from SLURM's;
+- by torchrun, or anything else that sets RANK and WORLD_SIZE.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megabase.pipeline.errors import UserError
+
+
+def local_devices(requested: int | None) -> int:
+    """The number of ranks on this node: `requested`, or else one for each GPU, or else 1.
+
+    Raises:
+        UserError: more GPUs are requested than the node has.
+    """
+    gpus = torch.cuda.device_count()
+    if requested is None:
+        return gpus or 1
+    if gpus and requested > gpus:
+        raise UserError(f"trainer.devices={requested}: this node has {gpus} GPUs")
+    return requested
+
+
+def is_rank() -> bool:
+    """Whether a launcher started this process as one rank: torchrun's variables are set, or it is a SLURM task."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    # A shell of salloc or sbatch has SLURM_PROCID too, but no step of its own, or one of a single task.
+    return _step_tasks() > 1 or ("SLURM_STEP_ID" in os.environ and "MASTER_ADDR" in os.environ)
+
+
+def complete_environment(nodes: int, devices: int) -> None:
+    """In a launched rank, set torchrun's variables from SLURM's where they are missing, and check them.
+
+    Args:
+        nodes: `trainer.nodes`.
+        devices: ranks on each node.
+
+    Raises:
+        UserError: the number of ranks is not nodes x devices, or MASTER_ADDR or MASTER_PORT is not set.
+    """
+    if "RANK" not in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = str(_step_tasks())
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["GROUP_RANK"] = os.environ["SLURM_NODEID"]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not set: the ranks do not know where to meet;"
+            " use `megabase submit`, or set them before srun as slurm/train.sbatch does"
+        )
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks != nodes * devices:
+        raise UserError(
+            f"{ranks} ranks were started, but trainer.nodes={nodes} x trainer.devices={devices} makes"
+            f" {nodes * devices}: change the settings, or the number of ranks that the launcher starts"
+        )
+
+
+def rank_name() -> str | None:
+    """This process's rank as text; None if it is not a rank."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, task 0 of a SLURM step, or no rank at all: messages and files are its job."""
+    return int(rank_name() or 0) == 0
+
+
+def _step_tasks() -> int:
+    """The number of tasks in this process's SLURM step; 1 outside of a step."""
+    if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
+        return 1
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"])

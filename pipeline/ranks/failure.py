@@ -1,0 +1,95 @@
+"""How a rank that fails reports why, once for the run, and how a rank exits.
+
+Ranks often find the same error. Then rank 0 reports it, and the others report nothing. A rank that fails alone reports
+the error under its own name. When a rank has died, all others find their connections broken: one line each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from megabase.datamodules.errors import DataError
+from megabase.models.config import ConfigError
+from megabase.pipeline.errors import RunError, UserError, first_line
+from megabase.pipeline.ranks import rendezvous
+from megabase.pipeline.ranks.environment import is_rank_zero, rank_name
+
+logger = logging.getLogger(__name__)
+
+# A rank that fails waits so long for rank 0's report, in seconds. Must be well below `supervisor.GRACE_S`.
+REPORT_WAIT_S = 2.0
+# The key that rank 0 sets in the store when it has reported why it fails.
+_REPORTED = "rank 0 has reported why it fails"
+# How gloo and NCCL report that a peer has left.
+_PEER_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|remote process exited|socket.*closed", re.IGNORECASE
+)
+
+
+def exit_rank(code: int) -> NoReturn:
+    """End this process without the interpreter's teardown, in which threads of the libraries may abort (SIGABRT).
+
+    A run that finished, or failed with a message, must not look like one that crashed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def report_failure(error: BaseException) -> None:
+    """Print on stderr why this process fails: one line for an error that a user can act on, else a traceback.
+
+    An error is reported once, however often this is called with it. KeyboardInterrupt is not reported.
+
+    Args:
+        error: what ends this process.
+    """
+    if getattr(error, "reported", False) or isinstance(error, KeyboardInterrupt):
+        return
+    error.reported = True  # type: ignore[attr-defined]
+    name = f"rank {rank_name()} on {platform.node()}: "
+    line = ""
+    if isinstance(error, UserError | RunError | DataError | ConfigError):
+        if not is_rank_zero() and _rank_zero_reports():
+            return
+        line = ("" if is_rank_zero() else name) + " ".join(str(error).split())
+    elif isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
+        problem = f"lost the connection to another rank ({first_line(error)})"
+        line = f"{name}{problem}: see that rank's own lines, or its node's log"
+    else:
+        traceback.print_exception(error)
+    if line:
+        logger.error(line)
+    store = rendezvous.store()
+    if store is not None and is_rank_zero():
+        with suppress(dist.DistError):
+            store.set(_REPORTED, "")
+        time.sleep(REPORT_WAIT_S / 2)  # the store ends with this process
+
+
+def _rank_zero_reports() -> bool:
+    """Wait up to REPORT_WAIT_S seconds for rank 0's report; returns whether it came."""
+    store = rendezvous.store()
+    if (
+        store is None
+    ):  # the ranks have not met; if rank 0 fails as well, the launcher ends this process meanwhile
+        time.sleep(REPORT_WAIT_S)
+        return False
+    try:
+        store.wait([_REPORTED], timedelta(seconds=REPORT_WAIT_S))
+    except dist.DistStoreError:
+        return False
+    except dist.DistError:  # rank 0 has ended, and the store with it
+        return True
+    return True

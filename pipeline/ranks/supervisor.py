@@ -1,0 +1,119 @@
+"""Starting the ranks of one machine as processes, and ending them together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import megabase
+from megabase.datamodules.processes import end_with_parent, signals_blocked
+from megabase.pipeline.errors import RESUME_HINT
+from megabase.pipeline.ranks.stop import INTERRUPTED, STOP_SIGNALS, StopRequest
+
+logger = logging.getLogger(__name__)
+
+# After one rank has failed, the others have this long to exit by themselves, in seconds. Then they are killed.
+GRACE_S = 10.0
+# How long a killed process is waited for, in seconds: one that waits for a dead disk ends only when the disk answers.
+KILLED_WAIT_S = 30.0
+
+
+def megabase_command(*arguments: str) -> list[str]:
+    """The command line that runs `megabase ARGUMENTS...` with this interpreter and the same packages.
+
+    `-P` keeps the user's working directory off the module path, as the `megabase` script does. If this process itself
+    found megabase in the working directory (`python -m` in a source tree), the new process must find it there, too.
+    """
+    root = Path(megabase.__file__).resolve().parents[1]
+    from_here = not sys.flags.safe_path and Path(sys.path[0] or ".").resolve() == root == Path.cwd().resolve()
+    return [sys.executable, *([] if from_here else ["-P"]), "-m", "megabase.pipeline.cli", *arguments]
+
+
+def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
+    """Start `ranks` processes of `command` on this machine and wait for them.
+
+    If a rank fails, the others are killed GRACE_S seconds later. A signal that sets `stop` is passed on to rank 0; the
+    ranks then agree on the step to stop at. If this process dies, the kernel kills the ranks.
+
+    Args:
+        command: the command line of one rank, which reads torchrun's variables from its environment.
+        ranks: number of processes.
+        stop: set by the signals of this process.
+
+    Returns:
+        The exit code of rank 0, or of the first rank that failed; 1 if a signal ended that rank.
+    """
+    processes = _start(command, ranks)
+    signal_sent = False
+    try:
+        while processes[0].poll() is None and all(p.poll() in (None, 0) for p in processes[1:]):
+            if stop and not signal_sent:
+                # Not SIGINT: a terminal sends that to the ranks as well, and a second SIGINT interrupts them.
+                terminated = stop.reason == signal.SIGTERM.name
+                processes[0].send_signal(signal.SIGTERM if terminated else signal.SIGUSR1)
+                signal_sent = True
+            time.sleep(0.1)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    return _end(processes)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(command: Sequence[str], ranks: int) -> list[subprocess.Popen[bytes]]:
+    environment = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GROUP_RANK": "0",
+    }
+    threads = max(1, (len(os.sched_getaffinity(0))) // ranks)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # A rank unblocks the stop signals when it has its handlers (`StopRequest.listen`).
+    with signals_blocked(STOP_SIGNALS):
+        return [
+            subprocess.Popen(
+                command,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                preexec_fn=partial(end_with_parent, os.getpid()),
+            )
+            for rank in range(ranks)
+        ]
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Give the ranks GRACE_S seconds to exit, and kill the rest; returns the first failed rank's exit code, or 0."""
+    failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    deadline = time.monotonic() + GRACE_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(KILLED_WAIT_S)
+    for rank in failed:
+        code = processes[rank].returncode
+        if code == INTERRUPTED:
+            logger.error(f"rank {rank} was interrupted; {RESUME_HINT}")
+        if code < 0:
+            name = signal.Signals(-code).name
+            logger.error(f"rank {rank} was ended by {name}; {RESUME_HINT}")
+    code = processes[failed[0] if failed else 0].returncode
+    return 1 if code < 0 else code

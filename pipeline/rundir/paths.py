@@ -1,0 +1,102 @@
+"""The files of a run directory: one name for each path, used everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# The journal. A checkpoint holds a copy of it, up to its step, under this name.
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Paths in the run directory `<run.root>/<run.name>/`. None of these files needs to exist.
+
+    Attributes:
+        directory: the run directory.
+    """
+
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        """Every setting of the run, as YAML."""
+        return self.directory / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, commit and hardware of the last start."""
+        return self.directory / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The journal: losses, learning rates and evaluations, a function of the run alone."""
+        return self.directory / METRICS
+
+    @property
+    def performance(self) -> Path:
+        """Speed, memory and checkpoints of the run, with the time of each row."""
+        return self.directory / "performance.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints, `step-N`."""
+        return self.directory / CHECKPOINTS
+
+    @property
+    def logs(self) -> Path:
+        """Directory of logs, heartbeats and stacks."""
+        return self.directory / "logs"
+
+    @property
+    def mlflow(self) -> Path:
+        """Which MLflow run the journal is sent to."""
+        return self.directory / "mlflow.json"
+
+    @property
+    def submit_script(self) -> Path:
+        """The job script of the last `megabase submit`, with the sbatch call."""
+        return self.directory / "submit.sbatch"
+
+    @property
+    def status(self) -> Path:
+        """State and step of the run."""
+        return self.directory / "status.json"
+
+    @property
+    def stop(self) -> Path:
+        """A file that stops the run, and that keeps it from starting again while it exists."""
+        return self.directory / "STOP"
+
+    @property
+    def baselines(self) -> Path:
+        """Bits per base of Markov models on the validation split."""
+        return self.directory / "baselines.json"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The loss curve, drawn."""
+        return self.directory / "loss.png"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the job that trains in this directory."""
+        return self.directory / ".lock"
+
+    def heartbeat(self, rank: int) -> Path:
+        """The last sign of life of a rank."""
+        return self.logs / f"rank-{rank}.heartbeat"
+
+    def stacks(self, rank: int) -> Path:
+        """The Python stacks of a rank that hung."""
+        return self.logs / f"rank-{rank}.stacks.txt"
+
+    def bad_step(self, step: int) -> Path:
+        """The windows of a step with bad numbers."""
+        return self.logs / f"bad-step-{step}.json"
+
+    def slurm_log(self, job: int | str) -> Path:
+        """The log of all starts of a SLURM job; `%j` stands for the job's id in sbatch's options."""
+        return self.logs / f"slurm-{job}.out"

@@ -1,0 +1,47 @@
+"""The status of a run: `status.json` for people, and a file that `slurm/train.sbatch` reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from megabase.datamodules.files import publish_json
+from megabase.pipeline.rundir.paths import RunPaths
+
+logger = logging.getLogger(__name__)
+
+# The job script sets this variable to the file in which it wants the status.
+STATUS_FILE_VARIABLE = "MEGABASE_STATUS_FILE"
+
+
+def write_status(directory: Path, state: str, step: int | None) -> None:
+    """Write the state of a run and its step to `status.json`. For rank 0 only.
+
+    A run that was killed leaves "running" behind. An error is printed and not raised.
+    """
+    _write(RunPaths(directory).status, {"state": state, "step": step})
+
+
+def write_launcher_status(state: str, step: int | None, directory: Path | None = None) -> None:
+    """Write the same for the job script, if it set MEGABASE_STATUS_FILE. For rank 0 only.
+
+    Args:
+        state: a state as in `status.json`.
+        step: the step, if it is known.
+        directory: the run directory, if this start may have written checkpoints there.
+    """
+    if not (file := os.environ.get(STATUS_FILE_VARIABLE)):
+        return
+    status: dict[str, Any] = {"state": state, "step": step}
+    if directory:
+        status["checkpoints"] = str(RunPaths(directory).checkpoints)
+    _write(Path(file), status)
+
+
+def _write(path: Path, status: dict[str, Any]) -> None:
+    try:
+        publish_json(path, status)
+    except OSError as error:
+        logger.error(f"cannot write {path}: {error}")

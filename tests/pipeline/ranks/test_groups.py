@@ -1,0 +1,28 @@
+"""Groups of ranks."""
+
+import pytest
+import torch
+
+from megabase.pipeline.errors import RunError
+from megabase.pipeline.ranks.groups import Group, Groups
+
+
+def test_a_group_of_one_rank(ranks: Group) -> None:
+    assert (ranks.rank, ranks.size) == (0, 1)
+    assert ranks.broadcast({"a": 1}) == {"a": 1} and ranks.gather("x") == ["x"]
+    counters = torch.tensor([3, 4])
+    ranks.sum_async(counters).wait()
+    assert counters.tolist() == [3, 4]
+
+
+def test_an_error_of_one_rank_is_raised_and_may_be_temporary(ranks: Group) -> None:
+    ranks.check(None)
+    for temporary in (False, True):
+        with pytest.raises(RunError, match="rank 0: no disk") as caught:
+            ranks.check("no disk", temporary=temporary)
+        assert caught.value.temporary == temporary
+
+
+def test_every_process_trains_on_windows_of_its_own(ranks: Group) -> None:
+    groups = Groups.create()
+    assert (groups.data.rank, groups.data.size) == (groups.world.rank, groups.world.size) == (0, 1)

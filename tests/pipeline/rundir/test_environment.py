@@ -1,0 +1,14 @@
+"""The record of a run's environment."""
+
+import json
+from pathlib import Path
+
+from megabase.pipeline.rundir import environment
+
+
+def test_the_record_names_versions_hardware_and_the_attention_kernel(tmp_path: Path) -> None:
+    environment.write(tmp_path)
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert written["versions"] == environment.versions()
+    assert {"python", "torch", "deepspeed", "pytorch-lightning"} <= written["versions"].keys()
+    assert written["cpus"] >= 1 and written["attention"] and written["processor"]
