@@ -420,6 +420,7 @@ def train_peer(task: Task, watch: Watch) -> None:
     from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks import rendezvous
     from megabase.pipeline.training import run as train
+    from megabase.pipeline.training.check import check
     from megabase.pipeline.training.module import PretrainModule
     from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
 
@@ -436,7 +437,7 @@ def train_peer(task: Task, watch: Watch) -> None:
 
     config = load([], task.settings)
     rendezvous.start()
-    train.check(config, task.ranks)
+    check(config, task.ranks)
     peer = Peer(task, watch)
 
     class Between(pl.Callback):

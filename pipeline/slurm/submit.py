@@ -1,7 +1,7 @@
-"""A config becomes an sbatch call: `megabase submit`.
+"""From a config to an sbatch call, and its submission.
 
-`sbatch_call` is a pure function; `submit` runs what it returns. The job itself, how it stops and how it goes
-on, is `slurm/train.sbatch`.
+`call_for` and `sbatch_call` are pure; `submit` runs what they return. How the job stops and goes on is written in
+`slurm/train.sbatch`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,36 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.paths import RunPaths
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
+# The longest time before the limit at which SLURM can send a signal, in seconds.
+LONGEST_SIGNAL_S = 65535
+
+
+def call_for(config: RunConfig, files: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], int]:
+    """The sbatch call of `megabase submit`, and the number of ranks that the job starts.
+
+    Args:
+        config: of the run, made of `files` and `overrides`.
+        files: config files; the job gets their absolute paths.
+        overrides: KEY=VALUE settings; the job gets them as they are.
+
+    Raises:
+        UserError: `trainer.devices` is not set, or sbatch cannot use a setting.
+    """
+    nodes, devices = config.trainer.nodes, config.trainer.devices
+    if devices is None:
+        raise UserError("trainer.devices is not set: a job has to ask for a number of ranks on each node")
+    call = sbatch_call(
+        config.slurm,
+        name=config.run.name,
+        nodes=nodes,
+        tasks_per_node=devices,
+        gpus_per_node=devices if config.slurm.gpus else 0,
+        run_dir=config.directory,
+        directory=Path.cwd(),
+        script=TRAIN_SCRIPT,
+        arguments=[*(str(Path(file).absolute()) for file in files), *overrides],
+    )
+    return call, nodes * devices
 
 
 def sbatch_call(
@@ -36,28 +66,21 @@ def sbatch_call(
     """The command line that submits `script` with `arguments`, as a list of words.
 
     Args:
-        name: the job's name. gpus_per_node: 0 asks for none.
-        run_dir: the job's log is `logs/slurm-JOBID.out` in it, one file for all its starts.
-        directory: where the job runs; relative paths in its arguments and configs count from here.
+        slurm: further options of the job.
+        name: of the job.
+        nodes: that the job gets.
+        tasks_per_node: ranks on each node.
+        gpus_per_node: 0 requests none.
+        run_dir: the job's log is `logs/slurm-JOBID.out` in it, one file for all starts of the job.
+        directory: working directory of the job; relative paths in its arguments and configs start there.
+        script: the job script.
+        arguments: of the script.
 
     Raises:
-        UserError: a setting that sbatch, or training under it, cannot use.
+        UserError: sbatch, or training under it, cannot use a setting.
     """
-    if name in ("bash", "interactive"):
-        raise UserError(f"run.name={name}: Lightning takes a job of this name for a terminal; choose another")
-    if not 0 < slurm.signal_seconds <= 65535:
-        raise UserError(f"slurm.signal_seconds={slurm.signal_seconds}: SLURM takes 1 to 65535 seconds")
-    limit = None if slurm.time is None else _seconds(slurm.time)
-    if limit is not None and limit <= slurm.signal_seconds:
-        raise UserError(
-            f"slurm.time={slurm.time} is {limit} s, and training is told to stop slurm.signal_seconds="
-            f"{slurm.signal_seconds} before its end: it would never train; raise slurm.time"
-        )
-    for option in slurm.extra:
-        if not option.startswith("-"):
-            raise UserError(
-                f"slurm.extra has {option!r}: write an option and its value as one, --option=value"
-            )
+    limit = _time_limit(slurm)
+    _check_options(slurm, name)
     gpu_type = "" if slurm.gpus in (None, "any") else f"{slurm.gpus}:"
     options: dict[str, object] = {
         "job-name": name,
@@ -73,7 +96,7 @@ def sbatch_call(
         "time": None if limit is None else f"{limit // 3600:02}:{limit // 60 % 60:02}:{limit % 60:02}",
         "signal": f"USR1@{slurm.signal_seconds}",
         "chdir": directory,
-        # %j is the job's id; a % in the run's own path is written twice.
+        # sbatch replaces %j by the job's id; %% stands for a % in the path itself.
         "output": f"{str(run_dir).replace('%', '%%')}/logs/slurm-%j.out",
     }
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
@@ -81,77 +104,75 @@ def sbatch_call(
 
 
 def submit(call: Sequence[str], run_dir: Path) -> int:
-    """Run an sbatch call; returns the job's id. `run_dir` gets submit.sbatch: the script and the call.
+    """Run an sbatch call and return the job's id. Writes `submit.sbatch`, the script and the call, to `run_dir`.
 
     Raises:
-        UserError: there is no sbatch, or it refuses; the message is sbatch's own.
+        UserError: there is no sbatch, or it refuses the job; the message has sbatch's own words.
     """
     script = Path(next(word for word in call[1:] if not word.startswith("-")))
     shebang, rest = script.read_text().split("\n", 1)
     paths = RunPaths(run_dir)
     paths.logs.mkdir(parents=True, exist_ok=True)
     paths.submit_script.write_text(f"{shebang}\n# {shlex.join(call)}\n{rest}")
-    # Of a job that we may be in ourselves nothing must leak into the new one; and the new one has to find the
-    # `megabase` that submitted it, whether its environment is activated or not.
-    environment = {
-        k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SRUN_"))
-    }
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     try:
-        done = subprocess.run(call, env=environment, capture_output=True, text=True)
+        done = subprocess.run(call, env=_job_environment(), capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError("sbatch is not on PATH: submit from a login node of the SLURM cluster") from None
-    # Some sites' sbatch greets first; the last line is JOBID or JOBID;CLUSTER.
-    job = re.search(r"^(\d+)(;.*)?\s*\Z", done.stdout, re.MULTILINE)
-    said = " ".join((done.stderr or done.stdout).split())
+    answer = " ".join((done.stderr or done.stdout).split())
     if done.returncode:
-        hint = "; for a cluster without GPUs set slurm.gpus=null" if "gres" in said.lower() else ""
-        raise UserError(f"sbatch refuses: {said or f'exit code {done.returncode}'}{hint}")
+        hint = "; for a cluster without GPUs set slurm.gpus=null" if "gres" in answer.lower() else ""
+        raise UserError(f"sbatch refuses: {answer or f'exit code {done.returncode}'}{hint}")
+    # sbatch of some sites prints a greeting first. The last line is JOBID or JOBID;CLUSTER.
+    job = re.search(r"^(\d+)(;.*)?\s*\Z", done.stdout, re.MULTILINE)
     if not job:
         raise UserError(
-            f"sbatch names no job id, so it is not known whether it took the job; it says: {said}"
+            f"sbatch printed no job id, so it is not known whether it took the job; it printed: {answer}"
         )
     return int(job[1])
 
 
-def submit_run(
-    config: RunConfig, files: Sequence[str], overrides: Sequence[str], *, dry_run: bool = False
-) -> int:
-    """`megabase submit`: submit the training of `config`, which `files` and `overrides` made.
+def _check_options(slurm: SlurmConfig, name: str) -> None:
+    if name in ("bash", "interactive"):
+        raise UserError(f"run.name={name}: Lightning takes a job of this name for a terminal; choose another")
+    for option in slurm.extra:
+        if not option.startswith("-"):
+            raise UserError(
+                f"slurm.extra has {option!r}: write an option and its value as one, --option=value"
+            )
 
-    Returns:
-        The exit code.
 
-    Raises:
-        UserError, DataError, ConfigError: the run could not train, or sbatch refuses; nothing is submitted.
+def _time_limit(slurm: SlurmConfig) -> int | None:
+    """`slurm.time` in seconds; None: the partition's limit. Checks that training has time before the stop signal."""
+    if not 0 < slurm.signal_seconds <= LONGEST_SIGNAL_S:
+        raise UserError(
+            f"slurm.signal_seconds={slurm.signal_seconds}: SLURM takes 1 to {LONGEST_SIGNAL_S} seconds"
+        )
+    limit = None if slurm.time is None else _seconds(slurm.time)
+    if limit is not None and limit <= slurm.signal_seconds:
+        raise UserError(
+            f"slurm.time={slurm.time} is {limit} s, and SLURM signals training to stop slurm.signal_seconds="
+            f"{slurm.signal_seconds} before its end: it would never train; raise slurm.time"
+        )
+    return limit
+
+
+def _job_environment() -> dict[str, str]:
+    """The environment for sbatch, which the job inherits.
+
+    Without the variables of a job that this process may run in itself; with this interpreter's directory first on
+    PATH, so that the job runs the `megabase` that submitted it, whether its environment is activated or not.
     """
-    from megabase.pipeline.training.run import check
-
-    nodes, devices = config.trainer.nodes, config.trainer.devices
-    if devices is None:
-        raise UserError("trainer.devices is not set: a job has to ask for a number of ranks on each node")
-    call = sbatch_call(
-        config.slurm,
-        name=config.run.name,
-        nodes=nodes,
-        tasks_per_node=devices,
-        gpus_per_node=devices if config.slurm.gpus else 0,
-        run_dir=config.directory,
-        directory=Path.cwd(),
-        script=TRAIN_SCRIPT,
-        arguments=[*(str(Path(file).absolute()) for file in files), *overrides],
-    )
-    check(config, nodes * devices)
-    if dry_run:
-        print(shlex.join(call))
-        return 0
-    job = submit(call, config.directory)
-    print(f"job {job} submitted; its log: {RunPaths(config.directory).slurm_log(job)}")
-    return 0
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key == "SLURM_CONF" or not key.startswith(("SLURM_", "SRUN_"))
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return environment
 
 
 def _seconds(time: str) -> int:
-    """A time limit in seconds. Unquoted, YAML reads 24:00:00 as a number: that of its seconds, 86400."""
+    """A time limit in seconds. YAML reads an unquoted 24:00:00 as its number of seconds, 86400."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):)?(\d+)", time)
     if not match or (match[2] and int(match[4]) > 59):
         raise UserError(f"slurm.time={time!r}: write HH:MM:SS or D-HH:MM:SS")

@@ -6,18 +6,14 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from megabase.datamodules.batches.visits import training_windows
 from megabase.datamodules.config import accumulation
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.segments import VALID
-from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.order.mixture import identity_of
 from megabase.models.config import ConfigError
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.config.load import save
@@ -31,11 +27,11 @@ from megabase.pipeline.ranks.groups import Group, Groups
 from megabase.pipeline.ranks.stop import EXIT_AGAIN, StopRequest
 from megabase.pipeline.rundir import environment
 from megabase.pipeline.rundir.journal import has_evaluation, read, restore
-from megabase.pipeline.rundir.lock import check_writable, lock_run
+from megabase.pipeline.rundir.lock import lock_run
 from megabase.pipeline.rundir.paths import METRICS, RunPaths
 from megabase.pipeline.rundir.status import write_launcher_status, write_status
 from megabase.pipeline.tracking.mirror import Mirror
-from megabase.pipeline.zero import settings as zero
+from megabase.pipeline.training.check import check
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -97,35 +93,6 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     )
     command = supervisor.megabase_command("train", *arguments)
     return supervisor.supervise(command, devices, stop)
-
-
-def check(config: RunConfig, ranks: int) -> None:
-    """Everything that can be found wrong before a process is started; fills in `model.vocab_size`."""
-    config.validate()
-    stop_file = RunPaths(config.directory).stop
-    # One rank looks: the file may come or go between two looks.
-    if is_rank_zero() and stop_file.exists():
-        raise UserError(f"{stop_file} stopped this run and keeps it so: remove it to go on")
-    if is_rank_zero():
-        check_writable(config.directory)
-    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
-    zero.check(config)
-    if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
-        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
-    index = ShardIndex.open(config.data.shards)
-    training_windows(config.data, index)
-    if config.checkpoint.keep_best and VALID not in index.segments.splits():
-        raise UserError(
-            f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
-            " the best with: prepare it with --valid, or set checkpoint.keep_best=0"
-        )
-    config.model.vocab_size = index.alphabet.vocab_size
-    config.model.validate(config.data.length)
-    for path in checkpoint.list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
-        with suppress(checkpoint.Damaged, OSError):  # `choose` finds out and says so
-            manifest = checkpoint.read_manifest(path)
-            now = checkpoint.manifest_of(config, 0, ranks, identity_of(index.segments, config.data.mixture))
-            checkpoint.check_same_run(manifest, now, path)
 
 
 def _rank(config: RunConfig, devices: int, stop: StopRequest) -> int:

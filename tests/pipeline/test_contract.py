@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from megabase.pipeline import cli
+from megabase.pipeline.commands.settings import split_settings
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
 
@@ -135,7 +136,7 @@ def test_keys() -> None:
 def test_settings_are_told_from_files(tmp_path) -> None:
     odd = tmp_path / "lr=1.yaml"
     odd.touch()
-    assert cli.split_settings(["a.yaml", str(odd), "optim.lr=1"]) == (["a.yaml", str(odd)], ["optim.lr=1"])
+    assert split_settings(["a.yaml", str(odd), "optim.lr=1"]) == (["a.yaml", str(odd)], ["optim.lr=1"])
 
 
 def test_signals_are_heard_before_the_heavy_libraries_load() -> None:

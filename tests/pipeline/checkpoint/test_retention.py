@@ -14,7 +14,7 @@ from megabase.pipeline.checkpoint.retention import best, doomed, evaluations, pr
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import CheckpointConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.training import run as train
+from megabase.pipeline.training.check import check
 from tests.conftest import DATA
 from tests.pipeline.checkpoints import write_checkpoint
 
@@ -181,7 +181,7 @@ def test_the_best_needs_a_validation_split(tmp_path: Path) -> None:
     prepare([DATA / "lambda_phage.fna.gz"], tmp_path / "shards", progress=False)
     run = load([], ["run.name=x", f"data.shards={tmp_path / 'shards'}", "checkpoint.keep_best=1"])
     with pytest.raises(UserError, match=r"checkpoint.keep_best=1: .* has no validation split"):
-        train.check(run, 1)
+        check(run, 1)
 
 
 def test_settings_that_fit_are_taken() -> None:

@@ -29,6 +29,7 @@ from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.training import module
 from megabase.pipeline.training import run as train
+from megabase.pipeline.training.check import check
 from megabase.pipeline.training.guard import LEAST_LOSSES
 from megabase.pipeline.training.module import PretrainModule
 
@@ -181,7 +182,7 @@ def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[
     """Train a case; what is known of it on all ranks."""
     settings = [f"data.shards={shards}", f"run.root={root}", f"run.name={name}", *SETTINGS, *case.settings]
     config = load([], settings)
-    train.check(config, groups.world.size)
+    check(config, groups.world.size)
     if rank_zero():
         (config.directory / "checkpoints").mkdir(parents=True)
         if case.of:

@@ -1,0 +1,67 @@
+"""`megabase prepare INPUT... OUTPUT`: sequence files to WebDataset shards with an index; `--check` verifies shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megabase.pipeline.commands.splits import add_splits, print_splits, splits_of
+from megabase.pipeline.errors import UserError
+
+HELP = "sequence files to WebDataset shards with an index"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="FASTA, FASTQ, JSONL, or text with --alphabet bytes; plain, gzip, bgzip or zstd; globs",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="directory of shards to make")
+    add_splits(parser)
+    parser.add_argument(
+        "--field", metavar="NAME", default="text", help="field of a JSONL line (default: text)"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per CPU)")
+    parser.add_argument(
+        "--check", action="store_true", help="verify the shards OUTPUT against their checksums"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    return _check(options) if options.check else _prepare(options)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from megabase.datamodules.prepare.run import prepare
+
+    if not options.inputs:
+        raise UserError(
+            f"prepare {options.output}: give INPUT... and then OUTPUT, a new directory for shards"
+        )
+    index = prepare(
+        options.inputs,
+        options.output,
+        jobs=options.jobs,
+        field=options.field,
+        progress=sys.stderr.isatty(),
+        **splits_of(options),
+    )
+    print_splits(options.output, index)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from megabase.datamodules.prepare.check import check
+
+    if options.inputs:
+        raise UserError(f"prepare --check {options.inputs[0]} ...: give one directory of shards, no inputs")
+    splits = splits_of(options)
+    if any(splits[name] is not None for name in ("valid", "test", "intervals")):
+        raise UserError("prepare --check compares shards with their checksums: give no splits with it")
+    bases = check(options.output, jobs=options.jobs, progress=sys.stderr.isatty())
+    print(f"{options.output}: {bases:,} bases as they were written")
+    return 0

@@ -1,0 +1,26 @@
+"""`megabase train CONFIG... [KEY=VALUE...]`: train, or resume, the run that a config describes."""
+
+from __future__ import annotations
+
+import argparse
+
+from megabase.pipeline.commands.settings import add_settings, split_settings
+from megabase.pipeline.ranks.stop import StopRequest
+
+HELP = "train, or resume, the run that a config describes"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_settings(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    # Before torch is imported, which takes seconds: a signal that comes meanwhile must not be lost.
+    stop = StopRequest().listen()
+    from megabase.pipeline.config.load import load
+    from megabase.pipeline.training.run import train
+
+    files, overrides = split_settings(options.settings)
+    return train(load(files, overrides), options.settings, stop)

@@ -1,0 +1,69 @@
+"""Everything about a training that can be found wrong before a process is started or a job is submitted."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+
+from megabase.datamodules.batches.visits import training_windows
+from megabase.datamodules.config import accumulation
+from megabase.datamodules.index.segments import VALID
+from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.order.mixture import identity_of
+from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.hardware import precision_of
+from megabase.pipeline.ranks.environment import is_rank_zero
+from megabase.pipeline.rundir.lock import check_writable
+from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.zero import settings as zero
+
+
+def check(config: RunConfig, ranks: int) -> None:
+    """Check a run against its shards, its run directory and this machine; sets `model.vocab_size`.
+
+    Args:
+        config: of the run.
+        ranks: that will train it, on all nodes together.
+
+    Raises:
+        UserError: a setting cannot work, a STOP file holds the run, its directory cannot be written, or its newest
+            checkpoint belongs to another run.
+        DataError: the shards are missing or damaged, or do not fit `data.*`.
+        ConfigError: `model.*` cannot work.
+    """
+    config.validate()
+    if is_rank_zero():  # one rank alone: the file may come or go between two looks
+        _check_run_directory(config)
+    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    zero.check(config)
+    if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
+        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
+    index = ShardIndex.open(config.data.shards)
+    training_windows(config.data, index)
+    if config.checkpoint.keep_best and VALID not in index.segments.splits():
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
+            " the best with: prepare it with --valid, or set checkpoint.keep_best=0"
+        )
+    config.model.vocab_size = index.alphabet.vocab_size
+    config.model.validate(config.data.length)
+    _check_newest_checkpoint(config, ranks, index)
+
+
+def _check_run_directory(config: RunConfig) -> None:
+    stop_file = RunPaths(config.directory).stop
+    if stop_file.exists():
+        raise UserError(f"{stop_file} stopped this run and keeps it stopped: remove it to go on")
+    check_writable(config.directory)
+
+
+def _check_newest_checkpoint(config: RunConfig, ranks: int, index: ShardIndex) -> None:
+    """Raise UserError if the newest checkpoint is of another model or other data. A damaged one is `choose`'s task."""
+    for path in checkpoint.list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
+        with suppress(checkpoint.Damaged, OSError):
+            manifest = checkpoint.read_manifest(path)
+            now = checkpoint.manifest_of(config, 0, ranks, identity_of(index.segments, config.data.mixture))
+            checkpoint.check_same_run(manifest, now, path)

@@ -1,0 +1,45 @@
+"""`megabase submit`: the training is checked first; a dry run prints the call and touches nothing."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megabase.pipeline import cli
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.training import check
+
+SETTINGS = ["run.name=genome", "data.shards=s", "data.length=64", "trainer.nodes=2", "trainer.devices=8"]
+
+
+def test_a_dry_run_prints_a_line_for_the_shell_and_touches_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked: list[tuple[str, int]] = []
+    monkeypatch.setattr(check, "check", lambda config, ranks: checked.append((config.run.name, ranks)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.yaml").write_text("optim: {lr: 0.2}\n")
+    assert cli.main(["submit", "a b.yaml", *SETTINGS, "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:2] == ["sbatch", "--parsable"] and "--nodes=2" in words
+    assert words[-len(SETTINGS) - 1 :] == [f"{tmp_path}/a b.yaml", *SETTINGS]
+    assert checked == [("genome", 16)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.yaml"]
+
+
+def test_a_training_that_could_not_run_is_not_submitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(config: RunConfig, ranks: int) -> None:
+        raise UserError("this cannot run")
+
+    monkeypatch.setattr(check, "check", refuse)
+    monkeypatch.chdir(tmp_path)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\ntouch submitted\necho 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert cli.main(["submit", *SETTINGS]) == 2
+    assert capsys.readouterr().err == "megabase: this cannot run\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["sbatch"]
