@@ -256,7 +256,7 @@ def huggingface() -> Row:
     return Row(
         "a transformers Reformer gives its logits here (local layers, fp32), and converts back to the same bits",
         f"largest difference {off:.1e}; round trip {'identical' if same else 'DIFFERS'}",
-        "tests/models/test_huggingface.py",
+        "tests/models/huggingface/test_convert.py",
     )
 
 

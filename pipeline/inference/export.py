@@ -20,8 +20,10 @@ from torch import Tensor
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.files import sync
-from megabase.models import huggingface, pretrained, safetensors
+from megabase.models import pretrained, safetensors
 from megabase.models.config import ReformerConfig
+from megabase.models.huggingface import to_huggingface
+from megabase.models.huggingface.settings import check_convertible
 from megabase.models.reformer import Reformer
 from megabase.pipeline.checkpoint.manifest import (
     MANIFEST,
@@ -199,7 +201,7 @@ def _damage(path: Path, check: Callable[[Manifest], None] | None) -> str | None:
 
 
 def _check_maps(manifest: Manifest) -> None:
-    huggingface.check_ours(model_config(manifest))
+    check_convertible(model_config(manifest))
 
 
 def _check_weights(checkpoint: Path, shards: Shards, shapes: Mapping[str, torch.Size]) -> None:
@@ -250,7 +252,7 @@ def _write_huggingface(
     source: dict[str, Any],
 ) -> None:
     weights = {name: shards.read(PREFIX + name).view(shape).to(dtype) for name, shape in shapes.items()}
-    theirs = huggingface.to_huggingface(pretrained.filled(model, weights).eval())
+    theirs = to_huggingface(pretrained.filled(model, weights).eval())
     theirs.save_pretrained(partial)
     (partial / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
 
