@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megabase.models.attention.kernels import triton as kernels
 from megabase.models.attention.kernels.inputs import Rule, SortedOrder
-from megabase.models.attention.kernels.triton import Tiles
+from megabase.models.attention.kernels.triton import host, tiles
+from megabase.models.attention.kernels.triton.tiles import Tiles
 from megabase.models.attention.lsh import draw_rotations
 from megabase.models.config import LSHConfig, ReformerConfig
 from megabase.pipeline.bench.options import lengths_of
@@ -71,13 +72,13 @@ def candidates(widths: list[int], once: bool) -> Iterator[Candidate]:
         for own, warps, stages in itertools.product((64, 128, 256), (4, 8), (1, 2)):
             yield Candidate("hash", d, once, Tiles(own, 0, warps, stages))
     for which, d in itertools.product(("forward", "backward"), widths):
-        table = kernels.FORWARD if which == "forward" else kernels.BACKWARD
+        table = tiles.FORWARD if which == "forward" else tiles.BACKWARD
         tried = [table[d]]
         for (own, other, warps), stages in itertools.product(shapes, (1, 2, 3)):
             for registers in (None, 128, 168) if (own, warps) == (64, 4) else (None, 128):
                 tried.append(Tiles(own, other, warps, stages, registers))
-        for tiles in dict.fromkeys(tried):
-            yield Candidate(which, d, once, tiles)
+        for sizes in dict.fromkeys(tried):
+            yield Candidate(which, d, once, sizes)
 
 
 class Problem:
@@ -104,7 +105,7 @@ class Problem:
             x.requires_grad_()
 
     def forward(self) -> torch.Tensor:
-        return kernels.sorted_attention(self.q, None, self.v, self.order, self.rule)
+        return host.sorted_attention(self.q, None, self.v, self.order, self.rule)
 
     def times(self, which: str, repeat: int) -> list[float]:
         """Milliseconds of so many passes after two that warm up."""
@@ -118,7 +119,7 @@ class Problem:
                     end.record()
             elif which == "hash":
                 start.record()
-                kernels.rotate_and_hash(self.q[None].detach(), self.rotations)
+                host.rotate_and_hash(self.q[None].detach(), self.rotations)
                 end.record()
             else:
                 out = self.forward()
@@ -144,14 +145,17 @@ class Problem:
 def install(candidate: Candidate) -> None:
     """Make the kernels take the candidate's tiles, whatever the rule."""
     if candidate.which == "hash":
-        kernels.HASH = candidate.tiles
+        tiles.HASH = candidate.tiles
         return
-    table = kernels.FORWARD if candidate.which == "forward" else kernels.BACKWARD
+    table = tiles.FORWARD if candidate.which == "forward" else tiles.BACKWARD
     table[candidate.d] = candidate.tiles
-    kernels._Launch.tiles = _as_tabled  # type: ignore[method-assign, assignment]
+    from megabase.models.attention.kernels.triton.launch import Launch
+
+    Launch.tiles = _from_table  # type: ignore[method-assign, assignment]
 
 
-def _as_tabled(launch: kernels._Launch, table: dict[int, Tiles]) -> Tiles:
+def _from_table(launch: Any, table: dict[int, Tiles]) -> Tiles:
+    """`Launch.tiles` without what it changes for some rules."""
     return table[max(launch.d, launch.d_v)]
 
 
@@ -202,9 +206,9 @@ def main() -> int:
     widths = [int(d) for d in options.head_dims.split(",")]
     lengths = lengths_of("--lengths", options.lengths)
     tables = {
-        "forward": dict(kernels.FORWARD),
-        "backward": dict(kernels.BACKWARD),
-        "hash": dict.fromkeys(widths, kernels.HASH),
+        "forward": dict(tiles.FORWARD),
+        "backward": dict(tiles.BACKWARD),
+        "hash": dict.fromkeys(widths, tiles.HASH),
     }
     passes = options.passes.split(",")
     work = [c for c in candidates(widths, options.once) if c.which in passes]
@@ -219,8 +223,8 @@ def main() -> int:
         for candidate in (
             c for c in work if (c.which, c.d) == (which, d) and compiled.get(c, "late") is None
         ):
-            kernels.FORWARD.update(tables["forward"])
-            kernels.BACKWARD.update(tables["backward"])
+            tiles.FORWARD.update(tables["forward"])
+            tiles.BACKWARD.update(tables["backward"])
             install(candidate)
             try:
                 timed.append((statistics.median(problem.times(which, options.repeat)), candidate))

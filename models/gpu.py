@@ -1,59 +1,41 @@
-"""What all Triton code shares: whether it can run here, and the random numbers of models/chance.py on the device.
+"""What the host needs to know about Triton: whether kernels can run, in which dtypes, with which options.
 
-Without a GPU, kernels run in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): right, and slow.
-Without triton, which torch for CPUs does not bring along, they are plain functions that nobody calls.
+Importing this file does not import triton. Without a GPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1
+was set when Python started: correct, and slow.
 """
-
-# What runs on the device has no types of Python.
-# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import os
 
 import torch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels compute with."""
 
 FUSED = {"enable_fp_fusion": True}
-"""a · b + c in one step: Triton up to 3.9 does so unasked."""
+"""Options of every launch. a · b + c in one step, rounded once: the default up to Triton 3.9 only."""
 
-
-def jit(**options: Any) -> Callable[[Any], Any]:
-    """triton.jit, or nothing where there is no triton."""
-    return triton.jit(**options) if triton is not None else lambda function: function
-
-
-@jit()
-def random_bits(counter, low, high):
-    """megabase.models.chance.random_bits, the key in two halves; all uint32."""
-    bits = counter + low
-    bits ^= bits >> 16
-    bits *= 0x7FEB352D
-    bits += high
-    bits ^= bits >> 15
-    bits *= 0x846CA68B
-    bits ^= bits >> 16
-    return bits
-
-
-INTERPRETED = triton is not None and not isinstance(random_bits, triton.JITFunction)
-"""Whether triton was imported with TRITON_INTERPRET=1."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels. Triton too decides this when it is imported."""
 
 
 def available() -> bool:
     """Whether kernels can run here: compiled on a CUDA device, or interpreted."""
-    return triton is not None and (INTERPRETED or torch.cuda.is_available())
+    return (INTERPRETED or torch.cuda.is_available()) and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether triton can be imported; torch for CPUs does not install it."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def padded(width: int) -> int:
-    """The side of a tile that holds `width`: a power of two, at least 16, which products of matrices want."""
-    return max(16, triton.next_power_of_2(width))
+    """The side of a tile that holds `width`: a power of two, at least 16, as matrix products need."""
+    return max(16, 1 << (width - 1).bit_length())

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.models import fused
-from megabase.models.chance import _quantiles, dropout, normals
+from megabase.models.chance import _quantiles, dropout, normals, random_bits
 from megabase.models.layers import _Convolve
 from megabase.models.positions import rotary
 from megabase.models.reversible import LIMIT, SCALE, FixedPoint
 from tests.models.interpreted import DEVICE, GPU, HERE, run_interpreted
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+fused_chance = pytest.importorskip("megabase.models.fused.chance")
 
 HALVES = (torch.bfloat16, torch.float16)
 # One rounding of the result, and of the sums of many.
@@ -147,8 +149,10 @@ class TestNorm:
 
     def test_many_rows_have_one_order_of_sums(self, monkeypatch):
         x, weight, grad = draw(300, 16), draw(16, seed=1), draw(300, 16, seed=2)
-        monkeypatch.setattr(fused, "BLOCK", 64)
-        monkeypatch.setattr(fused, "PROGRAMS", 7)
+        from megabase.models.fused import blocks
+
+        monkeypatch.setattr(blocks, "BLOCK", 64)
+        monkeypatch.setattr(blocks, "PROGRAMS", 7)
         got = [gradients(lambda x, w: fused.norm(x, w, None, 1e-6), [x, weight], grad) for _ in range(2)]
         assert all(map(torch.equal, *got))
         expected = gradients(lambda x, w: F.rms_norm(x, (16,), w, 1e-6), [x.double(), weight.double()], grad)
@@ -219,8 +223,32 @@ class TestConvolution:
             close(a.cpu(), b, dtype)
 
     def test_programs_share_the_tokens(self, monkeypatch):
-        monkeypatch.setattr(fused, "PROGRAMS", 2)
+        from megabase.models.fused import blocks
+
+        monkeypatch.setattr(blocks, "PROGRAMS", 2)
         self.test_equals_plain_torch(90, 8, 4, 3, torch.float32)
+
+
+def hash_counters(counters, keys, result, N: tl.constexpr):
+    """A kernel: hash N counters, each with its key."""
+    place = tl.arange(0, N)
+    key = tl.load(keys + place)
+    bits = fused_chance.random_bits(
+        tl.load(counters + place).to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    )
+    tl.store(result + place, bits.to(tl.int32, bitcast=True))
+
+
+@interpreted_only_elsewhere
+def test_the_hash_of_the_device_equals_that_of_torch():
+    """fused.chance.random_bits mirrors chance.random_bits, for every half of the key and every counter."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**63), 2**63 - 1, (1024,), generator=generator, dtype=torch.int64)
+    counters = torch.randint(-(2**31), 2**31, (1024,), generator=generator).to(torch.int32)
+    keys[:4], counters[:4] = torch.tensor([0, -1, 2**63 - 1, -(2**63)]), torch.tensor([0, 1, -1, 2**31 - 1])
+    result = torch.empty(1024, dtype=torch.int32, device=DEVICE)
+    triton.jit(hash_counters)[(1,)](counters.to(DEVICE), keys.to(DEVICE), result, N=1024)
+    assert torch.equal(result.cpu(), random_bits(keys, counters))
 
 
 @interpreted_only_elsewhere

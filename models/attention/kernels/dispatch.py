@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megabase.models.attention.kernels import chunked, native, reference, triton
+from megabase.models.attention.kernels import chunked, native, reference
 from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rule, SortedOrder, row_mask
+from megabase.models.attention.kernels.triton import host as triton
 from megabase.models.config import ConfigError
 
 BACKENDS = ("auto", "reference", "chunked", "native", "triton")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention.kernels import reference
-from megabase.models.attention.kernels import triton as kernels
 from megabase.models.attention.kernels.dispatch import unit_keys
 from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rule, SortedOrder
+from megabase.models.attention.kernels.triton import host as kernels
 from megabase.models.attention.lsh import draw_rotations, rotate_and_hash
 from megabase.models.config import ConfigError
 from tests.models.interpreted import DEVICE, GPU, HERE, ROOT, run_interpreted
@@ -136,11 +136,13 @@ class TestMeet:
             assert torch.equal(a, b)
 
     def test_rows_in_turns_give_the_same_bits(self, monkeypatch):
+        from megabase.models.attention.kernels.triton import launch
+
         for case in (Case(seed, torch.float32) for seed in range(3, 30)):
             if len(case.grad) > 1 and case.rest[1].once:
                 break
         together = case.run(kernels.sorted_attention)
-        monkeypatch.setattr(kernels, "PART", 1)
+        monkeypatch.setattr(launch, "PART", 1)
         for a, b in zip(case.run(kernels.sorted_attention), together, strict=True):
             assert torch.equal(a, b)
 
@@ -297,12 +299,12 @@ def test_compiles(name):
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {"_forward", "_backward", "_hash_kernel"} <= {x["kernel"] for x in compiled}
+    assert {"forward_round", "backward_round", "hash_kernel"} <= {x["kernel"] for x in compiled}
     for x in compiled:
         print(name, x)
         assert x["registers"] * 32 * x["warps"] <= 65536
         assert x["shared"] <= H100_SHARED
-        if x["kernel"] in ("_forward", "_backward"):
+        if x["kernel"] in ("forward_round", "backward_round"):
             assert x["tensor"] > 0
             if name == "plain-64":
                 # Bytes of a thread outside the loops; what spills within them is in the hundreds.
