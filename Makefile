@@ -1,13 +1,16 @@
-# make demo: pretrain on a real genome, kill it, resume it.   make test: all tests.
-# make bench: time and memory against the peers (DEVICE=cuda on a GPU).
-# All make the environment (.venv) if it is not there. PYTHON chooses the interpreter (3.11 or newer).
+# make demo     pretrain on a real genome, kill the run, resume it
+# make test     all tests; make quick: those that take seconds
+# make lint     ruff, mypy and the docs
+# make docs     the site, in build/site
+# make bench    time and memory beside other libraries (DEVICE=cuda on a GPU)
+# Each makes the virtual environment .venv if there is none. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 DEVICE ?= cpu
 
-.PHONY: demo test quick lint bench lock clean
+.PHONY: demo test quick lint docs bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -23,13 +26,22 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
 
-# The figures of the README, with the machine named. On a small CPU: about an hour, in which nothing else should run.
+# The site, in build/site. Nothing is fetched. A broken link or reference is an error (not with --quiet, which hides
+# warnings from --strict).
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The figures of docs/performance.md, with the machine named. On a small CPU this takes about an hour, in which nothing
+# else should run.
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[bench]"
-	$(BIN)/megabase bench attention --device $(DEVICE) --json benchmarks/results/attention-$(DEVICE).json
-	$(BIN)/megabase bench model --device $(DEVICE) --json benchmarks/results/model-$(DEVICE).json
-	$(BIN)/megabase bench data --json benchmarks/results/data-cpu.json
+	$(BIN)/megabase bench attention --device $(DEVICE) --json benchmarks/results/attention-$(DEVICE).json \
+		--picture docs/pictures/attention-$(DEVICE).png
+	$(BIN)/megabase bench model --device $(DEVICE) --json benchmarks/results/model-$(DEVICE).json \
+		--picture docs/pictures/model-$(DEVICE).png
+	$(BIN)/megabase bench data --json benchmarks/results/data-cpu.json --picture docs/pictures/data-cpu.png
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -39,7 +51,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[test,lint,docs]"
 	touch $@
 
 # Pin what is installed now, after the tests have passed with it.

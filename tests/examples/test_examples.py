@@ -1,0 +1,59 @@
+"""The scripts in examples/ run and print what they promise."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megabase.models import Reformer, ReformerConfig
+from megabase.models.pretrained import CONFIG, WEIGHTS
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(script: str, *arguments: str) -> list[str]:
+    """The lines that an example prints."""
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """An export of an untrained model."""
+    config = ReformerConfig(vocab_size=9, dim=32, depth=2, heads=2)
+    torch.manual_seed(1)
+    save_file(Reformer(config).state_dict(), tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({"model": asdict(config)}))
+    return tmp_path
+
+
+def test_score_and_generate(exported: Path) -> None:
+    lines = run("score_and_generate.py", str(exported))
+    scores = [float(re.findall(r"\d\.\d{3}", line)[0]) for line in lines[1:5]]
+    assert all(1.5 < score < 4 for score in scores)  # log2 of 9 tokens is 3.17
+    sequences = [line.split()[1] for line in lines if line.startswith("generated")]
+    assert len(set(sequences)) == 2
+    assert all(re.fullmatch("[ACGT]{60}", sequence) for sequence in sequences)
+
+
+def test_compare_attention() -> None:
+    header, *rows = run("compare_attention.py", "2")
+    assert "2 steps" in header
+    bits = {row[:12].strip(): float(row.split()[-2]) for row in rows}
+    assert list(bits) == ["local", "lsh", "local, lsh", "performer", "full"]
+    assert len(set(bits.values())) == len(bits)  # the kinds differ
+    assert all(1.5 < value < 4 for value in bits.values())
