@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
+# Processes that run tests; those that start ranks never run at once.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 DEVICE ?= cpu
 
 .PHONY: demo test quick lint docs bench lock clean
@@ -16,11 +19,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 # The tests that take seconds: what to run while working.
 quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not distributed and not slurm" $(TESTS)
+	$(PYTEST) -m "not slow and not distributed and not slurm" $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

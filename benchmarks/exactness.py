@@ -261,13 +261,14 @@ def huggingface() -> Row:
 
 
 def zero() -> Row:
-    from tests.pipeline.processes import run_ranks
     from tests.pipeline.zero.zero_worker import ACCUMULATIONS, STAGES, main
+    from tests.processes import run_ranks
 
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "results.json"
-        if run_ranks(2, main, str(output)) != 0:
-            raise SystemExit("the ZeRO ranks failed; their message is above")
+        code, messages = run_ranks(2, main, str(output))
+        if code != 0:
+            raise SystemExit(f"the ZeRO ranks failed:\n{messages}")
         results = json.loads(output.read_text())
     off = {
         precision: max(

@@ -1,14 +1,12 @@
-"""Shared by all tests: real input, prepared shards, and `megabase` as a process that cannot outlive its test."""
+"""Shared by all tests: real input, prepared shards, an undisturbed training; jobs cannot outlive their test."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -16,14 +14,13 @@ import pytest
 
 from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.rundir.journal import Row, read
+from tests.processes import ENVIRONMENT, START_S, Job
 
 # How long an example takes is no property of the code: machines are noisy.
 hypothesis.settings.register_profile("megabase", deadline=None)
 hypothesis.settings.load_profile("megabase")
 
 DATA = Path(__file__).parent / "data"
-# A process of two ranks imports torch, Lightning and DeepSpeed twice: about 20 s on two busy cores.
-START_S = 240.0
 
 STEPS = 40
 # Two ranks, two micro batches to a step, dropout, a constant rate (so that a run may stop before a later max_steps).
@@ -61,6 +58,15 @@ def unchanged_logging() -> Iterator[None]:
     logger.handlers[:], logger.level, logger.propagate = before
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for pytest-xdist: never two tests at once that start ranks, and one SLURM cluster for its tests."""
+    for item in items:
+        for name in ("distributed", "slurm"):
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
+                break
+
+
 @pytest.fixture(scope="session")
 def lambda_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The genome of phage lambda (48,502 bases) as shards; the last 10% are for validation."""
@@ -77,60 +83,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(runs: Path, lambda_shards: Path) -> Path:
-    """The run directory of a training that nothing interrupted."""
-    code, output = Job("train", *train_settings(lambda_shards, runs, "whole"), cwd=runs).wait()
-    assert code == 0, output
+    """The run directory of a training that nothing interrupted.
+
+    The real command starts it. Jobs that are compared with it are forks (processes.py).
+    """
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "megabase.pipeline.cli",
+            "train",
+            *train_settings(lambda_shards, runs, "whole"),
+        ],
+        cwd=runs,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     return runs / "whole"
-
-
-class Job:
-    """`megabase ...` in a process group of its own."""
-
-    def __init__(self, *arguments: str, cwd: Path) -> None:
-        self.command = arguments[0]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "megabase.pipeline.cli", *arguments],
-            cwd=cwd,
-            # Two ranks need two GPUs or none.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait(self, timeout: float = START_S) -> tuple[int, str]:
-        """(exit code, stderr); kills the group and fails when it takes longer, or when training prints on stdout."""
-        try:
-            stdout, messages = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            _, messages = self.process.communicate()
-            pytest.fail(f"megabase did not end within {timeout} s:\n{messages[-4000:]}")
-        if self.command == "train":
-            assert stdout == "", f"stdout is for results, and training has none: {stdout[-4000:]}"
-        return self.process.returncode, messages
-
-    def kill(self) -> None:
-        """SIGKILL to every process of the job."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def ranks(self) -> list[int]:
-        """The processes that train, in the order of ranks."""
-        parent = self.process.pid
-        return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-    def until(self, condition: Callable[[], bool], timeout: float = START_S) -> None:
-        """Wait until `condition` holds; fails when the job ends or time runs out first."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                code = self.process.poll()
-                self.kill()
-                _, messages = self.process.communicate()
-                pytest.fail(f"the job (code {code}) did not come so far:\n{messages[-4000:]}")
-            time.sleep(0.05)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import platform
 
 import pytest
 
-from tests.pipeline.processes import run_ranks
 from tests.pipeline.ranks import failing_worker
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -17,8 +17,9 @@ pytestmark = pytest.mark.distributed
         ("1", f"megabase: rank 1 on {platform.node()}: the disk of 1 is away"),
     ],
 )
-def test_an_error_is_reported_once(failing: str, line: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(2, failing_worker.main, failing) == 2
-    lines = capfd.readouterr().err.splitlines()
+def test_an_error_is_reported_once(failing: str, line: str) -> None:
+    code, messages = run_ranks(2, failing_worker.main, failing)
+    assert code == 2, messages
+    lines = messages.splitlines()
     assert [text for text in lines if text.startswith("megabase")][:1] == [line]
     assert sum("is away" in text for text in lines) == 1

@@ -25,9 +25,9 @@ from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.training.bad_windows import report
 from megabase.pipeline.training.guard import LEAST_LOSSES, History, Trouble, WatchedAdamW, step_loss
 from megabase.pipeline.training.recorder import Recorder
-from tests.pipeline.processes import run_ranks
 from tests.pipeline.training import guard_worker
 from tests.pipeline.training.guard_worker import BAD, CASES, SAVED, STEPS
+from tests.processes import run_ranks
 
 GUESS = math.log(9)
 
@@ -310,7 +310,8 @@ def poisoned(
     """The run root and the results of all cases of the worker, trained by two processes."""
     root = tmp_path_factory.mktemp("guard")
     output = root / "results.json"
-    assert run_ranks(2, guard_worker.main, str(lambda_shards), str(root), str(output)) == 0
+    code, printed = run_ranks(2, guard_worker.main, str(lambda_shards), str(root), str(output))
+    assert code == 0, printed
     results: dict[str, dict[str, Any]] = json.loads(output.read_text())
     return root, results
 

@@ -9,7 +9,8 @@ import torch
 from megabase.pipeline.checkpoint.publish import list_checkpoints
 from megabase.pipeline.rundir.journal import Row
 from megabase.pipeline.zero.states import MOMENTS, WEIGHTS, Shards
-from tests.conftest import Job, train_settings, training_rows
+from tests.conftest import train_settings, training_rows
+from tests.processes import Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,7 +76,7 @@ def test_states_and_weights_on_a_disk_come_back_as_they_were(
     )
     killed.until(lambda: len(training_rows(tmp_path / "killed")) >= 7)
     # Of both ranks, and each has more than one sub-group: weights, gradients, moments, and the weights of the device.
-    mapped = [mappings(child, disk) for child in killed.ranks()]
+    mapped = [mappings(child, disk) for child in killed.children()]
     assert len(mapped) == 2 and all(len(of_rank) >= 10 for of_rank in mapped)
     assert not list(disk.iterdir())  # no names: nothing stays, however a rank ends
     killed.kill()

@@ -13,6 +13,7 @@ import pytest
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
 from megabase.pipeline.ranks.supervisor import free_port
 from tests.conftest import train_settings, training_rows
+from tests.processes import Python
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -38,18 +39,9 @@ def test_told_at_any_moment_the_run_is_the_one_nobody_disturbed(
     for moment in ("startup", "checkpoint", "evaluation", "never"):
         # The checkpoint of step 10 is still being written when the evaluation of step 10 is broken off.
         background = f"checkpoint.background={str(moment == 'evaluation').lower()}"
-        done = subprocess.run(
-            [sys.executable, str(WORKER), moment, *settings, background],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            cwd=runs,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(WORKER.parents[3])},
-        )
-        output = done.stdout + done.stderr
+        code, output = Python(str(WORKER), moment, *settings, background, cwd=runs).wait()
         finished = moment == "never"
-        assert done.returncode == (0 if finished else EXIT_AGAIN), output
+        assert code == (0 if finished else EXIT_AGAIN), output
         assert status(run) == {"state": "finished" if finished else "again", "step": newest(run)}
         assert ("stopping: another rank was told to" in output) == (not finished), output
         assert not list((run / "checkpoints").glob("*.partial"))
@@ -67,7 +59,7 @@ def test_a_stop_file_stops_until_it_is_removed_and_max_minutes_stop_by_themselve
     job = start_job("train", *settings)
     job.until(lambda: len(training_rows(run)) >= 1)
     (run / "STOP").touch()
-    code, output = job.wait(60)
+    code, output = job.wait()
     assert code == EXIT_AGAIN, output
     assert f"stopping: {run / 'STOP'}" in output and f"remove {run / 'STOP'}, then the same" in output
     stopped_at = newest(run)
@@ -96,7 +88,7 @@ def test_a_rank_that_hangs_is_written_down_and_ends_the_job(
     quiet = ["trainer.hang_minutes=0.2", "trainer.eval_every_steps=0", "checkpoint.every_steps=0"]
     job = start_job("train", *train_settings(lambda_shards, runs, "hangs", *ENDLESS, *quiet))
     job.until(lambda: len(training_rows(run)) >= 1)
-    ranks = job.ranks()
+    ranks = job.children()
     os.kill(ranks[1], signal.SIGSTOP)
     began = time.monotonic()
     code, output = job.wait(120)

@@ -17,7 +17,8 @@ from megabase.pipeline.ranks.agreement import hash_samples
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training.evaluate import bits
-from tests.conftest import STEPS, Job, train_settings, training_rows
+from tests.conftest import STEPS, train_settings, training_rows
+from tests.processes import Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,7 +76,7 @@ def disturbed(runs: Path, lambda_shards: Path) -> Path:
 
     stopped = start_job("train", *settings, "trainer.max_steps=100000")
     stopped.until(lambda: len(training_rows(run)) > at + 1)
-    stopped.process.send_signal(signal.SIGUSR1)
+    stopped.send_signal(signal.SIGUSR1)
     code, output = stopped.wait()
     assert code == EXIT_AGAIN, output
     assert "resuming disturbed from" in output
@@ -139,8 +140,8 @@ def test_a_second_job_is_refused_and_a_stop_is_heard_at_any_pace(
     assert code == 2 and "another job is training" in output
     # To every process of the job, twice: as good as once to one of them.
     for _ in range(2):
-        os.killpg(first.process.pid, signal.SIGTERM)
-    code, output = first.wait(60)
+        os.killpg(first.pid, signal.SIGTERM)
+    code, output = first.wait()
     assert code == EXIT_AGAIN, output
     # SIGUSR1: the supervisor had been quicker to pass its own on.
     assert "stopping: SIGTERM" in output or "stopping: SIGUSR1" in output
@@ -201,10 +202,10 @@ def test_a_rank_that_dies_takes_the_job_down(runs: Path, lambda_shards: Path, st
     )
     job = start_job("train", *settings)
     job.until(lambda: len(training_rows(runs / "orphan")) >= 1)
-    children = job.ranks()
+    children = job.children()
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
-    code, output = job.wait(60)
+    code, output = job.wait()
     assert code == 1 and "rank 1 was ended by SIGKILL" in output
     assert "Traceback" not in output  # of rank 0, whose connection broke
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -18,7 +18,7 @@ from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.zero.states import Shards
 from tests.pipeline.checkpoints import sealed
-from tests.pipeline.processes import run_ranks
+from tests.processes import run_ranks
 
 RANKS = 3
 WHATS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -129,7 +129,8 @@ def main(output: str) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each case the checkpoint that RANKS processes wrote, and `held.pt`."""
     output = tmp_path_factory.mktemp("shards")
-    assert run_ranks(RANKS, main, str(output)) == 0
+    code, printed = run_ranks(RANKS, main, str(output))
+    assert code == 0, printed
     return output
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipeline.processes import run_ranks
 from tests.pipeline.zero import zero_worker
 from tests.pipeline.zero.zero_worker import ACCUMULATIONS, CLIPS, OFFLOADS, PRECISIONS, STAGES, Trained
+from tests.processes import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -22,7 +22,8 @@ TOLERANCE = {"fp32": (2e-6, 1e-4), "bf16": (2e-3, 1e-1)}
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases, trained by two processes."""
     output = tmp_path_factory.mktemp("zero") / "results.json"
-    assert run_ranks(2, zero_worker.main, str(output)) == 0
+    code, printed = run_ranks(2, zero_worker.main, str(output))
+    assert code == 0, printed
     loaded: dict[str, Any] = json.loads(output.read_text())
     return loaded
 
