@@ -389,7 +389,6 @@ class Watch:
 
 def train_ours(task: Task, watch: Watch) -> None:
     """`megabase train`, watched from outside."""
-    from megabase.pipeline.checkpoint import publish as checkpoint
     from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks.stop import StopRequest
     from megabase.pipeline.training import run as train
@@ -402,7 +401,7 @@ def train_ours(task: Task, watch: Watch) -> None:
         watch.boundary(trainer.global_step, lambda: between(self, trainer, *arguments))
 
     Boundary.on_train_batch_end = watched  # type: ignore[method-assign]
-    checkpoint.choose = watch.timed("verify", checkpoint.choose)
+    train.choose_to_resume = watch.timed("verify", train.choose_to_resume)  # type: ignore[attr-defined]
     ZeroStrategy.load_checkpoint = watch.timed("load", ZeroStrategy.load_checkpoint)  # type: ignore[method-assign]
     config = load([], task.settings)
     if train.train(config, task.settings, StopRequest()) != 0:

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from megabase.pipeline.checkpoint.manifest import list_checkpoints, step_of
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.rundir.paths import RunPaths
@@ -42,11 +43,6 @@ def main() -> int:
 
     _say("training on 2 processes with DeepSpeed ZeRO-2; somewhere on the way the job will be killed")
     killed_at = _train_and_kill()
-    from megabase.pipeline.checkpoint.publish import (  # not at the head: it imports torch
-        list_checkpoints,
-        step_of,
-    )
-
     saved = sorted(step_of(path) for path in list_checkpoints(PATHS.checkpoints))
     _say(
         f"SIGKILL to every process at step {killed_at}; checkpoints on disk: {saved}. The same command again:"

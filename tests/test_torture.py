@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabase.pipeline.checkpoint.publish import verify
+from megabase.pipeline.checkpoint.damage import find_damage
 from tests import torture
 from tests.torture import ALL, CHECKPOINT_DAMAGES, PHASES, RANK, SUPERVISOR, Lost, Options, plan
 
@@ -77,7 +77,7 @@ def test_every_damage_to_a_checkpoint_is_one(tmp_path: Path, name: str) -> None:
     path = make_checkpoint(tmp_path / "step-3")
     assert torture.damage_of(path) is None
     CHECKPOINT_DAMAGES[name](path, random.Random(1))
-    assert torture.damage_of(path) is not None and verify(path) is not None
+    assert torture.damage_of(path) is not None and find_damage(path) is not None
 
 
 def test_lost_rows_are_those_after_the_newest_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""`megabase checkpoints RUN`: what a run has to go on from, and what is wrong with the rest.
+"""`megabase checkpoints RUN`: every checkpoint of a run, its state, and which one the next start resumes from.
 
-Only reads, so it may look at a run that is training: a checkpoint that goes away meanwhile is left out. Needs no torch.
+Only reads, so the run may be training: a checkpoint that is deleted meanwhile is left out. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megabase.datamodules.progress import bar
-from megabase.pipeline.checkpoint.manifest import (
-    Damaged,
-    Manifest,
-    damage,
-    glance,
-    read_manifest,
-)
-from megabase.pipeline.checkpoint.retention import evaluations
+from megabase.pipeline.checkpoint.choose import newest_intact
+from megabase.pipeline.checkpoint.damage import find_damage, find_obvious_damage
+from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, read_manifest
+from megabase.pipeline.checkpoint.retention import validation_losses
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.files import directory_size, readable_size
-from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.rundir.paths import CHECKPOINTS, RunPaths
 
 VERIFIED = "verified"
 COMPLETE = "complete"
@@ -38,13 +34,18 @@ _HEADINGS = ("checkpoint", "size", "age", "ranks", "stage", "precision", "valid 
 
 @dataclass(frozen=True)
 class Entry:
-    """A directory of checkpoints.
+    """One directory in a run's `checkpoints/`.
 
-    state: verified (every file has its checksum), complete (names and sizes agree; checksums were not looked at),
-    broken, partial (being written, or left behind), deleting (likewise) or unknown (it cannot be read).
-    reason: of a state that is not verified, for people. bytes: on disk. created: Unix time; of a partial one, of
-    its last change. ranks, stage, precision: from its manifest, if that can be read. valid_loss: nats per base of the
-    evaluation at this very step, if there was one.
+    Attributes:
+        name: of the directory.
+        step: optimizer steps done.
+        state: verified (every file has its checksum), complete (names and sizes agree; checksums were not compared),
+            broken, partial (being written, or left by a killed job), deleting (likewise) or unknown (cannot be judged).
+        reason: why the state is not verified, for people.
+        bytes: on disk.
+        created: Unix time; of a partial checkpoint, the time of its last change.
+        ranks: from its manifest, as stage and precision; None if that cannot be read.
+        valid_loss: nats per base of the evaluation at this step, if there was one.
     """
 
     name: str
@@ -59,43 +60,50 @@ class Entry:
     valid_loss: float | None = None
 
     @property
-    def whole(self) -> bool:
-        """Whether a training would go on from it, as far as was looked."""
+    def intact(self) -> bool:
+        """Whether no damage was found."""
         return self.state in (VERIFIED, COMPLETE)
+
+    @property
+    def published(self) -> bool:
+        """Whether a start looks at it: it is neither partial, nor being deleted, nor set aside."""
+        return self.name == f"step-{self.step}"
 
 
 def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
-    """Every checkpoint of a run, newest first, also those that are not whole.
+    """Every checkpoint of a run, newest first, including those that are damaged, partial or set aside.
 
     Args:
-        fast: compare names and sizes only; else every byte is read.
-        progress: show a bar on stderr.
+        run: the run directory.
+        fast: compare names and sizes only; otherwise every byte is read.
+        progress: show a progress bar on stderr.
 
     Raises:
-        UserError: it is not a run directory, or has no checkpoint.
+        UserError: it is not a run directory, or has no checkpoint, or its journal cannot be read.
     """
+    metrics = RunPaths(run).metrics
     try:
-        losses = evaluations(RunPaths(run).metrics)
+        losses = validation_losses(metrics)
     except OSError as error:
-        raise UserError(f"{RunPaths(run).metrics} cannot be read: {error.strerror}") from None
+        raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
     for _ in range(_ATTEMPTS):
         found = _find(run)
-        whole_bytes = sum(_promised(path) for path in found) if not fast else 0
+        total = sum(_expected_bytes(path) for path in found) if not fast else 0
         entries = []
-        with bar("Verifying", whole_bytes, progress and not fast) as report:
+        with bar("Verifying", total, progress and not fast) as report:
             for path in found:
-                check = glance if fast else lambda path: damage(path, 0, 1, report)
-                entry = _look(path, check, COMPLETE if fast else VERIFIED, losses)
+                check = find_obvious_damage if fast else lambda path: find_damage(path, report=report)
+                entry = _entry(path, check, COMPLETE if fast else VERIFIED, losses)
                 if entry is not None:
                     entries.append(entry)
-        # A run that trains has deleted the newest one and made another? Then that is the one to tell of.
-        if any(entry.whole for entry in entries) or len(entries) == len(found):
+        # A run that trains may have deleted its only intact checkpoint for a newer one: then list again.
+        if any(entry.intact for entry in entries) or len(entries) == len(found):
             return entries
-    raise UserError(f"{run}: its checkpoints come and go too fast to be looked at: try --fast")
+    raise UserError(f"{run}: its checkpoints are deleted faster than they can be read: try --fast")
 
 
 def text(run: Path, entries: Sequence[Entry]) -> str:
-    """The list as a table, and what it means."""
+    """The list as a table, followed by what it means for the next start."""
     now = time.time()
     rows = [
         (
@@ -120,23 +128,29 @@ def text(run: Path, entries: Sequence[Entry]) -> str:
 
 
 def as_json(run: Path, entries: Sequence[Entry]) -> str:
-    """The list as JSON: an `Entry` each, newest first; and the name of the one that the `next` start goes on from."""
-    newest = _judged(entries)
-    told = {"run": str(run), "next": newest.name if newest and newest.whole else None}
-    return json.dumps(told | {"checkpoints": [asdict(entry) for entry in entries]}, indent=2)
+    """The list as JSON: `next` names the checkpoint that the next start resumes from, `checkpoints` has all entries."""
+    newest = _where_a_start_looks(entries)
+    return json.dumps(
+        {
+            "run": str(run),
+            "next": newest.name if newest and newest.intact else None,
+            "checkpoints": [asdict(entry) for entry in entries],
+        },
+        indent=2,
+    )
 
 
 def _find(run: Path) -> list[Path]:
-    """Directories of checkpoints, newest first; UserError where there are none."""
-    checkpoints = run / "checkpoints"
+    """Directories of checkpoints, newest first. Raises UserError if there are none."""
+    checkpoints = RunPaths(run).checkpoints
     if not run.is_dir():
         raise UserError(f"{run}: {'a file' if run.exists() else 'no such directory'}: give a run directory")
     if not checkpoints.is_dir():
-        # Who has completed the path one word too far is told so.
-        inside = next((p for p in run.resolve().parents if (p / "checkpoints").is_dir()), None)
-        if run.name == "checkpoints" or _NAME.fullmatch(run.name):
+        # A path that was completed one name too far gets a hint.
+        inside = next((p for p in run.resolve().parents if RunPaths(p).checkpoints.is_dir()), None)
+        if run.name == CHECKPOINTS or _NAME.fullmatch(run.name):
             inside = inside or run.resolve().parent
-            raise UserError(f"{run}: not a run directory, but in one: give {inside}")
+            raise UserError(f"{run}: not a run directory, but inside one: give {inside}")
         raise UserError(f"{run}: not a run directory: it has no checkpoints/ (give <run.root>/<run.name>)")
     names = [path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)]
     if not names:
@@ -150,18 +164,21 @@ def _step(path: Path) -> int:
     return int(match.group(1))
 
 
-def _promised(path: Path) -> int:
-    """Bytes that checking a checkpoint will read, as far as its manifest tells."""
+def _expected_bytes(path: Path) -> int:
+    """Bytes that checking a checkpoint will read, according to its manifest; 0 if that cannot be read."""
     try:
         return read_manifest(path).size
     except (Damaged, UserError, OSError):
         return 0
 
 
-def _look(
+def _entry(
     path: Path, check: Callable[[Path], str | None], good: str, losses: dict[int, float]
 ) -> Entry | None:
-    """One line of the list; None if the directory is not there any more."""
+    """One line of the list; None if the directory was deleted meanwhile.
+
+    check: returns the damage of a checkpoint. good: the state of one that `check` finds no damage in.
+    """
     try:
         size, changed = directory_size(path), _last_change(path)
         state, reason = _state(path, check, good)
@@ -183,13 +200,13 @@ def _look(
 
 
 def _state(path: Path, check: Callable[[Path], str | None], good: str) -> tuple[str, str]:
-    """(state, reason) of a directory by its name and its content."""
+    """(state, reason) of a directory, from its name and its content."""
     if path.suffix == ".partial":
-        return PARTIAL, "being written, or left by a job that was killed; the next checkpoint clears it away"
+        return PARTIAL, "being written, or left by a job that was killed; the next checkpoint removes it"
     if path.suffix == ".deleting":
-        return DELETING, "being deleted, or left by a job that was killed; the next checkpoint clears it away"
+        return DELETING, "being deleted, or left by a job that was killed; the next checkpoint removes it"
     try:
-        found = check(path)
+        damage = check(path)
     except UserError as error:
         return UNKNOWN, str(error).removeprefix(f"{path} ")
     except FileNotFoundError:
@@ -197,9 +214,9 @@ def _state(path: Path, check: Callable[[Path], str | None], good: str) -> tuple[
     except OSError as error:
         return UNKNOWN, f"cannot be read: {error}"
     if ".broken" in path.name:
-        again = f"set aside, but whole: rename it to step-{_step(path)} to use it"
-        return BROKEN, found or again
-    return (BROKEN, found) if found else (good, "" if good == VERIFIED else "checksums not compared")
+        intact = f"set aside, but intact: rename it to step-{_step(path)} to use it"
+        return BROKEN, damage or intact
+    return (BROKEN, damage) if damage else (good, "" if good == VERIFIED else "checksums not compared")
 
 
 def _manifest(path: Path) -> Manifest | None:
@@ -214,28 +231,34 @@ def _last_change(path: Path) -> float:
     return max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
 
 
-def _judged(entries: Sequence[Entry]) -> Entry | None:
-    """Where the next start comes to: it sets aside what is broken, but not what it cannot judge."""
-    return next((entry for entry in entries if entry.whole or entry.state == UNKNOWN), None)
+def _where_a_start_looks(entries: Sequence[Entry]) -> Entry | None:
+    """The checkpoint that the next start resumes from, or cannot judge; None if it finds neither."""
+    return newest_intact(
+        (entry for entry in entries if entry.published),
+        lambda entry: entry.reason if entry.state == BROKEN else None,
+        lambda entry, damage: None,
+    )
 
 
 def _conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
-    """What a user would ask next."""
+    """What the list means for the next start, and what a user may do."""
     lines = []
-    newest = _judged(entries)
+    newest = _where_a_start_looks(entries)
     if newest is None:
-        lines.append(f"{run}: there is none to go on from.")
-    elif newest.whole:
-        lines.append(f"{run}: the next start goes on from {newest.name}.")
+        lines.append(f"{run}: no checkpoint to resume from.")
+    elif newest.intact:
+        lines.append(f"{run}: the next start resumes from {newest.name}.")
     else:
-        lines.append(f"{run}: the next start ends at {newest.name}, which it can neither read nor leave out.")
+        lines.append(
+            f"{run}: the next start cannot resume: {newest.name} {newest.reason}. Repair that, or move it away."
+        )
     if RunPaths(run).stop.exists():
-        lines.append(f"{RunPaths(run).stop} is there: no start goes on until it is removed.")
+        lines.append(f"{RunPaths(run).stop} exists: the run does not start until it is removed.")
     aside = [entry for entry in entries if ".broken" in entry.name]
     if aside:
         size = readable_size(sum(entry.bytes for entry in aside))
         lines.append(
-            f"Broken ones set aside hold {size}; nothing deletes them by itself: look, then remove them with rm -r."
+            f"Checkpoints set aside as broken take {size}. Nothing deletes them automatically: remove them with rm -r."
         )
     return lines
 

@@ -1,95 +1,101 @@
-"""Which checkpoints stay: the newest, those of round steps, and the best; all others are deleted.
+"""Which checkpoints are kept: the newest, those of certain steps, and the best. All others are deleted.
 
-`doomed` decides, from steps and losses alone; `prune` deletes. To prune after every checkpoint leaves what pruning once
-at the end would: a checkpoint that falls behind stays behind. The evaluation of a step comes after its checkpoint,
-so the newest is not measured yet: it is always among those that stay. What is damaged neither counts nor is deleted:
-it cannot push out a good one, and the next start sets it aside and names it.
+`steps_to_delete` decides, from steps and losses alone; `prune` deletes. Pruning after every checkpoint leaves the same
+checkpoints as pruning once at the end. The evaluation of a step comes after its checkpoint, so the newest checkpoint
+has no loss yet: it is always kept. A damaged checkpoint does not count and is not deleted: it cannot displace an intact
+one, and the next start sets it aside and names it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megabase.pipeline.checkpoint.manifest import glance, list_checkpoints, step_of
+from megabase.pipeline.checkpoint.damage import find_obvious_damage
+from megabase.pipeline.checkpoint.manifest import list_checkpoints, step_of
+from megabase.pipeline.config.schema import CheckpointConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.journal import read
 
-if TYPE_CHECKING:
-    from megabase.pipeline.config.schema import CheckpointConfig
+logger = logging.getLogger(__name__)
 
 
-def doomed(steps: Iterable[int], losses: Mapping[int, float], settings: CheckpointConfig) -> set[int]:
+def steps_to_delete(
+    steps: Iterable[int], losses: Mapping[int, float], settings: CheckpointConfig
+) -> set[int]:
     """The steps whose checkpoints are to be deleted.
 
     Args:
         steps: of all checkpoints, in any order.
-        losses: validation loss by step, of the steps that were evaluated; a NaN is as good as none.
-        settings: its keep, keep_every and keep_best. Of equal losses the newer is better.
+        losses: validation loss by step, of the steps that were evaluated; NaN counts as not evaluated.
+        settings: its keep, keep_every and keep_best. Of equal losses the newer one is better.
     """
-    there = sorted(set(steps), reverse=True)
-    stay = set(there[: settings.keep])
+    newest_first = sorted(set(steps), reverse=True)
+    kept = set(newest_first[: settings.keep])
     if settings.keep_every:
-        stay |= {step for step in there if step % settings.keep_every == 0}
-    return set(there) - stay - set(best(there, losses, settings.keep_best))
+        kept |= {step for step in newest_first if step % settings.keep_every == 0}
+    return set(newest_first) - kept - set(best_steps(newest_first, losses, settings.keep_best))
 
 
-def best(steps: Iterable[int], losses: Mapping[int, float], number: int) -> list[int]:
+def best_steps(steps: Iterable[int], losses: Mapping[int, float], number: int) -> list[int]:
     """The steps with the lowest losses, at most `number`, best first."""
-    measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
-    return sorted(measured, key=lambda step: (losses[step], -step))[:number]
+    evaluated = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
+    return sorted(evaluated, key=lambda step: (losses[step], -step))[:number]
 
 
-def evaluations(journal: Path) -> dict[int, float]:
-    """Validation loss by step, from a run's `metrics.jsonl`; without those that are not finite."""
+def validation_losses(journal: Path) -> dict[int, float]:
+    """Validation loss by step, from a run's `metrics.jsonl`, without losses that are not finite."""
     rows = read(journal, having="valid_loss")
     # The journal writes NaN and infinities as text.
     return {row["step"]: row["valid_loss"] for row in rows if isinstance(row.get("valid_loss"), float)}
 
 
 def prune(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig) -> None:
-    """Delete the checkpoints that are not to stay. A reader never sees one that is half deleted.
+    """Delete the checkpoints that are not kept. A reader never sees one that is half deleted.
 
-    Too many checkpoints are no reason to end a training: what cannot be deleted is named on stderr.
+    An error is a warning only: too many checkpoints are no reason to end a training.
 
     Args:
-        losses: as `doomed`.
+        checkpoints: directory of the run's checkpoints.
+        losses: as for `steps_to_delete`.
+        settings: likewise.
     """
     try:
-        for step in sorted(_doomed_and_sound(checkpoints, losses, settings)):
+        for step in sorted(_intact_steps_to_delete(checkpoints, losses, settings)):
             _delete(checkpoints / f"step-{step}")
     except (OSError, UserError) as error:
-        print(f"megabase: old checkpoints in {checkpoints} cannot be deleted: {error}", file=sys.stderr)
+        logger.warning(f"old checkpoints in {checkpoints} cannot be deleted: {error}")
 
 
-def _doomed_and_sound(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig) -> set[int]:
-    """What `doomed` says of the checkpoints that are not damaged, as far as names and sizes tell.
+def _intact_steps_to_delete(
+    checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig
+) -> set[int]:
+    """`steps_to_delete` of the checkpoints whose names and sizes show no damage.
 
-    Looks at those only on which that depends: whoever is to go, or lets others go by staying.
+    Checks only those that the result depends on: what is to be deleted, and what is kept in its place.
     """
     steps = set(map(step_of, list_checkpoints(checkpoints)))
-    sound: set[int] = set()
+    intact: set[int] = set()
     while True:
-        going = doomed(steps, losses, settings)
-        staying = sorted(steps - going, reverse=True)
-        pushing = {*staying[: settings.keep], *best(staying, losses, settings.keep_best)}
-        if not (unknown := (going | pushing) - sound):
-            return going
+        deleted = steps_to_delete(steps, losses, settings)
+        kept = sorted(steps - deleted, reverse=True)
+        displacing = {*kept[: settings.keep], *best_steps(kept, losses, settings.keep_best)}
+        if not (unknown := (deleted | displacing) - intact):
+            return deleted
         for step in sorted(unknown):
             path = checkpoints / f"step-{step}"
-            if found := glance(path):
-                print(f"megabase: checkpoint {path} is broken ({found}): it does not count", file=sys.stderr)
+            if damage := find_obvious_damage(path):
+                logger.warning(f"checkpoint {path} is broken ({damage}): it does not count")
                 steps.discard(step)
             else:
-                sound.add(step)
+                intact.add(step)
 
 
 def _delete(path: Path) -> None:
-    """Remove a checkpoint, from its name on."""
-    leaving = path.with_name(path.name + ".deleting")
-    path.rename(leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+    """Remove a checkpoint; first it gets a name that no reader looks for."""
+    deleting = path.with_name(path.name + ".deleting")
+    path.rename(deleting)
+    shutil.rmtree(deleting, ignore_errors=True)

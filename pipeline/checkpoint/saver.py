@@ -1,18 +1,18 @@
 """Saving a run: one checkpoint after the other, published when every rank has written its part.
 
-First every rank writes its files; then rank 0 writes the manifest, names the directory and deletes old ones. In the
-background (`checkpoint.background`) training goes on as soon as the states are copied, and again while rank 0 does
-that: the ranks tell each other in the message of every step what they are done with (`agreement.py`), and `advance`
-together when all are. A checkpoint that never came to its name is not there: the one before counts.
+First every rank writes its files; then rank 0 writes the manifest, renames the directory and deletes old checkpoints.
+With `checkpoint.background`, training continues as soon as the states are copied, and again while rank 0 publishes. The
+ranks exchange their progress in the message of every step (`ranks/agreement.py`), and call `advance` together when all
+are done. A checkpoint that was never published does not count: the one before it does.
 
-A checkpoint for which the disk has no room ends no training: it is left out, loudly, and tried again when the next is
-due. Only the one that a run stops with must be written.
+If the disk has no space for a checkpoint, a warning says so, training continues, and the next checkpoint is tried when
+it is due. Only the checkpoint that a run stops with must be written.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 import time
 import traceback
 from concurrent.futures import Future
@@ -21,23 +21,33 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from megabase.pipeline.checkpoint import publish as checkpoint
-from megabase.pipeline.checkpoint.publish import LATEST, TAG, DiskFull, Manifest, manifest_of
-from megabase.pipeline.checkpoint.retention import evaluations, prune
-from megabase.pipeline.checkpoint.space import lacking
+from megabase.pipeline.checkpoint import publish
+from megabase.pipeline.checkpoint.identity import manifest_of
+from megabase.pipeline.checkpoint.manifest import Manifest
+from megabase.pipeline.checkpoint.publish import DiskFull
+from megabase.pipeline.checkpoint.retention import prune, validation_losses
+from megabase.pipeline.checkpoint.space import describe_shortage
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RESUME_HINT, RunError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir.paths import METRICS, RunPaths
-from megabase.pipeline.zero.checkpoint_engine import Storage
+from megabase.pipeline.zero.checkpoint_engine import DIRECTORY, LATEST, Storage
+from megabase.pipeline.zero.parameters import full_size
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Saved:
     """A published checkpoint.
 
-    size: bytes. held: seconds that it held training up; seconds: from its begin until it was there.
+    Attributes:
+        step: optimizer steps done.
+        path: its directory.
+        size: bytes.
+        held: seconds that training waited for it.
+        seconds: from its begin until it was published.
     """
 
     step: int
@@ -49,8 +59,18 @@ class Saved:
 
 @dataclass
 class Pending:
-    """A checkpoint that is being written. journal: bytes of the journal that belong to it. must: see `Saver.begin`.
-    naming: what rank 0 does once all is written, then the time and the checkpoint's bytes; None before that."""
+    """A checkpoint that is being written.
+
+    Attributes:
+        step: optimizer steps done.
+        partial: the directory that it is written to.
+        must: see `Saver.begin`.
+        journal: bytes of the journal that belong to it.
+        began: when it began, of `time.monotonic`.
+        held: seconds that training waited for it so far.
+        publishing: what rank 0 does once all is written; its result is the time of its end, and the checkpoint's
+            bytes. None before that.
+    """
 
     step: int
     partial: Path
@@ -58,147 +78,166 @@ class Pending:
     journal: int
     began: float
     held: float
-    naming: Future[tuple[float, int]] | None = None
+    publishing: Future[tuple[float, int]] | None = None
 
 
 class Saver:
-    """Writes a run's checkpoints. Every rank has one and calls the same methods at the same steps."""
+    """Writes a run's checkpoints. Every rank has one and calls the same methods at the same steps.
 
-    def __init__(self, config: RunConfig, data: str, ranks: Group, storage: Storage) -> None:
-        """data: identity of the shards, for the manifest."""
+    Args:
+        config: the run.
+        world: every process of the run.
+        storage: writes this rank's files.
+        data: identity of the shards, for the manifest.
+        alphabet: name of the shards' alphabet, for the manifest.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: Group, storage: Storage, *, data: str, alphabet: str
+    ) -> None:
         self._config = config
-        self._data = data
-        self._ranks = ranks
+        self._world = world
         self._storage = storage
-        self._directory = RunPaths(config.directory).checkpoints
+        self._data = data
+        self._alphabet = alphabet
+        self._paths = RunPaths(config.directory)
         self._pruning: Future[None] | None = None
         self.pending: Pending | None = None
 
     @property
     def advanced(self) -> int:
         """How often all ranks have advanced with the pending checkpoint: 0 or 1."""
-        return int(self.pending is not None and self.pending.naming is not None)
+        return int(self.pending is not None and self.pending.publishing is not None)
 
     @property
     def progress(self) -> int:
-        """What this rank is done with, of the pending checkpoint: 0 nothing, 1 its part is written, 2 it has a name."""
+        """This rank's progress with the pending checkpoint: 0 none, 1 its part is written, 2 it is published."""
         if self.pending is None:
             return 0
-        if self.pending.naming is None:
+        if self.pending.publishing is None:
             return int(self._storage.done)
-        return 1 + int(self.pending.naming.done())
+        return 1 + int(self.pending.publishing.done())
 
     def begin(self, trainer: pl.Trainer, step: int, *, must: bool) -> None:
-        """Write the states of `step`, or start to. Nothing may be pending, nor is it if the disk has no room.
+        """Write the states of `step`, or start to write them in the background. No checkpoint may be pending.
+
+        If the disk has no space, no checkpoint is pending afterwards.
 
         Args:
+            trainer: Lightning's Trainer, whose states are saved.
+            step: optimizer steps done.
             must: a full disk is an error, not a warning.
 
         Raises:
-            RunError: on every rank, if the disk has no room and the checkpoint must be.
+            RunError: on every rank, if the disk has no space and the checkpoint must be written.
         """
         assert self.pending is None
         began = time.monotonic()
-        partial = checkpoint.partial_directory(self._directory, step)
-        journal, lacks = 0, None
-        if self._ranks.rank == 0:
+        partial = publish.partial_directory(self._paths.checkpoints, step)
+        journal, lacking = 0, None
+        if self._world.rank == 0:
             if self._pruning:
                 self._pruning.result()
-            checkpoint.clean(self._directory)
-            self._prune()  # before room is looked for: `checkpoint.keep` may have been lowered to make some
-            journal = RunPaths(self._config.directory).metrics.stat().st_size
-            lacks = self._lacking(trainer)
-        # Also: nobody writes before rank 0 has cleaned up.
-        if lacks := self._ranks.broadcast(lacks):
-            self._left_out(step, lacks, must)
+            publish.remove_leftovers(self._paths.checkpoints)
+            self._prune()  # before the free space is checked: a lower `checkpoint.keep` may have freed some
+            journal = self._paths.metrics.stat().st_size
+            lacking = self._describe_shortage(trainer)
+        # No rank writes before this broadcast: rank 0 has removed leftovers by then.
+        if lacking := self._world.broadcast(lacking):
+            self._give_up(step, lacking, must)
             return
         trainer.save_checkpoint(partial, weights_only=False)
         self.pending = Pending(step, partial, must, journal, began, time.monotonic() - began)
 
     def advance(self) -> Saved | None:
-        """The next thing for the pending checkpoint; waits for what is not done. None: it goes on, or is left out.
+        """Do the next part of the work on the pending checkpoint, after waiting for what is not done yet.
+
+        Returns:
+            The checkpoint, once it is published; None if it is not yet, or was given up.
 
         Raises:
-            RunError: on every rank, if any rank could not write its part, or had states that are not finite; but for
-                a full disk, if the run goes on.
+            RunError: on every rank, if any rank could not write its part, or had states that are not finite. A full
+                disk raises an error only if the checkpoint must be written.
         """
         pending = self.pending
         assert pending is not None
         began = time.monotonic()
         try:
-            if pending.naming is None:
-                pending.naming = self._start_naming(pending)
+            if pending.publishing is None:
+                pending.publishing = self._start_publishing(pending)
                 if self._config.checkpoint.background:
                     pending.held += time.monotonic() - began
                     return None
-            self._agree(pending.naming)
+            self._raise_on_all_ranks(pending.publishing)
         except RunError as error:
             self.pending = None
-            if self._ranks.rank == 0:
-                shutil.rmtree(pending.partial, ignore_errors=True)  # also to give the room back
+            if self._world.rank == 0:
+                shutil.rmtree(pending.partial, ignore_errors=True)  # also frees its space
             must = pending.must or not isinstance(error, DiskFull)
-            self._left_out(pending.step, str(error), must, temporary=error.temporary)
+            self._give_up(pending.step, str(error), must, temporary=error.temporary)
             return None
         self.pending = None
-        if self._ranks.rank == 0:
+        if self._world.rank == 0:
             self._pruning = self._storage.run(self._prune)
             if pending.must:
                 self._pruning.result()  # the run ends here
-        (named, size), path = pending.naming.result(), checkpoint.published(pending.partial)
-        return Saved(pending.step, path, size, pending.held + time.monotonic() - began, named - pending.began)
+        ended, size = pending.publishing.result()
+        path = publish.published_directory(pending.partial)
+        return Saved(pending.step, path, size, pending.held + time.monotonic() - began, ended - pending.began)
 
-    def _start_naming(self, pending: Pending) -> Future[tuple[float, int]]:
-        """Collect what the ranks have written; on rank 0, begin to make a checkpoint of it: see `Pending.naming`."""
+    def _start_publishing(self, pending: Pending) -> Future[tuple[float, int]]:
+        """Collect what the ranks have written; on rank 0, begin to publish it: see `Pending.publishing`."""
         written = self._storage.result()
-        manifest = manifest_of(self._config, pending.step, self._ranks.size, self._data)
-        checkpoint.describe(pending.partial, manifest, self._ranks, written.files, written.error)
+        manifest = manifest_of(
+            self._config, pending.step, ranks=self._world.size, data=self._data, alphabet=self._alphabet
+        )
+        publish.collect_files(pending.partial, manifest, self._world, written.files, written.error)
 
-        def name() -> tuple[float, int]:
-            if self._ranks.rank == 0:
-                self._add_ours(pending, manifest)
-                checkpoint.seal(pending.partial, manifest)
+        def work() -> tuple[float, int]:
+            if self._world.rank == 0:
+                self._add_files(pending, manifest)
+                publish.publish(pending.partial, manifest)
             return time.monotonic(), manifest.size
 
-        return self._storage.run(name)
+        return self._storage.run(work)
 
-    def _agree(self, naming: Future[tuple[float, int]]) -> None:
-        """Raise on every rank if rank 0 could not name the checkpoint."""
-        error = naming.exception()
+    def _raise_on_all_ranks(self, publishing: Future[tuple[float, int]]) -> None:
+        """Raise on every rank if rank 0 could not publish the checkpoint."""
+        error = publishing.exception()
         if error and not isinstance(error, OSError):
-            traceback.print_exception(error)  # a mistake of ours: the others hear only what it says
-        checkpoint.agree(self._ranks, error)
+            traceback.print_exception(error)  # a bug: the other ranks receive its message only
+        publish.gather_or_raise(self._world, error)
 
     def _prune(self) -> None:
-        """On rank 0: delete the checkpoints that are not to stay."""
+        """On rank 0: delete the checkpoints that are not kept."""
         settings = self._config.checkpoint
         try:
-            losses = evaluations(RunPaths(self._config.directory).metrics) if settings.keep_best else {}
+            losses = validation_losses(self._paths.metrics) if settings.keep_best else {}
         except OSError as error:
-            print(f"megabase: no checkpoint is deleted: {error}", file=sys.stderr)
+            logger.warning(f"no checkpoint is deleted: {error}")
             return
-        prune(self._directory, losses, settings)
+        prune(self._paths.checkpoints, losses, settings)
 
-    def _add_ours(self, pending: Pending, manifest: Manifest) -> None:
+    def _add_files(self, pending: Pending, manifest: Manifest) -> None:
         """On rank 0: the journal up to the step, and the file that DeepSpeed's own tools look for."""
-        with RunPaths(self._config.directory).metrics.open("rb") as rows:
-            contents = {LATEST: TAG.encode(), METRICS: rows.read(pending.journal)}
+        with self._paths.metrics.open("rb") as rows:
+            contents = {LATEST: DIRECTORY.encode(), METRICS: rows.read(pending.journal)}
         for name, content in contents.items():
             path = pending.partial / name
             path.write_bytes(content)
-            manifest.files[name] = checkpoint.synced(path)
+            manifest.files[name] = publish.sync_and_measure(path)
 
-    def _left_out(self, step: int, why: str, must: bool, *, temporary: bool = False) -> None:
-        """Say that a checkpoint is not written; raise RunError, `temporary` or not, if it had to be."""
-        said = f"the checkpoint of step {step} is not written: {why}"
+    def _give_up(self, step: int, why: str, must: bool, *, temporary: bool = False) -> None:
+        """Warn that a checkpoint is not written; raise RunError if it must be."""
+        message = f"the checkpoint of step {step} is not written: {why}"
         if must:
             raise RunError(
-                f"{said}. What was there before is as it was; {RESUME_HINT}",
-                temporary=temporary,
+                f"{message}. Earlier checkpoints are unchanged; {RESUME_HINT}", temporary=temporary
             )
-        if self._ranks.rank == 0:
-            print(f"megabase: {said}. Training goes on without it", file=sys.stderr, flush=True)
+        if self._world.rank == 0:
+            logger.warning(f"{message}. Training continues without it")
 
-    def _lacking(self, trainer: pl.Trainer) -> str | None:
-        parameters = (getattr(p, "ds_numel", p.numel()) for p in trainer.lightning_module.parameters())
+    def _describe_shortage(self, trainer: pl.Trainer) -> str | None:
+        parameters = sum(map(full_size, trainer.lightning_module.parameters()))
         precision = precision_of(self._config.trainer.precision)
-        return lacking(self._directory, sum(parameters), self._config.zero.stage, precision)
+        return describe_shortage(self._paths.checkpoints, parameters, self._config.zero.stage, precision)

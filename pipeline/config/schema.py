@@ -20,7 +20,7 @@ from megabase.pipeline.errors import UserError
 
 PRECISIONS = ("16", "32", "auto", "bf16")
 NONE, CPU, NVME = OFFLOAD = ("none", "cpu", "nvme")
-STOP, SKIP = ON_BAD = ("stop", "skip")
+SKIP, STOP = ON_BAD = ("skip", "stop")
 
 
 @dataclass

@@ -58,7 +58,13 @@ class Boundary(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(trainer.strategy, ZeroStrategy)
-        self._saver = Saver(self.config, self.data.identity, self.ranks, trainer.strategy.storage)
+        self._saver = Saver(
+            self.config,
+            self.ranks,
+            trainer.strategy.storage,
+            data=self.data.identity,
+            alphabet=self.data.index.alphabet.name,
+        )
         self.step = trainer.global_step
         self._open_books()
         set_collective_timeouts(self.config.trainer.hang_minutes)
@@ -149,7 +155,7 @@ class Boundary(pl.Callback):
         module, strategy = trainer.lightning_module, trainer.strategy
         assert isinstance(module, PretrainModule) and isinstance(strategy, ZeroStrategy)
         nats, scored = module.totals()
-        applied = strategy.deepspeed_engine.was_step_applied()
+        applied = strategy.step_was_applied()
         minutes = self.config.checkpoint.every_minutes
         overdue = bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
         agreed = self._agreement.exchange(
@@ -266,4 +272,4 @@ def _gradient_norm(trainer: pl.Trainer) -> Any:
     """Global gradient norm of the last step, before clipping: a number or a tensor on the device."""
     strategy = trainer.strategy
     assert isinstance(strategy, ZeroStrategy)
-    return strategy.deepspeed_engine.get_global_grad_norm()
+    return strategy.gradient_norm()

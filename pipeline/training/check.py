@@ -11,14 +11,15 @@ from megabase.datamodules.config import accumulation
 from megabase.datamodules.index.segments import VALID
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
-from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.checkpoint.identity import check_same_run, manifest_of
+from megabase.pipeline.checkpoint.manifest import Damaged, list_checkpoints, read_manifest
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.environment import is_rank_zero
 from megabase.pipeline.rundir.lock import check_writable
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.zero import settings as zero
+from megabase.pipeline.zero import passthrough
 
 
 def check(config: RunConfig, ranks: int) -> None:
@@ -38,7 +39,7 @@ def check(config: RunConfig, ranks: int) -> None:
     if is_rank_zero():  # one rank alone: the file may come or go between two looks
         _check_run_directory(config)
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
-    zero.check(config)
+    passthrough.check(config)
     if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
     index = ShardIndex.open(config.data.shards)
@@ -62,8 +63,9 @@ def _check_run_directory(config: RunConfig) -> None:
 
 def _check_newest_checkpoint(config: RunConfig, ranks: int, index: ShardIndex) -> None:
     """Raise UserError if the newest checkpoint is of another model or other data. A damaged one is `choose`'s task."""
-    for path in checkpoint.list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
-        with suppress(checkpoint.Damaged, OSError):
-            manifest = checkpoint.read_manifest(path)
-            now = checkpoint.manifest_of(config, 0, ranks, identity_of(index.segments, config.data.mixture))
-            checkpoint.check_same_run(manifest, now, path)
+    for path in list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
+        with suppress(Damaged, OSError):
+            manifest = read_manifest(path)
+            data = identity_of(index.segments, config.data.mixture)
+            current = manifest_of(config, 0, ranks=ranks, data=data, alphabet=index.alphabet.name)
+            check_same_run(manifest, current, path)

@@ -10,7 +10,7 @@ them before a checkpoint. With `skip` every rank reads the loss of a step, summe
 pass of that step, and turns the gradient into NaN where the loss is bad. A gradient that is not finite is what
 DeepSpeed drops by itself, on every rank and in every stage, with weights, moments and step count left as they are: so
 there is one way to skip an update, whatever was wrong. Stage 0 in fp32 is the exception, where DeepSpeed steps a plain
-optimizer: `WatchedAdamW` does it there.
+optimizer: `zero.adamw.PlainAdamW` does it there.
 """
 
 from __future__ import annotations
@@ -198,26 +198,3 @@ def step_loss(nats: Tensor, scored: Tensor | None, targets: float) -> tuple[floa
     if unread and not weight:  # nothing could be read: going on would train on nothing
         return math.nan, int(unread)
     return float(nats) / (weight or 1), int(unread)
-
-
-class WatchedAdamW(torch.optim.AdamW):
-    """AdamW that knows the norm of its gradients and drops an update that is not finite: for ZeRO stage 0 in fp32.
-
-    DeepSpeed's own optimizers of all other cases do so; its engine asks them by the names `overflow` and
-    `_global_grad_norm`. drops: read the norm before each update (else it stays on the device, and nothing is dropped).
-    """
-
-    drops = False
-    overflow = False
-    _global_grad_norm: Tensor | None = None
-
-    def measure(self) -> None:
-        """Take the norm of the gradients, before they are clipped. They are those of all ranks already."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
-
-    def step(self, closure: Any = None) -> Any:
-        """AdamW's step, or nothing; the engine clears the gradients."""
-        assert self._global_grad_norm is not None
-        self.overflow = self.drops and not bool(self._global_grad_norm.isfinite())
-        return None if self.overflow else super().step(closure)

@@ -17,7 +17,9 @@ from megabase.models.reversible import ReversibleStack
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
-from megabase.pipeline.training.guard import Guard, WatchedAdamW, recent_rows, step_loss
+from megabase.pipeline.training.guard import Guard, recent_rows, step_loss
+from megabase.pipeline.zero.adamw import PlainAdamW
+from megabase.pipeline.zero.parameters import full_shape
 
 # A parameter and its name.
 Named = tuple[str, nn.Parameter]
@@ -109,7 +111,7 @@ class PretrainModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Stage 0 in fp32: note the gradient norm before it is clipped, as DeepSpeed does in all other cases."""
-        if isinstance(optimizer, WatchedAdamW) and self._step_is_whole():
+        if isinstance(optimizer, PlainAdamW) and self._step_is_whole():
             optimizer.measure()
 
     def _step_is_whole(self) -> bool:
@@ -134,9 +136,9 @@ class PretrainModule(pl.LightningModule):
         ]
         # DeepSpeed wraps the optimizer in every case but this one.
         plain = self.config.zero.stage == 0 and precision_of(self.config.trainer.precision) == "32"
-        kind = WatchedAdamW if plain else torch.optim.AdamW
+        kind = PlainAdamW if plain else torch.optim.AdamW
         adam = kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-        if isinstance(adam, WatchedAdamW):
+        if isinstance(adam, PlainAdamW):
             adam.drops = self.guard.skips
         return adam
 
@@ -151,8 +153,7 @@ class PretrainModule(pl.LightningModule):
         matrices: list[Named] = []
         vectors: list[Named] = []
         for name, parameter in self.named_parameters():
-            # Under ZeRO stage 3 a parameter is an empty placeholder here; its real shape is kept beside it.
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = full_shape(parameter)
             if parameter.requires_grad:
                 (matrices if len(shape) >= 2 else vectors).append((name, parameter))
         return matrices, vectors

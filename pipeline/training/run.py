@@ -15,7 +15,9 @@ import torch
 from megabase.datamodules.config import accumulation
 from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
-from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.checkpoint.choose import choose_to_resume
+from megabase.pipeline.checkpoint.identity import check_same_run, manifest_of, saved_layout
+from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, UserError
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.training.callback import Boundary
+    from megabase.pipeline.zero.states import SavedLayout
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +154,10 @@ def _fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> 
     try:
         watchdog.beat("choosing a checkpoint")
         data = SequenceDataModule(config.data, config.run.seed)
-        resume_from, step = _resume_point(config, data, ranks)
+        chosen = _resume_point(config, data, ranks)
+        resume_from, saved = None, None
+        if chosen:
+            resume_from, step, saved = chosen[0], chosen[1].step, saved_layout(chosen[1])
         if resume_from and _finished(config, step, data.has_validation, ranks):
             state, begun = "finished", True
             if ranks.rank == 0:
@@ -167,7 +173,7 @@ def _fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> 
         watchdog.beat("building the model")
         boundary = Boundary(config, data, groups, stop, mirror)
         try:
-            trainer = _trainer(config, devices, groups, boundary)
+            trainer = _trainer(config, devices, groups, boundary, saved)
             trainer.fit(PretrainModule(config), datamodule=data, ckpt_path=resume_from, weights_only=False)
         except SystemExit:  # what Lightning makes of it
             raise KeyboardInterrupt from None
@@ -218,16 +224,18 @@ def _restore_journal(directory: Path, resume_from: Path) -> None:
         )
 
 
-def _resume_point(config: RunConfig, data: SequenceDataModule, ranks: Group) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step; (None, 0) for a fresh start."""
-    chosen = checkpoint.choose(RunPaths(config.directory).checkpoints, ranks)
+def _resume_point(config: RunConfig, data: SequenceDataModule, ranks: Group) -> tuple[Path, Manifest] | None:
+    """The checkpoint to resume from and its manifest; None for a fresh start."""
+    chosen = choose_to_resume(RunPaths(config.directory).checkpoints, ranks)
     if chosen is None:
         _refuse_to_begin_again(config.directory, ranks)
-        return None, 0
+        return None
     path, manifest = chosen
-    now = checkpoint.manifest_of(config, manifest.step, ranks.size, data.identity)
-    checkpoint.check_same_run(manifest, now, path)
-    return path, manifest.step
+    current = manifest_of(
+        config, manifest.step, ranks=ranks.size, data=data.identity, alphabet=data.index.alphabet.name
+    )
+    check_same_run(manifest, current, path)
+    return chosen
 
 
 def _refuse_to_begin_again(directory: Path, ranks: Group) -> None:
@@ -242,8 +250,10 @@ def _refuse_to_begin_again(directory: Path, ranks: Group) -> None:
         )
 
 
-def _trainer(config: RunConfig, devices: int, groups: Groups, boundary: Boundary) -> pl.Trainer:
-    """Lightning's Trainer; what it would log, show, evaluate and save is `boundary`'s."""
+def _trainer(
+    config: RunConfig, devices: int, groups: Groups, boundary: Boundary, saved: SavedLayout | None
+) -> pl.Trainer:
+    """Lightning's Trainer; `boundary` logs, shows, evaluates and saves. saved: layout of the checkpoint to load."""
     import pytorch_lightning as pl
 
     from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
@@ -254,7 +264,7 @@ def _trainer(config: RunConfig, devices: int, groups: Groups, boundary: Boundary
             accelerator="auto",
             devices=devices,
             num_nodes=config.trainer.nodes,
-            strategy=ZeroStrategy(config),
+            strategy=ZeroStrategy(config, saved),
             precision=LIGHTNING_PRECISION[precision_of(config.trainer.precision)],  # type: ignore[arg-type]
             # `boundary` ends the run, after the last evaluation.
             max_steps=-1,

@@ -1,14 +1,14 @@
-"""How a checkpoint's files are written and read: DeepSpeed's format, our care.
+"""How a checkpoint's files are written and read, in DeepSpeed's format.
 
-- Every file is hashed while it is written and synced to disk: nothing is read back to be checksummed.
+- Every file is hashed while it is written, and synced to disk: no file is read back for its checksum.
 - With `background`, `save` copies the states to host memory and returns; a thread writes them while training goes
-  on. The buffers are kept for the next checkpoint: a host copy of the states is what this mode costs.
-- A file with numbers that are not finite is not written: each is looked at first, where it lies or, in the background,
-  in its copy.
-- DeepSpeed's ranks meet at barriers while saving, so nothing here raises before `result`: a rank that left alone
-  would make the others wait.
-- Nothing here runs code that a file brings along: files are read with `weights_only`, which knows tensors, plain
-  containers and the few classes named in `ALLOWED`.
+  on. The buffers are kept for the next checkpoint: this mode costs host memory for a copy of the states.
+- A file with numbers that are not finite is not written. Each tensor is checked first, on its device or, in the
+  background, in its copy.
+- DeepSpeed's ranks wait for each other at barriers while saving, so nothing here raises an error before `result`: a
+  rank that left alone would make the others wait.
+- No code from a file is executed: files are read with `weights_only`, which accepts tensors, plain containers and the
+  few classes named in `ALLOWED`.
 """
 
 from __future__ import annotations
@@ -39,20 +39,28 @@ from megabase.pipeline.ranks import watchdog
 
 T = TypeVar("T")
 
-# What DeepSpeed keeps as objects in its files, beside tensors and plain containers.
+# The directory of DeepSpeed's files within a checkpoint, and the file that names it for DeepSpeed's own tools.
+DIRECTORY = "checkpoint"
+LATEST = "latest"
+# The classes of objects in DeepSpeed's files, beside tensors and plain containers.
 ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
 
 
 @dataclass
 class Written:
-    """What one rank wrote. files: {path: {size in bytes, sha256}}. error: why not all of it could be written."""
+    """What one rank wrote.
+
+    Attributes:
+        files: {path: {size in bytes, sha256}}.
+        error: why not all files could be written; None if they were.
+    """
 
     files: dict[Path, dict[str, Any]] = field(default_factory=dict)
     error: Exception | None = None
 
 
 class Storage(CheckpointEngine):
-    """DeepSpeed's reader and writer of checkpoint files, for one rank and one checkpoint after the other."""
+    """DeepSpeed's reader and writer of checkpoint files, for one rank and one checkpoint at a time."""
 
     def __init__(self, background: bool) -> None:
         super().__init__()
@@ -64,18 +72,18 @@ class Storage(CheckpointEngine):
 
     @property
     def done(self) -> bool:
-        """Whether nothing is being written any more."""
+        """Whether all files are written."""
         return all(future.done() for future in self._pending)
 
     def result(self) -> Written:
-        """Wait for the files of the checkpoint under way and say what was written; then the next may begin."""
+        """Wait until the files of the current checkpoint are written; returns them. Then the next may begin."""
         for future in self._pending:
             future.result()
         written, self._written, self._pending = self._written, Written(), []
         return written
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """A checkpoint begins: the one before must have been taken with `result`."""
+        """Begin a checkpoint, after `result` of the one before."""
         assert not self._pending and not self._written.files
         if self._snapshots:
             self._snapshots.rewind()
@@ -94,7 +102,7 @@ class Storage(CheckpointEngine):
         self._pending.append(self.run(lambda: self._write(state, Path(path))))
 
     def run(self, work: Callable[[], T]) -> Future[T]:
-        """Work on a checkpoint where its files are written, after what is under way: now or in the background."""
+        """Call `work` after the files so far are written: now, or in the background on the writer's thread."""
         if self._writer:
             return self._writer.submit(work)
         future: Future[T] = Future()
@@ -105,11 +113,11 @@ class Storage(CheckpointEngine):
         return future
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """The content of a file, in host memory; DeepSpeed copies it to where it belongs."""
+        """The content of a file, in host memory; DeepSpeed copies it to its devices."""
         return load(Path(path))
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing: `checkpoint.describe` and `seal` do this, when every rank is done."""
+        """Does nothing: the pipeline publishes the checkpoint when every rank is done."""
         return True
 
     def _write(self, state: Any, path: Path) -> None:
@@ -121,13 +129,13 @@ class Storage(CheckpointEngine):
             with HashingFile(path) as file:
                 torch.save(state, file)  # type: ignore[arg-type]
             self._written.files[path] = {"size": file.size, "sha256": file.digest()}
-        except Exception as error:  # whatever it is, the other ranks must hear of it and not wait
-            # torch has words of its own for a file that could not be written.
+        except Exception as error:  # of any kind: the other ranks must receive it and not wait
+            # torch raises its own error for a file that could not be written; the cause is more useful.
             self._written.error = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 class HashingFile:
-    """A new file that is hashed while it is written, and on disk when it is closed. size: bytes so far."""
+    """A new file that is hashed while it is written, and synced to disk when it is closed. size: bytes so far."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("wb")
@@ -142,7 +150,7 @@ class HashingFile:
         return len(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
+        """Pass buffered data to the system."""
         self._file.flush()
 
     def digest(self) -> str:
@@ -172,11 +180,11 @@ class Snapshots:
         self._copied: dict[tuple[str, int], torch.UntypedStorage] = {}
 
     def rewind(self) -> None:
-        """Nobody needs the last copies any more."""
+        """Free the buffers for new copies: the last copies are not needed any more."""
         self._used = 0
 
     def take(self, state: Any) -> Any:
-        """A copy of nested dictionaries, lists and tuples of tensors and small values that nobody else changes."""
+        """A copy of nested dictionaries, lists and tuples of tensors and small values, independent of the original."""
         self._copied = {}
         copied = self._copy(state)
         if torch.cuda.is_available():
@@ -195,7 +203,7 @@ class Snapshots:
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         key = str(storage.device), storage.data_ptr()
-        # An empty storage has no address that would tell it from another.
+        # Empty storages have no address to tell them apart.
         if key not in self._copied or not storage.nbytes():
             self._copied[key] = self._storage(storage)
         empty = torch.empty(0, dtype=tensor.dtype)
@@ -215,11 +223,11 @@ class Snapshots:
 
 
 def finite(state: Any) -> bool:
-    """Whether all numbers in nested dictionaries, lists and tuples of tensors are finite; reads each device once."""
+    """Whether all numbers in nested dictionaries, lists and tuples of tensors are finite. Reads each device once."""
     seen: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in _tensors(state):
         if tensor.is_floating_point() and tensor.numel():
-            # No mask as large as the tensor: a NaN goes through both, infinities are one of them.
+            # No mask as large as the tensor: NaN makes minimum and maximum NaN, an infinity is one of them.
             seen.setdefault(tensor.device, []).append(torch.stack(torch.aminmax(tensor.detach())).float())
     return all(bool(torch.stack(ends).isfinite().all()) for ends in seen.values())
 
@@ -236,10 +244,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def load(path: Path, *, mmap: bool = False) -> Any:
-    """The content of a file of a checkpoint, with tensors in host memory, or mapped from the file with `mmap`.
+    """The content of a file of a checkpoint.
+
+    Args:
+        path: the file.
+        mmap: map tensors from the file; otherwise they are read into host memory.
 
     Raises:
-        RunError: it is torn, or holds an object that only code from the file could make.
+        RunError: it is incomplete, or holds an object that only code from the file could make.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED):

@@ -1,7 +1,7 @@
-"""Building a model that no rank could hold: each layer is drawn whole, then every rank keeps its part of it.
+"""Building a model that is too large for one rank: each layer is initialised in full, then every rank keeps its part.
 
-So the weights are the same, bit for bit, as under the stages that do not shard them, and the most that a rank holds
-at a time is its part of the model and one layer.
+So the weights are the same, bit for bit, as under the stages that do not shard them, and a rank never holds more than
+its part of the model and one full layer.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 from torch.nn import Module
 
-# Of glibc: hands free memory back to the system. Without it, the holes that whole layers leave between the parts that
-# stay add up to the whole model.
+# glibc's malloc_trim returns free memory to the system. Without it, the memory of the full layers, freed between the
+# parts that stay, would add up to that of the full model.
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
 
 class Sharded(deepspeed.zero.Init):
     """Within this context, the parameters of a module are sharded as soon as its __init__ is done.
 
-    DeepSpeed's own has every new tensor in the run's precision, random numbers and what is computed from them
-    included: other weights than from numbers in fp32 that are rounded once.
+    deepspeed.zero.Init makes every new tensor in the run's precision, also random numbers and what is computed from
+    them. Here weights are computed in fp32 and rounded once, as without sharding.
     """
 
     def __init__(self, config_dict_or_path: object) -> None:
@@ -31,7 +31,7 @@ class Sharded(deepspeed.zero.Init):
 
     def _post_init_method(self, module: Module) -> None:
         for parameter in module.parameters(recurse=False):
-            # A parameter of two modules is sharded already.
+            # A parameter that two modules share is sharded already.
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(self.dtype)
         super()._post_init_method(module)

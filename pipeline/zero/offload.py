@@ -1,13 +1,13 @@
 """Offload to a disk (`zero.offload=nvme`, `zero.offload_parameters=nvme`): host memory that is mapped from files.
 
-DeepSpeed offloads to host memory, as with `cpu`; what it keeps there is then moved into files that are mapped into
-memory. The kernel writes them out and reads them back when memory is short, what fits stays in memory, and everything
-works on them as on any tensor: AdamW, the look for bad numbers, checkpoints.
+DeepSpeed offloads to host memory, as with `cpu`; its tensors there are then moved into files that are mapped into
+memory. When memory is short, the kernel writes their pages to the disk and reads them back on use. AdamW, the check for
+bad numbers and checkpoints work on these tensors as on any other.
 
-DeepSpeed's own way to a disk is not taken. It does not look at the results of its reads and writes (0.19.8), so a full
-disk, or gradients of a part of a parameter that does not begin at a multiple of 512 bytes, give wrong numbers and no
-error. Here room is taken at the start, and an error of the disk is a SIGBUS: the rank ends, and the run goes on from
-its checkpoint.
+DeepSpeed's own offload to a disk is not used. It does not check the results of its reads and writes (0.19.8), so a full
+disk, or gradients of a part of a parameter that does not begin at a multiple of 512 bytes, give wrong numbers without
+an error. Here the disk space is allocated at the start, and an error of the disk is a SIGBUS: the rank ends, and the
+next start resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.zero.states import MOMENTS
 
 
-def move(engine: Any, zero: ZeroConfig) -> None:
-    """Move what a new DeepSpeedEngine of stage 3 has offloaded to host memory into files in `zero.nvme_path`.
+def map_from_files(engine: Any, zero: ZeroConfig) -> None:
+    """Move what an engine has offloaded to host memory into files in `zero.nvme_path`. All ranks call it.
 
-    With `zero.offload` AdamW's states, fp32 weights and fp32 gradients; with `zero.offload_parameters` the weights that
-    forward computes with.
+    Args:
+        engine: a new DeepSpeedEngine of stage 3.
+        zero: with its `offload`, AdamW's states, fp32 weights and fp32 gradients are moved; with `offload_parameters`
+            the weights that forward computes with.
 
     Raises:
-        RunError: on every rank, if one of them finds no room there.
+        RunError: on every rank, if the disk of one of them has no space.
     """
     assert zero.nvme_path
     directory = Path(zero.nvme_path)
@@ -45,7 +47,7 @@ def move(engine: Any, zero: ZeroConfig) -> None:
             if states:
                 weights.data = _in_file(directory, weights.detach())
                 weights.grad = _in_file(directory, weights.grad)
-                # AdamW would make them in memory, at its first step.
+                # Otherwise AdamW would allocate them in memory, at its first step.
                 moments = {moment: _file(directory, weights) for moment in MOMENTS}
                 optimizer.state[weights] = {"step": torch.tensor(0.0)} | moments
             if parameters:
@@ -65,10 +67,10 @@ def _in_file(directory: Path, tensor: Tensor) -> Tensor:
 
 
 def _file(directory: Path, like: Tensor) -> Tensor:
-    """Zeros, mapped from a new file that has no name any more: its room comes back however this process ends.
+    """Zeros, mapped from a new file. It is unlinked at once: its space is freed however this process ends.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk has no space.
     """
     size = like.numel() * like.element_size()
     if not size:
@@ -79,7 +81,7 @@ def _file(directory: Path, like: Tensor) -> Tensor:
         return torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
     except OSError as error:
         raise OSError(
-            error.errno, f"{error.strerror}, {readable_size(size)} were to be taken at once"
+            error.errno, f"{error.strerror}, {readable_size(size)} were requested at once"
         ) from None
     finally:
         os.close(descriptor)

@@ -1,9 +1,10 @@
-"""Resuming on another number of ranks or in another ZeRO stage, without converting anything first.
+"""Resuming on another number of ranks or in another ZeRO stage, without converting the checkpoint first.
 
-A new engine knows which elements of which parameter each of its ranks keeps. Each rank reads those, and only those,
-out of the old ranks' files (`states.py`). Below stage 3 it hands them to DeepSpeed as if it had saved them itself; in
-stage 3 it puts them where DeepSpeed keeps them. So nothing is written, and no rank waits for another to convert. The
-numbers are the same bits; what differs afterwards is the order in which ranks add gradients up.
+A new engine knows which elements of which parameter each of its ranks keeps. Each rank reads only these elements from
+the files of the ranks that wrote the checkpoint (`states.py`). Below stage 3 it passes them to DeepSpeed as if it had
+saved them itself; in stage 3 it copies them into the tensors where DeepSpeed keeps them. So nothing is written, and no
+rank waits for a conversion. The numbers are the same bits. Afterwards, only the order in which ranks sum up gradients
+differs.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ class Fragment:
     offset: int
 
 
-# How DeepSpeed cuts what this rank keeps: for each vector its size and what lies in it.
+# What DeepSpeed keeps on this rank: for each vector its size and its fragments.
 Layout = list[tuple[int, list[Fragment]]]
 
 
 def reshard(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> dict[str, Any]:
-    """Give every rank of a new engine its part of a checkpoint; returns the checkpoint's client state.
+    """Load a rank's part of a checkpoint into a new engine. All ranks call it.
+
+    Args:
+        engine: a new engine, of any number of ranks and any stage.
+        shards: the checkpoint.
+
+    Returns:
+        The checkpoint's client state.
 
     Raises:
         RunError: the checkpoint has other parameters than the engine's module.
@@ -59,24 +67,22 @@ def reshard(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> dict[str, Any]
 
 
 def _check_names(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
-    ours, theirs = set(engine.param_names.values()) - set(shards.shared), set(shards.names)
-    if ours != theirs:
-        example = sorted(ours ^ theirs)[0]
-        where = (
-            "the checkpoint, not in the model" if example in theirs else "the model, not in the checkpoint"
-        )
+    own, saved = set(engine.param_names.values()) - set(shards.shared), set(shards.names)
+    if own != saved:
+        example = sorted(own ^ saved)[0]
+        where = "the checkpoint, not in the model" if example in saved else "the model, not in the checkpoint"
         raise RunError(f"{shards.path}: {example} is in {where}: it belongs to another model")
 
 
 @torch.no_grad()
 def _load_weights(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
-    """The weights that forward computes with, whole on every rank."""
+    """Load the weights that forward computes with, which every rank keeps unsharded."""
     for name, parameter in _named(engine, engine.module.parameters()):
         parameter.copy_(shards.read(name).view_as(parameter))
 
 
 def _load_whole(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
-    """Stage 0: every rank keeps everything, each parameter by itself."""
+    """Stage 0: every rank keeps all states, one vector per parameter."""
     optimizer = engine.optimizer
     groups = optimizer.param_groups
     if hasattr(optimizer, "fp16_groups"):  # 16 bits: groups of the weights that the fp32 ones belong to
@@ -99,7 +105,7 @@ def _load_whole(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
 
 
 def _load_partitioned(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
-    """Stages 1 and 2: the parameters of a group are one vector, of which each rank keeps a part."""
+    """Stages 1 and 2: the parameters of a group are one vector, and each rank keeps a part of it."""
     optimizer = engine.optimizer
     layout: Layout = []
     for group, vector in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
@@ -115,16 +121,16 @@ def _load_partitioned(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None
     saved["single_partition_of_fp32_groups"] = [_vector(shards, vector, WEIGHTS) for vector in layout]
     vectors = _numbered(_state(shards, partial(_vector, shards, vector)) for vector in layout)
     saved["base_optimizer_state"] = states | {"state": vectors}
-    # DeepSpeed takes what each rank has saved, and reads this rank's only.
-    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    everyone[dist.get_rank()] = saved
-    optimizer.load_state_dict(everyone, load_from_fp32_weights=True)
+    # DeepSpeed expects the states of every rank, and reads only this rank's.
+    states_of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    states_of_ranks[dist.get_rank()] = saved
+    optimizer.load_state_dict(states_of_ranks, load_from_fp32_weights=True)
 
 
 def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
-    """Stage 3: each parameter is cut into equal parts, one for each rank, its end padded.
+    """Stage 3: each parameter is padded and cut into equal parts, one for each rank.
 
-    One sub-group after the other, as DeepSpeed steps them. States that are mapped from files (`offload.py`) stay so.
+    Loads one sub-group after the other. States that are mapped from files (`offload.py`) stay mapped.
     """
     optimizer, rank = engine.optimizer, dist.get_rank()
     for name, value in _scale(shards).items():
@@ -158,20 +164,20 @@ def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Te
 
 
 def _state(shards: Shards, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """AdamW's state of a tensor, whose moments `read` knows; empty before its first step."""
+    """AdamW's state of a tensor, with the moments that `read` returns; empty before AdamW's first step."""
     if not shards.optimizer_step:
         return {}
     return {"step": torch.tensor(shards.optimizer_step)} | {what: read(what) for what in MOMENTS}
 
 
 def _numbered(states: Iterable[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """As AdamW's `state_dict` has them: those that are not empty, by the number of their tensor."""
+    """States by the number of their tensor, without empty ones, as in AdamW's `state_dict`."""
     return {number: state for number, state in enumerate(states) if state}
 
 
 def _scale(shards: Shards) -> dict[str, Any]:
-    """The loss scale of fp16; from stage 0, which keeps it in other words, it starts anew."""
-    return shards.scaler if shards.manifest.stage else {}
+    """The loss scale of fp16. From a checkpoint of stage 0, which has other keys for it, it starts again."""
+    return shards.scaler if shards.layout.stage else {}
 
 
 def _named(

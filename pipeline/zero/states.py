@@ -1,15 +1,15 @@
-"""The fp32 weights and AdamW states of a checkpoint by parameter name, out of DeepSpeed's sharded files.
+"""The fp32 weights and AdamW states of a checkpoint by parameter name, from DeepSpeed's sharded files.
 
-A file holds what its rank held: long vectors without names. Where in them a parameter lies follows from the stage:
+The file of a rank holds long vectors without names. The ZeRO stage decides where in them a parameter lies:
 
-- 0: rank 0's file has each parameter whole; in fp32 it is the model's own.
-- 1 and 2: the parameters of an optimizer group, one behind the other, are one long vector. It is cut into as many
-  equal parts as there are ranks, wherever that falls; the end is padded.
-- 3: each parameter is cut into as many equal parts as there are ranks, its end padded. The parts of a rank, one
-  behind the other, are a vector. A group may have several (DeepSpeed's sub-groups).
+- 0: rank 0's file has every parameter unsharded; in fp32 these are the model's own weights.
+- 1 and 2: the parameters of an optimizer group, one behind the other, are one long vector. It is padded and cut into as
+  many equal parts as there are ranks; a cut may fall inside a parameter.
+- 3: each parameter is padded and cut into as many equal parts as there are ranks. The parts of a rank, one behind the
+  other, are a vector. A group may have several vectors (DeepSpeed's sub-groups).
 
-Files are mapped into memory, and each is opened when something is asked that it has: reading costs the pages
-that hold the answer, whatever the size of the model. Nothing in here starts or needs a DeepSpeed engine.
+Files are mapped into memory, and each is opened when a part of it is read: reading costs only the pages that hold that
+part, whatever the size of the model. No DeepSpeed engine is needed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, read_manifest
-from megabase.pipeline.checkpoint.publish import TAG
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.zero import checkpoint_engine as storage
+from megabase.pipeline.zero import checkpoint_engine
+from megabase.pipeline.zero.checkpoint_engine import DIRECTORY
 
 WEIGHTS = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WAY_OUT = "take another checkpoint, or train on as it was written: as many ranks, the same zero.stage"
+WAY_OUT = "take another checkpoint, or resume with the same number of ranks and the same zero.stage"
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """How the ranks that wrote a checkpoint laid out its states.
+
+    Attributes:
+        ranks: number of processes, the world size.
+        stage: ZeRO stage.
+        precision: `32`, `bf16` or `16`.
+        options: of `settings.layout_options`.
+    """
+
+    ranks: int
+    stage: int
+    precision: str
+    options: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of a flattened parameter: in rank `rank`'s file, from element `offset` of a vector."""
+    """Elements [start, stop) of a flattened parameter: in the file of `rank`, from element `offset` of a vector."""
 
     rank: int
     offset: int
@@ -44,7 +60,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: number of the vector, and first element: of the whole vector, in stage 3 of a part."""
+    """Where a parameter lies: number of its vector, and first element in it; in stage 3, in each rank's part of it."""
 
     vector: int
     offset: int
@@ -52,17 +68,21 @@ class Place:
 
 @dataclass
 class Shards:
-    """Reads one checkpoint, `step-N`, that has been verified.
+    """Reads one checkpoint, `step-N`, that has been checked for damage.
 
-    names: of stored parameters, in the order of the optimizer; as the trained module, `PretrainModule`, names them.
-    shapes: of these. shared: {name that is not stored: name that its data has}, for tied weights.
-    optimizer_step: AdamW's `step`; at 0 it has no states. client: all of the model's file but weights and optimizer:
-    Lightning's loops and DeepSpeed's counters. scaler: of rank 0, in DeepSpeed's words, which differ between stage 0
-    and the others: what fp16 needs to go on with its loss scale.
+    Attributes:
+        path: the checkpoint's directory.
+        layout: how its states are laid out.
+        client: all of the model's file but weights and optimizer: Lightning's loops and DeepSpeed's counters.
+        names: of stored parameters, in the order of the optimizer; as the trained module, `PretrainModule`, names them.
+        shapes: {name: shape} of stored parameters.
+        shared: {name that is not stored: name under which its data is stored}, for tied weights.
+        scaler: rank 0's state of the fp16 loss scale. DeepSpeed's keys for it differ between stage 0 and the others.
+        optimizer_step: AdamW's `step`; at 0 AdamW has no states.
     """
 
     path: Path
-    manifest: Manifest
+    layout: SavedLayout
     client: dict[str, Any]
     names: tuple[str, ...] = ()
     shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -73,36 +93,40 @@ class Shards:
     _files: dict[int, RankFile] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path) -> Shards:
-        """Read where everything is, and the small things; weights and states only when `read` asks for them.
+    def open(cls, path: Path, layout: SavedLayout) -> Shards:
+        """Read names, shapes, places and counters. Weights and states are read by `read` only.
+
+        Args:
+            path: the checkpoint's directory.
+            layout: how its states are laid out.
 
         Raises:
-            RunError: a file is missing or damaged, or does not hold what this reader needs.
-            UserError: a newer megabase wrote it.
+            RunError: a file is missing or damaged, or lacks what this reader needs.
         """
-        try:
-            manifest = read_manifest(path)
-        except Damaged as damage:
-            raise RunError(f"checkpoint {path} is broken: {damage}") from None
-        model = _model_file(path, manifest)
+        model = _model_file(path, layout)
         content = _load(model)
         client = {key: value for key, value in content.items() if key not in ("module", "optimizer")}
-        shards = cls(path, manifest, client)
-        if manifest.stage == 0:
+        shards = cls(path, layout, client)
+        if layout.stage == 0:
             shards._describe_whole(model, content)
         else:
             shards._describe_sharded(model)
         return shards
 
     def read(self, name: str, what: str = WEIGHTS, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a flattened parameter, or of a state of AdamW's for it: a new fp32 vector.
+        """Elements [start, stop) of a flattened parameter, or of one of its AdamW states.
 
         Args:
             name: one of `names`, or of `shared`.
             what: fp32 (the weights that the optimizer steps), exp_avg or exp_avg_sq.
-            stop: None: to the end.
+            start: first element.
+            stop: end; None: the end of the parameter.
+
+        Returns:
+            A new fp32 vector of stop - start elements.
 
         Raises:
+            IndexError: the parameter has no such elements.
             RunError: a file is missing or damaged.
         """
         name = self.shared.get(name, name)
@@ -126,23 +150,23 @@ class Shards:
         return result
 
     def _pieces(self, name: str) -> Iterator[Piece]:
-        """What a parameter is put together from, in order."""
+        """The pieces of a parameter, in order."""
         place, size = self._places[name], self.shapes[name].numel()
-        if self.manifest.stage == 3:
-            return _cut(place.offset, size, self.manifest.ranks)
-        # A padded vector has equal parts; the last rank's alone is stored without the padding.
+        if self.layout.stage == 3:
+            return _cut(place.offset, size, self.layout.ranks)
+        # All parts are equally long, but the last rank's is stored without the padding.
         part = len(self._file(0).vector(place.vector, WEIGHTS)) if self._spread else place.offset + size
         return _consecutive(place.offset, size, part)
 
     @property
     def _spread(self) -> bool:
-        return self.manifest.stage > 0 and self.manifest.ranks > 1
+        return self.layout.stage > 0 and self.layout.ranks > 1
 
     def _file(self, rank: int) -> RankFile:
         if rank not in self._files:
-            prefix = "bf16_" if self.manifest.precision == "bf16" else ""
+            prefix = "bf16_" if self.layout.precision == "bf16" else ""
             name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            self._files[rank] = _sharded(self.path / TAG / name, self.manifest)
+            self._files[rank] = _sharded(self.path / DIRECTORY / name, self.layout)
         return self._files[rank]
 
     def _describe_whole(self, model: Path, content: dict[str, Any]) -> None:
@@ -174,7 +198,7 @@ class Shards:
                 self.shapes[name] = torch.Size(shape)
                 self._places[name] = Place(number, offset)
                 size = self.shapes[name].numel()
-                offset += -(-size // self.manifest.ranks) if self.manifest.stage == 3 else size
+                offset += -(-size // self.layout.ranks) if self.layout.stage == 3 else size
                 offset += paddings[number][position] if paddings else 0
         self.names = tuple(self.shapes)
         self.shared = dict(_get(self.client, model, "shared_params"))
@@ -188,7 +212,14 @@ class Shards:
 
 @dataclass
 class RankFile:
-    """What a rank's file holds. weights, states: by number of the vector; a stage-0 "vector" is one parameter."""
+    """The content of one rank's file.
+
+    Attributes:
+        path: the file.
+        content: all of it.
+        weights: fp32 weights by number of the vector. In stage 0, a vector is one parameter.
+        states: AdamW's states by number of the vector.
+    """
 
     path: Path
     content: dict[str, Any]
@@ -196,7 +227,7 @@ class RankFile:
     states: Any
 
     def vector(self, number: int, what: str) -> Tensor:
-        """A flat vector, mapped from the file: nothing is read before its elements are."""
+        """One vector, mapped from the file: its elements are read when they are used."""
         if what == WEIGHTS:
             found: Tensor = _get(self.weights, self.path, number)
         elif what in MOMENTS:
@@ -207,33 +238,33 @@ class RankFile:
 
     @property
     def step(self) -> float:
-        """AdamW's `step`, which all its parameters share; 0, and no states yet, before the first."""
+        """AdamW's `step`, the same for all parameters; 0 before the first step, when there are no states."""
         return float(_get(self.states, self.path, 0, "step")) if self.states else 0.0
 
 
-def _sharded(path: Path, manifest: Manifest) -> RankFile:
-    """A file of stages 1 to 3. Raises RunError unless it is of the stage and number of ranks that the manifest says."""
+def _sharded(path: Path, layout: SavedLayout) -> RankFile:
+    """A file of stages 1 to 3. Raises RunError unless it has the stage and number of ranks of `layout`."""
     content = _get(_load(path), path, "optimizer_state_dict")
     stage, counts = int(_get(content, path, "zero_stage")), _get(content, path, "partition_count")
     ranks = max(counts) if isinstance(counts, list) else counts
-    if (stage, ranks) != (manifest.stage, manifest.ranks):
+    if (stage, ranks) != (layout.stage, layout.ranks):
         raise RunError(
-            f"{path} is of {ranks} ranks in stage {stage}, but the manifest beside it says {manifest.ranks}"
-            f" in stage {manifest.stage}: take another checkpoint"
+            f"{path} is of {ranks} ranks in stage {stage}, but its manifest says {layout.ranks} in stage"
+            f" {layout.stage}: take another checkpoint"
         )
     if stage == 3:
         weights, states = _get(content, path, "fp32_flat_groups"), _get(content, path, "optimizer_state_dict")
     else:
         weights = _get(content, path, "single_partition_of_fp32_groups")
         states = _get(content, path, "base_optimizer_state")
-    # With DeepSpeed's `elastic_checkpoint` the states are a list of their own.
+    # With DeepSpeed's `elastic_checkpoint` the states are a list.
     return RankFile(
         path, content, weights, states if isinstance(states, list) else _get(states, path, "state")
     )
 
 
 def _whole(path: Path, content: dict[str, Any], names: tuple[str, ...]) -> RankFile:
-    """The file of stage 0, where 16 bits have fp32 weights beside the optimizer's states."""
+    """The file of stage 0. At 16 bits, the fp32 weights are stored beside the optimizer's states."""
     optimizer = _get(content, path, "optimizer")
     if "fp32_groups" in optimizer:
         weights = [weight for group in optimizer["fp32_groups"] for weight in group]
@@ -253,19 +284,19 @@ def _consecutive(offset: int, size: int, part: int) -> Iterator[Piece]:
 
 
 def _cut(offset: int, size: int, ranks: int) -> Iterator[Piece]:
-    """A parameter of `size` elements in `ranks` equal parts, each at `offset` of its rank's vector."""
+    """A parameter of `size` elements that is cut into `ranks` equal parts, each at `offset` of its rank's vector."""
     part = -(-size // ranks)
     for rank in range(-(-size // part)):
         yield Piece(rank, offset, rank * part, min((rank + 1) * part, size))
 
 
-def _model_file(path: Path, manifest: Manifest) -> Path:
-    return path / TAG / f"{'zero_pp_rank_0_' if manifest.stage == 3 else ''}mp_rank_00_model_states.pt"
+def _model_file(path: Path, layout: SavedLayout) -> Path:
+    return path / DIRECTORY / f"{'zero_pp_rank_0_' if layout.stage == 3 else ''}mp_rank_00_model_states.pt"
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = storage.load(path, mmap=True)
+        content = checkpoint_engine.load(path, mmap=True)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): {WAY_OUT}") from None
     if not isinstance(content, dict):
@@ -274,17 +305,17 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _get(content: Any, path: Path, *keys: str | int) -> Any:
-    """`content[keys[0]][keys[1]]...`. Raises RunError where that is not there."""
+    """`content[keys[0]][keys[1]]...`. Raises RunError if there is no such value."""
     for key in keys:
         try:
             content = content[key]
         except (KeyError, IndexError, TypeError):
-            raise RunError(f"{path} does not hold {key!r}, which a checkpoint has: {WAY_OUT}") from None
+            raise RunError(f"{path} lacks {key!r}, which a checkpoint has: {WAY_OUT}") from None
         if content is None:
-            raise RunError(f"{path} holds nothing as {key!r}: {WAY_OUT}")
+            raise RunError(f"{path} has no value for {key!r}: {WAY_OUT}")
     return content
 
 
 def _address(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor's data lies: tied weights have one address."""
+    """Where a tensor's data lies in memory: tied weights have the same address."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset()

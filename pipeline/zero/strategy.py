@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO under Lightning, on GPUs with NCCL and on CPUs with gloo: one strategy, the same code.
 
-Lightning's DeepSpeedStrategy takes CUDA devices only; the three places that refuse a CPU are opened here. Two
-more of its habits are corrected: the loss of an accumulated step is divided by the number of micro batches once
-(Lightning and DeepSpeed would each do it), and nothing in it listens to signals or synchronises the device
-between steps (`quiet` below): stopping is agreed between steps, in `callback.py`.
+Lightning's DeepSpeedStrategy accepts CUDA devices only; the three methods that refuse a CPU are overridden here. Two
+more things are changed. The loss of an accumulated step is divided by the number of micro batches once (Lightning and
+DeepSpeed would each do it). And nothing handles signals or synchronises the device between steps (`quiet`): the ranks
+agree to stop between steps.
 """
 
 from __future__ import annotations
@@ -30,28 +30,35 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from megabase.pipeline.checkpoint.publish import TAG, read_manifest
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.rendezvous import STARTING_TIMEOUT
-from megabase.pipeline.zero import offload as mapped
-from megabase.pipeline.zero.checkpoint_engine import Storage
+from megabase.pipeline.zero.checkpoint_engine import DIRECTORY, Storage
 from megabase.pipeline.zero.construction import Sharded
+from megabase.pipeline.zero.offload import map_from_files
 from megabase.pipeline.zero.reshard import reshard
-from megabase.pipeline.zero.settings import deepspeed_config, layout, verify
-from megabase.pipeline.zero.states import Shards
+from megabase.pipeline.zero.settings import check_engine, deepspeed_config, layout_options
+from megabase.pipeline.zero.states import SavedLayout, Shards
 
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """`zero.*` and `optim.clip` of a RunConfig as a Lightning strategy.
+    """`zero.*` and `optim.clip` of a run as a Lightning strategy.
 
-    Expects a process group that already exists (see `ranks/rendezvous.py`) and the torchrun variables RANK, LOCAL_RANK,
-    WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
+    Expects a process group (`rendezvous.start`) and the torchrun variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT in the environment.
+
+    Args:
+        config: the run.
+        saved: layout of the checkpoint that the Trainer resumes from; None if it resumes from none.
+
+    Attributes:
+        storage: writes and reads this rank's files of checkpoints.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, saved: SavedLayout | None = None) -> None:
         super().__init__(
             config=deepspeed_config(config),
             cluster_environment=TorchElasticEnvironment(),
@@ -60,9 +67,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         self.run_config = config
         self.storage = Storage(config.checkpoint.background)
+        self._saved = saved
 
     def setup_environment(self) -> None:
-        # DDPStrategy's: DeepSpeedStrategy's adds nothing but the refusal of CPUs.
+        # DDPStrategy's: DeepSpeedStrategy's only adds that it refuses CPUs.
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -89,37 +97,43 @@ class ZeroStrategy(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
-        verify(engine, self.run_config)
+        check_engine(engine, self.run_config)
         if self.run_config.zero.on_disk:
-            mapped.move(engine, self.run_config.zero)
+            map_from_files(engine, self.run_config.zero)
         engine.checkpoint_engine = self.storage
-        allow_least_scale(engine)
-        # `megabase export` does better than DeepSpeed's script; rank 0 would copy it while the others wait.
+        skip_steps_at_least_scale(engine)
+        # DeepSpeed would have rank 0 copy its conversion script while the others wait; `megabase export` replaces it.
         engine._copy_recovery_script = lambda _: None
         return engine, zero_optimizer
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Write this rank's files of a checkpoint; `storage` knows when they are on disk and what went wrong."""
+        """Write this rank's files of a checkpoint; `storage.result` waits for them and returns errors."""
         engines_own = ("state_dict", "optimizer_states")
         client = {key: value for key, value in checkpoint.items() if key not in engines_own}
-        self.deepspeed_engine.save_checkpoint(str(filepath), tag=TAG, client_state=client, save_latest=False)
+        self.deepspeed_engine.save_checkpoint(
+            str(filepath), tag=DIRECTORY, client_state=client, save_latest=False
+        )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Take over the states of a checkpoint, whatever ranks and stage wrote it; returns Lightning's part."""
-        path = Path(checkpoint_path)
-        engine = self.deepspeed_engine
-        manifest, config = read_manifest(path), self.run_config
-        then = manifest.ranks, manifest.stage, layout(manifest.config)
-        as_it_was = then == (dist.get_world_size(), config.zero.stage, layout(dotted(config)))
-        # DeepSpeed would put new states, in memory, in the place of those that are mapped from files.
-        if not as_it_was or config.zero.on_disk:
-            client = reshard(engine, Shards.open(path))
+        """Load a checkpoint of any number of ranks and any stage; returns Lightning's part of it."""
+        path, saved = Path(checkpoint_path), self._saved
+        assert saved is not None, "a ZeroStrategy that loads a checkpoint needs its layout"
+        engine, config = self.deepspeed_engine, self.run_config
+        own = SavedLayout(
+            dist.get_world_size(),
+            config.zero.stage,
+            precision_of(config.trainer.precision),
+            layout_options(dotted(config)),
+        )
+        # DeepSpeed would replace states that are mapped from files by new ones in memory.
+        if saved != own or config.zero.on_disk:
+            client = reshard(engine, Shards.open(path, saved))
         else:
-            _, client = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
-        allow_least_scale(engine)  # a checkpoint brings its own scaler
-        _recount(client, engine.gradient_accumulation_steps())
+            _, client = engine.load_checkpoint(str(path), tag=DIRECTORY, load_lr_scheduler_states=False)
+        skip_steps_at_least_scale(engine)  # a checkpoint brings a scaler of its own
+        _set_batch_counters(client, engine.gradient_accumulation_steps())
         return client
 
     def backward(
@@ -129,48 +143,48 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for every rank: on CPUs without a device id, which gloo does not take."""
+        """Wait for every rank. On CPUs without a device id, which gloo does not accept."""
         if self.root_device.type == "cpu":
             if dist.is_initialized():
                 dist.barrier()
         else:
             super().barrier(name)
 
+    def step_was_applied(self) -> bool:
+        """Whether the last optimizer step was made: DeepSpeed drops one with gradients that are not finite."""
+        return bool(self.deepspeed_engine.was_step_applied())
 
-def allow_least_scale(engine: deepspeed.DeepSpeedEngine) -> None:
-    """fp16 under ZeRO: leave steps out at the least loss scale, too, as DeepSpeed does without ZeRO.
+    def gradient_norm(self) -> Any:
+        """Global gradient norm of the last step, before clipping: a number, a tensor on the device, or None."""
+        return self.deepspeed_engine.get_global_grad_norm()
 
-    It would raise an error that names neither step nor windows; `guard.History` ends such a run.
+
+def skip_steps_at_least_scale(engine: deepspeed.DeepSpeedEngine) -> None:
+    """fp16 under ZeRO: let DeepSpeed skip a step with an overflow at the least loss scale as well.
+
+    It would raise an error that names neither step nor windows. `guard.History` ends a run with too many such steps.
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
 
-def _recount(client: dict[str, Any], accumulation: int) -> None:
-    """Have Lightning continue to count micro batches as if a step had always had `accumulation` of them."""
-    batches = client["global_step"] * accumulation
-    for progress in client["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
-        if isinstance(progress, dict):
-            # A checkpoint is written while Lightning is still in the last micro batch of its step.
-            progress |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
-
-
 def start_deepspeed() -> None:
-    """Tell DeepSpeed of the process group that is there (`rendezvous.start`)."""
+    """Make DeepSpeed use the process group of `rendezvous.start`."""
     if not torch.cuda.is_available():
-        # DeepSpeed would compile a shared-memory all-reduce now: a minute of start-up and a compiler on every
-        # node, for what gloo does well enough.
+        # DeepSpeed would compile a shared-memory all-reduce now, which takes a minute and needs a compiler on every
+        # node. gloo does this well enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=STARTING_TIMEOUT)
 
 
 def quiet(trainer: pl.Trainer) -> pl.Trainer:
-    """Take out of `trainer` what handles signals and what synchronises the ranks before every batch.
+    """Remove from a Trainer what handles signals and what synchronises the ranks before every batch; returns it.
 
     Lightning's handlers checkpoint and communicate inside the signal frame, each rank at its own step, and its
-    epoch loop reads a broadcast flag back from the device for each batch. `stop.py` and `callback.py` do without.
+    epoch loop reads a broadcast flag back from the device for each batch. `ranks/stop.py` and `ranks/agreement.py`
+    replace both.
     """
 
     class NoSignals(_SignalConnector):
@@ -182,3 +196,12 @@ def quiet(trainer: pl.Trainer) -> pl.Trainer:
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+def _set_batch_counters(client: dict[str, Any], accumulation: int) -> None:
+    """Make Lightning count micro batches as if every step so far had had `accumulation` of them."""
+    batches = client["global_step"] * accumulation
+    for progress in client["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+        if isinstance(progress, dict):
+            # A checkpoint is written while Lightning is still in the last micro batch of its step.
+            progress |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megabase.pipeline.checkpoint import publish
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Manifest, seal_of
+from megabase.pipeline.ranks.groups import Group
 
 
 def write_checkpoint(path: Path, name: str | None = None, **fields: object) -> Path:
@@ -34,3 +36,17 @@ def write_checkpoint(path: Path, name: str | None = None, **fields: object) -> P
 def sealed(content: dict[str, Any]) -> str:
     """A manifest's content as a malicious or careless hand would write it: with a seal that fits."""
     return json.dumps(content | {"seal": seal_of(content)})
+
+
+def publish_checkpoint(root: Path, step: int, ranks: Group, config: dict | None = None) -> Path:
+    """Write and publish a small checkpoint in the directory `root`."""
+    partial = publish.partial_directory(root, step)
+    shard = partial / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(range(256)) * step)
+    (partial / "latest").write_text("checkpoint")
+    manifest = Manifest(step, step * 8, 1, 2, "32", config or {"model.dim": 8}, "d", {"torch": "2"})
+    files = {path: publish.sync_and_measure(path) for path in (shard, partial / "latest")}
+    publish.collect_files(partial, manifest, ranks, files)
+    publish.publish(partial, manifest)
+    return publish.published_directory(partial)

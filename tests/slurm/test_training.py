@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.checkpoint.damage import find_damage
 from megabase.slurm.testcluster.cluster import TestCluster, until
 from tests.conftest import STEPS, train_settings, training_rows
 
@@ -69,4 +69,4 @@ def test_a_two_node_job_is_signalled_killed_and_finishes_the_same_run(
     # One node with two ranks or two nodes with one each, interrupted and killed or not: the same bytes.
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     assert (run / "submit.sbatch").read_text().startswith("#!/bin/bash\n# sbatch --parsable")
-    assert checkpoint.verify(run / "checkpoints" / f"step-{STEPS}") is None
+    assert find_damage(run / "checkpoints" / f"step-{STEPS}") is None

@@ -1,4 +1,4 @@
-"""`megabase checkpoints`: every kind of directory that a run may hold, told as it is; and nothing touched."""
+"""`megabase checkpoints`: every kind of directory that a run may hold, listed as it is; and nothing touched."""
 
 import json
 import re
@@ -44,16 +44,16 @@ def run(tmp_path: Path) -> Path:
 
 def entries(run: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
     assert cli.main(["checkpoints", str(run), "--json", *options]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["run"] == str(run)
-    return {entry["name"]: entry for entry in told["checkpoints"]}
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["run"] == str(run)
+    return {entry["name"]: entry for entry in listed["checkpoints"]}
 
 
-def test_every_kind_is_told_newest_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_is_listed_newest_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    told = entries(run, capsys=capsys)
+    listed = entries(run, capsys=capsys)
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
-    assert {name: entry["state"] for name, entry in told.items()} == {
+    assert {name: entry["state"] for name, entry in listed.items()} == {
         "step-50.partial": "partial",
         "step-40": "broken",
         "step-30": "broken",
@@ -64,24 +64,28 @@ def test_every_kind_is_told_newest_first(run: Path, capsys: pytest.CaptureFixtur
         "step-10": "verified",
         "step-5.deleting": "deleting",
     }
-    assert [entry["step"] for entry in told.values()] == [50, 40, 30, 25, 20, 15, 15, 10, 5]
-    assert told["step-30"]["reason"].endswith("states.pt has another checksum than when it was written")
-    assert told["step-40"]["reason"] == "latest is missing"
-    assert told["step-15.broken-1"]["reason"] == "megabase.json is missing"
-    assert "rename it to step-15" in told["step-15.broken"]["reason"]
-    assert "update megabase" in told["step-25"]["reason"]
-    assert told["step-20"]["valid_loss"] == 1.25 and told["step-30"]["valid_loss"] is None
-    assert (told["step-20"]["ranks"], told["step-20"]["stage"], told["step-20"]["precision"]) == (2, 2, "32")
-    assert told["step-50.partial"]["bytes"] == 4 and told["step-50.partial"]["ranks"] is None
+    assert [entry["step"] for entry in listed.values()] == [50, 40, 30, 25, 20, 15, 15, 10, 5]
+    assert listed["step-30"]["reason"].endswith("states.pt has another checksum than when it was written")
+    assert listed["step-40"]["reason"] == "latest is missing"
+    assert listed["step-15.broken-1"]["reason"] == "megabase.json is missing"
+    assert "rename it to step-15" in listed["step-15.broken"]["reason"]
+    assert "update megabase" in listed["step-25"]["reason"]
+    assert listed["step-20"]["valid_loss"] == 1.25 and listed["step-30"]["valid_loss"] is None
+    assert (listed["step-20"]["ranks"], listed["step-20"]["stage"], listed["step-20"]["precision"]) == (
+        2,
+        2,
+        "32",
+    )
+    assert listed["step-50.partial"]["bytes"] == 4 and listed["step-50.partial"]["ranks"] is None
 
 
 def test_fast_reads_no_content(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megabase.pipeline.checkpoint.manifest.checksum", None)
-    told = entries(run, "--fast", capsys=capsys)
-    assert told["step-30"]["state"] == told["step-20"]["state"] == "complete"
-    assert told["step-40"]["state"] == "broken"
+    monkeypatch.setattr("megabase.pipeline.checkpoint.damage.checksum", None)
+    listed = entries(run, "--fast", capsys=capsys)
+    assert listed["step-30"]["state"] == listed["step-20"]["state"] == "complete"
+    assert listed["step-40"]["state"] == "broken"
 
 
 def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,27 +107,30 @@ def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.C
     row = next(line for line in lines if line.startswith("step-20 "))
     assert re.search(r"59 min +2 +2 +32 +1\.2500  verified$", row), row
     assert next(line for line in lines if line.startswith("step-10 ")).split()[3:5] == ["3", "d"]
-    assert f"{run}: the next start goes on from step-20." in lines
+    assert f"{run}: the next start resumes from step-20." in lines
     (run / "STOP").touch()
     assert cli.main(["checkpoints", str(run)]) == 0
-    assert f"{run / 'STOP'} is there: no start goes on until it is removed." in capsys.readouterr().out
+    assert f"{run / 'STOP'} exists: the run does not start until it is removed." in capsys.readouterr().out
     assert cli.main(["checkpoints", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["next"] == "step-20"
-    assert "Broken ones set aside hold" in lines[-1]
+    assert "Checkpoints set aside as broken take" in lines[-1]
     for name in ("step-10", "step-20"):
         shutil.rmtree(run / "checkpoints" / name)
     assert cli.main(["checkpoints", str(run)]) == 0
-    assert "there is none to go on from" in capsys.readouterr().out
+    assert "no checkpoint to resume from" in capsys.readouterr().out
 
 
 def test_one_that_a_start_cannot_judge_is_where_it_ends(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["checkpoints", str(run)]) == 0
-    assert f"{run}: the next start ends at step-25, which it can neither read nor" in capsys.readouterr().out
+    assert (
+        f"{run}: the next start cannot resume: step-25 was written by a newer megabase"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_journal_that_cannot_be_read_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_that_cannot_be_read_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     assert cli.main(["checkpoints", str(run)]) == 2
@@ -133,32 +140,32 @@ def test_a_journal_that_cannot_be_read_is_told(run: Path, capsys: pytest.Capture
 def test_one_that_is_pruned_meanwhile_is_no_error(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = listing.damage
+    check = listing.find_damage
 
-    def pruned_first(path: Path, *more: object) -> str | None:
+    def pruned_first(path: Path, **more: object) -> str | None:
         if path.name in ("step-10", "step-20"):
             shutil.rmtree(path)
-        return check(path, *more)  # type: ignore[arg-type]
+        return check(path, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(listing, "damage", pruned_first)
+    monkeypatch.setattr(listing, "find_damage", pruned_first)
     assert not {"step-10", "step-20"} & set(entries(run, capsys=capsys))
 
 
-def test_the_one_that_took_the_place_of_a_pruned_one_is_told(
+def test_the_one_that_took_the_place_of_a_pruned_one_is_listed(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With checkpoint.keep=1 a run has one, and while that is looked at it is deleted for the next."""
     for name in ("step-10", "step-25"):
         shutil.rmtree(run / "checkpoints" / name)
-    check = listing.damage
+    check = listing.find_damage
 
-    def replaced_first(path: Path, *more: object) -> str | None:
+    def replaced_first(path: Path, **more: object) -> str | None:
         if path.name == "step-20":
             shutil.rmtree(path)
             write_checkpoint(run / "checkpoints" / "step-60")
-        return check(path, *more)  # type: ignore[arg-type]
+        return check(path, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(listing, "damage", replaced_first)
+    monkeypatch.setattr(listing, "find_damage", replaced_first)
     assert entries(run, capsys=capsys)["step-60"]["state"] == "verified"
 
 
@@ -168,12 +175,12 @@ def test_the_one_that_took_the_place_of_a_pruned_one_is_told(
         ("nowhere", "nowhere: no such directory: give a run directory"),
         ("run/metrics.jsonl", "metrics.jsonl: a file: give a run directory"),
         (".", "not a run directory: it has no checkpoints/"),
-        ("run/checkpoints", "checkpoints: not a run directory, but in one: give {run}"),
-        ("run/checkpoints/step-10", "step-10: not a run directory, but in one: give {run}"),
+        ("run/checkpoints", "checkpoints: not a run directory, but inside one: give {run}"),
+        ("run/checkpoints/step-10", "step-10: not a run directory, but inside one: give {run}"),
         ("new", "new has no checkpoint yet"),
     ],
 )
-def test_what_is_no_run_with_checkpoints_is_told(
+def test_what_is_no_run_with_checkpoints_is_listed(
     run: Path, inside: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run.parent / "new" / "checkpoints").mkdir(parents=True)

@@ -11,15 +11,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from megabase.pipeline.checkpoint.damage import checksum, find_damage, find_obvious_damage
 from megabase.pipeline.checkpoint.manifest import (
     MANIFEST,
     Damaged,
     Manifest,
-    checksum,
-    damage,
-    glance,
     read_manifest,
-    verify,
 )
 from megabase.pipeline.errors import UserError
 from tests.pipeline.checkpoints import sealed, write_checkpoint
@@ -46,7 +43,7 @@ def name_file(path: Path, name: str, size: object = 0, sha256: object = HASH) ->
 
 
 def test_a_whole_one_is_whole(whole: Path) -> None:
-    assert glance(whole) is None and verify(whole) is None
+    assert find_obvious_damage(whole) is None and find_damage(whole) is None
     assert read_manifest(whole).size == 10 + 768 + 1024
 
 
@@ -80,14 +77,14 @@ def test_no_name_leads_out(whole: Path, name: str) -> None:
 )
 def test_odd_names_are_no_names(whole: Path, name: str) -> None:
     name_file(whole, name)
-    with pytest.raises(Damaged, match="as no file of a checkpoint is named"):
+    with pytest.raises(Damaged, match="a file name that no checkpoint has"):
         read_manifest(whole)
 
 
 @pytest.mark.parametrize("size", [-1, 2**63, 1.5, "12", None, True, [1]])
 def test_impossible_sizes(whole: Path, size: object) -> None:
     name_file(whole, "x", size)
-    with pytest.raises(Damaged, match="does not say size and checksum of x: "):
+    with pytest.raises(Damaged, match="lacks size and checksum of x: "):
         read_manifest(whole)
 
 
@@ -120,15 +117,25 @@ def test_impossible_checksums(whole: Path, sha256: object) -> None:
         ("files", {"x": {}}, "size and checksum of x"),
         ("files", {"x": {"size": 1, "sha256": HASH, "more": 1}}, "size and checksum of x"),
         ("unheard_of", 1, "a field that no manifest has: 'unheard_of'"),
-        ("version", 0, "has no version: 0"),
-        ("version", 1.0, r"has no version: 1\.0"),
-        ("version", None, "has no version: None"),
+        ("version", 1, "has no version that was ever released: 1"),
+        ("version", 0, "has no version that was ever released: 0"),
+        ("version", 1.0, r"has no version that was ever released: 1\.0"),
+        ("version", None, "has no version that was ever released: None"),
     ],
 )
 def test_impossible_fields(whole: Path, field: str, value: object, says: str) -> None:
     change(whole, **{field: value})
     with pytest.raises(Damaged, match=says):
         read_manifest(whole)
+
+
+def test_version_2_had_no_alphabet(whole: Path) -> None:
+    content = json.loads((whole / MANIFEST).read_text())
+    del content["alphabet"]
+    (whole / MANIFEST).write_text(sealed(content | {"version": 2}))
+    assert read_manifest(whole).alphabet is None
+    change(whole, version=3, alphabet="dna")
+    assert read_manifest(whole).alphabet == "dna"
 
 
 def test_a_changed_manifest_is_noticed(whole: Path) -> None:
@@ -141,7 +148,7 @@ def test_a_changed_manifest_is_noticed(whole: Path) -> None:
 
 def test_a_manifest_without_files_is_damage(whole: Path) -> None:
     change(whole, files={})
-    assert glance(whole) == verify(whole) == f"{MANIFEST} names no files"
+    assert find_obvious_damage(whole) == find_damage(whole) == f"{MANIFEST} names no files"
 
 
 def test_a_field_that_is_missing_is_named(whole: Path) -> None:
@@ -169,7 +176,7 @@ def test_what_is_no_manifest(whole: Path, text: bytes, says: str) -> None:
 
 
 def test_a_manifest_without_end_is_not_read_to_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megabase.pipeline.checkpoint.manifest.MOST_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("megabase.pipeline.checkpoint.manifest.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(Damaged, match="has more than 0 MiB"):
         read_manifest(whole)
 
@@ -177,7 +184,7 @@ def test_a_manifest_without_end_is_not_read_to_it(whole: Path, monkeypatch: pyte
 def test_a_newer_one_is_no_damage(whole: Path) -> None:
     change(whole, version=99, unheard_of=1)
     with pytest.raises(UserError, match="update megabase"):
-        glance(whole)
+        find_obvious_damage(whole)
 
 
 JSON = st.recursive(
@@ -209,7 +216,7 @@ def test_any_json_is_read_or_refused(bare: Path, content: Any, files: Any, base:
         if files is not None:
             content["files"] = files
     (bare / MANIFEST).write_text(sealed(content) if isinstance(content, dict) else json.dumps(content))
-    for look in (read_manifest, glance, verify):
+    for look in (read_manifest, find_obvious_damage, find_damage):
         try:
             look(bare)
         except Damaged as damaged:
@@ -228,7 +235,7 @@ def test_any_bytes_are_read_or_refused(bare: Path, noise: bytes, at: int) -> Non
         assert str(error)
 
 
-GOOD = json.dumps(
+GOOD = sealed(
     {
         "step": 4,
         "samples": 32,
@@ -240,7 +247,7 @@ GOOD = json.dumps(
         "versions": {"torch": "2"},
         "created": 1.5,
         "files": {},
-        "version": 1,
+        "version": 2,
     }
 )
 
@@ -297,8 +304,8 @@ def point(target: str) -> Callable[[Path], None]:
         (link_to_itself, "optim_states.pt is a link to itself"),
         (make_folder, "optim_states.pt is not a file"),
         (make_pipe, "optim_states.pt is not a file"),
-        (add_shard, "zero_pp_rank_1_mp_rank_00_optim_states.pt is there, but megabase.json does not name it"),
-        (add_universal, "latest_universal is there, but"),
+        (add_shard, "zero_pp_rank_1_mp_rank_00_optim_states.pt exists, but megabase.json does not name it"),
+        (add_universal, "latest_universal exists, but"),
         (point("../other"), "latest points to '../other', which is no folder of the checkpoint"),
         (point("elsewhere"), "latest points to 'elsewhere'"),
         (point(""), "latest points to ''"),
@@ -306,14 +313,14 @@ def point(target: str) -> Callable[[Path], None]:
 )
 def test_what_would_be_read_instead_is_damage(whole: Path, harm: Callable[[Path], None], says: str) -> None:
     harm(whole)
-    for found in (glance(whole), verify(whole)):
+    for found in (find_obvious_damage(whole), find_damage(whole)):
         assert found is not None and says in found
 
 
 def test_a_stray_file_is_none(whole: Path) -> None:
     for stray in (".nfs000000012", "notes.txt", "latest~", "checkpoint/.optim.pt.swp", ".latest.swp"):
         (whole / stray).write_text("x")
-    assert verify(whole) is None
+    assert find_damage(whole) is None
 
 
 def test_a_link_to_the_whole_checkpoint_and_links_within_it_are_fine(whole: Path, tmp_path: Path) -> None:
@@ -322,20 +329,22 @@ def test_a_link_to_the_whole_checkpoint_and_links_within_it_are_fine(whole: Path
     (moved / OPTIMIZER).rename(moved / "data")
     (moved / OPTIMIZER).symlink_to(moved / "data")
     whole.symlink_to(moved)
-    assert verify(whole) is None
+    assert find_damage(whole) is None
 
 
 def test_a_file_in_place_of_the_directory_is_damage(tmp_path: Path) -> None:
     (tmp_path / "step-4").write_text("x")
-    assert "megabase.json is no file in a directory" in str(verify(tmp_path / "step-4"))
+    assert "megabase.json is no file in a directory" in str(find_damage(tmp_path / "step-4"))
 
 
 def test_ranks_share_the_reading_and_report_it(whole: Path) -> None:
     data = bytearray((whole / OPTIMIZER).read_bytes())
     data[7] ^= 1
     (whole / OPTIMIZER).write_bytes(data)
-    assert glance(whole) is None
-    assert [damage(whole, rank, 3) is None for rank in range(3)] == [False, True, True]
+    assert find_obvious_damage(whole) is None
+    assert [find_damage(whole, rank=rank, size=3) is None for rank in range(3)] == [False, True, True]
     read: list[int] = []
-    assert damage(whole, 0, 1, read.append) == f"{OPTIMIZER} has another checksum than when it was written"
+    assert (
+        find_damage(whole, report=read.append) == f"{OPTIMIZER} has another checksum than when it was written"
+    )
     assert sum(read) == 1024

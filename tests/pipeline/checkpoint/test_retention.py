@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.checkpoint.manifest import MANIFEST, list_checkpoints, step_of
-from megabase.pipeline.checkpoint.retention import best, doomed, evaluations, prune
+from megabase.pipeline.checkpoint.retention import best_steps, prune, steps_to_delete, validation_losses
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import CheckpointConfig
 from megabase.pipeline.errors import UserError
@@ -31,7 +31,7 @@ SETTINGS = st.builds(
 def test_the_newest_the_round_and_the_best_stay_and_nothing_else(
     steps: list[int], losses: dict[int, float], settings: CheckpointConfig
 ) -> None:
-    stay = set(steps) - doomed(steps, losses, settings)
+    stay = set(steps) - steps_to_delete(steps, losses, settings)
     newest = set(steps[-settings.keep :])
     round_ones = {step for step in steps if settings.keep_every and step % settings.keep_every == 0}
     measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
@@ -45,12 +45,12 @@ def test_the_newest_the_round_and_the_best_stay_and_nothing_else(
 
 @given(STEPS, LOSSES, SETTINGS, st.randoms())
 def test_the_order_does_not_matter_and_a_second_time_deletes_nothing(steps, losses, settings, chance) -> None:
-    gone = doomed(steps, losses, settings)
+    gone = steps_to_delete(steps, losses, settings)
     assert gone <= set(steps)
-    assert doomed(set(steps) - gone, losses, settings) == set()
+    assert steps_to_delete(set(steps) - gone, losses, settings) == set()
     shuffled = list(steps)
     chance.shuffle(shuffled)
-    assert doomed(shuffled, losses, settings) == gone
+    assert steps_to_delete(shuffled, losses, settings) == gone
 
 
 @given(STEPS, LOSSES, SETTINGS, st.sets(st.integers(0, 19)))
@@ -63,18 +63,18 @@ def test_pruning_after_every_checkpoint_leaves_what_pruning_at_the_end_would(
         # The evaluation of this step is still to come; and some prunings fail or are killed.
         if number not in skipped:
             known = {other: loss for other, loss in losses.items() if other < step}
-            there -= doomed(there, known, settings)
-    there -= doomed(there, losses, settings)
-    assert there == set(steps) - doomed(steps, losses, settings)
+            there -= steps_to_delete(there, known, settings)
+    there -= steps_to_delete(there, losses, settings)
+    assert there == set(steps) - steps_to_delete(steps, losses, settings)
 
 
 def test_best_of_equal_ones_is_the_newer() -> None:
-    assert best([10, 20, 30, 40], {10: 1.5, 20: 1.5, 30: 2.0}, 2) == [20, 10]
+    assert best_steps([10, 20, 30, 40], {10: 1.5, 20: 1.5, 30: 2.0}, 2) == [20, 10]
 
 
 def test_losses_come_from_the_journal_s_evaluations(tmp_path: Path) -> None:
     journal = tmp_path / "metrics.jsonl"
-    assert evaluations(journal) == {}
+    assert validation_losses(journal) == {}
     rows = [
         {"step": 5, "loss": 2.0},
         {"step": 5, "valid_loss": 1.5},
@@ -83,14 +83,14 @@ def test_losses_come_from_the_journal_s_evaluations(tmp_path: Path) -> None:
     ]
     torn = '{"step": 20, "valid_loss": 1.2'
     journal.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
-    assert evaluations(journal) == {5: 1.5, 15: 1.25}
+    assert validation_losses(journal) == {5: 1.5, 15: 1.25}
 
 
 def steps_in(directory: Path) -> list[int]:
     return [step_of(path) for path in list_checkpoints(directory)]
 
 
-def test_only_the_doomed_are_deleted_and_nothing_of_them_is_left(tmp_path: Path) -> None:
+def test_only_what_is_not_kept_is_deleted_and_nothing_of_it_is_left(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50, 60):
         write_checkpoint(tmp_path / f"step-{step}")
     aside = write_checkpoint(tmp_path / "step-25", name="step-25.broken")

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megabase.pipeline.checkpoint import publish as checkpoint
-from megabase.pipeline.checkpoint.publish import list_checkpoints, read_manifest
+from megabase.pipeline.checkpoint import publish
+from megabase.pipeline.checkpoint.damage import find_damage
+from megabase.pipeline.checkpoint.manifest import list_checkpoints, read_manifest
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError
@@ -40,7 +41,7 @@ class Bench:
         (self.run / METRICS).write_text('{"step": 1, "loss": 2.0}\n')
         self.weights = torch.arange(5.0)
         self.storage = Storage(background)
-        self.saver = Saver(config, "data", ranks, self.storage)
+        self.saver = Saver(config, ranks, self.storage, data="data", alphabet="dna")
         self.trainer: Any = SimpleNamespace(
             save_checkpoint=self.write, lightning_module=torch.nn.Linear(2, 2)
         )
@@ -71,13 +72,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_training_goes_on_while_a_checkpoint_gets_its_name(bench, monkeypatch) -> None:
     it = bench(True)
-    gate, seal = threading.Event(), checkpoint.seal
+    gate, original = threading.Event(), publish.publish
 
     def held_up(*arguments: Any) -> None:
         gate.wait()
-        seal(*arguments)
+        original(*arguments)
 
-    monkeypatch.setattr(checkpoint, "seal", held_up)
+    monkeypatch.setattr(publish, "publish", held_up)
     it.saver.begin(it.trainer, 3, must=False)
     wait_for(lambda: it.saver.progress == 1)
     assert it.saver.advanced == 0
@@ -88,12 +89,13 @@ def test_training_goes_on_while_a_checkpoint_gets_its_name(bench, monkeypatch) -
     saved = it.saver.advance()
     assert saved.path == it.run / "checkpoints" / "step-3" and saved.held <= saved.seconds + 10
     assert (it.saver.pending, it.saver.progress, it.steps) == (None, 0, ["step-3"])
+    assert read_manifest(saved.path).alphabet == "dna"
     assert set(read_manifest(saved.path).files) == {
         "checkpoint/mp_rank_00_model_states.pt",
         "latest",
         METRICS,
     }
-    assert checkpoint.verify(saved.path) is None
+    assert find_damage(saved.path) is None
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -105,7 +107,7 @@ def test_a_disk_that_is_full_when_it_gets_its_name(bench, monkeypatch, capsys, b
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as context:
-        context.setattr(checkpoint, "seal", full)
+        context.setattr(publish, "publish", full)
         it.saver.begin(it.trainer, 1, must=False)
         while it.saver.pending:
             assert it.saver.advance() is None
@@ -131,7 +133,8 @@ def test_states_that_are_not_finite_end_the_run_and_leave_the_checkpoints_before
     it.saver.begin(it.trainer, 2, must=False)
     it.weights[3] = 0  # in the background it is the copy that counts
     with pytest.raises(
-        RunError, match=r"step 2 is not written: rank 0: weights .* are not finite\. What was there"
+        RunError,
+        match=r"step 2 is not written: rank 0: weights .* are not finite\. Earlier checkpoints are unchanged",
     ):
         while it.saver.pending:
             it.saver.advance()
@@ -141,7 +144,7 @@ def test_states_that_are_not_finite_end_the_run_and_leave_the_checkpoints_before
 @pytest.mark.parametrize("background", [False, True])
 def test_a_mistake_of_ours_keeps_its_traceback(bench, monkeypatch, capsys, background) -> None:
     it = bench(background)
-    monkeypatch.setattr(checkpoint, "seal", lambda *_: {}["oops"])
+    monkeypatch.setattr(publish, "publish", lambda *_: {}["oops"])
     it.saver.begin(it.trainer, 1, must=False)
     with pytest.raises(RunError, match="KeyError: 'oops'"):
         while it.saver.pending:

@@ -8,7 +8,7 @@ import pytest
 
 from megabase.pipeline.checkpoint import space
 from megabase.pipeline.checkpoint.manifest import MANIFEST, read_manifest
-from megabase.pipeline.checkpoint.space import needed, shortage
+from megabase.pipeline.checkpoint.space import needed_bytes, shortage
 from tests.pipeline.checkpoints import write_checkpoint
 
 
@@ -21,7 +21,7 @@ class Usage(NamedTuple):
 def test_what_a_checkpoint_needs_is_taken_from_the_last_or_from_the_model(tmp_path: Path) -> None:
     parameters = 10_000_000
     sizes = {
-        (stage, precision): needed(parameters, stage, precision) - space._SPARE_BYTES
+        (stage, precision): needed_bytes(parameters, stage, precision) - space._SPARE_BYTES
         for stage in (0, 2, 3)
         for precision in ("32", "bf16")
     }
@@ -29,9 +29,9 @@ def test_what_a_checkpoint_needs_is_taken_from_the_last_or_from_the_model(tmp_pa
     assert sizes[2, "32"] >= 16 * parameters > sizes[2, "bf16"] >= 14 * parameters
     assert 14 * parameters > sizes[3, "bf16"] == sizes[3, "32"] >= 12 * parameters
     before = read_manifest(write_checkpoint(tmp_path / "step-4"))
-    assert before.size < needed(parameters, 2, "32", before) - space._SPARE_BYTES < 1.1 * before.size
+    assert before.size < needed_bytes(parameters, 2, "32", before) - space._SPARE_BYTES < 1.1 * before.size
     # Of another stage or precision, it tells nothing.
-    assert needed(parameters, 3, "32", before) == needed(parameters, 3, "32")
+    assert needed_bytes(parameters, 3, "32", before) == needed_bytes(parameters, 3, "32")
 
 
 def test_a_shortage_says_how_much_where_and_the_way_out(
@@ -43,19 +43,21 @@ def test_a_shortage_says_how_much_where_and_the_way_out(
     assert said and f"needs up to 4.8 MiB, {tmp_path} has 4.8 MiB free" in said and "checkpoint.keep" in said
     assert "broken" not in said
     write_checkpoint(tmp_path / "step-4", name="step-4.broken")
-    assert "broken checkpoints that nobody deletes by itself hold 2." in str(shortage(tmp_path, 5_000_001))
+    assert "broken checkpoints, which are never deleted automatically, take 2." in str(
+        shortage(tmp_path, 5_000_001)
+    )
 
 
 def test_the_next_checkpoint_is_judged_by_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 8 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free, free))
-    assert "a checkpoint needs up to 19.6 MiB" in str(space.lacking(tmp_path, 1_000_000, 2, "32"))
+    assert "a checkpoint needs up to 19.6 MiB" in str(space.describe_shortage(tmp_path, 1_000_000, 2, "32"))
     path = write_checkpoint(tmp_path / "step-4")
-    assert space.lacking(tmp_path, 1_000_000, 2, "32") is None
+    assert space.describe_shortage(tmp_path, 1_000_000, 2, "32") is None
     (path / MANIFEST).unlink()
-    assert space.lacking(tmp_path, 1_000_000, 2, "32")
+    assert space.describe_shortage(tmp_path, 1_000_000, 2, "32")
 
 
 def test_a_file_system_that_does_not_answer_hangs_no_other_rank(tmp_path: Path) -> None:
-    said = space.lacking(tmp_path / "gone", 1_000_000, 2, "32")
-    assert said and "does not say how much room it has: " in said
+    said = space.describe_shortage(tmp_path / "gone", 1_000_000, 2, "32")
+    assert said and "is unknown: " in said

@@ -7,7 +7,8 @@ import pytest
 
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.pipeline import cli
-from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.checkpoint.identity import manifest_of
+from megabase.pipeline.checkpoint.manifest import MANIFEST
 from megabase.pipeline.config.load import load
 from tests.conftest import DATA
 
@@ -131,8 +132,9 @@ def test_resume_with_another_model(
     then.model.vocab_size = 9
     step = tmp_path / "t" / "checkpoints" / "step-5"
     step.mkdir(parents=True)
-    manifest = checkpoint.manifest_of(then, 5, 1, ShardIndex.open(lambda_shards).segments.identity)
-    (step / checkpoint.MANIFEST).write_text(manifest.sealed())
+    data = ShardIndex.open(lambda_shards).segments.identity
+    manifest = manifest_of(then, 5, ranks=1, data=data, alphabet="dna")
+    (step / MANIFEST).write_text(manifest.sealed())
     message = complaint(capsys, *settings, "model.depth=2", "model.lsh.rounds=8")
     assert "model.depth: checkpoint 6, config 2; model.lsh.rounds: checkpoint 4, config 8" in message
     assert "trainer.precision: checkpoint 32, now bf16" in complaint(

@@ -19,12 +19,14 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, safetensors
 from megabase.models.pretrained import from_pretrained
 from megabase.pipeline import cli
+from megabase.pipeline.checkpoint import choose as choose_module
+from megabase.pipeline.checkpoint.choose import choose_to_read
 from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.config.keys import flatten
 from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.inference import export as export_module
-from megabase.pipeline.inference.export import choose, export
+from megabase.pipeline.inference.export import export
 from megabase.pipeline.rundir.journal import read
 from tests.pipeline.checkpoints import sealed
 from tests.pipeline.zero.test_states import groups_of, write_sharded
@@ -45,7 +47,13 @@ MAPS = dataclasses.replace(
 
 
 def write_checkpoint(
-    run: Path, settings: ReformerConfig, step: int, *, stage: int = 2, ranks: int = 2
+    run: Path,
+    settings: ReformerConfig,
+    step: int,
+    *,
+    stage: int = 2,
+    ranks: int = 2,
+    alphabet: str | None = "dna",
 ) -> Reformer:
     """Write a checkpoint of random weights as DeepSpeed's ranks would; returns the model that it is of."""
     torch.manual_seed(step)
@@ -80,6 +88,7 @@ def write_checkpoint(
         data="",
         versions={"torch": "then"},
         files=files,
+        alphabet=alphabet,
     )
     (path / "megabase.json").write_text(manifest.sealed())
     return model.eval()
@@ -127,6 +136,12 @@ def test_the_export_is_the_model(tmp_path: Path, settings: ReformerConfig, stage
     assert about["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
 
 
+def test_an_alphabet_that_was_not_recorded_is_null(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", CONFIG, 7, alphabet=None)
+    export(tmp_path / "run", tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["alphabet"] is None
+
+
 def test_the_formats_own_library_reads_it(tmp_path: Path) -> None:
     theirs = pytest.importorskip("safetensors.torch")
     model = write_checkpoint(tmp_path / "run", TIED, 7)
@@ -143,20 +158,20 @@ def test_the_formats_own_library_reads_it(tmp_path: Path) -> None:
 
 
 def test_the_newest_that_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert choose(run, None).name == "step-10"
-    assert choose(run, 5).name == "step-5"
+    assert choose_to_read(run, None).name == "step-10"
+    assert choose_to_read(run, 5).name == "step-5"
     damage(run, 10)
-    assert choose(run, None).name == "step-5"
+    assert choose_to_read(run, None).name == "step-5"
     said = capsys.readouterr().err
     assert "step-10 is broken (checkpoint/zero_pp_rank_1" in said
-    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 5 is whole"):
-        choose(run, 10)
+    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 5 is intact"):
+        choose_to_read(run, 10)
     damage(run, 5)
-    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 3 is whole"):
-        choose(run, 10)
+    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 3 is intact"):
+        choose_to_read(run, 10)
     damage(run, 3)
-    with pytest.raises(UserError, match="no older one that is whole"):
-        choose(run, None)
+    with pytest.raises(UserError, match="no older one is intact"):
+        choose_to_read(run, None)
     # A run that trains chooses for itself: nothing was renamed.
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-3", "step-5"]
 
@@ -171,8 +186,8 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
         ([str(tmp_path / "nowhere"), new], "is no run directory"),
         ([str(tmp_path), new], "is no run directory"),
         ([str(tmp_path / "empty"), new], "has no checkpoint yet: train it first"),
-        ([str(tmp_path / "aside"), new], "has no checkpoint that is whole, only step-3.broken"),
-        ([str(run), new, "--step", "4"], "has no checkpoint of step 4: there are 3, 5, 10"),
+        ([str(tmp_path / "aside"), new], "has no intact checkpoint, only step-3.broken"),
+        ([str(run), new, "--step", "4"], "has no checkpoint of step 4: it has 3, 5, 10"),
         ([str(run), str(tmp_path / "there")], "there exists already: choose another OUT"),
         ([str(run), "."], "exists already: choose another OUT"),
         ([str(run), str(run / "checkpoints" / "model")], "is among the checkpoints of"),
@@ -187,19 +202,20 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
         assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("when", ["verify", "read_manifest", "source_of"])
+@pytest.mark.parametrize("when", ["find_damage", "read_manifest", "source_of"])
 def test_a_checkpoint_that_the_run_deletes_meanwhile(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest goes: the next is taken. The one that was asked for goes: one line."""
-    before = getattr(export_module, when)
+    module = choose_module if when == "find_damage" else export_module
+    before = getattr(module, when)
 
     def gone(path: Path, *more: Any) -> Any:
         if path.name == "step-10":
             shutil.rmtree(path, ignore_errors=True)
         return before(path, *more)
 
-    monkeypatch.setattr(export_module, when, gone)
+    monkeypatch.setattr(module, when, gone)
     shutil.copytree(run / "checkpoints", tmp_path / "kept")
     assert export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32").name == "step-5"
     shutil.copytree(tmp_path / "kept" / "step-10", run / "checkpoints" / "step-10", dirs_exist_ok=True)

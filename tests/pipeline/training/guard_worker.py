@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabase.pipeline.checkpoint.publish import TAG, list_checkpoints, step_of
+from megabase.pipeline.checkpoint.manifest import list_checkpoints, step_of
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.errors import RunError, rank_zero
+from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks import rendezvous
+from megabase.pipeline.ranks.environment import is_rank_zero
 from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.training import module
@@ -32,6 +33,7 @@ from megabase.pipeline.training import run as train
 from megabase.pipeline.training.check import check
 from megabase.pipeline.training.guard import LEAST_LOSSES
 from megabase.pipeline.training.module import PretrainModule
+from megabase.pipeline.zero.checkpoint_engine import DIRECTORY
 
 # The first step at which a loss can have exploded, and one that no checkpoint is due at.
 BAD, STEPS, SAVED = LEAST_LOSSES + 2, LEAST_LOSSES + 4, LEAST_LOSSES // 2
@@ -183,7 +185,7 @@ def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[
     settings = [f"data.shards={shards}", f"run.root={root}", f"run.name={name}", *SETTINGS, *case.settings]
     config = load([], settings)
     check(config, groups.world.size)
-    if rank_zero():
+    if is_rank_zero():
         (config.directory / "checkpoints").mkdir(parents=True)
         if case.of:
             shutil.copytree(root / case.of, config.directory, dirs_exist_ok=True)
@@ -222,7 +224,7 @@ def _refused(engine: Any, which: str, root: Path) -> str:
     before = place.clone()
     if which and spoiled:
         place.fill_(math.nan)
-    engine.save_checkpoint(str(root / "refused"), tag=TAG, client_state={}, save_latest=False)
+    engine.save_checkpoint(str(root / "refused"), tag=DIRECTORY, client_state={}, save_latest=False)
     error = engine.checkpoint_engine.result().error
     place.copy_(before)
     return str(error or "")
@@ -240,7 +242,7 @@ def main(shards: str, root: str, output: str) -> None:
     results = {}
     for name, case in CASES.items():
         results[name] = run(name, case, shards, Path(root), groups)
-        if rank_zero():
+        if is_rank_zero():
             Path(output).write_text(json.dumps(results))
     groups.world.check(None)
 

@@ -23,7 +23,7 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.training.bad_windows import report
-from megabase.pipeline.training.guard import LEAST_LOSSES, History, Trouble, WatchedAdamW, step_loss
+from megabase.pipeline.training.guard import LEAST_LOSSES, History, Trouble, step_loss
 from megabase.pipeline.training.recorder import Recorder
 from tests.pipeline.training import guard_worker
 from tests.pipeline.training.guard_worker import BAD, CASES, SAVED, STEPS
@@ -190,29 +190,8 @@ def test_the_books_find_the_first_bad_step_and_count_what_was_skipped(tmp_path: 
         assert [row.get("skipped_updates") for row in speeds] == [2 if on_bad == "skip" else None]
 
 
-def test_plain_adamw_knows_its_norm_and_drops_only_when_told() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    adam = WatchedAdamW([weight], lr=0.1)
-
-    def step(gradient: list[float], drops: bool) -> float:
-        weight.grad = torch.tensor(gradient)
-        adam.drops = drops
-        adam.measure()
-        adam.step()
-        return float(adam._global_grad_norm)
-
-    assert step([3.0, 4.0, 0.0], drops=True) == 5.0 and not adam.overflow
-    before = weight.detach().clone(), {k: v.clone() for k, v in adam.state[weight].items()}
-    assert math.isnan(step([math.nan, 4.0, 0.0], drops=True)) and adam.overflow
-    assert torch.equal(weight, before[0])
-    assert all(torch.equal(adam.state[weight][name], value) for name, value in before[1].items())
-    assert bool(weight.isfinite().all())
-    step([math.inf, 0.0, 0.0], drops=False)
-    assert not adam.overflow and not bool(weight.isfinite().all())
-
-
 class Others:
-    """Stands for `Ranks` on rank 0 of some."""
+    """Stands for a Group on rank 0 of several."""
 
     rank = 0
 

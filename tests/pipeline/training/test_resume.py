@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabase.pipeline.checkpoint.publish import list_checkpoints
+from megabase.pipeline.checkpoint.manifest import list_checkpoints, step_of
 from megabase.pipeline.rundir.journal import Row
-from megabase.pipeline.zero.states import MOMENTS, WEIGHTS, Shards
+from megabase.pipeline.zero.states import MOMENTS, WEIGHTS
 from tests.conftest import train_settings, training_rows
+from tests.pipeline.shards import open_shards
 from tests.processes import Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -28,8 +29,9 @@ def finish(start: Start, shards: Path, root: Path, name: str, *settings: str) ->
 
 def assert_same_states(run: Path, other: Path) -> None:
     """The newest checkpoints of two runs hold the same weights and AdamW states, to the last bit."""
-    one, two = (Shards.open(list_checkpoints(path / "checkpoints")[0]) for path in (run, other))
-    assert one.manifest.step == two.manifest.step and one.names == two.names
+    newest = [list_checkpoints(path / "checkpoints")[0] for path in (run, other)]
+    one, two = map(open_shards, newest)
+    assert step_of(newest[0]) == step_of(newest[1]) and one.names == two.names
     assert one.optimizer_step == two.optimizer_step
     for name in one.names:
         for what in (WEIGHTS, *MOMENTS):

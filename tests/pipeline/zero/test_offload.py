@@ -1,4 +1,4 @@
-"""What is offloaded to a disk: in memory to those who compute, in files to the kernel. Runs are in test_resume.py."""
+"""Host memory that is mapped from files. Runs with it are in test_resume.py."""
 
 import gc
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from megabase.pipeline.config.schema import ZeroConfig
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks.groups import Group
-from megabase.pipeline.zero.offload import _file, _in_file, move
+from megabase.pipeline.zero.offload import _file, _in_file, map_from_files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,8 +37,10 @@ def test_a_disk_without_room_ends_all_ranks_with_one_line_and_leaves_nothing(
     weights = torch.empty(1 << 50, device="meta")  # 4 PiB
     optimizer = SimpleNamespace(fp32_partitioned_groups_flat=[weights])
     with pytest.raises(RunError) as caught:
-        move(SimpleNamespace(optimizer=optimizer), ZeroConfig(offload="nvme", nvme_path=str(tmp_path)))
+        map_from_files(
+            SimpleNamespace(optimizer=optimizer), ZeroConfig(offload="nvme", nvme_path=str(tmp_path))
+        )
     said = str(caught.value)
     assert f"rank 0: zero.nvme_path={tmp_path} cannot hold what is offloaded: " in said
-    assert "4,096.0 TiB were to be taken at once" in said
+    assert "4,096.0 TiB were requested at once" in said
     assert not list(tmp_path.iterdir())

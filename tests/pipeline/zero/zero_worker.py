@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megabase.models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
-from megabase.pipeline.errors import rank_zero
 from megabase.pipeline.ranks import rendezvous
+from megabase.pipeline.ranks.environment import is_rank_zero
 
 STEPS, BATCH, LENGTH = 3, 4, 48
 LR, MOMENTUM = 0.1, 0.9
@@ -251,7 +251,7 @@ def half(stage: int) -> dict[str, Any]:
 
     lost: steps left out of twelve whose gradients all overflow, more than there are halvings of the scale.
     """
-    from megabase.pipeline.zero.strategy import allow_least_scale
+    from megabase.pipeline.zero.strategy import skip_steps_at_least_scale
 
     directory = shared_directory()
     first = Started.of(stage, "fp16")
@@ -265,7 +265,7 @@ def half(stage: int) -> dict[str, Any]:
     second.engine.load_checkpoint(directory, tag="t")
     taken_over = second.scale
     resumed = [taken_over, *second.train(range(5, 6)), second.scale]
-    allow_least_scale(second.engine)
+    skip_steps_at_least_scale(second.engine)
     before = second.engine.skipped_steps
     for step in range(12):
         second.train(range(step, step + 1), overflow_at=step)
@@ -358,7 +358,7 @@ def main(output: str) -> None:
     get_accelerator().is_fp16_supported = lambda: True
     for stage in STAGES:
         results[f"half-{stage}"] = half(stage)
-    if rank_zero():
+    if is_rank_zero():
         Path(output).write_text(json.dumps(results))
     dist.barrier()
 

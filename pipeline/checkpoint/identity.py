@@ -1,0 +1,94 @@
+"""What a checkpoint belongs to: the run that wrote it, compared with the run that wants to resume from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabase.pipeline.checkpoint.manifest import Manifest
+from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.hardware import precision_of
+from megabase.pipeline.rundir.environment import versions
+from megabase.pipeline.zero.settings import layout_options
+from megabase.pipeline.zero.states import SavedLayout
+
+# Settings that make a run what it is: with another value, the checkpoint belongs to another run...
+IDENTITY = ("model.", "data.", "run.seed")
+# ...except for these, which change where and how fast it is computed.
+FREE = (
+    "data.shards",
+    "data.micro_batch",
+    "data.workers",
+    "data.prefetch",
+    "data.on_error",
+    "model.loss_chunk",
+    "model.feedforward.chunk",
+)
+
+
+def manifest_of(config: RunConfig, step: int, *, ranks: int, data: str, alphabet: str) -> Manifest:
+    """The manifest of a checkpoint of this run, still without files.
+
+    Args:
+        config: the run.
+        step: optimizer steps done.
+        ranks: number of processes, the world size.
+        data: identity of the shards (`Segments.identity`).
+        alphabet: name of the shards' alphabet.
+    """
+    return Manifest(
+        step=step,
+        samples=step * config.data.global_batch,
+        ranks=ranks,
+        stage=config.zero.stage,
+        precision=precision_of(config.trainer.precision),
+        config=dotted(config),
+        data=data,
+        versions=versions(),
+        alphabet=alphabet,
+    )
+
+
+def saved_layout(manifest: Manifest) -> SavedLayout:
+    """How the ranks that wrote a checkpoint laid out its states."""
+    return SavedLayout(manifest.ranks, manifest.stage, manifest.precision, layout_options(manifest.config))
+
+
+def check_same_run(saved: Manifest, current: Manifest, path: Path) -> None:
+    """Check that a checkpoint belongs to the run that wants to resume from it.
+
+    Args:
+        saved: the checkpoint's manifest.
+        current: the manifest that a checkpoint of the run would have (`manifest_of`).
+        path: the checkpoint, for the message.
+
+    Raises:
+        UserError: they differ; the message names each difference.
+    """
+    # A setting that did not exist when the checkpoint was written had its default.
+    recorded = saved.config
+    defaults = {
+        key: value
+        for key, value in dotted(RunConfig()).items()
+        if not any(name.startswith(f"{key}.") for name in recorded)
+    }
+    then = defaults | recorded
+    keys = sorted(k for k in {*then, *current.config} if k.startswith(IDENTITY) and k not in FREE)
+    differences = [
+        f"{key}: checkpoint {then.get(key)!r}, config {current.config.get(key)!r}"
+        for key in keys
+        if then.get(key) != current.config.get(key)
+    ]
+    if saved.data != current.data:
+        differences.append(
+            f"the shards: checkpoint's {then.get('data.shards')} holds other records or splits than"
+            f" {current.config.get('data.shards')}"
+        )
+    if saved.precision != current.precision:
+        differences.append(f"trainer.precision: checkpoint {saved.precision}, now {current.precision}")
+    if differences:
+        raise UserError(
+            f"the config differs from checkpoint {path}: {'; '.join(differences)}."
+            " Use the checkpoint's values, or another run.name for a new run"
+        )

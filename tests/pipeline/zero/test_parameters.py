@@ -1,0 +1,14 @@
+"""The full shape of a parameter."""
+
+import torch
+from torch import nn
+
+from megabase.pipeline.zero.parameters import full_shape, full_size
+
+
+def test_a_placeholder_of_stage_3_has_its_full_shape_beside_it() -> None:
+    weight = nn.Parameter(torch.zeros(2, 3))
+    assert full_shape(weight) == (2, 3) and full_size(weight) == 6
+    placeholder = nn.Parameter(torch.empty(0))
+    placeholder.ds_shape = torch.Size([4, 5])  # type: ignore[attr-defined]
+    assert full_shape(placeholder) == (4, 5) and full_size(placeholder) == 20
