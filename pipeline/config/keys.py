@@ -6,11 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megabase.pipeline.config.schema import RunConfig
+    from _typeshed import DataclassInstance
 
 
-def dotted(config: RunConfig) -> dict[str, Any]:
-    """Every setting of a run: {"a.b.c": value}."""
+def dotted(config: DataclassInstance) -> dict[str, Any]:
+    """Every setting of a tree of dataclasses, such as a RunConfig: {"a.b.c": value}."""
     return flatten(dataclasses.asdict(config))
 
 
