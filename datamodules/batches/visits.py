@@ -26,6 +26,7 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.hashing import Purpose, derived, uniform
+from megabase.datamodules.order.planning import plan_windows
 from megabase.datamodules.order.windows import PACKED, WindowPlan
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Windows:
         turned = np.zeros(len(keys), bool)
         if self.reverse_complement:
             turned = uniform(derived(keys, Purpose.STRAND)) < self.reverse_complement
-        letters = self.plan.count(rows, starts)
+        letters = self.plan.count_letters(rows, starts)
         labels = letters if self.mask_rate is None else masked_count(letters, self.mask_rate)
         return Visits(samples, keys, rows, starts, turned, np.where(filler, 0, labels))
 
@@ -158,7 +159,7 @@ class Windows:
 def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
     """The windows to train on.
 
-    Raises DataError if there is none (see `WindowPlan.of`), or for settings that this alphabet cannot have.
+    Raises DataError if there is none (see `plan_windows`), or for settings that this alphabet cannot have.
     """
     alphabet = index.alphabet
     if config.reverse_complement and alphabet.complement is None:
@@ -171,7 +172,7 @@ def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
             f"data.softmask_weight {config.softmask_weight}: lower case is no mask in alphabet {alphabet.name}: "
             "set it to 1"
         )
-    plan = WindowPlan.of(
+    plan = plan_windows(
         index.segments,
         TRAIN,
         config.length,
@@ -194,9 +195,9 @@ def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
 def evaluation_windows(config: DataConfig, index: ShardIndex, split: str) -> Windows:
     """The windows of a split side by side and as they are, every label of the same weight: runs can be compared.
 
-    Raises DataError if there is none (see `WindowPlan.of`).
+    Raises DataError if there is none (see `plan_windows`).
     """
-    plan = WindowPlan.of(index.segments, split, config.length, config.min_real, pack=config.pack)
+    plan = plan_windows(index.segments, split, config.length, config.min_real, pack=config.pack)
     return Windows(index, plan, _mask_rate(config), skip=config.on_error == SKIP)
 
 

@@ -17,7 +17,7 @@ from megabase.datamodules.config import DataConfig
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segments
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.order.windows import WindowPlan
+from megabase.datamodules.order.planning import plan_windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,7 +205,7 @@ def _describe_split(segments: Segments, split: str) -> SplitReport:
 
 def _windows(segments: Segments, split: str, length: int) -> int:
     try:
-        return len(WindowPlan.of(segments, split, length, DataConfig().min_real))
+        return len(plan_windows(segments, split, length, DataConfig().min_real))
     except DataError:  # there is none
         return 0
 

@@ -11,8 +11,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.order.planning import plan_windows
 from megabase.datamodules.order.training_order import Order
-from megabase.datamodules.order.windows import WindowPlan
 from megabase.pipeline.ranks.agreement import hash_samples
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
 from megabase.pipeline.rundir.journal import read
@@ -42,7 +42,7 @@ def test_the_run_directory_describes_itself(undisturbed: Path, lambda_shards: Pa
 
 def test_the_journal_proves_what_every_rank_consumed(undisturbed: Path, lambda_shards: Path) -> None:
     index = ShardIndex.open(lambda_shards)
-    windows = len(WindowPlan.of(index.segments, "train", 512, 0.5))
+    windows = len(plan_windows(index.segments, "train", 512, 0.5))
     for row in training_rows(undisturbed):
         ids = Order(1, (0, windows)).of_step(row["step"] - 1, 8)[0].tolist()
         assert int(row["samples"], 16) == hash_samples(ids) % 2**64
