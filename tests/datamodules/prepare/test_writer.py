@@ -1,21 +1,18 @@
 """The writer: what lies in the tars, as webdataset reads them, and the rows that say where."""
 
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import Segment
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.records import Record
-from megabase.datamodules.prepare.writer import ShardWriter, _header
+from megabase.datamodules.prepare.writer import ShardWriter
 
 DNA = Alphabet.named("dna")
 
@@ -54,17 +51,6 @@ def test_shards_keep_to_their_size_unless_one_record_is_larger(gappy_shards: Sha
     for name, size in gappy_shards.sizes.items():
         path = str(Path(gappy_shards.directory) / name)
         assert size <= 8192 or len(list(webdataset.WebDataset(path, shardshuffle=False))) == 1
-
-
-@given(name=st.from_regex(r"[0-9a-z.-]{1,90}", fullmatch=True), size=st.integers(0, (8 << 30) - 1))
-def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    assert _header(name, size) == info.tobuf(tarfile.GNU_FORMAT)
-
-
-def test_headers_of_huge_members_are_those_of_tarfile() -> None:
-    assert tarfile.TarInfo.frombuf(_header("a.seq", 9 << 30), "ascii", "strict").size == 9 << 30
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
