@@ -1,21 +1,25 @@
-"""Sequences in, batches out: everything between a FASTA file and the tensors of one micro batch.
+"""Sequences in, batches out: files -> shards (prepare) -> index -> windows in an order -> batches -> the data module.
 
-    records    files            -> a stream of named records
-    splits     record           -> its train, valid and test segments
-    shards     records          -> WebDataset tars and the rows of their index
-    prepare    the three above, in parallel (workers), in a directory that a killed one goes on in (unfinished)
-    foreign    others' tars     -> their index
-    index      index.parquet    -> where every segment lies, and verified reads of byte ranges from a store
-    check      every base against its checksum; report: what is in a shard set
-    windows    index            -> which windows exist (letters, packing, mixture: what they need)
-    order      seed, position   -> window: a pure function of numbers
-    hashing    seed, epoch, ... -> random words
-    visits     window, key      -> its bases, moved and turned as this visit has them
-    collate    bases            -> tokens, labels
-    batches    order, visits    -> numbered micro batches
-    datamodule batches          -> Lightning's loaders
-    markov     index            -> the bits per base that counting alone reaches
-
-Nothing here imports `models` or `pipeline`. Import the modules by name: this file imports none of them, so
-that `megabase.datamodules.prepare.run` does not load Lightning.
+Importing this package is cheap: Lightning and torch are loaded with the names that need them.
 """
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "SequenceDataModule": "datamodule",
+    "DataConfig": "config",
+    "ShardIndex": "index.shard_index",
+    "webdataset_pipeline": "batches.webdataset_pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported name when it is first used."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_EXPORTS]

@@ -5,6 +5,7 @@ windows: the 3 million windows of 1024 bases of a human genome take less than 1 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,19 @@ class WindowPlan:
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"window ids of split {self.split!r} must lie in [0, {len(self)})")
         return self.runs.locate(ids + self.skipped[np.searchsorted(self.skip_ids, ids, side="right")])
+
+    def ids_of_row(self, row: int) -> NDArray[np.int64]:
+        """Ids of the windows in a row of the index, in a plan of one group without packing."""
+        numbers = self.runs.first[np.searchsorted(self.runs.rows, [row, row + 1])]
+        skips = np.searchsorted(self._skip_starts, numbers)  # ranges of skipped windows that start before
+        low, high = np.maximum(numbers - self.skipped[skips], np.append(0, self.skip_ids)[skips])
+        return np.arange(low, high)
+
+    @cached_property
+    def _skip_starts(self) -> NDArray[np.int64]:
+        """(ranges,) number of the first window of each range of skipped ones."""
+        starts: NDArray[np.int64] = self.skip_ids + self.skipped[:-1]
+        return starts
 
     def count_letters(self, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Letters of windows anywhere, known from the index alone.
