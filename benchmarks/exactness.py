@@ -31,7 +31,7 @@ from megabase.models import (
 )
 from megabase.models.attention.lsh import hash_buckets, lsh_attention
 from megabase.pipeline.rundir import environment
-from tests.models.attention.test_lsh_attention import dense, inputs, later_changed, met_pairs
+from tests.models.attention.test_lsh import dense, inputs, later_changed, met_pairs
 from tests.models.reversing import kept_for_backward
 
 SMALL = ReformerConfig(
@@ -153,7 +153,7 @@ def once() -> Row:
     return Row(
         "`duplicates: once` is softmax over the union of the keys met in any round (fp32)",
         f"largest difference {worst:.1e}",
-        "tests/models/attention/test_lsh_attention.py::test_equals_dense_attention_over_the_pairs_that_meet",
+        "tests/models/attention/test_lsh.py::test_equals_dense_attention_over_the_pairs_that_meet",
     )
 
 
@@ -165,7 +165,7 @@ def causal_rule() -> Row:
     return Row(
         "`attend: window`: nothing that comes later changes an output (fp32); `chunk`, the paper's rule, fails this",
         f"changed by {off['window']:.1e} at most; `chunk`: {off['chunk']:.2f}",
-        "tests/models/attention/test_lsh_attention.py::test_window_is_strictly_causal_whatever_is_changed_added_or_removed_later",
+        "tests/models/attention/test_lsh.py::test_window_is_strictly_causal_whatever_is_changed_added_or_removed_later",
     )
 
 
@@ -201,7 +201,7 @@ def rounds_curve() -> Row:
     return Row(
         "more rounds approach full attention (rms error at 1, 2, 4, 8, 16 rounds)",
         ", ".join(f"{error:.3f}" for error in errors),
-        "tests/models/attention/test_lsh_attention.py::test_more_rounds_approach_full_attention",
+        "tests/models/attention/test_lsh.py::test_more_rounds_approach_full_attention",
     )
 
 

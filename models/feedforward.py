@@ -1,11 +1,11 @@
 """The feed-forward branch, in chunks of tokens (paper, section 3: "chunking").
 
-The hidden layer is the largest activation of a block; it never exists whole. One autograd.Function runs the chunks and
-returns every weight's summed gradient once. (A backward for each chunk would use a weight several times in one pass,
-which ZeRO 2 and 3 refuse.)
+The hidden layer is the largest activation of a block, so only one chunk of it is in memory at a time. One
+autograd.Function runs the chunks and returns every weight's summed gradient once. (A backward pass for each chunk
+would use a weight several times, which ZeRO 2 and 3 refuse.)
 
-Where the reversible stack runs a branch again, the gradient of its output is known already. A chunk is then served
-forward and backward in one go, while its hidden layer is in cache: chunking costs no second forward pass.
+Where the reversible stack runs a branch again, the gradient of its output is known already. Then forward and backward
+of a chunk run together, while its hidden layer is in the cache: chunking costs no second forward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megabase.models.layers import Norm, linear
 from megabase.models.precision import Precision
 
 CPU_CHUNK, GPU_CHUNK = 1024, 16384
-"""Tokens of a chunk where none are set: on a CPU their hidden layer should stay in cache; a GPU wants to be filled."""
+"""The default number of tokens in a chunk. On a CPU their hidden layer stays in the cache; on a GPU they fill it."""
 
 
 class FeedForwardBranch(nn.Module):
@@ -49,9 +49,16 @@ class FeedForwardBranch(nn.Module):
             grad = dropout(grad, self.rate, keys)
         return dropout(self.feedforward(x, grad), self.rate, keys)
 
+    def new_cache(self, batch: int, call: Call) -> None:
+        """A feed-forward branch treats each token on its own: it needs nothing of the tokens before."""
+
+    def read(self, x: Tensor, cache: None, position: int, call: Call) -> Tensor:
+        """The branch's output (batch, n, dim) for a block of tokens."""
+        return self(x, call)
+
 
 class FeedForward(nn.Module):
-    """inner, activation, outer; with swiglu `inner` makes gate and value side by side."""
+    """Linear map `inner`, activation, linear map `outer`. With swiglu, `inner` makes gate and value side by side."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -66,11 +73,19 @@ class FeedForward(nn.Module):
         self.outer_bias = nn.Parameter(torch.zeros(config.dim))
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> Tensor:
-        """x and result: (..., dim). grad: the gradient that the result is going to get, where that is known."""
+        """Run the tokens in chunks.
+
+        Args:
+            x: (..., dim).
+            grad: (..., dim), the gradient that the result will get, where it is known; else None.
+
+        Returns:
+            (..., dim).
+        """
         weights = (self.inner, self.inner_bias, self.outer, self.outer_bias)
-        tokens, known = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, grad))
+        tokens, grads = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, grad))
         chunk = self.chunk or (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK)
-        return _Chunked.apply(tokens, known, self.activation, chunk, *weights).view(x.shape)
+        return _Chunked.apply(tokens, grads, self.activation, chunk, *weights).view(x.shape)
 
 
 def _feedforward(
@@ -90,41 +105,45 @@ def _feedforward(
 class _Chunked(torch.autograd.Function):
     """_feedforward of x (tokens, dim), `chunk` tokens at a time. Gradients of weights are summed in fp32.
 
-    grad: (tokens, dim), what the backward pass is going to be given, or None.
+    grad: (tokens, dim), the gradient that the backward pass will get, or None. With it, the forward pass computes all
+    gradients, and the backward pass returns them.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, grad: Tensor | None, activation: str, chunk: int, *weights: Tensor
     ) -> Tensor:
-        work = _Work(activation, chunk, Precision.current(x.device))
+        chunks = _Chunks(activation, chunk, Precision.current(x.device))
         if grad is None:
-            ctx.work = work
+            ctx.chunks = chunks
             ctx.save_for_backward(x, *weights)
-            return work.forward(x, *weights)
-        ctx.work = None
-        y, grads = work.both(x, grad, *weights)
+            return chunks.forward(x, *weights)
+        ctx.chunks = None
+        y, grads = chunks.forward_and_backward(x, grad, *weights)
         ctx.save_for_backward(*grads)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grad_x, *grad_weights = (
-            saved if ctx.work is None else ctx.work.both(saved[0], grads[0], *saved[1:])[1]
-        )
+        if ctx.chunks is None:
+            grad_x, *grad_weights = saved
+        else:
+            x, *weights = saved
+            _, (grad_x, *grad_weights) = ctx.chunks.forward_and_backward(x, grads[0], *weights)
         return grad_x, None, None, None, *grad_weights
 
 
 @dataclass(frozen=True)
-class _Work:
-    """The chunks' forward pass, or forward and backward together, in the precision of the moment of the first."""
+class _Chunks:
+    """Runs a feed-forward in chunks of tokens, in the precision (autocast) of the forward pass."""
 
     activation: str
     chunk: int
     precision: Precision
 
     def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """(tokens, dim) -> the same."""
         out: Tensor | None = None
         with self.precision.restored():
             for part in self.parts(x):
@@ -134,8 +153,8 @@ class _Work:
         assert out is not None
         return out
 
-    def both(self, x: Tensor, grad: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output, and the gradients of x and of every weight."""
+    def forward_and_backward(self, x: Tensor, grad: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The output (tokens, dim) of x, and the gradients of x and of every weight, given the output's gradient."""
         out, grad_x = torch.empty_like(grad), torch.empty_like(x)
         leaves = [weight.detach().requires_grad_() for weight in weights]
         sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
@@ -146,8 +165,8 @@ class _Work:
             out[part] = y.detach()
             with torch.autocast(x.device.type, enabled=False):  # as in any backward pass
                 grad_x[part], *grad_weights = torch.autograd.grad(y, [piece, *leaves], grad[part])
-            for total, one in zip(sums, grad_weights, strict=True):
-                total += one
+            for total, grad_weight in zip(sums, grad_weights, strict=True):
+                total += grad_weight
         return out, [grad_x, *(total.to(w.dtype) for total, w in zip(sums, weights, strict=True))]
 
     def parts(self, x: Tensor) -> Iterator[slice]:

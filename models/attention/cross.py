@@ -1,6 +1,8 @@
-"""Cross-attention: a decoder's positions read an encoder's. The third branch of a decoder's block."""
+"""Cross-attention: a decoder's positions attend to an encoder's. The third branch of a decoder's block."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +20,48 @@ from megabase.models.layers import Linear, Norm
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: PairDropout | None = None
 ) -> Tensor:
-    """softmax(q · k / √d) v over a whole source: (batch, heads, length, d).
+    """softmax(q · k / √d) v over a whole source.
 
-    q: (batch, heads, length, d); k, v: (batch, heads, source length, d); mask: (batch, source length) bool, True
-    where the source is real. Where nothing of it is, the result is zero. Without dropout of weights it runs in
-    torch's fused attention; with it, the weights exist whole.
+    Without dropout it runs in torch's fused attention; with dropout the weights of all pairs are in memory.
+
+    Args:
+        q: (batch, heads, length, d).
+        k, v: (batch, heads, source length, d).
+        mask: (batch, source length) bool, True where the source is real. A source without a real token gives zeros.
+        dropout: of attention weights, for rows = batch × heads.
+
+    Returns:
+        (batch, heads, length, d).
     """
     seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     if mask is not None:
-        # A row that sees nothing would be NaN: it sees all, and is zeroed below.
-        something = mask.any(-1)[:, None, None, None]
-        seen = mask[:, None, None] | ~something
+        # Softmax over no key would be NaN: where the source is empty, let all be seen, and zero the result below.
+        not_empty = mask.any(-1)[:, None, None, None]
+        seen = mask[:, None, None] | ~not_empty
     if dropout is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else seen)
     else:
         y = dropped_attention(q, k, v, seen, dropout)
-    return y if mask is None else y.masked_fill(~something, 0.0)
+    return y if mask is None else y.masked_fill(~not_empty, 0.0)
+
+
+@dataclass
+class ContextCache:
+    """The context's keys and values, (batch, heads, source length, d). They do not change while tokens are read."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class CrossAttentionBranch(nn.Module):
     """Norm, attention to the call's context, dropout; (batch, length, dim) -> the same.
 
-    width: of the context, which is normalised already. Positions are compared by content alone.
+    Queries and keys have no positions: content alone is compared.
+
+    Args:
+        config: of the decoder.
+        layer: number of the block.
+        width: channels of the context, which is normalised already.
     """
 
     def __init__(self, config: ReformerConfig, layer: int, width: int) -> None:
@@ -51,23 +73,24 @@ class CrossAttentionBranch(nn.Module):
         self.value = Linear(width, config.heads * config.width)
         self.output = output(config)
 
-    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (batch, heads, source length, d) of a context (batch, source length, width)."""
-        context, heads = context.to(self.key.weight.dtype), self.config.heads
-        return split_heads(self.key(context), heads), split_heads(self.value(context), heads)
-
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        assert call.context is not None, "a decoder runs with a context"
-        return self.read(x, *self.project_context(call.context), call)
+        return self.read(x, self.new_cache(x.shape[0], call), 0, call)
 
-    def read(self, x: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """The branch, once the context's keys and values are made."""
+    def new_cache(self, batch: int, call: Call) -> ContextCache:
+        """The keys and values of the call's context."""
+        assert call.context is not None, "a decoder runs with a context"
+        context, heads = call.context.to(self.key.weight.dtype), self.config.heads
+        return ContextCache(split_heads(self.key(context), heads), split_heads(self.value(context), heads))
+
+    def read(self, x: Tensor, cache: ContextCache, position: int, call: Call) -> Tensor:
+        """The branch's output (batch, n, dim) for any block of positions; each attends to the context alone."""
         config, batch = self.config, x.shape[0]
         q = split_heads(self.query(self.norm(x)), config.heads)
-        weights = weight_dropout(
+        pair_dropout = weight_dropout(
             config.attention_dropout, Purpose.CROSS_WEIGHTS, config.heads, self.layer, call, batch, x.device
         )
-        y = self.output(merge_heads(cross_attention(q, k, v, mask=call.context_mask, dropout=weights)))
+        y = cross_attention(q, cache.keys, cache.values, mask=call.context_mask, dropout=pair_dropout)
+        y = self.output(merge_heads(y))
         if not (call.training and config.dropout):
             return y
         return dropout(y, config.dropout, call.seeds.keys(Purpose.CROSS, self.layer, batch, x.device))

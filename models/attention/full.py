@@ -1,14 +1,17 @@
-"""Full attention, for comparison and for short sequences: time grows with length squared."""
+"""Full attention, for comparison and for short sequences: time grows with the square of the length."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabase.models.attention.heads import SeparateAttention, pair_dropout
+from megabase.models.attention.heads import SeparateAttention, merge_heads
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
+from megabase.models.chance import Seeds
 
 
 def full_attention(
@@ -20,10 +23,19 @@ def full_attention(
     mask: Tensor | None = None,
     dropout: PairDropout | None = None,
 ) -> Tensor:
-    """softmax(q · k / √d) v over everything (causal: over nothing later): (batch, heads, length, d).
+    """softmax(q · k / √d) v over all positions (causal: over none that is later).
 
-    mask: (batch, length) bool, True where a position is real; the others are met by nobody, and their output is
-    zero. Without dropout of weights it runs in torch's fused attention; with it, the weights exist whole.
+    Without dropout it runs in torch's fused attention; with dropout the weights of all pairs are in memory.
+
+    Args:
+        q, k, v: (batch, heads, length, d).
+        causal: whether a query attends to no later position.
+        mask: (batch, length) bool, True where a position is real. Nothing attends to the others, and their output is
+            zero.
+        dropout: of attention weights, for rows = batch × heads.
+
+    Returns:
+        (batch, heads, length, d).
     """
     if dropout is None and mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -41,10 +53,17 @@ def full_attention(
 
 
 def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: PairDropout) -> Tensor:
-    """softmax(q · k / √d) v over the pairs that are `seen`, with dropout of the weights, which exist whole.
+    """softmax(q · k / √d) v with dropout of the weights; the weights of all pairs are in memory.
 
-    q: (batch, heads, length, d); k, v: (batch, heads, source length, d); seen: bool that broadcasts to
-    (batch, heads, length, source length), no row of it empty.
+    Args:
+        q: (batch, heads, length, d).
+        k, v: (batch, heads, source length, d).
+        seen: bool that broadcasts to (batch, heads, length, source length), True where a query attends to a key;
+            every query attends to at least one.
+        dropout: for rows = batch × heads.
+
+    Returns:
+        (batch, heads, length, d) in v's dtype.
     """
     batch, heads, length, d = q.shape
     scores = (q * d**-0.5 @ k.mT).float().masked_fill(~seen, -torch.inf)
@@ -55,9 +74,34 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: Pa
     return (scores.softmax(-1) * scale).to(v.dtype) @ v
 
 
+@dataclass
+class FullCache:
+    """All entries: this cache grows with the tokens read.
+
+    keys, values: (batch, heads, position, d).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
 class FullAttention(SeparateAttention):
-    """The layer: projections, attention, output projection."""
+    """The layer: projections, attention to all positions, output projection."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
+        dropout = self.pair_dropout(call, v.shape[0], v.device)
         return full_attention(q, k, v, causal=self.config.causal, mask=call.mask, dropout=dropout)
+
+    def new_cache(self, batch: int, seeds: Seeds) -> FullCache:
+        self.check_causal()
+        return FullCache(self.no_keys(batch), self.no_keys(batch))
+
+    def read(self, x: Tensor, near: Tensor, cache: FullCache, position: int, call: Call) -> Tensor:
+        q, k, v = self.project(x, near, position)
+        cache.keys = torch.cat((cache.keys, k.to(cache.keys.dtype)), dim=2)
+        cache.values = torch.cat((cache.values, v.to(cache.values.dtype)), dim=2)
+        if q.shape[2] > 1:
+            y = self.attend(q, k, v, call)
+        else:
+            y = F.scaled_dot_product_attention(q.to(cache.keys.dtype), cache.keys, cache.values)
+        return self.output(merge_heads(y))

@@ -1,28 +1,151 @@
-"""What every attention layer shares: the branch around it, and its projections.
+"""What every kind of attention shares: the interface of a layer, the branch around it, projections, dropout.
 
-A layer is a module with forward(x, near, call): x (batch, length, dim) normalised; near is x, or x after the
-short convolution, from which queries and keys are made; values come from x itself.
+Shapes: x is (batch, length, dim), normalised. `near` is x after the short convolution (or x itself without one):
+queries and keys are made from it, values from x. Heads are split as (batch, heads, length, d).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
-from megabase.models.chance import Purpose, dropout
-from megabase.models.config import ReformerConfig
+from megabase.models.chance import Purpose, Seeds, dropout
+from megabase.models.config import ConfigError, ReformerConfig
 from megabase.models.layers import Linear, Norm, ShortConvolution
 from megabase.models.positions import rotary
+from megabase.models.precision import Precision
+
+
+class AttentionLayer(nn.Module, ABC):
+    """One kind of attention, with the cache that generation needs.
+
+    A cache holds what later tokens need of the tokens that were read. `new_cache` returns an empty one; `read` reads
+    a block of tokens with it. A cache promises:
+
+    - Reading a sequence in blocks returns what `forward` returns for the whole sequence, up to rounding.
+    - It holds tensors and numbers only: no module, and nothing of a `Call`. So `copy.deepcopy` makes a fork, an
+      independent cache of the same tokens.
+    - Its size does not depend on how many tokens were read, unless its class says so.
+
+    A block is any number of tokens at position 0, or one token at a later position.
+    """
+
+    output: Linear
+
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+
+    @abstractmethod
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        """Attention of all positions: (batch, length, dim)."""
+
+    def new_cache(self, batch: int, seeds: Seeds) -> Any:
+        """The cache of `batch` sequences before their first token. A kind of attention without a cache inherits this.
+
+        Args:
+            batch: number of sequences.
+            seeds: of every pass that will use the cache.
+
+        Raises:
+            ConfigError: this kind of attention, or these settings, cannot read a sequence in blocks.
+        """
+        kind = self.config.pattern[self.layer]
+        raise ConfigError(
+            f"model.layers has {kind!r}, which cannot generate token by token: take local, lsh, full or performer"
+        )
+
+    def read(self, x: Tensor, near: Tensor, cache: Any, position: int, call: Call) -> Tensor:
+        """Attention of a block of tokens to itself and to the tokens before; then the cache holds the block too.
+
+        Args:
+            x, near: (batch, n, dim), of the block.
+            cache: from this layer's `new_cache`.
+            position: of the block's first token, which is the number of tokens that were read before.
+            call: with the seeds that the cache was made with.
+
+        Returns:
+            (batch, n, dim).
+        """
+        raise NotImplementedError
+
+    def check_causal(self) -> None:
+        """Raise ConfigError unless the layer is causal, as reading in blocks needs."""
+        if not self.config.causal:
+            raise ConfigError(
+                "model.causal=False: a model that sees both sides cannot generate; train one with causal=True"
+            )
+
+    def no_keys(self, batch: int) -> Tensor:
+        """(batch, heads, 0, d), in the dtype and on the device of this layer's keys."""
+        weight = self.output.weight
+        dtype = Precision.current(weight.device).compute_dtype(weight.dtype)
+        return weight.new_empty(batch, self.config.heads, 0, self.config.width, dtype=dtype)
+
+    def pair_dropout(self, call: Call, batch: int, device: torch.device) -> PairDropout | None:
+        """Dropout of this layer's attention weights for rows = batch × heads, or None where it is off."""
+        rate = self.config.attention_rate(self.config.pattern[self.layer])
+        purpose = Purpose.ATTENTION_WEIGHTS
+        return weight_dropout(rate, purpose, self.config.heads, self.layer, call, batch, device)
+
+
+class SeparateAttention(AttentionLayer):
+    """A layer with separate queries, keys and values: projections, `attend`, output projection."""
+
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.query = projection(config)
+        self.key = projection(config)
+        self.value = projection(config)
+        self.output = output(config)
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Attention of all positions: (batch, heads, length, d) each -> the same."""
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        return self.output(merge_heads(self.attend(*self.project(x, near), call)))
+
+    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, heads, length, d) of the positions from `start` on."""
+        q, k, v = self.project_without_positions(x, near)
+        if self.config.positions == "rotary":
+            q, k = rotary(q, start), rotary(k, start)
+        return q, k, v
+
+    def project_without_positions(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values without rotary positions."""
+        heads = self.config.heads
+        return (
+            split_heads(self.query(near), heads),
+            split_heads(self.key(near), heads),
+            split_heads(self.value(x), heads),
+        )
+
+
+@dataclass
+class BranchCache:
+    """What an attention branch keeps of the tokens that were read.
+
+    Attributes:
+        inputs: (batch, conv − 1, dim), the last inputs of the short convolution; zeros before the first token.
+        layer: the cache of the attention layer.
+    """
+
+    inputs: Tensor
+    layer: Any
 
 
 class AttentionBranch(nn.Module):
     """F of a block: norm, short convolution, attention, dropout; (batch, length, dim) -> the same."""
 
-    def __init__(self, config: ReformerConfig, layer: int, attention: nn.Module) -> None:
+    def __init__(self, config: ReformerConfig, layer: int, attention: AttentionLayer) -> None:
         super().__init__()
         self.layer = layer
         self.rate = config.dropout
@@ -40,49 +163,31 @@ class AttentionBranch(nn.Module):
             return y
         return dropout(y, self.rate, call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device))
 
+    def new_cache(self, batch: int, call: Call) -> BranchCache:
+        """The cache of `batch` sequences before their first token; see AttentionLayer."""
+        before = 0 if self.convolution is None else self.convolution.before
+        weight = self.norm.weight
+        inputs = weight.new_zeros(batch, before, weight.shape[0])
+        return BranchCache(inputs, self.attention.new_cache(batch, call.seeds))
 
-class SeparateAttention(nn.Module, ABC):
-    """A layer with separate queries, keys and values: projections, what `attend` does, output projection."""
-
-    def __init__(self, config: ReformerConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.query = projection(config)
-        self.key = projection(config)
-        self.value = projection(config)
-        self.output = output(config)
-
-    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d) of positions from `start` on."""
-        q, k, v = self.unturned(x, near)
-        if self.config.positions == "rotary":
-            q, k = rotary(q, start), rotary(k, start)
-        return q, k, v
-
-    def unturned(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values without rotary positions."""
-        heads = self.config.heads
-        return (
-            split_heads(self.query(near), heads),
-            split_heads(self.key(near), heads),
-            split_heads(self.value(x), heads),
-        )
-
-    @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """(batch, heads, length, d) each -> the same."""
-
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        return self.output(merge_heads(self.attend(*self.project(x, near), call)))
+    def read(self, x: Tensor, cache: BranchCache, position: int, call: Call) -> Tensor:
+        """The branch's output (batch, n, dim) for a block of tokens, without dropout; see AttentionLayer."""
+        x = near = self.norm(x)
+        if self.convolution is not None:
+            before = cache.inputs.shape[1]
+            inputs = torch.cat((cache.inputs, x), dim=1)
+            near = self.convolution(inputs, None)[:, before:]
+            cache.inputs = inputs[:, inputs.shape[1] - before :].clone()
+        return self.attention.read(x, near, cache.layer, position, call)
 
 
 def projection(config: ReformerConfig) -> Linear:
-    """dim -> heads · width."""
+    """A linear map from dim to heads · width."""
     return Linear(config.dim, config.heads * config.width)
 
 
 def output(config: ReformerConfig) -> Linear:
-    """heads · width -> dim, small enough that `depth` such branches add up to one."""
+    """A linear map from heads · width to dim, so small that `depth` such branches add up to variance 1."""
     return Linear(config.heads * config.width, config.dim, gain=config.depth**-0.5)
 
 
@@ -96,14 +201,6 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def pair_dropout(
-    config: ReformerConfig, layer: int, call: Call, batch: int, device: torch.device
-) -> PairDropout | None:
-    """Dropout of self-attention's weights for rows = batch × heads, or None where it is off."""
-    rate = config.attention_rate(config.pattern[layer])
-    return weight_dropout(rate, Purpose.ATTENTION_WEIGHTS, config.heads, layer, call, batch, device)
-
-
 def weight_dropout(
     rate: float, purpose: Purpose, heads: int, layer: int, call: Call, batch: int, device: torch.device
 ) -> PairDropout | None:
@@ -111,6 +208,22 @@ def weight_dropout(
     if not (call.training and rate):
         return None
     keys = call.seeds.keys(purpose, layer, batch, device)
-    # Heads apart by an odd multiple in both halves of the key: random_bits hashes the two.
-    apart = torch.arange(heads, device=device) * 0x632BE59BD9B4E019
-    return PairDropout(rate, (keys[:, None] ^ apart).flatten())
+    # random_bits hashes both halves of a key: an odd multiple that fills both makes the heads' keys differ.
+    heads_apart = torch.arange(heads, device=device) * 0x632BE59BD9B4E019
+    return PairDropout(rate, (keys[:, None] ^ heads_apart).flatten())
+
+
+def attend_to_cached(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """softmax(keys · q) values over the cached entries that a query sees; q is scaled already.
+
+    Args:
+        q: (..., d), one query.
+        keys, values: (..., entries, d).
+        seen: (..., entries) bool, at least one of them True.
+
+    Returns:
+        (..., d) in the dtype of `values`.
+    """
+    scores = (keys @ q.to(keys.dtype)[..., None]).squeeze(-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1).to(values.dtype)[..., None, :] @ values).squeeze(-2)

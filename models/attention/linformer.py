@@ -1,9 +1,9 @@
 """Linformer attention (Wang et al. 2020, arXiv 2006.04768): keys and values are projected along the length.
 
-Keys (length, d) become E · keys, (size, d), values F · values, with E and F learned (section 4): a query meets `size`
-slots instead of `length` positions. E and F have a column for every position, so the length is fixed; a slot mixes all
-positions, so it cannot be causal. The projections know where a token is; rotary positions would be mixed
-away, so they turn nothing here.
+Keys (length, d) become E · keys, (size, d), values F · values, with E and F learned (section 4): a query attends to
+`size` slots instead of `length` positions. E and F have a column for every position, so the length is fixed. A slot
+mixes all positions, so it cannot be causal. Rotary positions are not used: E and F distinguish positions already, and
+a sum over all of them would mix the rotations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabase.models.attention.full import dropped_attention
-from megabase.models.attention.heads import SeparateAttention, pair_dropout
+from megabase.models.attention.heads import SeparateAttention
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.config import ConfigError, ReformerConfig
@@ -29,18 +29,28 @@ def linformer_attention(
     mask: Tensor | None = None,
     dropout: PairDropout | None = None,
 ) -> Tensor:
-    """softmax(q · (E k) / √d) (F v): q, k, v and result (batch, heads, length, d).
+    """softmax(q · (E k) / √d) (F v).
 
-    to_keys, to_values: E and F, (size, length) for all heads or (heads, size, length); without F, E takes its place.
-    mask: (batch, length) bool, True where a position is real; the others add nothing to any slot, and their output is
-    zero. Raises ConfigError if a projection does not fit the length.
+    Args:
+        q, k, v: (batch, heads, length, d).
+        to_keys: E, (size, length) for all heads or (heads, size, length).
+        to_values: F, shaped like E; None: E is used for values too.
+        mask: (batch, length) bool, True where a position is real. Others add nothing to any slot, and their output is
+            zero.
+        dropout: of attention weights, for rows = batch × heads.
+
+    Returns:
+        (batch, heads, length, d).
+
+    Raises:
+        ConfigError: a projection does not fit the length.
     """
     length = q.shape[2]
     for name, matrix in (("to_keys", to_keys), ("to_values", to_keys if to_values is None else to_values)):
         if matrix.shape[-1] != length:
             raise ConfigError(
-                f"a sequence of {length} tokens meets a Linformer projection {name} made for {matrix.shape[-1]}: "
-                "it takes sequences of that length only; cut or pad (with a mask) to it"
+                f"a sequence of {length} tokens does not fit a Linformer projection {name} made for "
+                f"{matrix.shape[-1]} tokens: cut it, or pad it (with a mask), to that length"
             )
     if mask is not None:
         k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (k, v))
@@ -58,7 +68,7 @@ def linformer_attention(
 
 def _project(matrix: Tensor, x: Tensor) -> Tensor:
     """(size, length) or (heads, size, length) times x (batch, heads, length, d): (batch, heads, size, d)."""
-    # Not matmul, which would copy the matrix for every sequence of the batch.
+    # matmul would copy the matrix for every sequence of the batch.
     return torch.einsum("sl,bhld->bhsd" if matrix.dim() == 2 else "hsl,bhld->bhsd", matrix, x)
 
 
@@ -70,7 +80,7 @@ class LinformerAttention(SeparateAttention):
         assert config.max_length is not None, "validated"
         heads = (config.heads,) if config.linformer.share == "none" else ()
         shape = (*heads, config.linformer.size, config.max_length)
-        # Slots of unit variance, as keys and values have.
+        # Slots then have unit variance, like keys and values.
         scale = config.max_length**-0.5
         self.to_keys = nn.Parameter(torch.randn(shape) * scale)
         self.to_values = (
@@ -78,9 +88,9 @@ class LinformerAttention(SeparateAttention):
         )
 
     def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Without rotary positions: a slot is a sum over all of them."""
-        return self.unturned(x, near)
+        """Queries, keys and values (batch, heads, length, d), without rotary positions."""
+        return self.project_without_positions(x, near)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
+        dropout = self.pair_dropout(call, v.shape[0], v.device)
         return linformer_attention(q, k, v, self.to_keys, self.to_values, mask=call.mask, dropout=dropout)

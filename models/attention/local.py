@@ -1,14 +1,18 @@
-"""Local attention: queries meet their neighbours. LSH attention's kernel with nothing sorted and one round."""
+"""Local attention: queries attend to their neighbours. The kernels of LSH attention compute it, with one round of one
+bucket: nothing is hashed or sorted."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megabase.models.attention.heads import SeparateAttention, pair_dropout
+from megabase.models.attention.heads import SeparateAttention, attend_to_cached, merge_heads
 from megabase.models.attention.kernels import dispatch
 from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder, row_mask
 from megabase.models.call import Call
+from megabase.models.chance import Seeds
 
 
 def local_attention(
@@ -23,27 +27,51 @@ def local_attention(
     dropout: PairDropout | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q · k / √d) v over neighbours: q, k, v and result (batch, heads, length, d), any length.
+    """softmax(q · k / √d) v over neighbours.
 
-    window: positions, the own one among them: i meets i − window + 1 ... i (not causal: to i + window − 1).
-    `attend="chunk"`: i meets its own chunk of `window` positions and the one before, the first chunk the last
-    one where not causal, as in trax and transformers. mask: (batch, length) bool, True where a position is
-    real; the others are as if they were not there, and their output is zero. backend: as in lsh_attention.
+    Args:
+        q, k, v: (batch, heads, length, d), any length from 1.
+        window: positions. `attend="window"`: position i attends to i − window + 1 ... i (not causal: to
+            i + window − 1). `attend="chunk"`: to its own chunk of `window` positions and the one before; where not
+            causal, the first chunk attends to the last one, as in trax and transformers.
+        causal: whether a query attends to no later position.
+        attend: `window` or `chunk`.
+        mask: (batch, length) bool, True where a position is real. Others do not count as neighbours, and their output
+            is zero.
+        dropout: of attention weights, for rows = batch × heads.
+        backend: as in lsh_attention.
+
+    Returns:
+        (batch, heads, length, d) in v's dtype.
+
+    Raises:
+        ConfigError: the backend cannot run with these tensors.
     """
     batch, heads, length, d = q.shape
     rows = batch * heads
     if mask is None:
         order = SortedOrder.identity(rows, length, q.device)
     else:
-        nowhere = torch.zeros(rows, 1, length, dtype=torch.int32, device=q.device)
-        order = dispatch.sort_by_bucket(nowhere, 1, row_mask(mask, heads))
+        one_bucket = torch.zeros(rows, 1, length, dtype=torch.int32, device=q.device)
+        order = dispatch.sort_by_bucket(one_bucket, 1, row_mask(mask, heads))
     reach = window - 1 if attend == "window" else window
     rule = Rule(reach, attend, causal, once=False, shared=False)
     return dispatch.sorted_attention(q, k, v, order, rule, dropout, scale=d**-0.5, backend=backend)
 
 
+@dataclass
+class LocalCache:
+    """The last entries: as many as a window holds, or two chunks.
+
+    keys, values: (batch, heads, entries, d). The entry of position p is at index p % entries.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
 class LocalAttention(SeparateAttention):
-    """The layer: projections, attention among neighbours, output projection."""
+    """The layer: projections, attention to neighbours, output projection."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         config = self.config
@@ -55,5 +83,27 @@ class LocalAttention(SeparateAttention):
             causal=config.causal,
             attend=config.local.attend,
             mask=call.mask,
-            dropout=pair_dropout(config, self.layer, call, v.shape[0], v.device),
+            dropout=self.pair_dropout(call, v.shape[0], v.device),
         )
+
+    def new_cache(self, batch: int, seeds: Seeds) -> LocalCache:
+        self.check_causal()
+        local, none = self.config.local, self.no_keys(batch)
+        entries = local.window * (2 if local.attend == "chunk" else 1)
+        keys = none.new_zeros(*none.shape[:2], entries, none.shape[3])
+        return LocalCache(keys, torch.zeros_like(keys))
+
+    def read(self, x: Tensor, near: Tensor, cache: LocalCache, position: int, call: Call) -> Tensor:
+        q, k, v = self.project(x, near, position)
+        end, entries = position + q.shape[2], cache.keys.shape[2]
+        kept = torch.arange(max(position, end - entries), end, device=q.device)
+        cache.keys[:, :, kept % entries] = k[:, :, kept - position].to(cache.keys.dtype)
+        cache.values[:, :, kept % entries] = v[:, :, kept - position].to(cache.values.dtype)
+        if q.shape[2] > 1:
+            return self.output(merge_heads(self.attend(q, k, v, call)))
+        age = (position - torch.arange(entries, device=q.device)) % entries
+        local = self.config.local
+        reach = local.window - 1 if local.attend == "window" else local.window + position % local.window
+        seen = age <= min(reach, position)
+        y = attend_to_cached(q.squeeze(2) * q.shape[-1] ** -0.5, cache.keys, cache.values, seen)
+        return self.output(merge_heads(y[:, :, None]))

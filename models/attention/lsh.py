@@ -1,24 +1,32 @@
-"""LSH attention (paper, section 2): queries meet the keys that hash to the same bucket.
+"""LSH attention (paper, section 2): a query attends to keys that hash to the same bucket.
 
-`lsh_attention` is the function to call; what computes it is decided behind it. Queries and keys are one vector;
-a key is the query scaled to unit length, a score is their product, without further scale (so do trax and
-transformers, whose arithmetic this is).
+`lsh_attention` is the function to call; it chooses the kernel itself. Queries and keys are one vector: a key is the
+query scaled to unit length, and a score is their product without further scale (as in trax and transformers).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megabase.models.attention.heads import merge_heads, output, pair_dropout, projection, split_heads
+from megabase.models.attention.heads import (
+    AttentionLayer,
+    attend_to_cached,
+    merge_heads,
+    output,
+    projection,
+    split_heads,
+)
 from megabase.models.attention.kernels import dispatch
-from megabase.models.attention.kernels.dispatch import rotate_and_hash, sort_by_hash
+from megabase.models.attention.kernels.dispatch import rotate_and_hash, sort_by_hash, unit_keys
 from megabase.models.attention.kernels.inputs import Rotations, Rule, SortedOrder, row_mask
+from megabase.models.attention.kernels.reference import first_occurrences
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
-from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_buckets, check_name
+from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_at_least, check_buckets, check_name
 from megabase.models.config import ATTENDS, DEFAULT_BUCKETS, DUPLICATES, ReformerConfig
 
 
@@ -37,25 +45,37 @@ def lsh_attention(
     buckets: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of every position over the keys it meets in `rounds` rounds of hashing.
+    """Attention of every position to the keys that it finds in `rounds` rounds of hashing.
 
-    qk, v: (batch, heads, length, head_dim), any float dtype; any length from 1.
-    chunk_length: positions. `attend="window"`: a position meets, in every round, the last `chunk_length`
-        positions of its own bucket (not causal: as many on both sides); what it sees depends on nothing later.
-        `attend="chunk"`: its own chunk of `chunk_length` seats in the order (bucket, position), and the one before.
-    seed: the hash is a function of (seed, heads, head_dim, n_buckets, round), and of nothing else.
-    duplicates: "average" weighs a key by the number of rounds it was met in; "once" makes the result exactly
-        softmax over the union of what was met.
-    n_buckets: buckets of a round, even (a multiple of 4 above 128); None = 64, whatever the length.
-    mask: (batch, length) bool, True where a position is real. The others are as if they were not there: nobody
-        meets them, they shift nothing, and their output is zero.
-    buckets: (batch, heads, rounds, length) integers, to be used instead of hashing.
-    backend: auto, reference, chunked, native (CPUs, with a C++ compiler) or triton (GPUs). All give the same result.
+    A position attends to itself only if it finds no other key in any round.
 
-    A position meets itself only if it meets nothing else in any round. Returns (batch, heads, length, head_dim)
-    in v's dtype. Raises ConfigError for settings and shapes that cannot work.
+    Args:
+        qk: queries, which are keys too, (batch, heads, length, head_dim), any float dtype, any length from 1.
+        v: values, (batch, heads, length, head_dim), whose head_dim may differ.
+        rounds: of hashing.
+        chunk_length: positions. `attend="window"`: in every round, a position finds the last `chunk_length`
+            positions of its own bucket (not causal: as many on both sides); the result depends on nothing later.
+            `attend="chunk"`: the sorted sequence (by bucket, then position) is cut into chunks of this length; a
+            position finds its own chunk and the one before.
+        causal: whether a position attends to no later one.
+        seed: the hash is a function of (seed, heads, head_dim, n_buckets, round), and of nothing else.
+        attend: `window` or `chunk`.
+        duplicates: `average` weighs a key by the number of rounds in which it was found; `once` makes the result
+            exactly softmax over the union of the keys found.
+        n_buckets: of a round, even (a multiple of 4 above 128); None = 64, whatever the length.
+        mask: (batch, length) bool, True where a position is real. The others change nothing for the real ones, and
+            their output is zero.
+        buckets: (batch, heads, rounds, length) integers from 0 on, to use instead of hashing.
+        backend: auto, reference, chunked, native (CPUs, with a C++ compiler) or triton (GPUs). All give the same
+            result.
+
+    Returns:
+        (batch, heads, length, head_dim) in v's dtype.
+
+    Raises:
+        ConfigError: a setting or shape cannot work, or the backend cannot run with these tensors.
     """
-    _check(qk, v, rounds, chunk_length, mask, buckets)
+    _check_inputs(qk, v, rounds, chunk_length, mask, buckets)
     check_name("attend", attend, ATTENDS)
     check_name("duplicates", duplicates, DUPLICATES)
     check_name("backend", backend, dispatch.BACKENDS)
@@ -72,10 +92,19 @@ def lsh_attention(
 
 
 def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor:
-    """Angular hash of x (batch, heads, length, d): (batch, heads, rounds, length) int32 in [0, n_buckets).
+    """Angular hash: h(x) = argmax([xR, −xR]) with a random R for every head and round (paper, section 2).
 
-    h(x) = argmax([xR, −xR]) with R random, one for every head and round (paper, section 2; Andoni et al. 2015).
-    Above 128 buckets the hash is made of two such factors, and R of two smaller parts. Computed in fp32.
+    Above 128 buckets the hash is the product of two such factors, each with a smaller R of its own (Andoni et al.
+    2015). Computed in fp32.
+
+    Args:
+        x: (batch, heads, length, d).
+        rounds: of hashing.
+        n_buckets: of a round, even (a multiple of 4 above 128).
+        seed: the hash is a function of it, of heads, d and n_buckets.
+
+    Returns:
+        (batch, heads, rounds, length) int32 in [0, n_buckets).
     """
     heads, d = x.shape[1], x.shape[-1]
     rotations = draw_rotations(heads, d, rounds=rounds, n_buckets=n_buckets, seed=seed, device=x.device)
@@ -85,31 +114,96 @@ def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor
 def draw_rotations(
     heads: int, d: int, *, rounds: int, n_buckets: int, seed: int, device: torch.device | None = None
 ) -> Rotations:
-    """R of every round, head and factor: N(0, 1) in bf16, a function of the arguments, the same on every device."""
+    """Draw R of every round, head and factor: N(0, 1) in bf16, a function of the arguments, the same on any device."""
     halves = tuple(factor // 2 for factor in bucket_factors(n_buckets))
     shape = rounds, heads, d, sum(halves)
     return Rotations(normals(seed, math.prod(shape), device).view(shape), halves)
 
 
 def bucket_factors(n_buckets: int) -> list[int]:
-    """n_buckets itself, or the two even factors closest to each other if one rotation would be too wide."""
+    """[n_buckets], or if one rotation would be too wide, the two even factors that are closest to each other."""
     if n_buckets <= SINGLE_ROTATION:
         return [n_buckets]
     half = next(f for f in range(math.isqrt(n_buckets // 4), 0, -1) if n_buckets // 4 % f == 0)
     return [2 * half, n_buckets // (2 * half)]
 
 
-class LSHAttention(nn.Module):
+@dataclass
+class LSHCache:
+    """The last `chunk_length` entries of every bucket, in any order.
+
+    Attributes:
+        rotations: of the hash.
+        positions: (rows, rounds, buckets, chunk_length) int64, rows = batch × heads; −1 where there is no entry yet.
+        keys, values: (rows, rounds, buckets, chunk_length, d).
+    """
+
+    rotations: Rotations
+    positions: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def fill(self, qk: Tensor, v: Tensor, order: SortedOrder) -> None:
+        """Keep the last entries of every bucket of a sequence that starts at position 0.
+
+        Args:
+            qk, v: (rows, length, d).
+            order: the sorted order of these rows.
+        """
+        reach = self.keys.shape[3]
+        last = torch.ones_like(order.buckets, dtype=torch.bool)
+        last[..., :-reach] = order.buckets[..., reach:] != order.buckets[..., :-reach]
+        row, number, slot = last.nonzero(as_tuple=True)
+        position = order.positions[row, number, slot].long()
+        # At most `reach` entries of a bucket are kept, in adjacent slots: no two get the same index.
+        index = (row, number, order.buckets[row, number, slot], slot % reach)
+        self.positions[index] = position
+        self.keys[index] = unit_keys(qk)[row, position].to(self.keys.dtype)
+        self.values[index] = v[row, position].to(self.values.dtype)
+
+    def step(self, qk: Tensor, v: Tensor, buckets: Tensor, position: int, *, once: bool) -> Tensor:
+        """Attention of one position, whose entry replaces the oldest of its bucket in every round.
+
+        Args:
+            qk, v: (rows, d).
+            buckets: (rows, rounds), of the query-key.
+            position: of the query.
+            once: whether a key found in several rounds counts once.
+
+        Returns:
+            (rows, d).
+        """
+        qk, v = qk.to(self.keys.dtype), v.to(self.values.dtype)
+        row = torch.arange(buckets.shape[0], device=qk.device)[:, None]
+        number = torch.arange(buckets.shape[1], device=qk.device)
+        bucket = (row, number, buckets)
+        positions = self.positions[bucket]
+        seen = positions >= 0
+        values = self.values[bucket].masked_fill(~seen[..., None], 0.0).flatten(1, 2)
+        oldest = positions.argmin(dim=-1)
+        seen = seen.flatten(1)
+        if once:
+            seen = first_occurrences(positions.flatten(1), seen)
+        empty = ~seen.any(dim=-1, keepdim=True)
+        y = attend_to_cached(qk, self.keys[bucket].flatten(1, 2), values, seen | empty)
+        index = (*bucket, oldest)
+        self.positions[index] = position
+        self.keys[index] = unit_keys(qk)[:, None]
+        self.values[index] = v[:, None]
+        return torch.where(empty, v, y)
+
+
+class LSHAttention(AttentionLayer):
     """The layer: query-key and value projections, hashing, attention, output projection.
 
-    It compares content alone: rotary positions do not turn its query-keys. Turned, the same content would score
-    differently at every distance, which is what long-range matching must not do (tests/models/test_reformer.py,
-    `test_learns_to_copy`: with rotary the loss jumps with every new hash, without it falls steadily).
+    It compares content alone: rotary positions do not rotate its query-keys. Otherwise the same content would score
+    differently at every distance, and long-range matching must not do that. (test_learns_to_copy in
+    tests/models/test_reformer.py shows it: with rotary the loss jumps whenever the hash changes, without it falls
+    steadily.)
     """
 
     def __init__(self, config: ReformerConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
+        super().__init__(config, layer)
         self.rule = Rule(
             reach=config.lsh.chunk_length,
             attend=config.lsh.attend,
@@ -120,6 +214,11 @@ class LSHAttention(nn.Module):
         self.query_key = projection(config)
         self.value = projection(config)
         self.output = output(config)
+
+    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+        qk, v = self.project(x, near)
+        order = sort_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
+        return self.output(merge_heads(self.attend(qk, v, order, call)))
 
     def project(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """Query-keys and values (batch, heads, length, d)."""
@@ -139,26 +238,49 @@ class LSHAttention(nn.Module):
         )
 
     def attend(self, qk: Tensor, v: Tensor, order: SortedOrder, call: Call) -> Tensor:
-        dropout = pair_dropout(self.config, self.layer, call, v.shape[0], v.device)
+        """Attention of all positions in sorted order: qk and v (batch, heads, length, d) -> the same."""
+        dropout = self.pair_dropout(call, v.shape[0], v.device)
         return dispatch.sorted_attention(qk, None, v, order, self.rule, dropout)
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
+    def new_cache(self, batch: int, seeds: Seeds) -> LSHCache:
+        self.check_causal()
+        lsh, none = self.config.lsh, self.no_keys(batch)
+        if lsh.attend != "window":
+            raise ConfigError(
+                f"model.lsh.attend={lsh.attend}: later tokens change what earlier ones attend to, so such a model "
+                "cannot generate; train one with attend=window"
+            )
+        shape = (batch * self.config.heads, lsh.rounds, self.config.buckets, lsh.chunk_length)
+        # Keys and values are not zeroed: memory is then allocated only for buckets that are used (on a CPU).
+        keys = none.new_empty(*shape, self.config.width)
+        return LSHCache(
+            rotations=self.rotations(seeds, none.device),
+            positions=torch.full(shape, -1, device=none.device),
+            keys=keys,
+            values=torch.empty_like(keys),
+        )
+
+    def read(self, x: Tensor, near: Tensor, cache: LSHCache, position: int, call: Call) -> Tensor:
         qk, v = self.project(x, near)
-        order = sort_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
-        return self.output(merge_heads(self.attend(qk, v, order, call)))
+        if qk.shape[2] > 1:
+            order = sort_by_hash(qk, cache.rotations, None)
+            cache.fill(qk.flatten(0, 1), v.flatten(0, 1), order)
+            return self.output(merge_heads(self.attend(qk, v, order, call)))
+        buckets = rotate_and_hash(qk, cache.rotations).flatten(0, 1).squeeze(-1)
+        y = cache.step(qk.flatten(0, 2), v.flatten(0, 2), buckets, position, once=self.rule.once)
+        return self.output(merge_heads(y.view(v.shape)))
 
 
-def _check(
+def _check_inputs(
     qk: Tensor, v: Tensor, rounds: int, chunk_length: int, mask: Tensor | None, buckets: Tensor | None
 ) -> None:
     if qk.dim() != 4 or qk.shape[:3] != v.shape[:3] or v.dim() != 4 or qk.shape[2] < 1:
         raise ConfigError(
-            f"qk has shape {tuple(qk.shape)}, v {tuple(v.shape)}: both must be (batch, heads, length, head_dim), "
-            "of the same batch, heads and length, which is at least 1"
+            f"qk has shape {tuple(qk.shape)}, v {tuple(v.shape)}: both must be (batch, heads, length, head_dim) "
+            "with the same batch, heads and length, and a length of at least 1"
         )
-    for name, value in (("rounds", rounds), ("chunk_length", chunk_length)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
+    check_at_least(1, "rounds", rounds)
+    check_at_least(1, "chunk_length", chunk_length)
     batch, heads, length, _ = qk.shape
     if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
         raise ConfigError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention import linformer_attention, local_attention, lsh_attention, performer_attention
-from megabase.models.attention.performer import draw_directions
+from megabase.models.attention.performer_features import draw_directions
 from megabase.models.config import LSHConfig, ReformerConfig
 from megabase.pipeline.bench import contest, draw, peers, report
 from megabase.pipeline.bench.contest import Budget, Entry

@@ -1,7 +1,7 @@
-"""Reading with a state against a pass over the whole prefix; what a state costs; drawing.
+"""Reading with a state equals a pass over the whole sequence; the cost of a state; drawing.
 
-Comparisons are in fp64: there the two ways differ by less than the grid of the streams can show, so the same keys
-met means the same logits to the last digits, and one key too many or too few shows.
+Comparisons are in fp64. There the two ways differ by less than the grid of the streams resolves: the logits agree to
+the last digits if a query attends to the same keys, and one key too many or too few shows.
 """
 
 import copy
@@ -15,11 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
-from megabase.models.attention import lsh_attention
-from megabase.models.attention.kernels.inputs import SortedOrder
-from megabase.models.attention.lsh import LSHAttention
 from megabase.models.chance import Purpose
-from megabase.models.generation import BucketRings, State, _draw, generate, read, start
+from megabase.models.generation import State, _draw, generate, read, start
 
 SMALL = ReformerConfig(
     vocab_size=9,
@@ -44,15 +41,15 @@ def build(config: ReformerConfig, dtype: torch.dtype = torch.float64) -> Reforme
 
 
 @torch.no_grad()
-def whole(model: Reformer, x: Tensor) -> Tensor:
+def one_pass(model: Reformer, x: Tensor) -> Tensor:
     return model(x, seeds=SEEDS)
 
 
-def piecewise(model: Reformer, x: Tensor, prompt: int) -> tuple[Tensor, State]:
-    """Logits (batch, length − prompt + 1, vocab) behind the prompt and behind every token after it."""
+def in_blocks(model: Reformer, x: Tensor, prompt: int) -> tuple[Tensor, State]:
+    """Logits (batch, length − prompt + 1, vocab) after the prompt and after every token that follows."""
     state = start(model, x.shape[0], seeds=SEEDS)
-    pieces = [x[:, :prompt], *x[:, prompt:].split(1, dim=1)]
-    return torch.stack([read(model, piece, state) for piece in pieces], dim=1), state
+    blocks = [x[:, :prompt], *x[:, prompt:].split(1, dim=1)]
+    return torch.stack([read(model, block, state) for block in blocks], dim=1), state
 
 
 configs = st.builds(
@@ -80,80 +77,48 @@ configs = st.builds(
 
 @given(configs, st.integers(1, 3), st.integers(1, 50), st.integers(1, 12))
 @settings(max_examples=40, derandomize=True)
-def test_reading_piece_by_piece_equals_the_whole(config, batch, prompt, more):
+def test_reading_in_blocks_equals_one_pass(config, batch, prompt, more):
     model = build(config)
     x = tokens(batch, prompt + more)
-    logits, _ = piecewise(model, x, prompt)
-    torch.testing.assert_close(logits, whole(model, x)[:, prompt - 1 :], atol=1e-9, rtol=0)
+    logits, _ = in_blocks(model, x, prompt)
+    torch.testing.assert_close(logits, one_pass(model, x)[:, prompt - 1 :], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("prompt", [1, 31, 97])
 @pytest.mark.parametrize("duplicates", ["average", "once"])
 @pytest.mark.parametrize("residual", ["fixed", "float"])
 @pytest.mark.parametrize("layers", [["local"], ["lsh"], ["full"], ["performer"], ["local", "lsh", "full"]])
-def test_in_fp32_to_1e_5(layers, residual, duplicates, prompt):
+def test_fp32_differs_by_1e_5_at_most(layers, residual, duplicates, prompt):
     lsh = LSHConfig(rounds=4, chunk_length=5, n_buckets=4, duplicates=duplicates)
     model = build(dataclasses.replace(SMALL, layers=layers, lsh=lsh, residual=residual), torch.float32)
     x = tokens(length=101)
-    logits, _ = piecewise(model, x, prompt)
-    torch.testing.assert_close(logits, whole(model, x)[:, prompt - 1 :], atol=1e-5, rtol=0)
+    logits, _ = in_blocks(model, x, prompt)
+    torch.testing.assert_close(logits, one_pass(model, x)[:, prompt - 1 :], atol=1e-5, rtol=0)
 
 
 def test_factored_buckets_and_no_convolution():
     lsh = LSHConfig(rounds=2, chunk_length=3, n_buckets=300)
     model = build(dataclasses.replace(SMALL, conv=0, lsh=lsh))
     x = tokens()
-    logits, _ = piecewise(model, x, 20)
-    torch.testing.assert_close(logits, whole(model, x)[:, 19:], atol=1e-9, rtol=0)
+    logits, _ = in_blocks(model, x, 20)
+    torch.testing.assert_close(logits, one_pass(model, x)[:, 19:], atol=1e-9, rtol=0)
 
 
-def test_a_prompt_of_many_chunks_of_every_kernel():
+def test_a_prompt_longer_than_the_kernels_chunks():
     model = build(dataclasses.replace(SMALL, layers=["performer", "lsh", "local"]))
     x = tokens(length=310)
-    logits, _ = piecewise(model, x, 300)
-    torch.testing.assert_close(logits, whole(model, x)[:, 299:], atol=1e-9, rtol=0)
+    logits, _ = in_blocks(model, x, 300)
+    torch.testing.assert_close(logits, one_pass(model, x)[:, 299:], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
-def test_other_precisions_are_as_close_as_their_rounding(precision):
+def test_bf16_is_as_close_as_its_rounding(precision):
     model = build(SMALL, torch.bfloat16 if precision == "bf16" else torch.float32)
     x = tokens()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        logits, _ = piecewise(model, x, 20)
-        expected = whole(model, x)[:, 19:]
+        logits, _ = in_blocks(model, x, 20)
+        expected = one_pass(model, x)[:, 19:]
     assert (logits - expected).abs().median() < 2e-3
-
-
-@pytest.mark.parametrize("once", [True, False])
-@pytest.mark.parametrize("reach", [1, 4, 100])
-@pytest.mark.parametrize("prompt", [0, 2, 40])
-def test_rings_meet_the_keys_that_the_whole_sequence_meets(prompt, reach, once):
-    """With one-hot values the output is the weights: what is not zero was met."""
-    length, rounds, heads = 64, 3, 2
-    lsh = LSHConfig(rounds, reach, n_buckets=4, duplicates="once" if once else "average")
-    layer = LSHAttention(ReformerConfig(dim=8, heads=heads, head_dim=length, lsh=lsh), 0)
-    rings = BucketRings(layer, Seeds(), torch.empty(1, heads, 0, length, dtype=torch.float64))
-    generator = torch.Generator().manual_seed(reach)
-    buckets = torch.randint(0, 4, (heads, rounds, length), generator=generator)
-    qk = torch.randn(heads, length, length, generator=generator, dtype=torch.float64)
-    v = torch.eye(length, dtype=torch.float64).expand(heads, -1, -1)
-    expected = lsh_attention(
-        qk[None],
-        v[None],
-        rounds=rounds,
-        chunk_length=reach,
-        causal=True,
-        seed=0,
-        duplicates=lsh.duplicates,
-        buckets=buckets[None],
-        backend="reference",
-    )[0]
-    if prompt:
-        rings.fill(qk[:, :prompt], v[:, :prompt], SortedOrder.by_bucket(buckets[:, :, :prompt]))
-    for i in range(prompt, length):
-        weights = rings.step(qk[:, i], v[:, i], buckets[:, :, i], i, once=once)
-        assert torch.equal(weights > 0, expected[:, i] > 0)
-        torch.testing.assert_close(weights, expected[:, i], atol=1e-12, rtol=0)
 
 
 class Work(TorchDispatchMode):
@@ -190,7 +155,7 @@ def work_at(model: Reformer, positions: list[int]) -> list[tuple[int, int, int, 
 
 
 @pytest.mark.parametrize("positions", ["rotary", "axial", "learned"])
-def test_a_token_costs_the_same_wherever_it_is(positions):
+def test_a_token_costs_the_same_at_any_position(positions):
     model = build(dataclasses.replace(BOUNDED, positions=positions, max_length=1000), torch.float32)
     first, *others = work_at(model, [1, 9, 10, 300])
     assert all(other == first for other in others)
@@ -205,16 +170,16 @@ def test_tokens_that_do_not_fit_leave_the_state_as_it_was():
     with pytest.raises(ConfigError, match="max_length=64"):
         read(model, x[:, 60:], state)
     logits = read(model, x[:, 60:64], state)
-    torch.testing.assert_close(logits, whole(model, x[:, :64])[:, -1], atol=1e-9, rtol=0)
+    torch.testing.assert_close(logits, one_pass(model, x[:, :64])[:, -1], atol=1e-9, rtol=0)
 
 
-def test_only_full_layers_make_a_state_grow():
+def test_full_layers_make_a_state_grow():
     model = build(dataclasses.replace(SMALL, layers=["full"], depth=1))
     (_, _, _, before), (_, _, _, after) = work_at(model, [10, 30])
     assert after - before == 20 * 2 * 2 * 16 * 8  # positions · keys and values · batch · width · bytes
 
 
-def test_a_long_prompt_leaves_a_state_as_small_as_a_short_one():
+def test_the_size_of_a_state_does_not_depend_on_the_prompt():
     model = build(BOUNDED)
     sizes = []
     for length in (1, 9, 500):
@@ -227,23 +192,23 @@ def test_a_long_prompt_leaves_a_state_as_small_as_a_short_one():
 def test_a_copied_state_is_a_fork():
     model = build(SMALL)
     x, other = tokens(), tokens(seed=1)
-    _, state = piecewise(model, x[:, :30], 20)
+    _, state = in_blocks(model, x[:, :30], 20)
     fork = copy.deepcopy(state)
     for i in range(30, 60):
         read(model, other[:, i : i + 1], fork)
     rest = [read(model, x[:, i : i + 1], state) for i in range(30, 60)]
-    torch.testing.assert_close(torch.stack(rest, 1), whole(model, x)[:, 30:], atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.stack(rest, 1), one_pass(model, x)[:, 30:], atol=1e-9, rtol=0)
 
 
 def test_there_is_no_dropout_and_no_gradient():
     model = build(dataclasses.replace(SMALL, dropout=0.5, attention_dropout=0.5)).train()
     x = tokens()
-    logits, _ = piecewise(model, x, 20)
+    logits, _ = in_blocks(model, x, 20)
     assert not logits.requires_grad
-    torch.testing.assert_close(logits, whole(model.eval(), x)[:, 19:], atol=1e-9, rtol=0)
+    torch.testing.assert_close(logits, one_pass(model.eval(), x)[:, 19:], atol=1e-9, rtol=0)
 
 
-def test_greedy_generation_takes_what_the_whole_prefix_makes_likeliest():
+def test_temperature_zero_takes_the_likeliest_token():
     model = build(SMALL)
     prompt = tokens(length=11)
     found = generate(model, prompt, 30, temperature=0.0, seed=4)
@@ -254,7 +219,7 @@ def test_greedy_generation_takes_what_the_whole_prefix_makes_likeliest():
     assert torch.equal(generate(model, prompt, 30, top_k=1, seed=4), found)
 
 
-def test_generation_is_a_function_of_its_seed_and_goes_on_where_it_was():
+def test_generation_is_a_function_of_its_seed_and_continues_from_its_tokens():
     model = build(SMALL)
     prompt = tokens(length=11)
     state = torch.get_rng_state()
@@ -265,8 +230,8 @@ def test_generation_is_a_function_of_its_seed_and_goes_on_where_it_was():
     longer = torch.cat((prompt, found[:, :15]), dim=1)
     assert torch.equal(generate(model, longer, 25, seed=4), found[:, 15:])
     assert torch.equal(generate(model, prompt[:1], 40, seed=4), found[:1])
-    twins = generate(model, prompt[:1].expand(2, -1), 40, seed=4)
-    assert not torch.equal(twins[0], twins[1])
+    rows = generate(model, prompt[:1].expand(2, -1), 40, seed=4)
+    assert not torch.equal(rows[0], rows[1])
 
 
 def test_drawing_follows_the_distribution():
@@ -275,8 +240,8 @@ def test_drawing_follows_the_distribution():
     keys = Seeds().keys(Purpose.SAMPLING, 0, n, logits.device)
 
     def shares(**options) -> Tensor:
-        asked = {"temperature": 1.0, "top_k": None, "allowed": None, **options}
-        drawn = _draw(logits.expand(n, 5), keys, 7, **asked)
+        arguments = {"temperature": 1.0, "top_k": None, "allowed": None, **options}
+        drawn = _draw(logits.expand(n, 5), keys, 7, **arguments)
         return torch.bincount(drawn, minlength=5) / n
 
     def assert_shares(found: Tensor, expected: Tensor) -> None:
@@ -291,7 +256,7 @@ def test_drawing_follows_the_distribution():
     assert_shares(shares(allowed=[1, 3]), two.softmax(0))
     assert_shares(shares(allowed=[4]), torch.tensor([0.0, 0, 0, 0, 1]))
     assert_shares(shares(temperature=1e-320), torch.tensor([0.0, 0, 0, 1, 0]))
-    # Places of one sequence draw apart from each other.
+    # The positions of one sequence draw independently of each other.
     places = torch.stack([_draw(logits.expand(99, 5), keys[:99], p, 1.0, None, None) for p in range(200)])
     assert_shares(torch.bincount(places.flatten(), minlength=5) / places.numel(), logits.softmax(0))
 
@@ -310,7 +275,7 @@ def test_allowed_and_stop():
     assert generate(model, prompt, 0).shape == (3, 0)
 
 
-def test_a_model_that_diverged_is_not_drawn_from():
+def test_logits_that_are_not_finite_are_refused():
     model = build(SMALL)
     with torch.no_grad():
         model.body.norm.weight[0] = torch.nan
@@ -333,7 +298,7 @@ def test_models_that_cannot_generate_are_refused(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_chunks_of_lsh_matter_only_where_there_are_such_layers():
+def test_settings_of_lsh_do_not_matter_without_lsh_layers():
     model = build(dataclasses.replace(SMALL, layers=["local"], lsh=LSHConfig(attend="chunk")))
     assert generate(model, tokens(length=3), 2).shape == (2, 2)
 
@@ -354,7 +319,7 @@ def test_chunks_of_lsh_matter_only_where_there_are_such_layers():
         (lambda model, state: start(model, 2, source=tokens()), "reads no source"),
     ],
 )
-def test_what_cannot_be_read_or_drawn_is_refused(call, message):
+def test_arguments_that_cannot_work_are_refused(call, message):
     model = build(dataclasses.replace(SMALL, positions="learned", max_length=64))
     with pytest.raises(ValueError, match=message):
         call(model, start(model, 2))

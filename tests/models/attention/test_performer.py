@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabase.models import Reformer, Seeds
-from megabase.models.attention import full_attention, performer, performer_attention
-from megabase.models.attention.performer import PerformerAttention, draw_directions
+from megabase.models.attention import full_attention, performer_attention, performer_features
+from megabase.models.attention.performer import PerformerAttention
+from megabase.models.attention.performer_features import draw_directions
 from megabase.models.config import ConfigError, PerformerConfig, ReformerConfig
 from tests.models.attention import model_checks
 
@@ -56,7 +57,7 @@ def masks(length: int) -> Tensor:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
 def test_equals_the_same_features_written_out(causal, masked, length, monkeypatch):
-    monkeypatch.setattr(performer, "CHUNK", 16)
+    monkeypatch.setattr(performer_features, "CHUNK", 16)
     tensors = inputs(batch=4, length=length)
     directions = draw_directions(2, 12, 8, 1, CPU)
     mask = masks(length) if masked else None
@@ -72,7 +73,7 @@ def test_equals_the_same_features_written_out(causal, masked, length, monkeypatc
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradcheck(causal, monkeypatch):
-    monkeypatch.setattr(performer, "CHUNK", 4)
+    monkeypatch.setattr(performer_features, "CHUNK", 4)
     tensors = inputs(batch=4, heads=1, length=6, d=2, dtype=torch.float64)
     directions = draw_directions(1, 5, 2, 1, CPU)
     for mask in (None, masks(6)):
@@ -147,7 +148,7 @@ def test_what_is_seen_depends_on_nothing_later(before, after):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_large_and_small_vectors_side_by_side_equal_the_features_written_out(causal, monkeypatch):
-    monkeypatch.setattr(performer, "CHUNK", 16)
+    monkeypatch.setattr(performer_features, "CHUNK", 16)
     q, k, v = inputs(dtype=torch.float64)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     size = torch.logspace(-1, 1, 50, dtype=torch.float64)[order, None]
@@ -231,7 +232,7 @@ def test_memory_is_length_times_dim(causal):
         out = performer_attention(*tensors, directions, causal=causal)
         out.sum().backward()
     assert largest.elements == length * d < length * features
-    kept = out.grad_fn.tops if causal else [out.grad_fn.sums.values]  # type: ignore[union-attr]
+    kept = out.grad_fn.units if causal else [out.grad_fn.sums.values]  # type: ignore[union-attr]
     assert sum(x.numel() for x in kept) <= length * features / 64
 
 

@@ -1,4 +1,4 @@
-"""lsh_attention against its definition: dense attention over the pairs that meet, found by brute force."""
+"""lsh_attention equals its definition: dense attention over the pairs that are found, by brute force."""
 
 import itertools
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megabase.models import ConfigError, LSHConfig, ReformerConfig, Seeds
 from megabase.models.attention import lsh_attention
-from megabase.models.attention.lsh import bucket_factors, hash_buckets
-from megabase.models.config import ConfigError
+from megabase.models.attention.kernels.inputs import SortedOrder
+from megabase.models.attention.lsh import LSHAttention, bucket_factors, hash_buckets
 
 RULES = list(itertools.product(["window", "chunk"], [True, False]))
 
@@ -26,7 +27,7 @@ def unit_keys(qk: Tensor) -> Tensor:
 
 
 def met_pairs(buckets: Tensor, chunk_length: int, attend: str, causal: bool) -> Tensor:
-    """How often query i meets key j: (rounds, length) buckets -> (length, length), by walking over the seats."""
+    """In how many rounds query i finds key j, (length, length), for buckets (rounds, length)."""
     length = buckets.shape[1]
     orders = [sorted(range(length), key=lambda i: (row[i], i)) for row in buckets.tolist()]
     met = torch.zeros(length, length)
@@ -51,16 +52,16 @@ def met_pairs(buckets: Tensor, chunk_length: int, attend: str, causal: bool) -> 
 
 
 def dense(qk: Tensor, v: Tensor, counts: Tensor) -> Tensor:
-    """Attention with every pair weighted by its count (batch, heads, length, length); alone, a position keeps v."""
+    """Attention with every pair weighted by its count (batch, heads, length, length); a row without pairs keeps v."""
     scores = qk @ unit_keys(qk).mT + counts.log()
-    alone = counts.sum(-1, keepdim=True) == 0
-    return torch.where(alone, v, scores.masked_fill(alone, 0.0).softmax(-1) @ v)
+    empty = counts.sum(-1, keepdim=True) == 0
+    return torch.where(empty, v, scores.masked_fill(empty, 0.0).softmax(-1) @ v)
 
 
 @pytest.mark.parametrize(("attend", "causal"), RULES)
 @pytest.mark.parametrize("duplicates", ["once", "average"])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_equals_dense_attention_over_the_pairs_that_meet(attend, causal, duplicates, backend):
+def test_equals_dense_attention_over_the_pairs_found(attend, causal, duplicates, backend):
     qk, v = inputs()
     buckets = hash_buckets(qk, rounds=4, n_buckets=6, seed=3)
     counts = torch.stack([met_pairs(b, 7, attend, causal) for b in buckets.flatten(0, 1)]).view(2, 2, 50, 50)
@@ -82,7 +83,7 @@ def test_equals_dense_attention_over_the_pairs_that_meet(attend, causal, duplica
 
 
 def later_changed(attend: str, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """Outputs at positions 0..39 of one sequence, and of others that differ from position 40 on only."""
+    """Outputs at positions 0..39 of a sequence, and of sequences that differ from position 40 on only."""
     qk, v = inputs(length=64, seed=seed)
     other_qk, other_v = inputs(length=96, seed=seed + 1000)
 
@@ -111,7 +112,7 @@ def later_changed(attend: str, seed: int) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_window_is_strictly_causal_whatever_is_changed_added_or_removed_later(seed):
+def test_window_is_strictly_causal(seed):
     out, others = later_changed("window", seed)
     for other in others:
         torch.testing.assert_close(other, out, atol=0, rtol=1e-6)
@@ -123,12 +124,12 @@ def test_chunk_is_not_strictly_causal():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_window_meets_the_same_keys_whatever_comes_later(seed):
+def test_window_finds_the_same_keys_whatever_comes_later(seed):
     buckets = torch.randint(0, 4, (3, 64), generator=torch.Generator().manual_seed(seed))
     whole = met_pairs(buckets, 8, "window", True)[:40, :40]
     assert torch.equal(whole, met_pairs(buckets[:, :40], 8, "window", True))
     v = torch.eye(64)[None, None]
-    # With one-hot values the output is the weights: what is not zero was met.
+    # With one-hot values the output is the weights.
     for length in (40, 41, 64):
         out = lsh_attention(
             torch.ones(1, 1, length, 4),
@@ -180,7 +181,7 @@ def test_chunk_equals_the_transformers_layer_given_its_buckets(causal, rounds, l
         lsh_attention_probs_dropout_prob=0.0,
         is_decoder=causal,
     )
-    # In fp64: the references' self score of -1e5 leaves fp32 two digits of a lonely position's weights.
+    # In fp64: the references' self score of -1e5 leaves fp32 two digits of the weights if a position has no other key.
     layer = LSHSelfAttention(config, layer_idx=0).double()
     hidden = torch.randn(2, length, 32, dtype=torch.float64, requires_grad=True)
     buckets = torch.randint(0, 4, (2, 2, rounds, length))
@@ -237,7 +238,7 @@ def test_any_length(length, attend):
 
 
 @pytest.mark.slow
-def test_a_length_no_block_divides():
+def test_a_length_that_no_block_divides():
     qk, v = inputs(batch=1, heads=1, length=65_537, d=8)
     qk.requires_grad_()
     out = lsh_attention(qk, v, rounds=2, chunk_length=64, causal=True, seed=0, n_buckets=1024)
@@ -274,7 +275,7 @@ def test_many_buckets_are_two_factors():
     assert hashed.unique().numel() > 500
 
 
-def test_hash_and_result_do_not_depend_on_the_batch_mates():
+def test_hash_and_result_do_not_depend_on_the_other_sequences():
     qk, v = inputs(batch=4)
     setting = {"rounds": 2, "chunk_length": 8, "causal": True, "seed": 4, "n_buckets": 8}
     whole = lsh_attention(qk, v, **setting)
@@ -300,3 +301,35 @@ def test_settings_that_cannot_work_say_why(change, message):
     setting = {"rounds": 2, "chunk_length": 8, "causal": True, "seed": 0} | change
     with pytest.raises(ConfigError, match=message):
         lsh_attention(qk, v, **setting)
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("reach", [1, 4, 100])
+@pytest.mark.parametrize("prompt", [0, 2, 40])
+def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once):
+    """With one-hot values the output is the weights."""
+    length, rounds, heads = 64, 3, 2
+    lsh = LSHConfig(rounds, reach, n_buckets=4, duplicates="once" if once else "average")
+    layer = LSHAttention(ReformerConfig(dim=8, heads=heads, head_dim=length, lsh=lsh), 0).double()
+    cache = layer.new_cache(1, Seeds())
+    generator = torch.Generator().manual_seed(reach)
+    buckets = torch.randint(0, 4, (heads, rounds, length), generator=generator)
+    qk = torch.randn(heads, length, length, generator=generator, dtype=torch.float64)
+    v = torch.eye(length, dtype=torch.float64).expand(heads, -1, -1)
+    expected = lsh_attention(
+        qk[None],
+        v[None],
+        rounds=rounds,
+        chunk_length=reach,
+        causal=True,
+        seed=0,
+        duplicates=lsh.duplicates,
+        buckets=buckets[None],
+        backend="reference",
+    )[0]
+    if prompt:
+        cache.fill(qk[:, :prompt], v[:, :prompt], SortedOrder.by_bucket(buckets[:, :, :prompt]))
+    for i in range(prompt, length):
+        weights = cache.step(qk[:, i], v[:, i], buckets[:, :, i], i, once=once)
+        assert torch.equal(weights > 0, expected[:, i] > 0)
+        torch.testing.assert_close(weights, expected[:, i], atol=1e-12, rtol=0)
