@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megabase.models.chance import Seeds
+    from megabase.models.classifier import ReformerClassifier
     from megabase.models.config import (
         ConfigError,
         FeedForwardConfig,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from megabase.models.encoder_decoder import EncoderDecoder
     from megabase.models.generation import generate
-    from megabase.models.reformer import Reformer, ReformerClassifier
+    from megabase.models.reformer import Reformer
 
 __all__ = [
     "ConfigError",
@@ -44,7 +45,7 @@ __all__ = [
 _MODULES = {
     "EncoderDecoder": "encoder_decoder",
     "Reformer": "reformer",
-    "ReformerClassifier": "reformer",
+    "ReformerClassifier": "classifier",
     "Seeds": "chance",
     "generate": "generation",
 }

@@ -1,12 +1,12 @@
 """Chance as a function: every random number of a pass follows from (run, step, layer, purpose, sample).
 
-No generator has a history here: a number is a counter hashed with a key. Keys of numbers that belong to a layer (hash
-rotations) are mixed out of (run, step, purpose, layer); of those that belong to a sample (dropout) out of these and the
-sample's id. So they are the same on whatever rank, in whatever micro batch, before and after a restart, in the forward
-pass and when the backward pass rebuilds it, on a CPU and on a GPU.
+No generator keeps a history: a random number is a counter hashed with a key. The key of a number that belongs to a
+layer (hash rotations) is a hash of (run, step, purpose, layer); that of a number that belongs to a sample (dropout) is
+a hash of these and the sample's id. So numbers are the same on whatever rank, in whatever micro batch, before and
+after a restart, in the forward pass and when the backward pass repeats it, on a CPU and on a GPU.
 
-The mixing functions are splitmix64's finaliser (Steele, Lea & Flood 2014) and a 32-bit one of the same make
-(Wellons, "lowbias32").
+Two hash functions are used: the finaliser of splitmix64 (Steele, Lea & Flood 2014) for keys, and a 32-bit function of
+the same kind (Wellons, "lowbias32") for the numbers.
 """
 
 from __future__ import annotations
@@ -14,21 +14,26 @@ from __future__ import annotations
 import enum
 import functools
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megabase.models import fused
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+Word = TypeVar("Word", int, Tensor)
+"""64 bits, as a signed integer or as an int64 tensor of any shape."""
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+"""2^64 / golden ratio: splitmix64's step from one counter to the next."""
+
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+"""The factors of splitmix64's finaliser."""
 
 
 @enum.unique
 class Purpose(enum.IntEnum):
-    """What a random number is for: two purposes never share one."""
+    """What a random number is for. Numbers of different purposes are independent."""
 
     HASH = 1
     EMBEDDING = 2
@@ -45,10 +50,12 @@ class Purpose(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Seeds:
-    """Where all chance of one pass comes from.
+    """The source of all random numbers of one pass.
 
-    run: the run's seed. step: the optimizer step. samples: (batch,) int64 ids of the sequences, whatever rank
-    they are on; None numbers the rows 0, 1, ...
+    Attributes:
+        run: the run's seed.
+        step: the optimizer step.
+        samples: (batch,) int64 ids of the sequences, the same on any rank; None numbers the rows 0, 1, ...
     """
 
     run: int = 0
@@ -56,18 +63,31 @@ class Seeds:
     samples: Tensor | None = None
 
     def number(self, purpose: Purpose, layer: int) -> int:
-        """A seed in [0, 2^63) that belongs to the layer and step, the same for all samples."""
+        """A seed in [0, 2^63) for a layer and the step, the same for all samples."""
         state = 0
         for word in (self.run, self.step, int(purpose), layer):
-            state = _mix((state + _GOLDEN + word) & _MASK)
-        return state >> 1
+            state = _mix(_wrap(state + GOLDEN + word))
+        return _shift(state, 1)
 
     def apart(self, purpose: Purpose) -> Seeds:
-        """Seeds for a part of a model whose layers are counted from 0 again, such as a decoder."""
+        """Seeds for a part of the model that numbers its layers from 0 again, such as a decoder."""
         return replace(self, run=self.number(purpose, 0))
 
     def keys(self, purpose: Purpose, layer: int, batch: int, device: torch.device) -> Tensor:
-        """(batch,) int64 keys, one for each sample, for `random_bits`. Raises ValueError if ids are missing."""
+        """One key for each sample.
+
+        Args:
+            purpose: of the numbers.
+            layer: that the numbers belong to.
+            batch: number of samples.
+            device: of the result.
+
+        Returns:
+            (batch,) int64, for `random_bits` and `dropout`.
+
+        Raises:
+            ValueError: `samples` has another shape than (batch,).
+        """
         if self.samples is None:
             samples = torch.arange(batch, device=device)
         elif self.samples.shape == (batch,):
@@ -77,17 +97,17 @@ class Seeds:
             raise ValueError(
                 f"Seeds.samples has shape {shape}, but the batch holds {batch} sequences: one id each"
             )
-        key = samples * _signed(_GOLDEN) + _signed(self.number(purpose, layer))
-        key = (key ^ _shifted(key, 30)) * _signed(_MIX_1)
-        key = (key ^ _shifted(key, 27)) * _signed(_MIX_2)
-        return key ^ _shifted(key, 31)
+        return _mix(samples * GOLDEN + self.number(purpose, layer))
 
 
 def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
-    """Uniform int32 for every (key, counter).
+    """Uniform random int32, one for every pair of key and counter.
 
-    keys: int64, counters: int32; of shapes that broadcast. Counters are hashed together with both halves of
-    the key, so streams of different keys do not overlap.
+    Counters are hashed with both halves of the key, so the numbers of different keys are independent.
+
+    Args:
+        keys: int64.
+        counters: int32, of a shape that broadcasts with that of `keys`.
     """
     bits = counters + keys.to(torch.int32)
     bits ^= (bits >> 16).bitwise_and_(0xFFFF)
@@ -100,8 +120,17 @@ def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
 
 
 def normals(key: int, n: int, device: torch.device | None = None) -> Tensor:
-    """n numbers of N(0, 1) in bf16, the same on every device: 2^16 quantiles, chosen by hashing. key: 64 bits."""
-    key = _signed(key & _MASK)
+    """Draw from N(0, 1): the hash of a counter chooses one of 2^16 quantiles. The same on every device.
+
+    Args:
+        key: 64 bits.
+        n: how many numbers.
+        device: of the result; None = CPU.
+
+    Returns:
+        (n,) bf16.
+    """
+    key = _wrap(key)
     table = _quantiles(torch.device("cpu") if device is None else device)
     if fused.supports(table):
         return fused.normals(key, n, table)
@@ -112,21 +141,24 @@ def normals(key: int, n: int, device: torch.device | None = None) -> Tensor:
 
 @functools.cache
 def _quantiles(device: torch.device) -> Tensor:
-    """The 2^16 numbers that cut N(0, 1) into equal parts, each in the middle of its part: bf16, ascending."""
+    """The medians of 2^16 equally likely parts of N(0, 1): (2^16,) bf16, ascending."""
     with torch.inference_mode(False):
         middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
         return torch.special.ndtri(middles).to(torch.bfloat16).to(device)
 
 
 def keep(bits: Tensor, rate: float) -> Tensor:
-    """Bool of the bits' shape: False with probability `rate`, in steps of 2^-32."""
+    """Which of the random `bits` (int32) are kept: bool of their shape, False with probability `rate`."""
     return bits >= round(rate * 2.0**32) - (1 << 31)
 
 
 def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
-    """Dropout of x (batch, ...) with one key (int64) for each of the batch; kept values are scaled up.
+    """Dropout. Whether an element is kept is a function of its sample's key and its place in the sample.
 
-    The mask of an element is a function of its sample's key and its place in the sample alone.
+    Args:
+        x: (batch, ...).
+        rate: probability that an element becomes 0, in [0, 1); the others are scaled by 1 / (1 − rate).
+        keys: (batch,) int64.
     """
     if rate == 0.0:
         return x
@@ -138,17 +170,18 @@ def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
     return x * (kept * (1.0 / (1.0 - rate))).to(x.dtype)
 
 
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
-    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
-    return z ^ (z >> 31)
+def _mix(word: Word) -> Word:
+    """The finaliser of splitmix64: a bijection in which every bit of the result depends on every bit of the word."""
+    word = _wrap((word ^ _shift(word, 30)) * MIX_1)
+    word = _wrap((word ^ _shift(word, 27)) * MIX_2)
+    return word ^ _shift(word, 31)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """int64 shifted to the right without its sign: torch's own shift repeats the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _shift(word: Word, bits: int) -> Word:
+    """The 64 bits moved to the right, with zeros from the left: >> alone repeats the sign."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(z: int) -> int:
-    """The int64 with the bits of `z`."""
-    return z - (1 << 64) if z >> 63 else z
+def _wrap(word: Word) -> Word:
+    """The lowest 64 bits as a signed integer. Tensors wrap on their own."""
+    return word if isinstance(word, Tensor) else (word + (1 << 63)) % (1 << 64) - (1 << 63)

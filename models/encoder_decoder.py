@@ -1,8 +1,8 @@
-"""Text to text: a reversible encoder that sees both sides, a reversible causal decoder that reads it.
+"""Sequence to sequence: a bidirectional reversible encoder, and a causal reversible decoder that reads its output.
 
-Every block of the decoder has cross-attention between its attention and its feed-forward branch (as in trax); it
-reads the encoder's output, both streams of it. That output is all that goes from one to the other, so
-activations take the memory of one block of each and of the two stacks' ends, whatever their depths.
+Every block of the decoder has cross-attention between its attention and its feed-forward branch (as in trax). It reads
+both streams of the encoder's output. Nothing else passes between the two, so activations take the memory of one block
+of each and of the two stacks' outputs, whatever the depths.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from megabase.models.reformer import Body, LanguageHead
 class EncoderDecoder(nn.Module):
     """Predicts the next token of a target from the target so far and a whole source.
 
-    encoder, decoder: their settings. They need not agree in anything; `causal` is False for the encoder and True
-    for the decoder. Raises ConfigError. Weights are drawn from torch's default generator.
+    Weights are drawn from torch's default generator. In all methods `source` is (batch, source length) int64 in
+    [0, encoder.vocab_size), and `tokens`, the target so far, (batch, length) int64 in [0, decoder.vocab_size).
+    `source_mask` and `mask` are bool of these shapes, True where a token is real; None = all are. If no token of a
+    source is real, the decoder runs as if cross-attention returned zeros.
 
-    In all methods: source (batch, source length) int64 in [0, encoder.vocab_size), tokens (batch, length) int64
-    in [0, decoder.vocab_size), the target as far as it is read; source_mask, mask: bool of their shapes, True
-    where a token is real, None = all. Where nothing of a source is real, the decoder runs as if it read zeros.
+    Args:
+        encoder: settings of the encoder, with causal=False.
+        decoder: settings of the decoder, with causal=True. The two may differ in everything.
+
+    Raises:
+        ConfigError: a setting cannot work.
     """
 
     def __init__(self, encoder: ReformerConfig, decoder: ReformerConfig) -> None:
         super().__init__()
         if encoder.causal:
             raise ConfigError(
-                "the encoder has causal=True, so that no token would see what follows: set it to False"
+                "the encoder has causal=True, so that a token would not see those after it: set it to False"
             )
         if not decoder.causal:
             raise ConfigError(
-                "the decoder has causal=False, so that it would see what it predicts: set it to True"
+                "the decoder has causal=False, so that it would see the tokens that it predicts: set it to True"
             )
         self.encoder = Body(encoder)
         self.decoder = Body(decoder, context_width=2 * encoder.dim)
@@ -62,10 +67,18 @@ class EncoderDecoder(nn.Module):
         source_mask: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Sum over labels of weights · nats: an fp32 scalar, like that of models.Reformer.
+        """The sum over labels of weights · nats, as in Reformer.
 
-        labels: (batch, length) int64: labels[:, i] is what position i must predict (the shift is the caller's);
-        -100 has no loss. weights: (batch, length) float, None = 1.
+        Args:
+            source, tokens: see the class.
+            labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them); −100
+                has no loss.
+            seeds: of dropout and hashing.
+            weights: (batch, length) float, None = 1.
+            source_mask, mask: see the class.
+
+        Returns:
+            An fp32 scalar.
         """
         hidden = self.decode(source, tokens, seeds=seeds, source_mask=source_mask, mask=mask)
         return self.head(hidden, labels, weights)
@@ -73,7 +86,7 @@ class EncoderDecoder(nn.Module):
     def encode(
         self, source: Tensor, *, seeds: Seeds | None = None, mask: Tensor | None = None, reverse: bool = True
     ) -> Tensor:
-        """What the decoder reads: (batch, source length, 2 · encoder.dim)."""
+        """The encoder's output, which the decoder reads: (batch, source length, 2 · encoder.dim)."""
         return self.encoder(source, seeds=seeds, mask=mask, reverse=reverse)
 
     def decode(
@@ -86,10 +99,10 @@ class EncoderDecoder(nn.Module):
         mask: Tensor | None = None,
         reverse: bool = True,
     ) -> Tensor:
-        """The decoder's hidden states (batch, length, 2 · decoder.dim). reverse: see megabase.models.reformer.Body."""
+        """The decoder's hidden states, (batch, length, 2 · decoder.dim). reverse: see ReversibleStack."""
         if source.shape[0] != tokens.shape[0]:
             raise ValueError(
-                f"source holds {source.shape[0]} sequences, tokens {tokens.shape[0]}: one source for each target"
+                f"source holds {source.shape[0]} sequences, tokens {tokens.shape[0]}: give one source for each target"
             )
         context = self.encode(source, seeds=seeds, mask=source_mask, reverse=reverse)
         return self.decoder(
@@ -103,5 +116,5 @@ class EncoderDecoder(nn.Module):
 
 
 def decoder_seeds(seeds: Seeds | None) -> Seeds:
-    """Those of the decoder, whose layers are numbered like the encoder's."""
+    """The decoder's seeds: its layers have the numbers of the encoder's, but other random numbers."""
     return (Seeds() if seeds is None else seeds).apart(Purpose.DECODER)

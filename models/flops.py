@@ -1,11 +1,11 @@
-"""Floating-point operations of the forward pass, counted from the shapes: for MFU and HFU.
+"""Floating-point operations (FLOPs), counted from shapes: for MFU and HFU.
 
-Counted are matrix products and convolutions, a multiply-add as two; not norms, softmax, sorting or the look-up of
-embeddings. Attention counts the pairs the rule lets meet, or the features and slots in their place, not what a
-kernel computes around them.
+Matrix products and convolutions count, a multiply-add as two. Norms, softmax, sorting and the look-up of embeddings do
+not. Attention counts the pairs of query and key that its rule allows (or the features or slots that take their place),
+not the further pairs that a kernel may compute.
 
-A training step does 3 times the forward's work (backward is twice forward): MFU counts that. The reversible
-stack runs forward once more: HFU counts that too.
+A training step does 3 times the work of a forward pass, because backward is twice forward: MFU counts that. The
+reversible stack runs forward once more: HFU counts that too.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ def flops_per_token(config: ReformerConfig, length: int) -> float:
 
 
 def training_flops_per_token(config: ReformerConfig, length: int) -> tuple[float, float]:
-    """FLOPs of forward and backward for one token: (of the model, for MFU; as run, for HFU)."""
+    """FLOPs of forward and backward pass for one token of a sequence of `length` tokens.
+
+    Returns:
+        Those of the model, for MFU, and those that the reversible stack runs, for HFU.
+    """
     forward = flops_per_token(config, length)
     return 3.0 * forward, 4.0 * forward - head_flops(config)
 
 
 def attention_flops(config: ReformerConfig, kind: str, length: int) -> float:
-    """FLOPs per token of one attention branch: convolution, projections, hashing or features, scores and sums."""
+    """FLOPs per token of one attention branch of a kind: convolution, projections, hashing or features, attention."""
     inner = config.heads * config.width
     projections = 3 if kind == "lsh" else 4
     flops = 2.0 * config.conv * config.dim + 2.0 * projections * config.dim * inner
@@ -49,14 +53,15 @@ def feedforward_flops(config: ReformerConfig) -> float:
 
 def head_flops(config: ReformerConfig) -> float:
     """FLOPs per token of the logits."""
-    assert config.vocab_size is not None, "a model that runs knows its vocabulary"
+    assert config.vocab_size is not None, "validated"
     return 2.0 * config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
 
 
 def keys_per_query(config: ReformerConfig, kind: str, length: int) -> float:
-    """How many keys a position meets on average, at most: buckets of LSH attention taken as full.
+    """How many keys a query attends to, on average over a sequence of `length` tokens.
 
-    Linformer's slots and Performer's features stand for keys: the arithmetic of one is the same.
+    For LSH attention this is the upper limit, with full buckets. Linformer's slots and Performer's features count as
+    keys, because the arithmetic of one is that of a key.
     """
     if kind == "full":
         return (length + 1) / 2 if config.causal else float(length)

@@ -1,4 +1,5 @@
-"""The small parts every branch is made of. Each draws its own weights, from torch's default generator."""
+"""Small layers that all branches use: linear map, norm, short convolution. Weights are drawn from torch's default
+generator."""
 
 from __future__ import annotations
 
@@ -14,8 +15,19 @@ from megabase.models.precision import Precision
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. Where products in half precision would be emulated (ten times slower than fp32 on a CPU without
-    units for them), it computes in fp32 and returns the half precision that was asked for."""
+    """F.linear, but never with emulated half precision.
+
+    A CPU without units for half precision emulates its products, ten times slower than in fp32. There this function
+    computes in fp32 and returns the half precision that was asked for.
+
+    Args:
+        x: (..., inputs).
+        weight: (outputs, inputs).
+        bias: (outputs,) or None.
+
+    Returns:
+        (..., outputs).
+    """
     dtype = Precision.current(x.device).compute_dtype(x.dtype)
     if dtype not in (torch.bfloat16, torch.float16) or has_half_products(x.device.type, dtype):
         return F.linear(x, weight, bias)
@@ -24,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear map, weights from N(0, (gain² / inputs)), no bias unless asked for (then zero)."""
+    """A linear map. Weights are drawn from N(0, gain² / inputs); a bias, if wanted, starts at zero."""
 
     def __init__(self, inputs: int, outputs: int, *, gain: float = 1.0, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
@@ -37,8 +49,16 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """Layer or RMS norm over the last axis. Computes in fp32, returns the weights' dtype, so that a model
-    whose weights are bf16 computes in bf16 behind fp32 streams."""
+    """Layer or RMS norm over the last axis, (..., dim) -> the same.
+
+    Computes in fp32 and returns the dtype of its weights: a model with bf16 weights computes in bf16, although its
+    streams are fp32.
+
+    Args:
+        dim: width of the last axis.
+        kind: `layer` or `rms`.
+        eps: added to the variance.
+    """
 
     def __init__(self, dim: int, kind: str, eps: float = 1e-6) -> None:
         super().__init__()
@@ -61,8 +81,13 @@ class Norm(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise convolution over the length: (batch, length, dim) -> the same. It starts as the identity plus
-    noise. Causal: a token sees itself and width - 1 before it; else it is centred."""
+    """Depthwise convolution over the length, (batch, length, dim) -> the same. It starts as the identity plus noise.
+
+    Args:
+        dim: channels.
+        width: tokens that an output depends on.
+        causal: True: they are the token itself and those before it. False: they are centred on it.
+    """
 
     def __init__(self, dim: int, width: int, *, causal: bool) -> None:
         super().__init__()
@@ -73,7 +98,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """mask: (batch, length) bool, True where a token is real: the others count as zero."""
+        """mask: (batch, length) bool, True where a token is real; others count as zero. None: all are real."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
         convolve = fused.convolve if fused.supports(x) else _Convolve.apply
@@ -81,9 +106,9 @@ class ShortConvolution(nn.Module):
 
 
 class _Convolve(torch.autograd.Function):
-    """y[i] = Σ over taps of weight[tap] · x[i + tap − before], what lies outside counting as zero.
+    """y[i] = Σ over taps of weight[tap] · x[i + tap − before]; x is zero outside the sequence.
 
-    x: (batch, length, dim), weight: (width, dim). Piece by piece along the length, all taps of a piece at once.
+    x: (batch, length, dim), weight: (width, dim). Computes all taps of one piece of the length, then the next piece.
     """
 
     @staticmethod
@@ -94,8 +119,8 @@ class _Convolve(torch.autograd.Function):
         for part in pieces(x.shape[1], x.shape[0] * x.shape[2], x.device):
             torch.mul(x[:, part], weight[before], out=y[:, part])
             for tap in (t for t in range(weight.shape[0]) if t != before):
-                here, there = _overlap(part, tap - before, x.shape[1])
-                y[:, here].addcmul_(x[:, there], weight[tap])
+                inside, shifted = _overlap(part, tap - before, x.shape[1])
+                y[:, inside].addcmul_(x[:, shifted], weight[tap])
         return y
 
     @staticmethod
@@ -110,15 +135,15 @@ class _Convolve(torch.autograd.Function):
             torch.mul(grad[:, part], weight[before], out=grad_x[:, part])
             for tap in range(weight.shape[0]):
                 if tap != before:
-                    here, there = _overlap(part, before - tap, x.shape[1])
-                    grad_x[:, here].addcmul_(grad[:, there], weight[tap])
-                here, there = _overlap(part, tap - before, x.shape[1])
-                sums[tap] += (grad[:, here] * x[:, there]).sum((0, 1), dtype=sums.dtype)
+                    inside, shifted = _overlap(part, before - tap, x.shape[1])
+                    grad_x[:, inside].addcmul_(grad[:, shifted], weight[tap])
+                inside, shifted = _overlap(part, tap - before, x.shape[1])
+                sums[tap] += (grad[:, inside] * x[:, shifted]).sum((0, 1), dtype=sums.dtype)
         return grad_x, sums.to(weight.dtype), None
 
 
 def _overlap(part: slice, shift: int, length: int) -> tuple[slice, slice]:
-    """Those of `part` whose place `shift` further on exists, and these places."""
+    """The positions of `part` for which position + shift exists, and those positions + shift."""
     start, stop = max(part.start, -shift), min(part.stop, length - shift)
     stop = max(start, stop)
     return slice(start, stop), slice(start + shift, stop + shift)

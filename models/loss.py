@@ -1,8 +1,8 @@
-"""Cross-entropy straight from hidden states: the logits of a long sequence never exist whole.
+"""Cross-entropy from hidden states, in chunks: the logits of a long sequence are never in memory all at once.
 
-One autograd.Function goes over the tokens in chunks: logits, loss, and (while the logits are there) the
-gradient they pass on. What remains for the backward pass is a gradient of the hidden states' and of the
-weight's size, whatever the vocabulary. The weight's gradient is returned once, summed: ZeRO 2 and 3 need that.
+One autograd.Function computes logits, loss and gradients of one chunk of tokens after the other. It saves for the
+backward pass the gradients of the hidden states and of the weight, whose size does not depend on length · vocabulary.
+The weight's gradient is returned once, summed: ZeRO 2 and 3 need that.
 """
 
 from __future__ import annotations
@@ -27,16 +27,27 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     chunk: int = 4096,
 ) -> Tensor:
-    """Sum over tokens of weights · −log softmax(hidden @ weightᵀ + bias)[label], in nats: an fp32 scalar.
+    """Sum over tokens of weights · −log softmax(hidden @ weightᵀ + bias)[label], in nats.
 
-    hidden: (..., dim); weight: (vocab, dim); bias: (vocab,), None = 0; labels: (...) int64, IGNORE for no loss;
-    weights: (...) float, None = 1 everywhere; chunk: tokens whose logits exist at once. Products run in the
-    precision of `hidden` and autocast, everything after them in fp32 (fp64 for fp64). The gradient reaches
-    hidden, weight and bias.
+    Products run in the precision of `hidden` and autocast, everything after them in fp32 (fp64 for fp64).
+
+    Args:
+        hidden: (..., dim).
+        weight: (vocab, dim).
+        labels: (...) int64; IGNORE for no loss.
+        bias: (vocab,), None = 0.
+        weights: (...) float, None = 1 everywhere.
+        chunk: tokens whose logits are in memory at once.
+
+    Returns:
+        An fp32 scalar, differentiable with respect to hidden, weight and bias.
+
+    Raises:
+        ValueError: there is not one label for each hidden state.
     """
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, hidden states {tuple(hidden.shape)}: one label each"
+            f"labels have shape {tuple(labels.shape)}, hidden states {tuple(hidden.shape)}: give one label each"
         )
     flat = None if weights is None else weights.reshape(-1)
     return _LinearCrossEntropy.apply(
@@ -74,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     logits += bias.to(wide)
                 log_probs = logits.log_softmax(dim=-1)
-                # where() and not a product: a label without loss must not pass on a NaN either.
+                # where() instead of a product: a NaN at a token without loss must not reach the sum.
                 nats = -log_probs.gather(1, target).squeeze(1) * scale
                 total += nats.where(scored, 0.0).sum()
                 if need_hidden or need_weight or need_bias:

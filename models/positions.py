@@ -1,7 +1,7 @@
-"""Where a token is: rotary, axial, learned, or nothing.
+"""Positions of tokens: rotary, axial, learned, or none.
 
-Learned and axial positions are added to the embedding; rotary ones turn query and key inside local and full
-attention. LSH attention compares content alone: what it knows of order comes from the layers before it.
+Learned and axial positions are added to the embedding. Rotary positions rotate queries and keys in local, full and
+performer attention. LSH attention compares content alone: it gets order only from the layers before it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from megabase.models import fused
 from megabase.models.config import ReformerConfig
 
 ROTARY_BASE = 10_000.0
-"""Ratio of the longest rotary wave to the shortest (Su et al. 2021)."""
+"""Ratio of the longest rotary wavelength to the shortest (Su et al. 2021)."""
 
 
 class LearnedPositions(nn.Module):
-    """A vector for each position up to max_length. forward(length, start) -> (length, dim), from `start` on."""
+    """One vector for each position up to max_length."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -27,14 +27,16 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.randn(config.max_length, config.dim) * 0.1)
 
     def forward(self, length: int, start: int = 0) -> Tensor:
+        """The vectors (length, dim) of the positions from `start` on."""
         return self.table[start : start + length]
 
 
 class AxialPositions(nn.Module):
-    """Position (r, c) of a grid laid over the sequence row by row: the row's vector beside the column's, each
-    half of `dim` (or as `axial_dims` says; paper, appendix A of the trax model): (rows + columns)·dim/2 weights
-    for rows·columns places.
-    forward(length, start) -> (length, dim), from `start` on."""
+    """Vectors for a grid that is laid over the sequence row by row (trax's axial position encoding).
+
+    Position (r, c) has the vector of row r beside that of column c, each dim / 2 wide (or as `axial_dims` says). So
+    rows · columns positions need (rows + columns) · dim / 2 weights.
+    """
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -44,6 +46,7 @@ class AxialPositions(nn.Module):
         self.columns = nn.Parameter(torch.randn(columns, column) * 0.1)
 
     def forward(self, length: int, start: int = 0) -> Tensor:
+        """The vectors (length, dim) of the positions from `start` on."""
         columns = self.columns.shape[0]
         first, last = start // columns, -(-(start + length) // columns)
         rows = self.rows[first:last, None].expand(-1, columns, -1)
@@ -53,7 +56,7 @@ class AxialPositions(nn.Module):
 
 
 def build_positions(config: ReformerConfig) -> nn.Module | None:
-    """The module that is added to the embedding, or None where nothing is."""
+    """The module whose vectors are added to the embedding, or None for rotary positions and for none."""
     if config.positions == "learned":
         return LearnedPositions(config)
     if config.positions == "axial":
@@ -62,12 +65,15 @@ def build_positions(config: ReformerConfig) -> nn.Module | None:
 
 
 def rotary(x: Tensor, start: int = 0) -> Tensor:
-    """Turn the channel pairs (c, c + d/2) of x (..., length, d) by position · ROTARY_BASE^(-2c/d) radians.
+    """Rotate the channel pairs (c, c + d/2) by position · ROTARY_BASE^(−2c/d) radians (Su et al. 2021).
 
-    start: the position of the first. Products of two turned vectors depend on the distance between them only.
-    Norms stay.
+    The product of two rotated vectors depends on the distance between their positions only. Norms do not change.
+
+    Args:
+        x: (..., length, d).
+        start: position of the first vector.
     """
-    cos, sin = _turns(start, *x.shape[-2:], x.dtype, x.device)
+    cos, sin = _angles(start, *x.shape[-2:], x.dtype, x.device)
     if fused.supports(x) and x.dim() == 4:
         return fused.turn(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
@@ -75,10 +81,10 @@ def rotary(x: Tensor, start: int = 0) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _turns(
+def _angles(
     start: int, length: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, d / 2) of every position's angles: the same for all layers, so the last ones stay."""
+    """cos and sin, (length, d / 2), of every position's angles. All layers need the same: the last ones are cached."""
     wide = torch.float64 if device.type != "mps" else torch.float32
     with torch.inference_mode(False):
         waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)

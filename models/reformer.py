@@ -1,8 +1,17 @@
-"""The Reformer: embeddings, reversible stack, norm, head. One screen.
+"""The Reformer: embedding, reversible stack, norm, head.
 
-What is special: both residual streams start as the embedding and are int32 (models/reversible.py); positions
-within attention see neighbours or hash buckets (models/attention/); hidden layers and logits exist in chunks
-(models/feedforward.py, models/loss.py); all chance comes in with the call (models/chance.py).
+    model = Reformer(ReformerConfig(vocab_size=9, max_length=1 << 16))
+    logits = model(tokens)                            # (batch, length) int64 -> (batch, length, vocab)
+    loss = model.loss(tokens, labels, seeds=Seeds(run=0, step=7))
+    loss.backward()
+
+What is special, and where to read on:
+- Two residual streams, both equal to the embedding at the start, are int32. So the backward pass can rebuild all
+  activations exactly, and memory does not grow with depth (reversible.py).
+- A position attends to neighbours or to its hash buckets (attention/), never to the whole sequence.
+- The hidden layers of the feed-forward and the logits exist for a chunk of tokens at a time (feedforward.py, loss.py).
+- No module keeps a generator or any other state of a pass: all random numbers follow from `Seeds` (chance.py), and
+  everything a pass depends on travels in one `Call` (call.py).
 """
 
 from __future__ import annotations
@@ -17,16 +26,20 @@ from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.feedforward import FeedForwardBranch
-from megabase.models.layers import Linear, Norm
+from megabase.models.layers import Norm
 from megabase.models.loss import linear_cross_entropy
 from megabase.models.positions import build_positions
 from megabase.models.reversible import Block, ReversibleStack
 
 
 class Reformer(nn.Module):
-    """A language model: next token (config.causal) or masked token (else). Raises ConfigError.
+    """A language model. It predicts the next token (config.causal) or masked tokens (else).
 
-    Weights are drawn from torch's default generator. `tokens` are (batch, length) int64 in [0, vocab_size).
+    Args:
+        config: the settings. Weights are drawn from torch's default generator.
+
+    Raises:
+        ConfigError: a setting cannot work.
     """
 
     def __init__(self, config: ReformerConfig) -> None:
@@ -35,7 +48,20 @@ class Reformer(nn.Module):
         self.head = LanguageHead(config, self.body.embedding.tokens)
 
     def forward(self, tokens: Tensor, *, seeds: Seeds | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits (batch, length, vocab). mask: (batch, length) bool, True where a token is real; None = all."""
+        """Compute logits.
+
+        Args:
+            tokens: (batch, length) int64 in [0, vocab_size).
+            seeds: of dropout and hashing; None = Seeds().
+            mask: (batch, length) bool, True where a token is real; None = all are.
+
+        Returns:
+            (batch, length, vocab_size).
+
+        Raises:
+            ConfigError: the sequences do not fit the config.
+            ValueError: the mask does not fit the tokens.
+        """
         return self.head(self.body(tokens, seeds=seeds, mask=mask))
 
     def loss(
@@ -47,39 +73,26 @@ class Reformer(nn.Module):
         weights: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Sum over labels of weights · nats: an fp32 scalar. Logits never exist whole.
+        """Compute the sum over labels of weights · nats, without all logits in memory.
 
-        labels: (batch, length) int64: labels[:, i] is what position i must predict (the shift is the caller's);
-        -100 has no loss. weights: (batch, length) float, None = 1.
+        Args:
+            tokens, seeds, mask: see `forward`.
+            labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them); −100
+                has no loss.
+            weights: (batch, length) float; None = 1.
+
+        Returns:
+            An fp32 scalar.
         """
         return self.head(self.body(tokens, seeds=seeds, mask=mask), labels, weights)
-
-
-class ReformerClassifier(nn.Module):
-    """A class for each sequence, from the stack's output: by its mean over real tokens or by its first token
-    (config.classifier). Raises ConfigError."""
-
-    def __init__(self, config: ReformerConfig, classes: int) -> None:
-        super().__init__()
-        self.body = Body(config)
-        first = config.classifier == "first"
-        self.head = FirstTokenHead(config, classes) if first else Linear(2 * config.dim, classes, bias=True)
-
-    def forward(self, tokens: Tensor, *, seeds: Seeds | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits (batch, classes)."""
-        hidden = self.body(tokens, seeds=seeds, mask=mask)
-        if isinstance(self.head, FirstTokenHead):
-            return self.head(hidden[:, 0], Seeds() if seeds is None else seeds)
-        if mask is None:
-            return self.head(hidden.mean(dim=1))
-        real = mask[..., None].to(hidden.dtype)
-        return self.head((hidden * real).sum(dim=1) / real.sum(dim=1).clamp_min(1.0))
 
 
 class Body(nn.Module):
     """Embedding, reversible stack, norm: tokens (batch, length) -> hidden states (batch, length, 2·dim).
 
-    context_width: channels of the context that every block's cross-attention reads; None: there is none.
+    Args:
+        config: the settings.
+        context_width: channels of the context that cross-attention reads in every block; None = no cross-attention.
     """
 
     def __init__(self, config: ReformerConfig, context_width: int | None = None) -> None:
@@ -102,16 +115,26 @@ class Body(nn.Module):
         context_mask: Tensor | None = None,
         reverse: bool = True,
     ) -> Tensor:
-        """context: (batch, source length, context_width), context_mask: (batch, source length) bool, like mask.
+        """Compute hidden states.
 
-        reverse=False keeps every activation (models/reversible.py): the same numbers, more memory.
-        Raises ConfigError if the sequences do not fit the config, ValueError if the mask does not fit the tokens.
+        Args:
+            tokens, seeds, mask: see Reformer.
+            context: (batch, source length, context_width), what cross-attention reads.
+            context_mask: (batch, source length) bool, like `mask`.
+            reverse: False keeps every activation: the same numbers, more memory (see ReversibleStack).
+
+        Returns:
+            (batch, length, 2·dim), both streams side by side.
+
+        Raises:
+            ConfigError: the sequences do not fit the config.
+            ValueError: the mask does not fit the tokens.
         """
         call = Call(Seeds() if seeds is None else seeds, self.training, mask, context, context_mask)
         return self.run(tokens, call, reverse=reverse)
 
     def run(self, tokens: Tensor, call: Call, *, reverse: bool = True) -> Tensor:
-        """The same, for a given call."""
+        """`forward` for a given call."""
         self.config.validate(tokens.shape[1])
         if call.mask is not None and (call.mask.shape != tokens.shape or call.mask.dtype != torch.bool):
             raise ValueError(
@@ -122,7 +145,7 @@ class Body(nn.Module):
 
 
 def build_block(config: ReformerConfig, layer: int, context_width: int | None) -> Block:
-    """Block number `layer`, of a decoder if there is a context."""
+    """Build block number `layer`: attention, cross-attention if there is a context, feed-forward."""
     cross = None if context_width is None else CrossAttentionBranch(config, layer, context_width)
     return Block(build_attention(config, layer), FeedForwardBranch(config, layer), cross)
 
@@ -148,7 +171,7 @@ class Embedding(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """Vectors of unit variance; smaller where they are the output head too, so that logits start moderate."""
+    """Vectors of unit variance. If the output head uses them too, they are smaller, so that logits start small."""
 
     def __init__(self, vocab_size: int, dim: int, *, tied: bool) -> None:
         super().__init__(vocab_size, dim)
@@ -156,7 +179,10 @@ class TokenEmbedding(nn.Embedding):
 
 
 class LanguageHead(nn.Module):
-    """Logits of the vocabulary, or straight their loss. Tied, both streams meet the embedding's weights."""
+    """Hidden states (batch, length, 2·dim) -> logits, or with labels -> the loss.
+
+    A tied head multiplies the sum of both streams with the embedding's weights.
+    """
 
     def __init__(self, config: ReformerConfig, tokens: TokenEmbedding) -> None:
         super().__init__()
@@ -169,6 +195,7 @@ class LanguageHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings)) if config.head_bias else None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Logits (batch, length, vocab_size); with labels, their loss, an fp32 scalar (see Reformer.loss)."""
         if self.tied:
             hidden = hidden.unflatten(-1, (2, -1)).sum(dim=-2)
         if labels is None:
@@ -176,22 +203,3 @@ class LanguageHead(nn.Module):
         return linear_cross_entropy(
             hidden, self.weight, labels, bias=self.bias, weights=weights, chunk=self.chunk
         )
-
-
-class FirstTokenHead(nn.Module):
-    """Classes from the first token, which must be real: dropout, dense, tanh, dropout, linear.
-    hidden (batch, 2·dim) -> logits (batch, classes)."""
-
-    def __init__(self, config: ReformerConfig, classes: int) -> None:
-        super().__init__()
-        self.rate = config.dropout
-        self.dense = Linear(2 * config.dim, config.dim, bias=True)
-        self.output = Linear(config.dim, classes, bias=True)
-
-    def forward(self, hidden: Tensor, seeds: Seeds) -> Tensor:
-        return self.output(self._dropped(self.dense(self._dropped(hidden, 0, seeds)).tanh(), 1, seeds))
-
-    def _dropped(self, x: Tensor, place: int, seeds: Seeds) -> Tensor:
-        if not (self.training and self.rate):
-            return x
-        return dropout(x, self.rate, seeds.keys(Purpose.CLASSIFIER, place, x.shape[0], x.device))

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megabase.models.classifier import FirstTokenHead, ReformerClassifier
 from megabase.models.config import ConfigError, ReformerConfig
 from megabase.models.huggingface.settings import (
     MEGABASE_KEY,
@@ -42,7 +43,7 @@ from megabase.models.huggingface.settings import (
     to_settings,
 )
 from megabase.models.huggingface.weights import check_names, load_copies, untied_head, weight_names
-from megabase.models.reformer import FirstTokenHead, Reformer, ReformerClassifier
+from megabase.models.reformer import Reformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

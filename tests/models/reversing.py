@@ -1,4 +1,4 @@
-"""What the tests of reversible models, and benchmarks/exactness.py, measure: gradients, and what a pass keeps."""
+"""Gradients of a model, and the tensors that it keeps for backward; benchmarks/exactness.py uses this too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter's gradient; then they are cleared."""
+    """A copy of every parameter's gradient. Clears the gradients."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == len(list(model.parameters()))
     model.zero_grad()
@@ -22,13 +22,13 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def kept_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[Tensor]:
-    """Tensors that stay in memory between forward and backward, each once, the parameters aside."""
+    """The tensors that stay in memory between forward and backward pass, each once, without the parameters."""
     parameters = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
     alive: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
-        alive.append(x)  # so that no address is used twice
+        alive.append(x)  # so that no address is reused
         if x.data_ptr() not in parameters:
             kept[x.data_ptr()] = x
         return x

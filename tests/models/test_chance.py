@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megabase.models import Seeds
-from megabase.models.chance import Purpose, dropout, keep, normals, random_bits
+from megabase.models.chance import GOLDEN, Purpose, _mix, _wrap, dropout, keep, normals, random_bits
 
 CPU = torch.device("cpu")
 
 
-def test_numbers_differ_wherever_any_word_does():
+def test_numbers_differ_if_any_argument_does():
     numbers = {
         Seeds(run, step).number(purpose, layer)
         for run, step, purpose, layer in itertools.product(range(8), range(8), Purpose, range(8))
@@ -20,8 +20,8 @@ def test_numbers_differ_wherever_any_word_does():
     assert all(0 <= number < 2**63 for number in numbers)
 
 
-def test_numbers_stay_what_they_are():
-    """A change here would change every run that is resumed."""
+def test_numbers_never_change():
+    """Other numbers would change every run that is resumed."""
     assert Seeds(1, 2).number(Purpose.HASH, 3) == 6597857829715660821
     keys = Seeds(1, 2, torch.tensor([5, -1])).keys(Purpose.ATTENTION, 3, 2, CPU)
     assert keys.tolist() == [-9204904243680663717, -2800465195712356942]
@@ -31,13 +31,13 @@ def test_numbers_stay_what_they_are():
 def test_dropout_of_a_sample_is_the_same_in_any_batch():
     x = torch.ones(4, 10, 6)
     ids = torch.tensor([7, 3, 9, 2**40])
-    whole = dropout(x, 0.5, Seeds(1, 2, ids).keys(Purpose.FEEDFORWARD, 0, 4, CPU))
+    together = dropout(x, 0.5, Seeds(1, 2, ids).keys(Purpose.FEEDFORWARD, 0, 4, CPU))
     for i in range(4):
         alone = dropout(x[:1], 0.5, Seeds(1, 2, ids[i : i + 1]).keys(Purpose.FEEDFORWARD, 0, 1, CPU))
-        assert torch.equal(whole[i], alone[0])
-    assert len({tuple(row.flatten().tolist()) for row in whole}) == 4
+        assert torch.equal(together[i], alone[0])
+    assert len({tuple(row.flatten().tolist()) for row in together}) == 4
     other = dropout(x, 0.5, Seeds(1, 3, ids).keys(Purpose.FEEDFORWARD, 0, 4, CPU))
-    assert not torch.equal(whole, other)
+    assert not torch.equal(together, other)
 
 
 def test_the_global_generator_is_left_alone():
@@ -73,8 +73,8 @@ def test_ids_must_match_the_batch():
         Seeds(samples=torch.arange(3)).keys(Purpose.HASH, 0, 4, CPU)
 
 
-def test_normals_are_normal_and_stay_what_they_are():
-    """Hash rotations: a function of the key, so they must never change; their first moments, and no correlation."""
+def test_normals_are_normal_and_never_change():
+    """Hash rotations are drawn from them. Their first moments, no correlation, and known values."""
     x = normals(123, 1 << 18).double()
     assert x.mean().abs() < 0.01
     assert (x.var() - 1.0).abs() < 0.01
@@ -84,3 +84,19 @@ def test_normals_are_normal_and_stay_what_they_are():
     assert torch.equal(normals(123, 50), normals(123, 1 << 18)[:50])
     assert torch.equal(normals(-1, 5), normals((1 << 64) - 1, 5))
     assert normals(7, 4).tolist() == [0.2021484375, 1.375, -0.64453125, 0.5859375]
+
+
+def test_mixing_equals_splitmix64():
+    """The first outputs of splitmix64 with seed 1234567, from integers and from a tensor."""
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    counters = range(1, 6)
+    found = [_mix(_wrap(1234567 + i * GOLDEN)) % (1 << 64) for i in counters]
+    assert found == expected
+    words = _mix(1234567 + torch.tensor(counters) * GOLDEN)
+    assert [word % (1 << 64) for word in words.tolist()] == expected

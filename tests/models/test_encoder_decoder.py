@@ -1,4 +1,4 @@
-"""Encoder and decoder: against their twins through ordinary autograd, masks, generation, and a task they learn."""
+"""Encoder and decoder: equality with ordinary autograd, masks, generation, and a task that they learn."""
 
 import dataclasses
 import itertools
@@ -19,8 +19,6 @@ from megabase.models import (
     Seeds,
     generate,
 )
-from megabase.models.attention.cross import cross_attention
-from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose
 from megabase.models.generation import read, start
@@ -67,7 +65,7 @@ def run(model: EncoderDecoder, *, reverse: bool, masked: bool = True) -> Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("depth", [1, 3, 12])
-def test_equals_its_twin_bit_for_bit(depth, precision, dropout, masked):
+def test_equals_ordinary_autograd_bit_for_bit(depth, precision, dropout, masked):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = build(dtype, depth, dropout=dropout, attention_dropout=dropout)
     results = []
@@ -76,14 +74,14 @@ def test_equals_its_twin_bit_for_bit(depth, precision, dropout, masked):
             loss = run(model, reverse=reverse, masked=masked)
         loss.backward()
         results.append((loss, gradients(model)))
-    (loss, ours), (twin_loss, twins) = results
+    (loss, found), (expected_loss, expected) = results
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, twin_loss)
-    assert_same_bits(ours, twins)
-    assert all(grad.abs().sum() > 0 for grad in ours.values())
+    assert torch.equal(loss, expected_loss)
+    assert_same_bits(found, expected)
+    assert all(grad.abs().sum() > 0 for grad in found.values())
 
 
-def test_the_encoder_gets_the_sum_of_what_the_blocks_pass_back():
+def test_the_encoder_gets_the_sum_of_the_blocks_gradients():
     """In fp64, against a plain two-stream network that is written out here."""
     model = build(torch.float64, residual="float")
     source, tokens, labels, _, _ = batch()
@@ -104,7 +102,7 @@ def test_the_encoder_gets_the_sum_of_what_the_blocks_pass_back():
 
 
 def test_sums_over_blocks_are_fp32_where_the_context_is_bf16():
-    """A context that 300 blocks pass the same gradient to: bf16 sums would stop growing at 256."""
+    """300 blocks add the same gradient to a context: sums in bf16 would stop growing at 256."""
 
     class Reads(nn.Module):
         def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -123,7 +121,7 @@ def test_sums_over_blocks_are_fp32_where_the_context_is_bf16():
         assert context.grad.item() == 300
 
 
-def test_a_frozen_encoder_gets_nothing_and_the_decoder_the_same():
+def test_a_frozen_encoder_gets_no_gradients_and_the_decoder_the_same():
     model = build()
     run(model, reverse=True).backward()
     expected = gradients(model)
@@ -160,7 +158,7 @@ def saved_elements(model: EncoderDecoder, *, reverse: bool) -> int:
     return sum(x.numel() for x in kept_for_backward(model, lambda: run(model, reverse=reverse)))
 
 
-def test_what_is_kept_for_backward_does_not_grow_with_depth():
+def test_memory_kept_for_backward_does_not_grow_with_depth():
     kept = [saved_elements(build(depth=depth), reverse=True) for depth in (1, 6, 24)]
     assert kept[0] == kept[1] == kept[2]
     assert saved_elements(build(depth=6), reverse=False) > 5 * kept[1]
@@ -197,7 +195,7 @@ def test_padding_changes_nothing_for_real_tokens():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_a_source_with_nothing_real_is_read_as_zeros(rate):
+def test_a_source_without_real_tokens_is_read_as_zeros(rate):
     model = build(attention_dropout=rate)
     source, tokens, labels, source_mask, _ = batch()
     source_mask[1] = False
@@ -207,21 +205,6 @@ def test_a_source_with_nothing_real_is_read_as_zeros(rate):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     other = model.loss(source.flip(1), tokens, labels, source_mask=source_mask.flip(1))
     assert not torch.equal(loss, other)
-    q, kv = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 41, 4)
-    dropout = PairDropout(rate, torch.arange(4)) if rate else None
-    y = cross_attention(q, kv, kv, mask=source_mask, dropout=dropout)
-    assert (y[1] == 0).all()
-    assert (y[0] != 0).all()
-
-
-def test_cross_attention_is_softmax_over_the_real_source():
-    q, k, v = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 4)
-    mask = torch.rand(2, 7) < 0.6
-    scores = (q @ k.mT / 2).masked_fill(~mask[:, None, None], -torch.inf)
-    torch.testing.assert_close(cross_attention(q, k, v, mask=mask), scores.softmax(-1) @ v)
-    nearly_none = PairDropout(1e-9, torch.arange(4))
-    dropped = cross_attention(q, k, v, mask=mask, dropout=nearly_none)
-    torch.testing.assert_close(dropped, scores.softmax(-1) @ v)
 
 
 def test_the_decoder_is_causal_and_reads_the_whole_source():
@@ -251,7 +234,7 @@ def test_encoder_and_decoder_share_no_chance():
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("prompt", [1, 17])
-def test_generation_equals_the_whole(prompt, masked):
+def test_generation_equals_one_pass(prompt, masked):
     model = build(torch.float64, dropout=0.5).train()
     source, tokens, _, source_mask, _ = batch()
     source_mask = source_mask if masked else None
@@ -295,7 +278,7 @@ def test_calls_that_cannot_work_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("backwards", [False, True])
 def test_learns_to_copy(backwards):
-    """The target is the source, or the source backwards: nothing but cross-attention can know it."""
+    """The target is the source, or the source backwards: only cross-attention can predict it."""
     torch.manual_seed(0)
     symbols, length = 16, 12
     decoder = ReformerConfig(

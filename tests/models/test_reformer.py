@@ -14,7 +14,6 @@ from megabase.models import (
     LocalConfig,
     LSHConfig,
     Reformer,
-    ReformerClassifier,
     ReformerConfig,
     Seeds,
 )
@@ -66,7 +65,7 @@ def test_causal_logits_do_not_depend_on_later_tokens(positions):
         torch.testing.assert_close(model(other)[:, :30], logits, atol=1e-4, rtol=1e-4)
 
 
-def test_bidirectional_logits_do():
+def test_bidirectional_logits_depend_on_later_tokens():
     model = Reformer(dataclasses.replace(SMALL, causal=False)).eval()
     x = tokens()
     changed = x.clone()
@@ -84,35 +83,7 @@ def test_padding_changes_nothing_for_real_tokens(causal, positions):
     torch.testing.assert_close(model(x, mask=mask)[1:, :33], model(x[1:, :33]), atol=1e-4, rtol=1e-4)
 
 
-def test_classifier_pools_real_tokens():
-    model = ReformerClassifier(dataclasses.replace(SMALL, causal=False), classes=3).eval()
-    x = tokens(length=40)
-    mask = torch.arange(40) < torch.tensor([[40], [25]])
-    logits = model(x, mask=mask)
-    assert logits.shape == (2, 3)
-    torch.testing.assert_close(logits[1:], model(x[1:, :25]), atol=1e-4, rtol=1e-4)
-    logits.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_classifier_of_the_first_token():
-    config = dataclasses.replace(SMALL, causal=False, classifier="first", dropout=0.2)
-    model = ReformerClassifier(config, classes=3)
-    x = tokens(length=40)
-    logits = model(x, seeds=Seeds(1, 2))
-    assert torch.equal(model(x, seeds=Seeds(1, 2)), logits)
-    logits.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    # Within the head, dropout is a function of seeds and sample too.
-    hidden = torch.randn(2, 32)
-    assert not torch.equal(model.head(hidden, Seeds(1, 2)), model.head(hidden, Seeds(1, 3)))
-    model.eval()
-    hidden = model.body(x)[:, 0]
-    wanted = model.head.output(model.head.dense(hidden).tanh())
-    torch.testing.assert_close(model(x), wanted)
-
-
-def test_kinds_of_layers_may_have_their_own_dropout():
+def test_local_and_lsh_layers_may_have_their_own_dropout():
     setting = dataclasses.replace(SMALL, attention_dropout=0.5)
     own = dataclasses.replace(setting, local=LocalConfig(window=8, dropout=0.0))
     assert [own.attention_rate(kind) for kind in ("local", "lsh", "full")] == [0.0, 0.5, 0.5]
@@ -138,7 +109,7 @@ def test_the_pass_is_a_function_of_weights_tokens_and_seeds():
     torch.manual_seed(99)
     assert torch.equal(model(x, seeds=seeds), logits)
     assert not torch.equal(model(x, seeds=Seeds(1, 3)), logits)
-    # A sample's dropout goes with its id, not with its place in the batch.
+    # A sample's dropout depends on its id, not on its row in the batch.
     ids = Seeds(1, 2, torch.tensor([0, 1]))
     assert torch.equal(model(x, seeds=ids), logits)
     swapped = model(x.flip(0), seeds=Seeds(1, 2, torch.tensor([1, 0])))
@@ -172,7 +143,7 @@ def test_any_length(length):
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_learns_to_copy(causal):
-    """The second half repeats the first: only content-based attention can know it."""
+    """The second half repeats the first: only attention by content can predict it."""
     torch.manual_seed(0)
     config = ReformerConfig(
         vocab_size=20,
@@ -217,7 +188,7 @@ def test_a_sequence_that_does_not_fit_is_refused():
     Reformer(SMALL)(tokens(length=65))
 
 
-def test_what_cannot_be_run_is_refused():
+def test_inputs_that_cannot_work_are_refused():
     model = Reformer(SMALL)
     with pytest.raises(ConfigError, match="at least 1"):
         model(tokens(length=0))
