@@ -1,4 +1,4 @@
-"""Peak speeds of devices, for utilisation: what share of what the machine can do did training get?"""
+"""What the hardware can do: precision, peak speed and memory. Used for the utilisation of a training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 import torch
 
-# Dense matrix products at 16 bits, FLOP/s, from the vendors' data sheets; by the words of a device's name.
+# FLOP/s of dense matrix products at 16 bits, from the vendors' data sheets, by words of a device's name.
 PEAK_16_BIT = {
     "V100": 125e12,
     "A10": 125e12,
@@ -25,23 +25,31 @@ PEAK_16_BIT = {
 
 
 def precision_of(setting: str) -> str:
-    """'32', 'bf16' or '16': what `trainer.precision` means on this machine."""
+    """The precision that `trainer.precision` selects on this machine: '32', 'bf16' or '16'."""
     if setting != "auto":
         return setting
     return "bf16" if torch.cuda.is_available() else "32"
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """FLOP/s of the GPU named `device` in `precision` ('bf16', '16'); None where no data sheet here applies."""
+    """Peak FLOP/s of a GPU.
+
+    Args:
+        device: name of the GPU, as torch reports it.
+        precision: '32', 'bf16' or '16'.
+
+    Returns:
+        None in precision 32, and for a GPU that is not in PEAK_16_BIT.
+    """
     if precision == "32":
         return None
     words = device.replace("-", " ").split()
-    fitting = [name for name in PEAK_16_BIT if set(name.split()) <= set(words)]
-    return PEAK_16_BIT[max(fitting, key=len)] if fitting else None
+    matching = [name for name in PEAK_16_BIT if set(name.split()) <= set(words)]
+    return PEAK_16_BIT[max(matching, key=len)] if matching else None
 
 
 def peak_memory() -> int:
-    """Highest memory of this process so far in bytes: allocated on its GPU, or resident on a CPU."""
+    """The largest memory of this process so far, in bytes: allocated on its GPU, or resident if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,1 +1,1 @@
-"""Checkpoints: write, publish by rename, verify, choose, keep and delete."""
+"""Checkpoints of a run: writing, publishing by rename, checking, choosing, listing and deleting them."""

@@ -33,7 +33,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class Manifest:
-    """What a checkpoint says of itself.
+    """The content of a manifest.
 
     Attributes:
         step: optimizer steps done.

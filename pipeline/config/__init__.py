@@ -1,1 +1,1 @@
-"""The typed tree of every setting, how files and arguments fill it, and what is checked before a run starts."""
+r"""The typed tree of every setting \(schema\), its dotted keys \(keys\), and reading and writing it \(load\)."""

@@ -1,1 +1,1 @@
-"""Uses of a trained model."""
+"""Using a trained model: export its weights."""

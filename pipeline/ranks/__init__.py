@@ -1,1 +1,1 @@
-"""Processes of one run: how they start, find each other, agree, are watched and stop."""
+"""The processes of a run: how they start, meet, exchange decisions, report errors, are watched and stop."""

@@ -1,4 +1,4 @@
-"""What a rank knows of itself from its environment: torchrun's variables, or SLURM's.
+"""The environment variables of a rank: torchrun's, or SLURM's.
 
 `megabase train` starts in one of three ways, and each ends with torchrun's variables set:
 

@@ -1,1 +1,1 @@
-"""The run directory: its lock, its status, its journals, and the record of the environment."""
+"""The run directory: its paths, lock, status, journals, and the record of the environment."""

@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO under Lightning. The only package that uses what DeepSpeed, Lightning or torch do not promise."""
+"""DeepSpeed ZeRO under Lightning. No other package uses private names of DeepSpeed, Lightning or torch."""

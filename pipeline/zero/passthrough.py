@@ -127,7 +127,7 @@ def _check_with_deepspeed(section: str, configuration: dict[str, Any]) -> None:
     if section not in recorded.read:
         raise _unknown(place, recorded.read)
     value = dict.__getitem__(recorded, section)
-    # If no key of a section was read, pydantic took the section as a whole and has checked its keys above.
+    # If no key of a section was read, pydantic took the section as one value and has checked its keys above.
     if isinstance(value, RecordingDict) and value.read and (unread := value.unread()):
         raise _unknown(f"{place}.{unread[0]}", value.read)
 

@@ -63,7 +63,7 @@ PRIVATE_NAMES = tuple(
         (_PARTITION, "DeepSpeedTensorOverride", "new tensors keep fp32 while a model is built"),
         (f"{_PARTITION}.Init", "tensor_overrides", "likewise"),
         (f"{_PARTITION}.Init", "_post_init_method", "casts a layer's weights when its __init__ is done"),
-        (_PARTITION, "ds_id", "tells a parameter that is sharded already"),
+        (_PARTITION, "ds_id", "marks a parameter that is sharded already"),
         (_PARTITION, "ds_shape", "full shape of a sharded parameter"),
         (_PARTITION, "ds_numel", "full size of a sharded parameter"),
         (_PARTITION, "ds_tensor", "this rank's part of a parameter"),

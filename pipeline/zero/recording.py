@@ -1,7 +1,7 @@
 """A dictionary that records which of its keys are read: this shows which keys DeepSpeed knows.
 
 DeepSpeed ignores a key that it does not know, and publishes no list of its keys. So it reads a configuration of this
-kind, and every key that it did not read is unknown. No list of ours can become outdated.
+kind, and every key that it did not read is unknown. So megabase keeps no list that could become outdated.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class RecordingDict(dict[str, Any]):
-    """A dictionary that records the keys it is asked for, whether it has them or not; so do the dictionaries in it.
+    """A dictionary that records every key that is read, present or not; so do the dictionaries in it.
 
     Attributes:
-        read: the keys that were asked for.
+        read: these keys.
     """
 
     def __init__(self, content: dict[str, Any]) -> None:
@@ -44,5 +44,5 @@ class RecordingDict(dict[str, Any]):
         return self
 
     def unread(self) -> list[str]:
-        """The keys that it has and was never asked for, sorted."""
+        """The keys that it has and that were never read, sorted."""
         return sorted(set(dict.keys(self)) - self.read)

@@ -13,7 +13,7 @@ from megabase.pipeline.ranks.groups import Group
 
 
 def write_checkpoint(path: Path, name: str | None = None, **fields: object) -> Path:
-    """A whole checkpoint in `path`, called step-N; `name`: what it is called in the end. `fields`: of its manifest."""
+    """An intact checkpoint in `path`, named step-N and then renamed to `name`. `fields`: of its manifest."""
     step = int(path.name.removeprefix("step-"))
     path = path.with_name(name or path.name)
     contents = {
@@ -34,7 +34,7 @@ def write_checkpoint(path: Path, name: str | None = None, **fields: object) -> P
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """A manifest's content as a malicious or careless hand would write it: with a seal that fits."""
+    """A manifest's content as JSON, with a seal that fits."""
     return json.dumps(content | {"seal": seal_of(content)})
 
 

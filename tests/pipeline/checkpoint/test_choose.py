@@ -70,7 +70,7 @@ def add_shard(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (truncate, "has 1023 bytes instead of 1024"),
         (flip, "another checksum"),
@@ -82,14 +82,14 @@ def add_shard(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_chosen(
-    tmp_path: Path, ranks: Group, capsys: pytest.CaptureFixture[str], damage, says: str
+    tmp_path: Path, ranks: Group, capsys: pytest.CaptureFixture[str], damage, message: str
 ) -> None:
     publish_checkpoint(tmp_path, 2, ranks)
     damage(publish_checkpoint(tmp_path, 4, ranks))
     chosen = choose_to_resume(tmp_path, ranks)
     assert chosen is not None and chosen[0] == tmp_path / "step-2" and chosen[1].step == 2
-    complaint = capsys.readouterr().err
-    assert says in complaint and "step-4" in complaint
+    warning = capsys.readouterr().err
+    assert message in warning and "step-4" in warning
     assert (tmp_path / "step-4.broken").is_dir()
 
 
@@ -99,7 +99,7 @@ def test_partial_and_half_deleted_checkpoints_are_not_seen(tmp_path: Path, ranks
     assert choose_to_resume(tmp_path, ranks) is None
 
 
-def test_when_none_is_whole_nothing_starts_from_zero(tmp_path: Path, ranks: Group) -> None:
+def test_without_an_intact_checkpoint_nothing_starts_at_step_0(tmp_path: Path, ranks: Group) -> None:
     truncate(publish_checkpoint(tmp_path, 2, ranks))
     for _ in range(2):  # the second time only the broken one is left
         with pytest.raises(UserError, match=r"no checkpoint in .* is intact \(step-2\.broken\)"):
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_a_newer_version_stays_where_it_is(tmp_path: Path, ranks
     assert path.is_dir()
 
 
-def test_what_cannot_be_read_is_no_damage(
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(
     tmp_path: Path, ranks: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = publish_checkpoint(tmp_path, 2, ranks)

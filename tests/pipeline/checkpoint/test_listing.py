@@ -1,4 +1,4 @@
-"""`megabase checkpoints`: every kind of directory that a run may hold, listed as it is; and nothing touched."""
+"""`megabase checkpoints`: every kind of directory that a run may hold, and nothing is changed."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.C
     assert "no checkpoint to resume from" in capsys.readouterr().out
 
 
-def test_one_that_a_start_cannot_judge_is_where_it_ends(
+def test_a_checkpoint_that_cannot_be_judged_stops_the_next_start(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["checkpoints", str(run)]) == 0
@@ -130,14 +130,14 @@ def test_one_that_a_start_cannot_judge_is_where_it_ends(
     )
 
 
-def test_a_journal_that_cannot_be_read_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_that_cannot_be_read_is_an_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     assert cli.main(["checkpoints", str(run)]) == 2
     assert "metrics.jsonl cannot be read: Is a directory" in capsys.readouterr().err
 
 
-def test_one_that_is_pruned_meanwhile_is_no_error(
+def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = listing.find_damage
@@ -151,7 +151,7 @@ def test_one_that_is_pruned_meanwhile_is_no_error(
     assert not {"step-10", "step-20"} & set(entries(run, capsys=capsys))
 
 
-def test_the_one_that_took_the_place_of_a_pruned_one_is_listed(
+def test_the_successor_of_a_deleted_checkpoint_is_listed(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With checkpoint.keep=1 a run has one, and while that is looked at it is deleted for the next."""
@@ -180,13 +180,13 @@ def test_the_one_that_took_the_place_of_a_pruned_one_is_listed(
         ("new", "new has no checkpoint yet"),
     ],
 )
-def test_what_is_no_run_with_checkpoints_is_listed(
+def test_a_path_that_is_no_run_directory_gets_a_hint(
     run: Path, inside: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run.parent / "new" / "checkpoints").mkdir(parents=True)
     assert cli.main(["checkpoints", str(run.parent / inside)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and message.format(run=run.resolve()) in said
+    message_shown = capsys.readouterr().err
+    assert message_shown.count("\n") == 1 and message.format(run=run.resolve()) in message_shown
 
 
 def test_it_needs_no_torch(run: Path) -> None:

@@ -14,7 +14,9 @@ from megabase.pipeline.ranks.groups import Group
 from tests.pipeline.checkpoints import publish_checkpoint
 
 
-def test_a_published_checkpoint_is_whole_and_the_partial_is_gone(tmp_path: Path, ranks: Group) -> None:
+def test_a_published_checkpoint_is_intact_and_the_partial_directory_is_gone(
+    tmp_path: Path, ranks: Group
+) -> None:
     path = publish_checkpoint(tmp_path, 3, ranks)
     assert path == tmp_path / "step-3"
     assert find_damage(path) is None
@@ -32,7 +34,9 @@ def test_publishing_over_a_checkpoint_keeps_the_old_one_aside(tmp_path: Path, ra
     assert (tmp_path / "step-1.broken").is_dir()
 
 
-def test_the_manifest_has_what_each_rank_wrote_and_one_ranks_error_is_everyones(tmp_path: Path) -> None:
+def test_the_manifest_has_what_each_rank_wrote_and_the_error_of_one_rank_is_raised_on_all(
+    tmp_path: Path,
+) -> None:
     class Two:
         """Stands for a Group of two on rank 0; `other` is what rank 1 sends."""
 
@@ -43,22 +47,22 @@ def test_the_manifest_has_what_each_rank_wrote_and_one_ranks_error_is_everyones(
             return [value, self.other]
 
     manifest = Manifest(1, 8, 2, 2, "32", {}, "d", {})
-    mine = {tmp_path / "checkpoint" / "a.pt": {"size": 1, "sha256": "a"}}
-    theirs = {"checkpoint/b.pt": {"size": 2, "sha256": "b"}}
-    publish.collect_files(tmp_path, manifest, Two((None, theirs)), mine)  # type: ignore[arg-type]
-    assert manifest.files == {"checkpoint/a.pt": {"size": 1, "sha256": "a"}, **theirs}
+    own = {tmp_path / "checkpoint" / "a.pt": {"size": 1, "sha256": "a"}}
+    other = {"checkpoint/b.pt": {"size": 2, "sha256": "b"}}
+    publish.collect_files(tmp_path, manifest, Two((None, other)), own)  # type: ignore[arg-type]
+    assert manifest.files == {"checkpoint/a.pt": {"size": 1, "sha256": "a"}, **other}
 
     full, away = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.ESTALE, "Stale file handle")
-    of_the_disk, gone, ours = (str(full), True, True), (str(away), False, True), ("not finite", False, False)
+    of_the_disk, gone, bug = (str(full), True, True), (str(away), False, True), ("not finite", False, False)
     cases: list[tuple[Any, Exception | None, type[Exception], bool]] = [
         (of_the_disk, None, publish.DiskFull, False),
         (of_the_disk, full, publish.DiskFull, False),
         (of_the_disk, KeyError("oops"), RunError, False),
         (gone, full, RunError, True),
-        (ours, away, RunError, False),
+        (bug, away, RunError, False),
     ]
-    for theirs_wrong, error, kind, temporary in cases:
-        ranks: Any = Two((theirs_wrong, {}))
+    for other_failure, error, kind, temporary in cases:
+        ranks: Any = Two((other_failure, {}))
         with pytest.raises(RunError, match="rank 1: ") as caught:
             publish.collect_files(tmp_path, manifest, ranks, {}, error)
         assert (type(caught.value), caught.value.temporary) == (kind, temporary)

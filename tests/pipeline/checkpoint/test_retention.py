@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and that nothing else goes."""
+"""Which checkpoints are kept, and that nothing else is deleted."""
 
 import json
 import math
@@ -28,7 +28,7 @@ SETTINGS = st.builds(
 
 
 @given(STEPS, LOSSES, SETTINGS)
-def test_the_newest_the_round_and_the_best_stay_and_nothing_else(
+def test_the_newest_those_of_certain_steps_and_the_best_are_kept(
     steps: list[int], losses: dict[int, float], settings: CheckpointConfig
 ) -> None:
     stay = set(steps) - steps_to_delete(steps, losses, settings)
@@ -102,7 +102,7 @@ def test_only_what_is_not_kept_is_deleted_and_nothing_of_it_is_left(tmp_path: Pa
     }
 
 
-def test_a_damaged_checkpoint_pushes_no_good_one_out(
+def test_a_damaged_checkpoint_displaces_no_intact_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = {step: write_checkpoint(tmp_path / f"step-{step}") for step in (10, 20, 30, 40)}
@@ -112,8 +112,8 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(
     prune(tmp_path, {}, CheckpointConfig(keep=1))
     # 20 is the newest that a start could go on from; what is damaged is left for it to set aside.
     assert steps_in(tmp_path) == [40, 30, 20]
-    said = capsys.readouterr().err
-    assert "step-40 is broken (megabase.json is missing)" in said and "step-30 is broken" in said
+    warnings = capsys.readouterr().err
+    assert "step-40 is broken (megabase.json is missing)" in warnings and "step-30 is broken" in warnings
 
 
 def test_a_damaged_checkpoint_is_neither_the_best_nor_deleted(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_what_cannot_be_deleted_ends_no_training(
         (["checkpoint.keep_best=2", "checkpoint.every_steps=300"], "make one of checkpoint.every_steps=300"),
     ],
 )
-def test_settings_that_would_keep_less_than_they_say_are_refused(settings: list[str], message: str) -> None:
+def test_settings_that_no_checkpoint_meets_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load([], ["run.name=x", "data.shards=s", *settings])
 
@@ -184,7 +184,7 @@ def test_the_best_needs_a_validation_split(tmp_path: Path) -> None:
         check(run, 1)
 
 
-def test_settings_that_fit_are_taken() -> None:
+def test_settings_that_fit_are_accepted() -> None:
     for settings in (
         ["checkpoint.keep_every=1000", "checkpoint.keep_best=2"],
         ["checkpoint.keep_best=1", "checkpoint.every_steps=250"],

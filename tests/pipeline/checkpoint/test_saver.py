@@ -1,4 +1,4 @@
-"""The saver, one rank in a real process group: what happens in the background, and what when a disk fills up there."""
+"""The saver, one rank in a real process group: work in the background, and a disk that fills up meanwhile."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen within 10 s")
 
 
-def test_training_goes_on_while_a_checkpoint_gets_its_name(bench, monkeypatch) -> None:
+def test_training_continues_while_a_checkpoint_is_published(bench, monkeypatch) -> None:
     it = bench(True)
     gate, original = threading.Event(), publish.publish
 
@@ -99,8 +99,8 @@ def test_training_goes_on_while_a_checkpoint_gets_its_name(bench, monkeypatch) -
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_disk_that_is_full_when_it_gets_its_name(bench, monkeypatch, capsys, background) -> None:
-    """Left out, its room given back, and the next one is written; but not if the run ends with it."""
+def test_a_disk_that_is_full_when_a_checkpoint_is_published(bench, monkeypatch, capsys, background) -> None:
+    """It is given up and its space freed, and the next one is written; an error if the run ends with it."""
     it = bench(background)
 
     def full(*_: Any) -> None:
@@ -131,7 +131,7 @@ def test_states_that_are_not_finite_end_the_run_and_leave_the_checkpoints_before
         it.saver.advance()
     it.weights[3] = math.nan
     it.saver.begin(it.trainer, 2, must=False)
-    it.weights[3] = 0  # in the background it is the copy that counts
+    it.weights[3] = 0  # in the background, the copy is written
     with pytest.raises(
         RunError,
         match=r"step 2 is not written: rank 0: weights .* are not finite\. Earlier checkpoints are unchanged",
@@ -142,7 +142,7 @@ def test_states_that_are_not_finite_end_the_run_and_leave_the_checkpoints_before
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_mistake_of_ours_keeps_its_traceback(bench, monkeypatch, capsys, background) -> None:
+def test_a_bug_keeps_its_traceback(bench, monkeypatch, capsys, background) -> None:
     it = bench(background)
     monkeypatch.setattr(publish, "publish", lambda *_: {}["oops"])
     it.saver.begin(it.trainer, 1, must=False)
@@ -153,7 +153,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(bench, monkeypatch, capsys, backg
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_old_checkpoints_go_and_none_is_left_half_deleted(bench, background) -> None:
+def test_old_checkpoints_are_deleted_completely(bench, background) -> None:
     it = bench(background)
     for step in range(1, 6):
         it.saver.begin(it.trainer, step, must=step == 5)
@@ -163,8 +163,8 @@ def test_old_checkpoints_go_and_none_is_left_half_deleted(bench, background) -> 
     assert sorted(path.name for path in (it.run / "checkpoints").iterdir()) == ["step-4", "step-5"]
 
 
-@pytest.mark.parametrize("told", [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]])
-def test_progress_is_what_every_rank_is_done_with(told: list[int]) -> None:
+@pytest.mark.parametrize("progresses", [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]])
+def test_agreed_progress_is_the_smallest_of_all_ranks(progresses: list[int]) -> None:
     """The messages of two ranks, added by hand."""
     messages: list[torch.Tensor] = []
 
@@ -177,8 +177,8 @@ def test_progress_is_what_every_rank_is_done_with(told: list[int]) -> None:
 
     ranks: Any = Two()
     first, second = Agreement(ranks), Agreement(ranks)
-    for agreement, progress in zip((first, second), told, strict=True):
+    for agreement, progress in zip((first, second), progresses, strict=True):
         agreement.exchange(1, stop=False, save=False, progress=progress, samples=0)
     messages[0] += messages[1]
     agreed = first.settle()
-    assert agreed is not None and agreed.progress == min(told)
+    assert agreed is not None and agreed.progress == min(progresses)

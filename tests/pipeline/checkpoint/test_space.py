@@ -18,7 +18,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_what_a_checkpoint_needs_is_taken_from_the_last_or_from_the_model(tmp_path: Path) -> None:
+def test_the_needed_space_follows_from_the_last_checkpoint_or_from_the_model(tmp_path: Path) -> None:
     parameters = 10_000_000
     sizes = {
         (stage, precision): needed_bytes(parameters, stage, precision) - space._SPARE_BYTES
@@ -34,21 +34,25 @@ def test_what_a_checkpoint_needs_is_taken_from_the_last_or_from_the_model(tmp_pa
     assert needed_bytes(parameters, 3, "32", before) == needed_bytes(parameters, 3, "32")
 
 
-def test_a_shortage_says_how_much_where_and_the_way_out(
+def test_a_shortage_names_sizes_the_directory_and_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - 5_000_000, 5_000_000))
     assert shortage(tmp_path, 5_000_000) is None
-    said = shortage(tmp_path, 5_000_001)
-    assert said and f"needs up to 4.8 MiB, {tmp_path} has 4.8 MiB free" in said and "checkpoint.keep" in said
-    assert "broken" not in said
+    message = shortage(tmp_path, 5_000_001)
+    assert (
+        message
+        and f"needs up to 4.8 MiB, {tmp_path} has 4.8 MiB free" in message
+        and "checkpoint.keep" in message
+    )
+    assert "broken" not in message
     write_checkpoint(tmp_path / "step-4", name="step-4.broken")
     assert "broken checkpoints, which are never deleted automatically, take 2." in str(
         shortage(tmp_path, 5_000_001)
     )
 
 
-def test_the_next_checkpoint_is_judged_by_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_checkpoint_is_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 8 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free, free))
     assert "a checkpoint needs up to 19.6 MiB" in str(space.describe_shortage(tmp_path, 1_000_000, 2, "32"))
@@ -58,6 +62,6 @@ def test_the_next_checkpoint_is_judged_by_the_last(tmp_path: Path, monkeypatch: 
     assert space.describe_shortage(tmp_path, 1_000_000, 2, "32")
 
 
-def test_a_file_system_that_does_not_answer_hangs_no_other_rank(tmp_path: Path) -> None:
-    said = space.describe_shortage(tmp_path / "gone", 1_000_000, 2, "32")
-    assert said and "is unknown: " in said
+def test_a_file_system_that_does_not_answer_raises_nothing(tmp_path: Path) -> None:
+    message = space.describe_shortage(tmp_path / "gone", 1_000_000, 2, "32")
+    assert message and "is unknown: " in message

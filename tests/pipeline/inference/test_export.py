@@ -1,4 +1,4 @@
-"""An export is the trained model: the same weights and losses, whatever cut them up; whole, or not there."""
+"""An export is the trained model, with its weights and losses; it is complete, or does not exist."""
 
 from __future__ import annotations
 
@@ -157,13 +157,13 @@ def test_the_formats_own_library_reads_it(tmp_path: Path) -> None:
     )
 
 
-def test_the_newest_that_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_intact_checkpoint_is_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_to_read(run, None).name == "step-10"
     assert choose_to_read(run, 5).name == "step-5"
     damage(run, 10)
     assert choose_to_read(run, None).name == "step-5"
-    said = capsys.readouterr().err
-    assert "step-10 is broken (checkpoint/zero_pp_rank_1" in said
+    messages = capsys.readouterr().err
+    assert "step-10 is broken (checkpoint/zero_pp_rank_1" in messages
     with pytest.raises(UserError, match=r"step-10 is broken .*: --step 5 is intact"):
         choose_to_read(run, 10)
     damage(run, 5)
@@ -197,8 +197,8 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
     ):
         before = sorted(tmp_path.rglob("*"))
         assert cli.main(["export", *arguments]) == 2
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and message in said[0], said
+        messages = capsys.readouterr().err.splitlines()
+        assert len(messages) == 1 and message in messages[0], messages
         assert sorted(tmp_path.rglob("*")) == before
 
 

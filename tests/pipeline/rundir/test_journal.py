@@ -1,4 +1,4 @@
-"""The journal: exact floats, torn lines, resume, and reading while it grows."""
+"""The journal: exact floats, incomplete lines, resume, and reading while it grows."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_not_a_number_is_still_valid_json(tmp_path: Path) -> None:
     assert [row["loss"] for row in read(tmp_path / "m.jsonl")] == ["nan", "inf"]
 
 
-def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
+def test_resume_drops_later_rows_and_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     first = Journal(path, 0)
     first.append([{"step": step, "loss": step / 7} for step in range(1, 9)])
@@ -37,7 +37,7 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert [row["step"] for row in read(path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_starting_anew_keeps_nothing(tmp_path: Path) -> None:
+def test_a_fresh_start_keeps_no_rows(tmp_path: Path) -> None:
     Journal(tmp_path / "m.jsonl", 0).append([{"step": 1}])
     Journal(tmp_path / "m.jsonl", 0)
     assert list(read(tmp_path / "m.jsonl")) == []
@@ -54,7 +54,7 @@ def test_a_full_disk_is_one_message_and_closing_adds_none(tmp_path: Path) -> Non
     journal.close()
 
 
-def test_tail_returns_each_whole_row_once(tmp_path: Path) -> None:
+def test_tail_returns_each_complete_row_once(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     tail = Tail(path)
     assert tail.new() == []
@@ -68,7 +68,7 @@ def test_tail_returns_each_whole_row_once(tmp_path: Path) -> None:
         assert tail.new() == []
 
 
-def test_rows_that_a_checkpoint_has_come_back(tmp_path: Path) -> None:
+def test_rows_of_the_checkpoint_s_copy_are_restored(tmp_path: Path) -> None:
     journal, saved = tmp_path / "metrics.jsonl", tmp_path / "saved.jsonl"
     rows = [b'{"step": 1, "loss": 2.0}\n', b'{"step": 2, "loss": 1.5}\n', b'{"step": 3, "loss": 1.0}\n']
     saved.write_bytes(b"".join(rows[:2]))
@@ -88,7 +88,7 @@ def test_rows_that_a_checkpoint_has_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"loss": 1.0}\n', b'{"step": 2'])
-def test_what_is_no_row_ends_a_journal(tmp_path: Path, line: bytes) -> None:
+def test_a_line_that_is_no_row_ends_a_journal(tmp_path: Path, line: bytes) -> None:
     journal = tmp_path / "metrics.jsonl"
     journal.write_bytes(b'{"step": 1}\n' + line)
     assert list(read(journal)) == [{"step": 1}]

@@ -23,7 +23,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_job_learns_who_holds_the_lock(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -28,7 +28,7 @@ def write(storage: Storage, path: Path, content: Any) -> Written:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_was_saved_is_read_back_and_hashed(tmp_path: Path, background: bool) -> None:
+def test_saved_files_are_hashed_and_read_back(tmp_path: Path, background: bool) -> None:
     storage = Storage(background)
     for _ in range(2):  # the second time in the first one's buffers
         written = write(storage, tmp_path / "file.pt", states())
@@ -44,7 +44,7 @@ def test_what_was_saved_is_read_back_and_hashed(tmp_path: Path, background: bool
     assert len(content) < 4000 + 3000
 
 
-def test_training_may_change_what_is_being_written(tmp_path: Path) -> None:
+def test_training_may_change_states_that_are_being_written(tmp_path: Path) -> None:
     storage, content = Storage(background=True), states()
     storage.create(None)  # type: ignore[arg-type]
     storage.save(content, str(tmp_path / "file.pt"))
@@ -55,7 +55,7 @@ def test_training_may_change_what_is_being_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_errors_wait_for_the_result_and_do_not_outlive_it(tmp_path: Path, background: bool) -> None:
+def test_an_error_is_returned_once_by_result(tmp_path: Path, background: bool) -> None:
     storage = Storage(background)
     full = write(storage, Path("/dev/full"), states())
     assert isinstance(full.error, OSError) and full.error.errno == errno.ENOSPC and not full.files
@@ -67,7 +67,7 @@ def test_errors_wait_for_the_result_and_do_not_outlive_it(tmp_path: Path, backgr
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_number_that_is_not_finite_keeps_a_file_from_being_written(
+def test_a_file_with_a_number_that_is_not_finite_is_not_written(
     tmp_path: Path, bad: float, background: bool
 ) -> None:
     storage = Storage(background)
@@ -94,7 +94,7 @@ class Bomb:
         return Path.touch, (self.fuse,)
 
 
-def test_a_file_that_brings_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3), "bomb": Bomb(tmp_path / "fuse")}, tmp_path / "file.pt")
     for mmap in (False, True):
         with pytest.raises(RunError, match=r"file\.pt holds more than weights"):
@@ -102,7 +102,7 @@ def test_a_file_that_brings_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "fuse").exists()
 
 
-def test_a_torn_file_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_file_is_named(tmp_path: Path) -> None:
     torch.save(states(), tmp_path / "file.pt")
     content = (tmp_path / "file.pt").read_bytes()
     for size in (0, 10, len(content) // 2):

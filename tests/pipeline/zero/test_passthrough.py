@@ -53,7 +53,7 @@ def error_of(*settings: str) -> str:
         (["zero.stage=4"], ["zero.stage=4", "0, 1, 2 and 3"]),
     ],
 )
-def test_offload_that_cannot_be_is_refused(settings: list[str], words: list[str]) -> None:
+def test_offload_that_cannot_work_is_refused(settings: list[str], words: list[str]) -> None:
     message = error_of(*settings)
     assert all(word in message for word in words), message
 

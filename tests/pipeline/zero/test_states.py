@@ -1,4 +1,4 @@
-"""What is read out of sharded files is what the ranks held, bit for bit; and nothing in the files is executed."""
+"""Weights and states read from sharded files are the ranks' own, bit for bit; no code in the files is executed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def train_and_save(checkpoint: Path, stage: int, precision: str, more: dict[str,
     engine.save_checkpoint(str(checkpoint), tag="checkpoint", client_state={"parameters": groups})
     held: dict[str, Any] = {}
     if stage in (1, 2):
-        # DeepSpeed (0.19.8) shows the states of the first group only, unless told again to look.
+        # DeepSpeed (0.19.8) shows the states of the first group only, unless it links them again.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     flat = itertools.chain(*getattr(engine.optimizer, "fp32_groups", []))
@@ -239,7 +239,7 @@ def test_a_file_is_opened_when_it_is_needed(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 13)])
-def test_elements_that_are_not_there(checkpoint: Path, start: int, stop: int) -> None:
+def test_elements_that_do_not_exist(checkpoint: Path, start: int, stop: int) -> None:
     with pytest.raises(IndexError, match="of a, which has 12"):
         open_shards(checkpoint).read("a", "fp32", start, stop)
 
@@ -338,7 +338,7 @@ def damage_no_names(checkpoint: Path) -> None:
         (damage_no_names, r"mp_rank_00_model_states.pt lacks 'parameters'"),
     ],
 )
-def test_damage_is_told_with_the_file(checkpoint: Path, damage: Any, message: str) -> None:
+def test_damage_names_the_file(checkpoint: Path, damage: Any, message: str) -> None:
     damage(checkpoint)
     with pytest.raises(RunError, match=message):
         open_shards(checkpoint).read("b")

@@ -307,7 +307,7 @@ def anonymous() -> int:
 def built(precision: str) -> dict[str, Any]:
     """A deep model built sharded: its bytes in fp32, the peak, and the names of weights that differ from another's.
 
-    The other is built whole, as under the lower stages.
+    The other is built unsharded, as under the lower stages.
     """
     import deepspeed
 
@@ -326,16 +326,16 @@ def built(precision: str) -> dict[str, Any]:
         sharded_model = Reformer(settings)
     most = peak.stop()
     torch.manual_seed(5)
-    whole = Reformer(settings)
+    full = Reformer(settings)
     if precision == "bf16":
-        whole = whole.bfloat16()
+        full = full.bfloat16()
     different = []
-    for (name, here), there in zip(sharded_model.named_parameters(), whole.parameters(), strict=True):
+    for (name, here), there in zip(sharded_model.named_parameters(), full.parameters(), strict=True):
         assert here.numel() == 0, name
         with deepspeed.zero.GatheredParameters([here]):
             if here.dtype != there.dtype or not torch.equal(here, there):
                 different.append(name)
-    return {"bytes": sum(p.numel() * 4 for p in whole.parameters()), "peak": most, "different": different}
+    return {"bytes": sum(p.numel() * 4 for p in full.parameters()), "peak": most, "different": different}
 
 
 def main(output: str) -> None:

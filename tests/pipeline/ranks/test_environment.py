@@ -1,0 +1,75 @@
+"""The variables of a rank, from torchrun or from SLURM."""
+
+import os
+
+import pytest
+import torch
+
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.ranks.environment import (
+    complete_environment,
+    is_rank,
+    is_rank_zero,
+    local_devices,
+    rank_name,
+)
+
+SLURM = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of a launcher, and none stays that a test sets."""
+    for name in [*SLURM, "SLURM_NTASKS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"]:
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
+        monkeypatch.delenv(name)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_without_launcher_is_no_rank_and_has_the_job_of_rank_0() -> None:
+    assert not is_rank() and is_rank_zero() and rank_name() is None
+
+
+def test_a_task_of_a_slurm_step_gets_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, SLURM)
+    assert is_rank() and not is_rank_zero() and rank_name() == "3"
+    complete_environment(2, 2)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "1"]
+
+
+def test_a_shell_of_salloc_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
+    assert not is_rank()
+
+
+def test_ranks_need_a_meeting_place_and_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2"})
+    assert is_rank() and is_rank_zero()
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT not set"):
+        complete_environment(1, 2)
+    set_all(monkeypatch, {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
+    complete_environment(1, 2)
+    with pytest.raises(UserError, match=r"2 ranks were started, but .* makes 6"):
+        complete_environment(2, 3)
+
+
+def test_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (local_devices(None), local_devices(3)) == (1, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert (local_devices(None), local_devices(2)) == (4, 2)
+    with pytest.raises(UserError, match=r"trainer\.devices=5: this node has 4 GPUs"):
+        local_devices(5)

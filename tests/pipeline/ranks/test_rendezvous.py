@@ -1,0 +1,50 @@
+"""How ranks find each other, and what is reported when one is missing."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megabase.pipeline.ranks.supervisor import free_port
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def test_missing_ranks_are_named() -> None:
+    program = (
+        "from datetime import timedelta\n"
+        "from megabase.pipeline import errors, log\n"
+        "from megabase.pipeline.ranks import rendezvous\n"
+        "log.set_up()\n"
+        "rendezvous.MEETING_TIMEOUT = timedelta(seconds=3)\n"
+        "try: rendezvous.start()\n"
+        "except errors.RunError as error: print('RunError', error)\n"
+    )
+    ports = {0: free_port(), 1: free_port()}
+    began = time.monotonic()
+    processes = {
+        rank: subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": ""}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank, port in ports.items()
+    }
+    results, printed = {}, {}
+    for rank, process in processes.items():
+        try:
+            results[rank], printed[rank] = process.communicate(timeout=90)
+        finally:
+            process.kill()
+        assert results[rank].startswith("RunError"), printed[rank]
+    assert time.monotonic() - began < 90
+    assert f"rank 1, rank 2 of 3 did not come to 127.0.0.1:{ports[0]} within 0.05 minutes" in results[0]
+    assert f"cannot reach the meeting place 127.0.0.1:{ports[1]} within 0.05 minutes" in results[1]
+    # The command line lets rank 0 alone report errors.
+    assert "megabase: rank 1 on" in printed[1]
