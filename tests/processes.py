@@ -56,13 +56,24 @@ class Python:
 
     Args:
         cwd: its working directory.
+        output: a file that gets stdout and stderr; without one, two temporary files get them.
         environment: variables beside those of this process and ENVIRONMENT.
     """
 
-    def __init__(self, *command: str, cwd: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *command: str,
+        cwd: Path,
+        output: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         _start_fork_server()
         self._directory = tempfile.TemporaryDirectory(prefix="megabase-test-")
-        self._stdout, self._stderr = (Path(self._directory.name) / name for name in ("stdout", "stderr"))
+        self._stdout, self._stderr = (
+            output or Path(self._directory.name) / name for name in ("stdout", "stderr")
+        )
+        for file in (self._stdout, self._stderr):
+            file.touch()
         variables = os.environ | ENVIRONMENT | (environment or {})
         files = (str(self._stdout), str(self._stderr))
         self._process = _FORKS.Process(target=_lead, args=(command, str(cwd), files, variables))
@@ -76,11 +87,11 @@ class Python:
 
     def stdout(self) -> str:
         """What the group has printed so far on stdout."""
-        return self._stdout.read_text(errors="replace") if self._stdout.exists() else ""
+        return self._stdout.read_text(errors="replace")
 
     def stderr(self) -> str:
         """What the group has printed so far on stderr."""
-        return self._stderr.read_text(errors="replace") if self._stderr.exists() else ""
+        return self._stderr.read_text(errors="replace")
 
     def wait(self, timeout: float = START_S) -> tuple[int, str]:
         """(exit code, stderr); kills the group and fails when it takes longer."""

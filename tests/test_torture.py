@@ -1,16 +1,34 @@
-"""The torture test, shortly: five kills in the phases that matter most; and the parts that it stands on."""
+"""The torture test with five kills, in the phases that matter most; and the parts that it relies on."""
 
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from megabase.pipeline.checkpoint.damage import find_damage
-from tests import torture
-from tests.torture import ALL, CHECKPOINT_DAMAGES, PHASES, RANK, SUPERVISOR, Lost, Options, plan
+from tests.processes import Python
+from tests.torture.__main__ import run
+from tests.torture.compare import compare_checkpoints, first_difference
+from tests.torture.damages import CHECKPOINT_DAMAGES, OTHER_DAMAGES
+from tests.torture.job import Job
+from tests.torture.plan import ALL, NEED_A_SMALL_DISK, PHASES, RANK, SUPERVISOR, Kill, plan
+from tests.torture.rundir import Failed, damage_of
+from tests.torture.torture import Options
+
+
+class ForkedJob(Job):
+    """A job that need not import the libraries (tests/processes.py)."""
+
+    def _start(self, command: Sequence[str], cwd: Path) -> int:
+        self._python = Python(*command, cwd=cwd, output=self.log)
+        return self._python.pid
+
+    def poll(self) -> int | None:
+        return self._python.poll()
 
 
 @pytest.mark.distributed
@@ -18,27 +36,27 @@ from tests.torture import ALL, CHECKPOINT_DAMAGES, PHASES, RANK, SUPERVISOR, Los
 def test_a_run_killed_five_times_is_the_run_that_nothing_disturbed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = torture.run(Options(kills=5, seed=3, directory=tmp_path / "torture", chance=0.8))
+    code = run(Options(kills=5, seed=3, directory=tmp_path / "torture", chance=0.8, job=ForkedJob))
     output = capsys.readouterr().out
     assert code == 0, output
     assert "5 kills survived" in output and "metrics.jsonl identical" in output
 
 
-def drawn(seed: int, kills: int) -> list[torture.Blow]:
+def drawn(seed: int, kills: int) -> list[Kill]:
     return plan(seed, kills, 2, small_disk=True, chance=0.5)
 
 
 def test_the_plan_is_the_seeds_and_leaves_nothing_out() -> None:
     assert drawn(7, 40) == drawn(7, 40) != drawn(8, 40)
     assert drawn(7, 40)[:10] == drawn(7, 10)
-    assert {blow.phase for blow in drawn(7, len(PHASES))} == set(PHASES)
-    assert {blow.target for blow in drawn(7, 40)} == {ALL, SUPERVISOR, f"{RANK} 0", f"{RANK} 1"}
-    assert {name for blow in drawn(7, 100) for name in blow.damages} >= CHECKPOINT_DAMAGES.keys()
+    assert {kill.phase for kill in drawn(7, len(PHASES))} == set(PHASES)
+    assert {kill.target for kill in drawn(7, 40)} == {ALL, SUPERVISOR, f"{RANK} 0", f"{RANK} 1"}
+    assert {name for kill in drawn(7, 100) for name in kill.damages} >= CHECKPOINT_DAMAGES.keys()
 
 
 def test_without_a_small_disk_none_is_filled() -> None:
-    blows = plan(7, 40, 2, small_disk=False, chance=1.0)
-    assert not {blow.phase for blow in blows} & set(torture.NEED_A_SMALL_DISK)
+    kills = plan(7, 40, 2, small_disk=False, chance=1.0)
+    assert not {kill.phase for kill in kills} & set(NEED_A_SMALL_DISK)
 
 
 def make_checkpoint(path: Path) -> Path:
@@ -75,9 +93,9 @@ def make_checkpoint(path: Path) -> Path:
 @pytest.mark.parametrize("name", [name for name in CHECKPOINT_DAMAGES if name != "manifest flipped"])
 def test_every_damage_to_a_checkpoint_is_one(tmp_path: Path, name: str) -> None:
     path = make_checkpoint(tmp_path / "step-3")
-    assert torture.damage_of(path) is None
+    assert damage_of(path) is None
     CHECKPOINT_DAMAGES[name](path, random.Random(1))
-    assert torture.damage_of(path) is not None and find_damage(path) is not None
+    assert damage_of(path) is not None and find_damage(path) is not None
 
 
 def test_lost_rows_are_those_after_the_newest_checkpoint(tmp_path: Path) -> None:
@@ -88,7 +106,7 @@ def test_lost_rows_are_those_after_the_newest_checkpoint(tmp_path: Path) -> None
     left = set()
     for seed in range(20):
         (tmp_path / "metrics.jsonl").write_text(text)
-        torture.OTHER_DAMAGES["journal's tail lost"](tmp_path, random.Random(seed))
+        OTHER_DAMAGES["journal's tail lost"](tmp_path, random.Random(seed))
         now = (tmp_path / "metrics.jsonl").read_text()
         assert text.startswith(now)
         left.add(now.count("\n"))
@@ -97,19 +115,19 @@ def test_lost_rows_are_those_after_the_newest_checkpoint(tmp_path: Path) -> None
 
 def test_the_comparison_sees_one_bit(tmp_path: Path) -> None:
     one, other = make_checkpoint(tmp_path / "one"), make_checkpoint(tmp_path / "other")
-    assert torture.compare_checkpoints(one, other) == (1, 24)
+    assert compare_checkpoints(one, other) == (1, 24)
     shard = other / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     state = torch.load(shard, weights_only=True)
     state["weight"][0] = -0.0  # equal to 0.0, but for a bit
     torch.save(state, shard)
-    with pytest.raises(Lost, match="weight differs"):
-        torture.compare_checkpoints(one, other)
+    with pytest.raises(Failed, match="weight differs"):
+        compare_checkpoints(one, other)
     torch.save(state | {"more": 1}, shard)
-    with pytest.raises(Lost, match="only in one"):
-        torture.compare_checkpoints(one, other)
+    with pytest.raises(Failed, match="only in one"):
+        compare_checkpoints(one, other)
 
 
 def test_the_first_difference_of_two_journals_is_shown() -> None:
-    told = torture.first_difference(b'{"step": 1}\n{"step": 2}\n', b'{"step": 1}\n{"step": 3}\n')
-    assert "line 2" in told and '{"step": 3}' in told
-    assert "1 lines, the undisturbed one 2" in torture.first_difference(b"a\nb\n", b"a\n")
+    found = first_difference(b'{"step": 1}\n{"step": 2}\n', b'{"step": 1}\n{"step": 3}\n')
+    assert "line 2" in found and '{"step": 3}' in found
+    assert "1 lines, the undisturbed one 2" in first_difference(b"a\nb\n", b"a\n")
