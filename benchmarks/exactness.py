@@ -183,7 +183,7 @@ def kernels() -> Row:
     return Row(
         "the kernels agree, forward and gradients (fp32, relative)",
         f"{worst:.1e}",
-        "tests/models/attention/kernels/test_kernels.py",
+        "tests/models/attention/kernels/test_native.py",
     )
 
 

@@ -64,7 +64,7 @@ tests() {
     local parallel=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n auto)
     "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider --basetemp="$WORK/pytest" "${parallel[@]}" \
-        tests/models/test_fused.py tests/models/attention/kernels/test_kernels.py tests/models/attention/kernels/test_triton.py 2>&1 | tail -15
+        tests/models/test_fused.py tests/models/attention/kernels 2>&1 | tail -15
     return "${PIPESTATUS[0]}"
 }
 

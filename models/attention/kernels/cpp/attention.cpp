@@ -1,15 +1,15 @@
-// Sorted attention on CPUs, fused: gather, scores, softmax and products of one strip of seats stay in a core's cache.
+// Sorted attention on CPUs, fused: gather, scores, softmax and products of one strip of slots stay in a core's cache.
 //
-// The mathematics is that of reference.py; models/attention/kernels/native.py builds this file and calls it.
+// The mathematics is that of reference.py. native_library.py compiles this file, native.py calls it.
 //
-// How the work is cut:
-// - A row (one head of one sequence) has `rounds` orders of its positions. The seats of an order are cut into strips;
-//   a strip gathers the keys its queries can meet into scratch memory, and serves its queries in blocks of BLOCK.
+// How the work is divided:
+// - A row (one head of one sequence) has a sorted order for each round. Its slots are cut into strips. A strip gathers
+//   the keys in reach of its queries into scratch memory, and computes its queries in blocks of BLOCK.
 // - Products are outer-product tiles of ROWS × PANEL, accumulated in registers. Keys lie in panels of PANEL, transposed,
 //   so that lanes are keys; a group of ROWS queries computes only the panels that its intervals touch.
 // - The pass over a round is one phase for the forward pass. In the backward pass, strips next to each other add to the
-//   same keys, so even strips run first, then odd ones, then the ring's (rule `chunk`): nobody writes where another
-//   writes, and sums have one order. The result does not depend on the number of threads.
+//   same keys, so even strips run first, then odd ones, then the ring's (rule `chunk`): no two threads
+//   write to the same place, and sums have one order. The result does not depend on the number of threads.
 // - Rounds follow each other, and merge into the output by a running maximum and sum (forward) or add to the gradients
 //   (backward, from the log-sum-exp over all rounds). Memory beyond inputs and results is two numbers a position.
 //
@@ -21,8 +21,8 @@
 
 namespace {
 
-// How many rows there are, how many strips and pieces each is cut into, and how many rows go at a time: few, so that
-// their vectors stay in the shared cache; enough to keep all threads at work.
+// How many rows there are, how many strips and pieces each is cut into, and how many rows are computed at a time (step):
+// few, so that their vectors stay in the shared cache; enough to keep all threads at work.
 struct Cut {
     int64_t rows, strips, pieces, step;
 
@@ -33,23 +33,23 @@ struct Cut {
           step(std::min(rows, std::max<int64_t>(1, (8 * p.threads + strips - 1) / strips))) {}
 };
 
-// By seat, since seats tell who is real.
+// Go over slots rather than positions: the slot tells whether a position is real.
 void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
-    const int32_t* order = p.order + row * p.order_row;
+    const int32_t* positions = p.positions + row * p.positions_row;
     const char* v_row = row_of(p.v, row, p.heads);
     Buffer<float> value(s.wide_v);
-    for (int64_t seat = begin; seat < std::min<int64_t>(begin + SPREAD, p.length); ++seat) {
-        const int32_t position = order[seat];
+    for (int64_t slot = begin; slot < std::min<int64_t>(begin + SPREAD, p.length); ++slot) {
+        const int32_t position = positions[slot];
         float* out = floats_at(p.out, row, p.heads, position);
-        float &lse = p.most[row * p.length + position], total = p.total[row * p.length + position];
-        if (lse > HIDDEN) {
+        float &lse = p.peak[row * p.length + position], total = p.total[row * p.length + position];
+        if (lse > EXCLUDED) {
             const float share = 1.0f / total;
             for (int c = 0; c < s.dv; ++c) out[c] *= share;
             lse += std::log(total);
             continue;
         }
-        lse = NOBODY;
-        if (seat >= p.real[row]) continue;
+        lse = EMPTY;
+        if (slot >= p.real_lengths[row]) continue;
         const float scale = self_scale(p, row, position);
         fetch(value, p.v, v_row, position);
         for (int c = 0; c < s.dv; ++c) out[c] = value[c] * scale;
@@ -57,15 +57,15 @@ void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin
 }
 
 void begin_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
-    const int32_t* order = p.order + row * p.order_row;
+    const int32_t* positions = p.positions + row * p.positions_row;
     const char* grad_row = row_of(p.grad, row, p.heads);
     Buffer<float> grad(s.wide_v);
-    for (int64_t seat = begin; seat < std::min<int64_t>(begin + SPREAD, p.length); ++seat) {
-        const int32_t position = order[seat];
+    for (int64_t slot = begin; slot < std::min<int64_t>(begin + SPREAD, p.length); ++slot) {
+        const int32_t position = positions[slot];
         const float* out = floats_at(p.out, row, p.heads, position);
         fetch(grad, p.grad, grad_row, position);
         p.total[row * p.length + position] = dot(grad, out, s.dv);
-        if (p.most[row * p.length + position] < NOBODY || seat >= p.real[row]) continue;
+        if (p.peak[row * p.length + position] < EMPTY || slot >= p.real_lengths[row]) continue;
         const float scale = self_scale(p, row, position);
         float* dv = floats_at(p.dv, row, p.heads, position);
         for (int c = 0; c < s.dv; ++c) dv[c] += grad[c] * scale;

@@ -1,4 +1,4 @@
-// Buckets by angular hashing, and seats from buckets.
+// Buckets by angular hashing, and the sorted order by bucket.
 
 #pragma once
 
@@ -19,11 +19,11 @@ struct Hashing {
     int32_t factors, batch, heads, rounds, length, threads;
 };
 
-// Seats from buckets: a stable sort by counting.
+// Sorted order from buckets: a stable counting sort.
 struct Sorting {
     const int32_t* buckets;  // (rows, rounds, length), none negative
     const int32_t* hidden;   // (rows, length): 1 where a position is not real; or null
-    int32_t *order, *seated;
+    int32_t *positions, *sorted_buckets;
     int32_t rows, rounds, length, n_buckets, threads;
 };
 }
@@ -95,15 +95,15 @@ struct SortSpace {
 void sort_positions(const Sorting& s, int64_t task, SortSpace& space) {
     const int32_t* buckets = s.buckets + task * s.length;
     const int32_t* hidden = s.hidden ? s.hidden + task / s.rounds * s.length : nullptr;
-    int32_t *order = s.order + task * s.length, *seated = s.seated + task * s.length;
+    int32_t *positions = s.positions + task * s.length, *sorted_buckets = s.sorted_buckets + task * s.length;
     std::vector<int32_t>& next = space.starts;
     std::fill(next.begin(), next.end(), 0);
     auto bucket_of = [&](int i) { return hidden && hidden[i] ? s.n_buckets : buckets[i]; };
     for (int i = 0; i < s.length; ++i) ++next[bucket_of(i) + 1];
     for (size_t b = 1; b < next.size(); ++b) next[b] += next[b - 1];
     for (int i = 0; i < s.length; ++i) {
-        const int32_t bucket = bucket_of(i), seat = next[bucket]++;
-        order[seat] = i, seated[seat] = bucket;
+        const int32_t bucket = bucket_of(i), slot = next[bucket]++;
+        positions[slot] = i, sorted_buckets[slot] = bucket;
     }
 }
 

@@ -12,15 +12,15 @@
 
 namespace {
 
-// Every thread works in a space of its own, made from the arguments that run_phases is given.
+// Every thread has a Space (its memory), constructed from the arguments that run_phases is given.
 template <class Space>
 struct Phase {
     int64_t tasks;
     std::function<void(int64_t, Space&)> run;
 };
 
-// GOMP_parallel of the OpenMP that torch has loaded, or null. Two pools of threads would get in each other's way: after
-// an operation of torch's, its threads wait for the next one without sleeping.
+// GOMP_parallel of the OpenMP that torch has loaded, or null. With threads of our own, two pools would compete: after an
+// operation of torch's, its threads wait for the next one without sleeping.
 typedef void (*Parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 Parallel torch_threads = nullptr;
 
@@ -51,6 +51,6 @@ void run_phases(int threads, const std::vector<Phase<Space>>& phases, const Argu
     }
 }
 
-constexpr int SPREAD = 1024;  // positions of a task that only goes through them
+constexpr int SPREAD = 1024;  // positions of a task that goes over them once
 
 }  // namespace

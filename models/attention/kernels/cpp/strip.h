@@ -1,136 +1,15 @@
-// One strip of seats: its keys are gathered, its queries served, its gradients returned.
+// One strip of slots of one round: gather its keys, compute its queries, add its gradients.
 
 #pragma once
 
 #include <algorithm>
 #include <limits>
-#include <memory>
-#include <vector>
 
-#include "tensors.h"
-#include "tiles.h"
-
-extern "C" {
-
-// Attention of rows = batch × heads, as models/attention/kernels/native.py lays it out.
-struct Problem {
-    Tensor q, k, v;     // k.data null: keys are the queries, scaled to unit length
-    Tensor out;         // fp32
-    Tensor grad;        // backward: of out
-    Tensor dq, dk, dv;  // backward: fp32, zero; dk is scratch where keys are queries
-    float* most;        // (rows, length): running maximum; after the forward pass, the log-sum-exp
-    float* total;       // (rows, length): running sum; in the backward pass, the sum of grad · out
-    const int32_t *order, *rank, *buckets;     // (rows, rounds, length), as Seating has them; rank: only if once
-    int64_t order_row, rank_row, buckets_row;  // strides of a row in elements, 0 where all rows share it
-    const int32_t* real;                       // (rows)
-    const int64_t* keys;                       // (rows), of dropout, or null
-    double rate;                               // of dropout
-    float scale;                               // of scores, where keys are given
-    int32_t batch, heads, rounds, length, reach;
-    int32_t window, causal, once, shared;
-    int32_t threads;
-};
-}
+#include "problem.h"
 
 namespace {
 
-constexpr int BLOCK = 24;   // queries whose weights exist at once
-constexpr int STRIP = 240;  // seats of a strip, a multiple of BLOCK
-
-constexpr float HIDDEN = -1e30f;  // score of a pair that does not meet
-constexpr float NOBODY = 1e30f;   // log-sum-exp of a position that meets nothing: all its weights become 0
-
-// chance.random_bits.
-template <class U>
-inline U random_bits(uint64_t key, U bits) {
-    bits += (uint32_t)key;
-    bits ^= bits >> 16;
-    bits *= 0x7FEB352Du;
-    bits += (uint32_t)(key >> 32);
-    bits ^= bits >> 15;
-    bits *= 0x846CA68Bu;
-    bits ^= bits >> 16;
-    return bits;
-}
-
-// Attention dropout, as models.attention.kernels.PairDropout defines it.
-struct Dropout {
-    uint64_t seed;
-    int32_t least;  // bits from here on are kept
-    float scale;
-
-    Dropout(const Problem& p, int64_t row)
-        : seed((uint64_t)p.keys[row]),
-          least((int32_t)(std::llrint(p.rate * 4294967296.0) - 2147483648ll)),
-          scale((float)(1.0 / (1.0 - p.rate))) {}
-
-    Floats kept(int32_t query, Ints keys) const {
-        const Bits bits = random_bits<Bits>(seed, spread(random_bits<uint32_t>(seed, query)) ^ (Bits)keys);
-        return choose((Ints)((Ints)bits >= spread(least)), spread(scale), Floats{});
-    }
-};
-
-// What happens to the weight of a position for itself, where it meets nothing else.
-inline float self_scale(const Problem& p, int64_t row, int32_t position) {
-    return p.keys ? Dropout(p, row).kept(position, spread(position))[0] : 1.0f;
-}
-
-// key = query · scale, of unit length; inverse = 1 / (mean(query²) + 1e-6), query of d elements.
-struct Unit {
-    float scale, inverse;
-    Unit(const float* query, int d) : inverse(1.0f / (dot(query, query, d) / d + 1e-6f)) {
-        scale = std::sqrt(inverse / d);
-    }
-};
-
-struct Shape {
-    int before, after, strip, span;
-    int d, dv, wide, wide_v;  // widths, and widths padded to whole panels
-
-    explicit Shape(const Problem& p) {
-        before = p.reach;
-        after = p.window && !p.causal ? p.reach : 0;
-        strip = p.window ? STRIP : round_up(STRIP, p.reach);
-        if (strip < before + after) strip = round_up(before + after, BLOCK);
-        span = round_up(before + strip + after, PANEL) + PANEL;
-        d = p.q.width, dv = p.v.width;
-        wide = round_up(d, PANEL), wide_v = round_up(dv, PANEL);
-    }
-};
-
-// What one thread works in.
-struct Scratch {
-    Buffer<float> k, v, kt, vt, dk, dv;  // keys of the strip: rows, transposed panels, gradients
-    Buffer<float> q, grad, result;       // queries of the block
-    Buffer<float> weights, slopes;       // (BLOCK, span)
-    Buffer<int32_t> where;               // positions of the keys
-    std::vector<std::unique_ptr<Buffer<int32_t>>> rank, bucket, ring;  // `once`: keys in earlier rounds
-    std::vector<int32_t> low, high;      // of the strip's queries, in the strip's keys
-
-    Scratch(const Problem& p, const Shape& s, bool backward)
-        : k(s.span * s.wide),
-          v(backward ? 0 : s.span * s.wide_v),
-          kt(s.span * s.wide),
-          vt(backward ? s.span * s.wide_v : 0),
-          dk(backward ? s.span * s.wide : 0),
-          dv(backward ? s.span * s.wide_v : 0),
-          q(BLOCK * s.wide),
-          grad(backward ? BLOCK * s.wide_v : 0),
-          result(BLOCK * std::max(s.wide, s.wide_v)),
-          weights(BLOCK * s.span),
-          slopes(backward ? BLOCK * s.span : 0),
-          where(s.span),
-          low(s.strip),
-          high(s.strip) {
-        for (int r = 0; p.once && r < p.rounds; ++r) {
-            rank.emplace_back(new Buffer<int32_t>(s.span));
-            bucket.emplace_back(new Buffer<int32_t>(s.span));
-            ring.emplace_back(new Buffer<int32_t>(s.span));
-        }
-    }
-};
-
-// One strip of one round of one row, or what its first chunk meets in the ring.
+// One strip of one round of one row. in_ring: the pairs of the row's first chunk with the ring's chunk instead.
 template <bool BACKWARD>
 struct Strip {
     const Problem& p;
@@ -140,14 +19,14 @@ struct Strip {
     const int round;
     const bool in_ring;
     const int real;
-    const int32_t *order, *buckets;  // of this round
+    const int32_t *positions, *buckets;  // of this round
     const char *q_row, *k_row, *v_row, *grad_row;
-    int first, last;  // seats of the queries
+    int first, last;  // slots of the queries
     int keys = 0;     // how many, from x.where
 
     Strip(const Problem& p, const Shape& s, Scratch& x, int64_t row, int round, int first, bool in_ring)
-        : p(p), s(s), x(x), row(row), round(round), in_ring(in_ring), real(p.real[row]) {
-        order = order_of(round);
+        : p(p), s(s), x(x), row(row), round(round), in_ring(in_ring), real(p.real_lengths[row]) {
+        positions = positions_of(round);
         buckets = buckets_of(round);
         q_row = row_of(p.q, row, p.heads);
         k_row = p.k.data ? row_of(p.k, row, p.heads) : q_row;
@@ -157,31 +36,31 @@ struct Strip {
         last = std::min(first + (in_ring ? p.reach : s.strip), real);
     }
 
-    const int32_t* order_of(int r) const { return p.order + row * p.order_row + (int64_t)r * p.length; }
-    const int32_t* rank_of(int r) const { return p.rank + row * p.rank_row + (int64_t)r * p.length; }
+    const int32_t* positions_of(int r) const { return p.positions + row * p.positions_row + (int64_t)r * p.length; }
+    const int32_t* slots_of(int r) const { return p.slots + row * p.slots_row + (int64_t)r * p.length; }
     const int32_t* buckets_of(int r) const { return p.buckets + row * p.buckets_row + (int64_t)r * p.length; }
     int previous(int r) const { return r ? r - 1 : p.rounds - 1; }
     int ring_start() const { return (std::max(real, 1) - 1) / p.reach * p.reach; }
 
     void run() {
         if (first >= last) return;
-        seat_keys();
-        if (p.once) recall_earlier();
-        for (int i = first; i < std::min(first + BLOCK, last); ++i) expect(order[i]);
+        find_keys();
+        if (p.once) load_history();
+        for (int i = first; i < std::min(first + BLOCK, last); ++i) prefetch_query(positions[i]);
         gather_keys();
-        for (int start = first; start < last; start += BLOCK) serve(start, std::min(start + BLOCK, last));
-        if (BACKWARD) return_gradients();
+        for (int start = first; start < last; start += BLOCK) compute_block(start, std::min(start + BLOCK, last));
+        if (BACKWARD) scatter_gradients();
     }
 
-    // The keys' positions, and of every query the interval of keys that it meets in this round.
-    void seat_keys() {
+    // Find the keys' positions, and the interval of keys that every query attends to in this round.
+    void find_keys() {
         int from, to;
         if (in_ring) {
             from = ring_start(), to = real;
             for (int i = first; i < last; ++i) x.low[i - first] = 0, x.high[i - first] = to - from;
         } else if (p.window) {
             from = std::max(first - p.reach, 0), to = p.causal ? last : std::min(last + p.reach, real);
-            int start = first;  // of the bucket, no further back than matters
+            int start = first;  // of the bucket, or `reach` slots back
             while (start > from && buckets[start - 1] == buckets[first]) --start;
             from = start;
             for (int i = first; i < last; ++i) {
@@ -205,18 +84,18 @@ struct Strip {
             }
         }
         keys = to - from;
-        std::copy_n((in_ring ? order_of(previous(round)) : order) + from, keys, (int32_t*)x.where);
+        std::copy_n((in_ring ? positions_of(previous(round)) : positions) + from, keys, (int32_t*)x.where);
         for (int j = keys; j < round_up(keys, PANEL); ++j) x.where[j] = -1;
     }
 
-    // Where the keys sat in earlier rounds (in the ring: in this one too).
-    void recall_earlier() {
+    // Load the slots and buckets of the keys in earlier rounds (in_ring: in this one too).
+    void load_history() {
         for (int r = 0; r < round + in_ring; ++r) {
-            const int32_t *rank = rank_of(r), *bucket = buckets_of(r), *before = rank_of(previous(r));
+            const int32_t *slots = slots_of(r), *bucket = buckets_of(r), *before = slots_of(previous(r));
             for (int j = 0; j < keys; ++j) {
-                const int position = x.where[j], seat = rank[position];
-                (*x.rank[r])[j] = p.window ? seat : seat / p.reach;
-                (*x.bucket[r])[j] = bucket[seat];
+                const int position = x.where[j], slot = slots[position];
+                (*x.slots[r])[j] = p.window ? slot : slot / p.reach;
+                (*x.bucket[r])[j] = bucket[slot];
                 (*x.ring[r])[j] = before[position] >= ring_start() ? -1 : 0;
             }
         }
@@ -252,8 +131,8 @@ struct Strip {
         for (int row = 0; row < rows; row += PANEL) transpose(to + row * wide, from + row * wide, wide);
     }
 
-    // The queries of seats [start, stop).
-    void serve(int start, int stop) {
+    // The queries of slots [start, stop).
+    void compute_block(int start, int stop) {
         const int count = stop - start, groups = (count + ROWS - 1) / ROWS;
         int begin[BLOCK / ROWS + 1], end[BLOCK / ROWS + 1];  // panels of each group
         int base = std::numeric_limits<int>::max(), top = 0;
@@ -270,9 +149,9 @@ struct Strip {
         if (top == 0) return;
         const int64_t line = (int64_t)(top - base) * PANEL;
         for (int i = 0; i < count; ++i) {
-            if (start + i + BLOCK < last) expect(order[start + i + BLOCK]);
-            fetch(x.q + i * s.wide, p.q, q_row, order[start + i]);
-            if (BACKWARD) fetch(x.grad + i * s.wide_v, p.grad, grad_row, order[start + i]);
+            if (start + i + BLOCK < last) prefetch_query(positions[start + i + BLOCK]);
+            fetch(x.q + i * s.wide, p.q, q_row, positions[start + i]);
+            if (BACKWARD) fetch(x.grad + i * s.wide_v, p.grad, grad_row, positions[start + i]);
         }
         for (int g = 0; g < groups; ++g) {
             const int from = g * ROWS, rows = std::min(ROWS, count - from);
@@ -288,9 +167,9 @@ struct Strip {
             for (int i = from; i < from + rows; ++i) {
                 float* weights = x.weights + i * line - base * PANEL;
                 if (BACKWARD)
-                    slope(start + i, weights, x.slopes + i * line - base * PANEL, begin[g], end[g]);
+                    score_gradients(start + i, weights, x.slopes + i * line - base * PANEL, begin[g], end[g]);
                 else
-                    soften(start + i, weights, begin[g], end[g], i);
+                    softmax_weights(start + i, weights, begin[g], end[g], i);
             }
             const int64_t place = from * line + (begin[g] - base) * PANEL;
             const int64_t key = begin[g] * PANEL, steps = (end[g] - begin[g]) * PANEL;
@@ -301,43 +180,43 @@ struct Strip {
                 tiles<false>(rows, a, line, 1, b + c, width, steps, x.result + from * width + c, width);
             for (int i = from; i < from + rows; ++i) {
                 if (BACKWARD) {
-                    float* to = floats_at(p.dq, row, p.heads, order[start + i]);
+                    float* to = floats_at(p.dq, row, p.heads, positions[start + i]);
                     const float* result = x.result + i * width;
                     for (int c = 0; c < s.d; ++c) to[c] += result[c];
                 } else {
-                    merge(order[start + i], x.result + i * width, i);
+                    merge(positions[start + i], x.result + i * width, i);
                 }
             }
         }
-        if (BACKWARD) give(count, groups, begin, end, base, top, line);
+        if (BACKWARD) add_key_gradients(count, groups, begin, end, base, top, line);
     }
 
-    // What a query of the next block will need, on its way to the cache.
-    void expect(int position) const {
+    // Prefetch what a query of the next block needs.
+    void prefetch_query(int position) const {
         prefetch(p.q, q_row, position);
         if (BACKWARD) prefetch(p.grad, grad_row, position);
         const Tensor& to = BACKWARD ? p.dq : p.out;
         prefetch_floats(to, (float*)row_of(to, row, p.heads), position);
-        __builtin_prefetch(p.most + row * p.length + position, 1);
+        __builtin_prefetch(p.peak + row * p.length + position, 1);
         __builtin_prefetch(p.total + row * p.length + position, 1);
     }
 
-    float most[BLOCK], total[BLOCK];
+    float peak[BLOCK], total[BLOCK];
 
     // Scores of one query -> weights relative to their maximum.
-    void soften(int seat, float* weights, int begin, int end, int i) {
-        Floats high = spread(HIDDEN);
-        const Mask mask(*this, seat);
+    void softmax_weights(int slot, float* weights, int begin, int end, int i) {
+        Floats high = spread(EXCLUDED);
+        const Mask mask(*this, slot);
         for (int panel = begin; panel < end; ++panel)
             for (int half = 0; half < 2; ++half) {
                 float* at = weights + panel * PANEL + half * LANES;
-                const Floats score = mask.hide(load<Floats>(at), panel * PANEL + half * LANES);
+                const Floats score = mask.exclude(load<Floats>(at), panel * PANEL + half * LANES);
                 high = larger(high, score);
                 store(at, score);
             }
-        most[i] = largest(high);
-        // If all are hidden, a weight must still become 0.
-        const Floats from = spread(most[i] <= HIDDEN ? 0.0f : most[i]);
+        peak[i] = largest(high);
+        // If all scores are EXCLUDED, every weight must still become 0.
+        const Floats from = spread(peak[i] <= EXCLUDED ? 0.0f : peak[i]);
         Floats sums{};
         for (int panel = begin; panel < end; ++panel)
             for (int half = 0; half < 2; ++half) {
@@ -350,27 +229,27 @@ struct Strip {
         total[i] = sum(sums);
     }
 
-    // The result of one query joins those of the rounds before.
+    // Merge the result of one query with those of the rounds before.
     void merge(int position, const float* result, int i) {
         float* out = floats_at(p.out, row, p.heads, position);
-        float &high = p.most[row * p.length + position], &all = p.total[row * p.length + position];
-        if (most[i] <= HIDDEN) return;
-        const float top = std::max(high, most[i]);
-        const float old = high <= HIDDEN ? 0.0f : std::exp(high - top), now = std::exp(most[i] - top);
+        float &high = p.peak[row * p.length + position], &all = p.total[row * p.length + position];
+        if (peak[i] <= EXCLUDED) return;
+        const float top = std::max(high, peak[i]);
+        const float old = high <= EXCLUDED ? 0.0f : std::exp(high - top), now = std::exp(peak[i] - top);
         for (int c = 0; c < s.dv; ++c) out[c] = out[c] * old + result[c] * now;
         all = all * old + total[i] * now;
         high = top;
     }
 
-    // Scores and products grad · v of one query -> weights, and the slope of the loss in every score.
-    void slope(int seat, float* weights, float* slopes, int begin, int end) {
-        const int64_t place = row * p.length + order[seat];
-        const Floats lse = spread(p.most[place]), pull = spread(p.total[place]);
-        const Mask mask(*this, seat);
+    // Scores and products grad · v of one query -> weights, and the gradients of the scores.
+    void score_gradients(int slot, float* weights, float* slopes, int begin, int end) {
+        const int64_t place = row * p.length + positions[slot];
+        const Floats lse = spread(p.peak[place]), pull = spread(p.total[place]);
+        const Mask mask(*this, slot);
         for (int panel = begin; panel < end; ++panel)
             for (int half = 0; half < 2; ++half) {
                 const int key = panel * PANEL + half * LANES;
-                const Floats weight = exponential(mask.hide(load<Floats>(weights + key), key) - lse);
+                const Floats weight = exponential(mask.exclude(load<Floats>(weights + key), key) - lse);
                 Floats dropped = weight, product = load<Floats>(slopes + key);
                 if (p.keys) {
                     const Floats kept = mask.kept(key);
@@ -381,8 +260,8 @@ struct Strip {
             }
     }
 
-    // Gradients of keys and values: every panel from the groups of queries that touched it.
-    void give(int count, int groups, const int* begin, const int* end, int base, int top, int64_t line) {
+    // Add the gradients of keys and values: each panel, from the groups of queries that computed it.
+    void add_key_gradients(int count, int groups, const int* begin, const int* end, int base, int top, int64_t line) {
         for (int panel = base; panel < top; ++panel) {
             int g = 0;
             while (g < groups) {
@@ -406,7 +285,7 @@ struct Strip {
         }
     }
 
-    void return_gradients() {
+    void scatter_gradients() {
         constexpr int AHEAD = 8;
         float *dk = (float*)row_of(p.dk, row, p.heads), *dv = (float*)row_of(p.dv, row, p.heads);
         for (int j = 0; j < keys; ++j) {
@@ -421,20 +300,20 @@ struct Strip {
         }
     }
 
-    // Who of the strip's keys one query meets.
+    // Which of the strip's keys one query attends to.
     struct Mask {
         const Strip& t;
         const int32_t position, low, high;
-        const int seat;
+        const int slot;
 
-        Mask(const Strip& t, int seat)
+        Mask(const Strip& t, int slot)
             : t(t),
-              position(t.order[seat]),
-              low(t.x.low[seat - t.first]),
-              high(t.x.high[seat - t.first]),
-              seat(seat) {}
+              position(t.positions[slot]),
+              low(t.x.low[slot - t.first]),
+              high(t.x.high[slot - t.first]),
+              slot(slot) {}
 
-        Floats hide(Floats score, int key) const {
+        Floats exclude(Floats score, int key) const {
             const Problem& p = t.p;
             const bool plain = (p.window && (p.causal || !p.shared)) || (!p.window && !p.causal && !p.shared);
             if (plain && !p.once && key >= low && key + LANES <= high) return score;
@@ -447,25 +326,25 @@ struct Strip {
                 else
                     met &= (Ints)(other != spread(position));
             }
-            if (p.once) met &= ~met_before(key);
-            return choose(met, score, spread(HIDDEN));
+            if (p.once) met &= ~counted_before(key);
+            return choose(met, score, spread(EXCLUDED));
         }
 
-        Ints met_before(int key) const {
+        Ints counted_before(int key) const {
             const Problem& p = t.p;
             Ints met{};
             for (int r = 0; r < t.round + t.in_ring; ++r) {
-                const int own = t.rank_of(r)[position];
-                const Ints rank = load<Ints>(*t.x.rank[r] + key);
+                const int own = t.slots_of(r)[position];
+                const Ints slots = load<Ints>(*t.x.slots[r] + key);
                 if (p.window) {
                     const Ints same = (Ints)(load<Ints>(*t.x.bucket[r] + key) == spread(t.buckets_of(r)[own]));
-                    const Ints back = spread(own) - rank;
+                    const Ints back = spread(own) - slots;
                     const Ints near = (Ints)(back <= spread(p.reach)) & (Ints)(back >= spread(-p.reach));
                     met |= same & near;
                 } else {
                     const int chunk = own / p.reach;
-                    met |= (Ints)(rank == spread(chunk)) | (Ints)(rank == spread(chunk - 1));
-                    // The ring of this round is what is being asked about.
+                    met |= (Ints)(slots == spread(chunk)) | (Ints)(slots == spread(chunk - 1));
+                    // In the ring of this round itself the pair is computed now.
                     if (chunk == 0 && r < t.round) met |= load<Ints>(*t.x.ring[r] + key);
                 }
             }

@@ -18,6 +18,7 @@ from megabase.models.attention.kernels.triton.memory import (
     LOG2_E,
     Dropout,
     Rows,
+    add_product,
     begin_sums,
     finish_sums,
     load_numbers,
@@ -170,9 +171,9 @@ def _add_from_queries(
                 factor = pair_scale(other.position[None, :], position[:, None], dropout)
                 kept_weights = weights * factor
                 slope = slope * factor
-            acc_v = product(kept_weights.to(grad.dtype), grad, acc_v)
+            acc_v = add_product(acc_v, kept_weights.to(grad.dtype), grad)
             slope = weights * (slope - delta[None, :])
-            acc_k = product(slope.to(query.dtype), query, acc_k)
+            acc_k = add_product(acc_k, slope.to(query.dtype), query)
     return acc_k, acc_v
 
 
@@ -209,7 +210,7 @@ def _add_from_keys(
             slope = weights * (slope - own_delta[:, None])
             if UNIT:
                 slope *= scale[None, :]
-            acc = product(slope.to(key.dtype), key, acc)
+            acc = add_product(acc, slope.to(key.dtype), key)
     return acc
 
 

@@ -16,6 +16,7 @@ from megabase.models.attention.kernels.triton.memory import (
     LOG2_E,
     Dropout,
     Rows,
+    add_product,
     begin_sums,
     finish_sums,
     load_numbers,
@@ -101,7 +102,7 @@ def forward_round(
             total = total * fade + tl.sum(weights, axis=1)
             if DROPOUT:
                 weights = weights * pair_scale(position[:, None], other.position[None, :], dropout)
-            acc = product(weights.to(value.dtype), value, acc * fade[:, None])
+            acc = add_product(acc * fade[:, None], weights.to(value.dtype), value)
             peak = higher
 
     empty = total == 0.0

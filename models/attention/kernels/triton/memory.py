@@ -43,8 +43,16 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def product(a, b, acc=None):
-    """a @ b + acc in fp32. Operands of fp32 take three products of tf32, which keep 22 bits of each."""
+def product(a, b):
+    """a @ b in fp32. Operands of fp32 take three products of tf32, which keep 22 bits of each."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def add_product(acc, a, b):
+    """acc + a @ b in fp32, as `product` computes it."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="tf32x3")
