@@ -31,7 +31,7 @@ from megabase.models import (
 )
 from megabase.models.attention.lsh import hash_buckets, lsh_attention
 from megabase.pipeline.rundir import environment
-from tests.models.attention.test_lsh import dense, inputs, later_changed, met_pairs
+from tests.models.attention.test_lsh import count_pairs, dense, inputs, later_changed
 from tests.models.reversing import kept_for_backward
 
 SMALL = ReformerConfig(
@@ -146,7 +146,7 @@ def once() -> Row:
     qk, v = inputs()
     buckets = hash_buckets(qk, rounds=4, n_buckets=6, seed=3).flatten(0, 1)
     for attend, causal in (("window", True), ("window", False), ("chunk", True), ("chunk", False)):
-        counts = torch.stack([met_pairs(b, 7, attend, causal) for b in buckets]).view(2, 2, 50, 50)
+        counts = torch.stack([count_pairs(b, 7, attend, causal) for b in buckets]).view(2, 2, 50, 50)
         expected = dense(qk, v, counts.clamp(max=1))
         out = lsh(qk, v, attend=attend, causal=causal, duplicates="once")
         worst = max(worst, furthest(out, expected))

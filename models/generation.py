@@ -2,7 +2,7 @@
 
     state = start(model, batch=2)
     logits = read(model, prompt, state)     # (batch, n) tokens at once
-    logits = read(model, token, state)      # then (batch, 1), as often as wanted
+    logits = read(model, token, state)      # then (batch, 1), any number of times
     tokens = generate(model, prompt, length=100, temperature=0.8, top_k=50, seed=1)
 
 Reading with a state gives the logits of a pass over all tokens so far. This is possible because what a position
@@ -83,7 +83,7 @@ def start(
         batch: number of sequences.
         seeds: of the hash rotations, for the whole generation. A pass over all tokens with the same seeds gives the
             same logits.
-        source: (batch, source length) int64, what an EncoderDecoder reads; required there, and only there.
+        source: (batch, source length) int64, what an EncoderDecoder reads; a Reformer takes none.
         source_mask: (batch, source length) bool, True where a source token is real; None = all.
 
     Raises:
@@ -135,6 +135,61 @@ def read(model: Reformer | EncoderDecoder, tokens: Tensor, state: State) -> Tens
     return model.head(body.norm(hidden[:, -1]))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from this many of the likeliest tokens; None = all.
+        allowed: the only token ids to draw; None = all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    allowed: Sequence[int] | None = None
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise ValueError if a setting cannot work with this many token ids."""
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        allowed = self.allowed
+        if allowed is not None and not (allowed and all(0 <= token < vocab_size for token in allowed)):
+            raise ValueError(
+                f"allowed={list(allowed)} must name at least one token id, each from 0 to {vocab_size - 1}"
+            )
+
+    def draw(self, logits: Tensor, keys: Tensor, position: int) -> Tensor:
+        """Draw one token for each row, by inverting the distribution function.
+
+        Args:
+            logits: (batch, vocab).
+            keys: (batch,) int64, of the random numbers.
+            position: of the token to draw.
+
+        Returns:
+            (batch,) int64.
+        """
+        logits = logits.double()
+        if self.allowed is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            others[list(self.allowed)] = False
+            logits = logits.masked_fill(others, -torch.inf)
+        if self.temperature == 0.0:
+            return logits.argmax(dim=-1)
+        if self.top_k is not None:
+            best, ids = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
+            logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, best)
+        # Relative to the largest: a temperature so small that quotients overflow then still leaves the largest.
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        cumulative = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        counter = torch.tensor(position, dtype=torch.int32, device=logits.device)
+        uniform = (random_bits(keys, counter).double() + (2.0**31 + 0.5)) * 2.0**-32
+        return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
+
+
 def generate(
     model: Reformer | EncoderDecoder,
     prompt: Tensor,
@@ -157,10 +212,8 @@ def generate(
         model: in any mode; there is no dropout.
         prompt: (batch, n) int64, n at least 1.
         length: how many tokens to draw.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw from this many of the likeliest tokens; None = all.
+        temperature, top_k, allowed: see Sampling.
         seed: of hashing and drawing.
-        allowed: the only token ids to draw; None = all.
         stop: a token id. A sequence that has drawn it repeats it, and the result ends early once all sequences have.
         source, source_mask: see `start`.
 
@@ -172,15 +225,10 @@ def generate(
         ValueError: an argument cannot work.
         RuntimeError: the model's logits are not finite.
     """
-    if length < 0 or not temperature >= 0.0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"length={length} and temperature={temperature} must be at least 0, top_k={top_k} at least 1"
-        )
-    vocab = model.head.weight.shape[0]
-    if allowed is not None and not (allowed and all(0 <= token < vocab for token in allowed)):
-        raise ValueError(
-            f"allowed={list(allowed)} must name at least one token id, each from 0 to {vocab - 1}"
-        )
+    if length < 0:
+        raise ValueError(f"length={length} must be at least 0")
+    sampling = Sampling(temperature, top_k, allowed)
+    sampling.validate(vocab_size=model.head.weight.shape[0])
     state = start(model, prompt.shape[0], seeds=Seeds(run=seed), source=source, source_mask=source_mask)
     keys = Seeds(run=seed).keys(Purpose.SAMPLING, 0, state.batch, prompt.device)
     tokens = prompt.new_empty(state.batch, length)
@@ -190,7 +238,7 @@ def generate(
     for i in range(length):
         logits = read(model, block, state)
         finite &= logits.isfinite().all()
-        token = _draw(logits, keys, state.position, temperature, top_k, allowed)
+        token = sampling.draw(logits, keys, state.position)
         if stop is not None:
             token = token.masked_fill(done, stop)
             done |= token == stop
@@ -200,40 +248,8 @@ def generate(
             tokens = tokens[:, : i + 1]
             break
     if not finite:
-        raise RuntimeError(
-            "the model's logits are not finite: use a checkpoint from before training diverged"
-        )
+        raise RuntimeError("the model's logits are not finite: take a checkpoint from before it diverged")
     return tokens
-
-
-def _draw(
-    logits: Tensor,
-    keys: Tensor,
-    position: int,
-    temperature: float,
-    top_k: int | None,
-    allowed: Sequence[int] | None,
-) -> Tensor:
-    """Draw (batch,) token ids from logits (batch, vocab), by inverting the distribution function.
-
-    keys: (batch,) int64, of the random numbers. position: of the token to draw. The rest: see `generate`.
-    """
-    logits = logits.double()
-    if allowed is not None:
-        others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        others[list(allowed)] = False
-        logits = logits.masked_fill(others, -torch.inf)
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    if top_k is not None:
-        best, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, best)
-    # Relative to the largest: a temperature so small that quotients overflow then still leaves the largest.
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    below = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-    counter = torch.tensor(position, dtype=torch.int32, device=logits.device)
-    uniform = (random_bits(keys, counter).double() + (2.0**31 + 0.5)) * 2.0**-32
-    return (below < uniform[:, None] * below[:, -1:]).sum(dim=-1)
 
 
 def _start(body: Body, batch: int, call: Call) -> State:

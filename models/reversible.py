@@ -300,7 +300,7 @@ def _invert(
     arithmetic: Arithmetic = ctx.stack.arithmetic
     with torch.enable_grad():
         x = arithmetic.decode(source).requires_grad_()
-        # Through a view of its own, a branch's gradients add up before they meet those of the other branches.
+        # Through a view of its own, a branch's gradients are summed before those of other branches are added.
         own = None if context is None else context.view_as(context)
         with ctx.precision.restored():
             y = branch(x, replace(ctx.call, context=own, grad=grad))
@@ -317,8 +317,8 @@ def _run_with_autograd(
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     older = newer = arithmetic.encode(x.detach(), invalid)
     x = _Rounded.apply(x, newer, arithmetic)
-    # Through views of their own, the gradients of a stream or a branch add up before they meet any others: the order
-    # of sums that the reversible pass has.
+    # Through views of their own, the gradients of a stream or a branch are summed before others are added: the order
+    # of sums in the reversible pass.
     x_older, x_newer = x.view_as(x), x.view_as(x)
     for branch in branches:
         own = None if context is None else context.view_as(context)

@@ -47,7 +47,11 @@ def cross_attention(
 
 @dataclass
 class ContextCache:
-    """The context's keys and values, (batch, heads, source length, d). They do not change while tokens are read."""
+    """The context's keys and values. They do not change while tokens are read.
+
+    Attributes:
+        keys, values: (batch, heads, source length, d).
+    """
 
     keys: Tensor
     values: Tensor

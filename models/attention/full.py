@@ -78,7 +78,8 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: Pa
 class FullCache:
     """All entries: this cache grows with the tokens read.
 
-    keys, values: (batch, heads, position, d).
+    Attributes:
+        keys, values: (batch, heads, position, d).
     """
 
     keys: Tensor

@@ -63,7 +63,8 @@ def local_attention(
 class LocalCache:
     """The last entries: as many as a window holds, or two chunks.
 
-    keys, values: (batch, heads, entries, d). The entry of position p is at index p % entries.
+    Attributes:
+        keys, values: (batch, heads, entries, d). The entry of position p is at index p % entries.
     """
 
     keys: Tensor

@@ -134,7 +134,7 @@ class LSHCache:
 
     Attributes:
         rotations: of the hash.
-        positions: (rows, rounds, buckets, chunk_length) int64, rows = batch × heads; −1 where there is no entry yet.
+        positions: (rows, rounds, buckets, chunk_length) int64, rows = batch × heads; −1 where the cache has no entry.
         keys, values: (rows, rounds, buckets, chunk_length, d).
     """
 

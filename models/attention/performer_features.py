@@ -24,7 +24,7 @@ FLOOR = -60.0
 even if its largest features are small in every key."""
 
 NO_FEATURE = -1e30
-"""The unit where there is no feature: finite, so that a difference of two is a number."""
+"""The unit of an empty sum and the exponent of padding. Finite, so that differences are numbers."""
 
 
 @lru_cache(maxsize=64)

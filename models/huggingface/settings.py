@@ -23,8 +23,8 @@ def saved_settings(source: HuggingFaceConfig) -> ReformerConfig | None:
     """The config that to_huggingface saved in transformers' config.
 
     Returns:
-        None if there is none, if the settings of transformers were changed since, or if another version of megabase
-        saved settings that this one does not know.
+        The config. None if no config was saved, if the settings of transformers were changed since, or if another
+        version of megabase saved settings that this one does not know.
     """
     saved = getattr(source, MEGABASE_KEY, None)
     if not isinstance(saved, Mapping):
@@ -198,7 +198,7 @@ def _check_source(source: HuggingFaceConfig, layers: list[str]) -> None:
     if source.hidden_act not in ("relu", "gelu"):
         refuse("hidden_act", "only 'relu' and 'gelu' are known")
     if source.classifier_dropout not in (None, source.hidden_dropout_prob):
-        refuse("classifier_dropout", f"only hidden_dropout_prob={source.hidden_dropout_prob} is known there")
+        refuse("classifier_dropout", f"only hidden_dropout_prob={source.hidden_dropout_prob} is known")
     if source.axial_pos_embds:
         if len(source.axial_pos_shape) != 2:
             refuse("axial_pos_shape", "only two axes are known")

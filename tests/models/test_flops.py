@@ -57,7 +57,7 @@ def test_flops_equal_those_torch_counts():
         assert count_flops(lambda model=changed: model(x)) == 64 * flops_per_token(other, 64)
 
 
-def test_flops_of_attention_count_the_keys_that_are_met():
+def test_flops_of_attention_count_the_keys_attended_to():
     config = ReformerConfig(
         vocab_size=9, lsh=LSHConfig(rounds=3, chunk_length=16), local=LocalConfig(window=4)
     )

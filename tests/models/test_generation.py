@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from megabase.models.chance import Purpose
-from megabase.models.generation import State, _draw, generate, read, start
+from megabase.models.generation import Sampling, State, generate, read, start
 
 SMALL = ReformerConfig(
     vocab_size=9,
@@ -240,8 +240,7 @@ def test_drawing_follows_the_distribution():
     keys = Seeds().keys(Purpose.SAMPLING, 0, n, logits.device)
 
     def shares(**options) -> Tensor:
-        arguments = {"temperature": 1.0, "top_k": None, "allowed": None, **options}
-        drawn = _draw(logits.expand(n, 5), keys, 7, **arguments)
+        drawn = Sampling(**options).draw(logits.expand(n, 5), keys, 7)
         return torch.bincount(drawn, minlength=5) / n
 
     def assert_shares(found: Tensor, expected: Tensor) -> None:
@@ -257,7 +256,7 @@ def test_drawing_follows_the_distribution():
     assert_shares(shares(allowed=[4]), torch.tensor([0.0, 0, 0, 0, 1]))
     assert_shares(shares(temperature=1e-320), torch.tensor([0.0, 0, 0, 1, 0]))
     # The positions of one sequence draw independently of each other.
-    places = torch.stack([_draw(logits.expand(99, 5), keys[:99], p, 1.0, None, None) for p in range(200)])
+    places = torch.stack([Sampling().draw(logits.expand(99, 5), keys[:99], p) for p in range(200)])
     assert_shares(torch.bincount(places.flatten(), minlength=5) / places.numel(), logits.softmax(0))
 
 

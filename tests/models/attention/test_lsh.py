@@ -26,11 +26,11 @@ def unit_keys(qk: Tensor) -> Tensor:
     return qk / qk.square().mean(-1, keepdim=True).add(1e-6).sqrt() * qk.shape[-1] ** -0.5
 
 
-def met_pairs(buckets: Tensor, chunk_length: int, attend: str, causal: bool) -> Tensor:
+def count_pairs(buckets: Tensor, chunk_length: int, attend: str, causal: bool) -> Tensor:
     """In how many rounds query i finds key j, (length, length), for buckets (rounds, length)."""
     length = buckets.shape[1]
     orders = [sorted(range(length), key=lambda i: (row[i], i)) for row in buckets.tolist()]
-    met = torch.zeros(length, length)
+    counts = torch.zeros(length, length)
     for this, order in enumerate(orders):
         if attend == "chunk":
             chunks = [order[s : s + chunk_length] for s in range(0, length, chunk_length)]
@@ -39,16 +39,16 @@ def met_pairs(buckets: Tensor, chunk_length: int, attend: str, causal: bool) -> 
             for chunk, before in zip(chunks, [before_first, *chunks], strict=False):
                 for i in chunk:
                     for j in before + chunk:
-                        met[i, j] += 1
+                        counts[i, j] += 1
         else:
             row = buckets[this].tolist()
             for i in range(length):
                 mates = [j for j in order if row[j] == row[i]]
                 place = mates.index(i)
                 for j in mates[max(0, place - chunk_length) : place + chunk_length + 1]:
-                    met[i, j] += 1
-    met.fill_diagonal_(0)
-    return met.tril() if causal else met
+                    counts[i, j] += 1
+    counts.fill_diagonal_(0)
+    return counts.tril() if causal else counts
 
 
 def dense(qk: Tensor, v: Tensor, counts: Tensor) -> Tensor:
@@ -64,7 +64,9 @@ def dense(qk: Tensor, v: Tensor, counts: Tensor) -> Tensor:
 def test_equals_dense_attention_over_the_pairs_found(attend, causal, duplicates, backend):
     qk, v = inputs()
     buckets = hash_buckets(qk, rounds=4, n_buckets=6, seed=3)
-    counts = torch.stack([met_pairs(b, 7, attend, causal) for b in buckets.flatten(0, 1)]).view(2, 2, 50, 50)
+    counts = torch.stack([count_pairs(b, 7, attend, causal) for b in buckets.flatten(0, 1)]).view(
+        2, 2, 50, 50
+    )
     if duplicates == "once":
         counts = counts.clamp(max=1)
     out = lsh_attention(
@@ -126,8 +128,8 @@ def test_chunk_is_not_strictly_causal():
 @pytest.mark.parametrize("seed", range(3))
 def test_window_finds_the_same_keys_whatever_comes_later(seed):
     buckets = torch.randint(0, 4, (3, 64), generator=torch.Generator().manual_seed(seed))
-    whole = met_pairs(buckets, 8, "window", True)[:40, :40]
-    assert torch.equal(whole, met_pairs(buckets[:, :40], 8, "window", True))
+    found = count_pairs(buckets, 8, "window", True)[:40, :40]
+    assert torch.equal(found, count_pairs(buckets[:, :40], 8, "window", True))
     v = torch.eye(64)[None, None]
     # With one-hot values the output is the weights.
     for length in (40, 41, 64):
@@ -140,8 +142,8 @@ def test_window_finds_the_same_keys_whatever_comes_later(seed):
             seed=0,
             buckets=buckets[None, None, :, :length],
         )
-        met = whole + torch.eye(40) * (whole.sum(-1, keepdim=True) == 0)
-        assert torch.equal(out[0, 0, :40, :40] > 0, met > 0)
+        counts = found + torch.eye(40) * (found.sum(-1, keepdim=True) == 0)
+        assert torch.equal(out[0, 0, :40, :40] > 0, counts > 0)
 
 
 @pytest.mark.parametrize(("attend", "causal"), RULES)
