@@ -391,17 +391,18 @@ def train_ours(task: Task, watch: Watch) -> None:
     """`megabase train`, watched from outside."""
     from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks.stop import StopRequest
+    from megabase.pipeline.training import resume
     from megabase.pipeline.training import run as train
-    from megabase.pipeline.training.callback import Boundary
+    from megabase.pipeline.training.callback import TrainingCallback
     from megabase.pipeline.zero.strategy import ZeroStrategy
 
-    between = Boundary.on_train_batch_end
+    between = TrainingCallback.on_train_batch_end
 
-    def watched(self: Boundary, trainer: Any, *arguments: Any) -> None:
+    def watched(self: TrainingCallback, trainer: Any, *arguments: Any) -> None:
         watch.boundary(trainer.global_step, lambda: between(self, trainer, *arguments))
 
-    Boundary.on_train_batch_end = watched  # type: ignore[method-assign]
-    train.choose_to_resume = watch.timed("verify", train.choose_to_resume)  # type: ignore[attr-defined]
+    TrainingCallback.on_train_batch_end = watched  # type: ignore[method-assign]
+    resume.choose_to_resume = watch.timed("verify", resume.choose_to_resume)  # type: ignore[attr-defined]
     ZeroStrategy.load_checkpoint = watch.timed("load", ZeroStrategy.load_checkpoint)  # type: ignore[method-assign]
     config = load([], task.settings)
     if train.train(config, task.settings, StopRequest()) != 0:
@@ -418,9 +419,9 @@ def train_peer(task: Task, watch: Watch) -> None:
     from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks import rendezvous
-    from megabase.pipeline.training import run as train
     from megabase.pipeline.training.check import check
     from megabase.pipeline.training.module import PretrainModule
+    from megabase.pipeline.training.trainer import silence_libraries
     from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
 
     class PlainStrategy(ZeroStrategy):
@@ -451,7 +452,7 @@ def train_peer(task: Task, watch: Watch) -> None:
         def on_train_end(self, trainer: Any, module: Any) -> None:
             peer.finish()
 
-    train._hush()
+    silence_libraries()
     resume_from = peer.path(task.steps) if task.resume and task.contestant == LIGHTNING else None
     trainer = pl.Trainer(
         accelerator="auto",
@@ -470,7 +471,7 @@ def train_peer(task: Task, watch: Watch) -> None:
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    module, data = PretrainModule(config), SequenceDataModule(config.data, config.run.seed)
+    module, data = PretrainModule(config, task.ranks), SequenceDataModule(config.data, config.run.seed)
     quiet(trainer).fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)
     dist.destroy_process_group()
 

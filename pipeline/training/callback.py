@@ -1,8 +1,8 @@
-"""What happens between two optimizer steps, in order, on one screen.
+"""What the pipeline does between two optimizer steps, as a Lightning callback.
 
-exchange (what the ranks know) -> journal -> checkpoint -> evaluation -> stop. All ranks take the same branches:
-each depends on the step's number or on what was agreed, never on a rank's own clock or signals. An evaluation may
-be broken off to stop in time; the checkpoint is there already, and the next start makes up for it.
+In order: the ranks exchange what they know, rank 0 writes the journal, `decide.py` decides, and the decision is
+carried out: checkpoint, evaluation, stop. All ranks take the same branches, because each depends on the number of the
+step or on what was agreed, never on a rank's own clock or signals.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from megabase.datamodules.batches.collate import Batch
 from megabase.datamodules.config import SKIP
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
@@ -25,16 +26,38 @@ from megabase.pipeline.rundir.journal import has_evaluation
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.bad_windows import report
-from megabase.pipeline.training.evaluate import baselines, evaluate, evaluation_row
+from megabase.pipeline.training.baselines import baselines, evaluation_row
+from megabase.pipeline.training.decide import (
+    Decision,
+    Due,
+    decide,
+    decide_after_broken_evaluation,
+    due_at,
+    must_settle,
+    situation_of,
+)
+from megabase.pipeline.training.evaluate import Score, evaluate
 from megabase.pipeline.training.guard import Trouble
 from megabase.pipeline.training.module import PretrainModule
-from megabase.pipeline.training.recorder import Recorder
+from megabase.pipeline.training.recorder import FinishedStep, Recorder
 from megabase.pipeline.zero.strategy import ZeroStrategy
 from megabase.pipeline.zero.timeouts import set_collective_timeouts
 
 
-class Boundary(pl.Callback):
-    """Runs the pipeline's side of training after each optimizer step. `stopped_early`: left before max_steps."""
+class TrainingCallback(pl.Callback):
+    """Journal, checkpoints, evaluation and stopping of a run.
+
+    Args:
+        config: of the run.
+        data: the run's windows.
+        groups: of ranks.
+        stop: set when this rank is asked to stop.
+        mirror: of rank 0, if the run is tracked.
+
+    Attributes:
+        step: optimizer steps done.
+        stopped_early: training has ended with something left to do.
+    """
 
     def __init__(
         self,
@@ -44,232 +67,269 @@ class Boundary(pl.Callback):
         stop: StopRequest,
         mirror: Mirror | None,
     ) -> None:
-        self.config = config
-        self.data = data
-        self.groups = groups
-        self.ranks = ranks = groups.world
-        self.stop = stop
-        self.stopped_early = False
         self.step = 0
-        self._agreement = Agreement(ranks)
-        self._main = Recorder(config, ranks.size, mirror) if ranks.rank == 0 else None
+        self.stopped_early = False
+        self._config = config
+        self._paths = RunPaths(config.directory)
+        self._data = data
+        self._groups = groups
+        self._world = groups.world
+        self._stop = stop
+        self._agreement = Agreement(groups.world)
+        # On rank 0 only, as everything that is written is.
+        self._recorder = Recorder(config, groups.world.size, mirror) if groups.world.rank == 0 else None
         self._saved_at = time.monotonic()
         self._idle_since = 0.0
 
+    # -- Lightning's hooks
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the journal; make up for an evaluation that the start before did not finish."""
         assert isinstance(trainer.strategy, ZeroStrategy)
         self._saver = Saver(
-            self.config,
-            self.ranks,
+            self._config,
+            self._world,
             trainer.strategy.storage,
-            data=self.data.identity,
-            alphabet=self.data.index.alphabet.name,
+            data=self._data.identity,
+            alphabet=self._data.index.alphabet.name,
         )
         self.step = trainer.global_step
-        self._open_books()
-        set_collective_timeouts(self.config.trainer.hang_minutes)
-        if any(self.ranks.gather(bool(self.stop))):  # told while starting: what is on disk is all there is
-            self._say_why()
-            self.stopped_early = trainer.should_stop = True
+        self._open_journal()
+        set_collective_timeouts(self._config.trainer.hang_minutes)
+        if any(self._world.gather(bool(self._stop))):
+            # A request during start-up. There is nothing to save: training has not begun.
+            self._end(trainer, stopped_early=True, report_stop=True)
             return
-        if self._main:
-            self.stop.watch(RunPaths(self.config.directory).stop)
-        if self.step and self._evaluation_due() and not self._has_evaluation():
-            self.stopped_early = not self._evaluate(trainer)
-        if self.stopped_early:
-            self._say_why()
-        # Not before: a limit that is shorter than the start-up must leave room for a step.
-        self.stop.minutes = self.config.trainer.max_minutes
-        if self.stopped_early or self.step >= self.config.trainer.max_steps:
-            trainer.should_stop = True
-
-    def _open_books(self) -> None:
-        """On rank 0, begin to write; all ranks hear if that cannot be."""
-        error = None
-        if self._main:
-            try:
-                self._main.begin(self.step)
-            except OSError as caught:
-                error = f"cannot write in {self.config.directory}: {caught}"
-        self.ranks.check(error)
+        if self._recorder:
+            self._stop.watch(self._paths.stop)
+        if self._lacks_evaluation() and not self._evaluate(trainer):
+            self._end(trainer, stopped_early=True, report_stop=True)
+        elif self.step >= self._config.trainer.max_steps:
+            self._end(trainer, stopped_early=False)
+        # Set now, so that a limit that is shorter than the start-up leaves time for a step.
+        self._stop.minutes = self._config.trainer.max_minutes
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
-        if self._main and self._idle_since:
-            self._main.waited(time.monotonic() - self._idle_since)
+        """Measure how long training has waited for the batch."""
+        if self._recorder and self._idle_since:
+            self._recorder.add_waiting(time.monotonic() - self._idle_since)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        if trainer.global_step != self.step:  # else more micro batches belong to this step
+        """After the last micro batch of an optimizer step, do what is to be done between steps."""
+        if trainer.global_step != self.step:
+            self.step = trainer.global_step
             self._between_steps(trainer)
         watchdog.beat("training", self.step)
         self._idle_since = time.monotonic()
 
-    def _between_steps(self, trainer: pl.Trainer) -> None:
-        self.step = trainer.global_step
-        last = self.step >= self.config.trainer.max_steps
-        every = self.config.checkpoint.every_steps
-        save = last or (bool(every) and self.step % every == 0)
-        evaluation = self._evaluation_due()
-
-        heard = [self._finish_step(trainer)]
-        if save or evaluation or any(agreed and (agreed.stop or agreed.save) for agreed in heard):
-            heard.append(self._settle())
-        stop = any(agreed and agreed.stop for agreed in heard)
-        save = save or stop or any(agreed and agreed.save for agreed in heard)
-        if stop:
-            self._say_why()
-        if self._saver.pending and any(agreed and agreed.progress > self._saver.advanced for agreed in heard):
-            self._advance()
-        if save:
-            self._save(trainer, final=stop or last)
-        complete = not evaluation or self._evaluate(trainer)
-        if not complete:
-            if not stop:
-                self._say_why()
-            self._publish()
-            if not save:
-                self._save(trainer, final=True)
-
-        if stop or not complete:
-            self.stopped_early = not (last and complete)
-        if stop or last or not complete:
-            trainer.should_stop = True
-
-    def _say_why(self) -> None:
-        if self._main:
-            self._main.say(f"stopping: {self.stop.reason or 'another rank was told to'}")
-
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        if self._main:
-            self._main.close()
+        """Close the journal."""
+        if self._recorder:
+            self._recorder.close()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._main:
-            self._main.close()
+        """Close the journal."""
+        if self._recorder:
+            self._recorder.close()
 
-    def _finish_step(self, trainer: pl.Trainer) -> Agreed | None:
-        """Sum the loss over ranks, tell the ranks about this step, write down the one before."""
-        module, strategy = trainer.lightning_module, trainer.strategy
-        assert isinstance(module, PretrainModule) and isinstance(strategy, ZeroStrategy)
-        nats, scored = module.totals()
-        applied = strategy.step_was_applied()
-        minutes = self.config.checkpoint.every_minutes
-        overdue = bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
-        agreed = self._agreement.exchange(
-            self.step,
-            stop=bool(self.stop),
-            save=self.ranks.rank == 0 and overdue,
-            progress=self._saver.progress,
-            samples=hash_samples(module.step_samples),
-            trouble=self._main is not None and self._main.trouble is not None,
+    # -- between two optimizer steps
+
+    def _between_steps(self, trainer: pl.Trainer) -> None:
+        due = due_at(self.step, self._config, self._data.has_validation)
+        situation = situation_of(
+            due, self._agree(trainer, due), self._saver.advanced if self._saver.pending else None
         )
-        if self._main:
-            self._main.confirm(agreed)
-            self._main.add(self.step, nats, scored, module.step_targets, _gradient_norm(trainer), applied)
-            if self.step % self.config.trainer.log_every_steps == 0:
-                self._main.flush()
-        skipped = module.guard.finish(self.step, module.micro_nats, applied)
-        module.next_step()
-        if module.guard.skips and not applied and (skipped := self.ranks.broadcast(skipped)):
-            windows = self._report(Trouble(self.step, skipped))
-            if self._main:
-                self._main.say(f"{skipped}: its update is skipped; {windows}")
-        if agreed and agreed.trouble:
-            self._settle()  # which says what it is
+        decision = decide(situation)
+        self._carry_out(decision, trainer)
+        if decision.evaluate and not self._evaluate(trainer):
+            self._carry_out(decide_after_broken_evaluation(situation), trainer)
+
+    def _carry_out(self, decision: Decision, trainer: pl.Trainer) -> None:
+        """Do everything that a decision says but the evaluation."""
+        if decision.report_stop:
+            self._report_stop()
+        if decision.advance:
+            self._advance()
+        if decision.publish:
+            self._publish()
+        if decision.save:
+            self._save(trainer, final=decision.final)
+        if decision.end:
+            self._end(trainer, stopped_early=decision.stopped_early)
+
+    def _end(self, trainer: pl.Trainer, *, stopped_early: bool, report_stop: bool = False) -> None:
+        """Have Lightning train no further."""
+        if report_stop:
+            self._report_stop()
+        self.stopped_early = stopped_early
+        trainer.should_stop = True
+
+    def _report_stop(self) -> None:
+        if self._recorder:
+            self._recorder.print(f"stopping: {self._stop.reason or 'another rank was told to'}")
+
+    # -- what the ranks know
+
+    def _agree(self, trainer: pl.Trainer, due: Due) -> list[Agreed | None]:
+        """Exchange what this rank knows of the step; returns what all ranks now know."""
+        agreed = [self._finish_step(trainer)]
+        if must_settle(due, agreed[0]):
+            agreed.append(self._settle())
         return agreed
 
-    def _settle(self) -> Agreed | None:
-        """Complete the journal up to this step, and learn now what was agreed about it.
+    def _finish_step(self, trainer: pl.Trainer) -> Agreed | None:
+        """Sum the loss over ranks, send this rank's part of the agreement, note the step for the journal.
 
-        Before anything is published that counts on the journal. Numbers that are bad end the run here: on every
-        rank, and before a poisoned checkpoint could push out a good one.
+        Returns:
+            What the ranks agreed about the step before.
+        """
+        module, strategy = trainer.lightning_module, trainer.strategy
+        assert isinstance(module, PretrainModule) and isinstance(strategy, ZeroStrategy)
+        nats, weights = module.totals()
+        applied = strategy.step_was_applied()
+        recorder = self._recorder
+        agreed = self._agreement.exchange(
+            self.step,
+            stop=bool(self._stop),
+            save=recorder is not None and self._save_is_overdue(),
+            progress=self._saver.progress,
+            samples=hash_samples(module.step_samples),
+            trouble=recorder is not None and recorder.trouble is not None,
+        )
+        if recorder:
+            recorder.add_samples(agreed)
+            norm = strategy.gradient_norm()
+            recorder.add(FinishedStep(self.step, nats, weights, module.step_targets, norm, applied))
+            if self.step % self._config.trainer.log_every_steps == 0:
+                recorder.flush()
+        reason = module.guard.finish(self.step, module.micro_nats, applied)
+        module.next_step()
+        if module.guard.skips and not applied:
+            self._report_skip(self._world.broadcast(reason))
+        if agreed and agreed.trouble:
+            self._settle()  # raises
+        return agreed
+
+    def _save_is_overdue(self) -> bool:
+        minutes = self._config.checkpoint.every_minutes
+        return bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
+
+    def _settle(self) -> Agreed | None:
+        """Complete the journal up to this step and learn what was agreed about it.
+
+        Called before anything is published that depends on the journal.
+
+        Raises:
+            RunError: on every rank, if rank 0 found bad numbers. A checkpoint with them must not replace a good one.
         """
         agreed = self._agreement.settle()
         trouble = None
-        if self._main:
-            self._main.confirm(agreed)
-            self._main.flush()
-            trouble = self._main.trouble
-        if trouble := self.ranks.broadcast(trouble):
+        if self._recorder:
+            self._recorder.add_samples(agreed)
+            self._recorder.flush()
+            trouble = self._recorder.trouble
+        if trouble := self._world.broadcast(trouble):
             raise RunError(
-                f"{trouble.text}: stopped before a checkpoint of it was written; {self._report(trouble)}. The same"
-                " command goes on from the last good checkpoint, or begins where there is none, and comes to the same"
-                f" numbers: {trouble.way_out}"
+                f"{trouble.text}: stopped before a checkpoint of it was written; {self._report_windows(trouble)}. The"
+                " same command goes on from the last good checkpoint, or begins where there is none, and comes to the"
+                f" same numbers: {trouble.way_out}"
             )
         return agreed
 
-    def _report(self, trouble: Trouble) -> str:
-        """What is known of the windows of a bad step, also written to a file; all ranks call it."""
-        trainer = self.data.trainer
+    def _report_skip(self, reason: str) -> None:
+        """Print why the update of this step was skipped, if it was (`reason` is not empty). All ranks call it."""
+        if reason:
+            windows = self._report_windows(Trouble(self.step, reason))
+            if self._recorder:
+                self._recorder.print(f"{reason}: its update is skipped; {windows}")
+
+    def _report_windows(self, trouble: Trouble) -> str:
+        """Write the windows of a bad step to a file; returns what to print about them. All ranks call it."""
+        trainer = self._data.trainer
         assert trainer is not None and trainer.train_dataloader is not None
         module = trainer.lightning_module
         assert isinstance(module, PretrainModule)
         nats = module.guard.micro_nats(trouble.step)
-        return report(self.config, trouble, self.groups.data, nats, trainer.train_dataloader.dataset)
+        return report(self._config, trouble, self._groups.data, nats, trainer.train_dataloader.dataset)
 
-    def _evaluation_due(self) -> bool:
-        every = self.config.trainer.eval_every_steps
-        last = self.step >= self.config.trainer.max_steps
-        return self.data.has_validation and (last or (bool(every) and self.step % every == 0))
+    # -- journal, evaluation, checkpoints
 
-    def _has_evaluation(self) -> bool:
-        journal = RunPaths(self.config.directory).metrics
-        return bool(self.ranks.broadcast(self.ranks.rank == 0 and has_evaluation(journal, self.step)))
+    def _open_journal(self) -> None:
+        """On rank 0, open the journal. Raises RunError on every rank if that fails."""
+        error = None
+        if self._recorder:
+            try:
+                self._recorder.open(self.step)
+            except OSError as caught:
+                error = f"cannot write in {self._config.directory}: {caught}"
+        self._world.check(error)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the checkpoint that training resumed from was to be evaluated and was not."""
+        if not self.step or not due_at(self.step, self._config, self._data.has_validation).evaluation:
+            return False
+        found = self._recorder is not None and has_evaluation(self._paths.metrics, self.step)
+        return not self._world.broadcast(found)
 
     def _evaluate(self, trainer: pl.Trainer) -> bool:
-        """Evaluate and write the row; whether that was finished, or broken off because ranks agreed to stop."""
-        asking = Agreement(self.ranks)
-        asked, stopped = 0, False
+        """Evaluate and write the row; false if the ranks agreed to stop before it was finished."""
+        strategy = trainer.strategy
+        agreement = Agreement(self._world)
+        batches, stopped = 0, False
 
         def stop() -> bool:
-            nonlocal asked, stopped
-            asked += 1
+            nonlocal batches, stopped
+            batches += 1
             watchdog.beat("evaluating", self.step)
-            agreed = asking.exchange(asked, stop=bool(self.stop), save=False, progress=0, samples=0)
+            agreed = agreement.exchange(batches, stop=bool(self._stop), save=False, progress=0, samples=0)
             stopped = agreed is not None and agreed.stop
             return stopped
 
-        # The last figure is the one that is quoted: over the whole split.
-        last = self.step >= self.config.trainer.max_steps
-        result = evaluate(trainer, self.data, 0 if last else self.config.trainer.eval_sequences, stop)
-        asking.settle()
-        if self._main and result is not None:
+        def score(batch: Batch) -> Score:
+            moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            sums = strategy.validation_step(moved, batches)
+            assert isinstance(sums, dict)
+            return Score(**sums)
+
+        # The last evaluation of a run takes the whole split: its result is the one that is quoted.
+        last = self.step >= self._config.trainer.max_steps
+        loader = self._data.some_validation(0 if last else self._config.trainer.eval_sequences)
+        assert not isinstance(loader, list)  # evaluations are due only if there is a validation split
+        trainer.lightning_module.eval()
+        result = evaluate(score, loader, strategy.root_device, group=self._groups.data.handle, stop=stop)
+        trainer.lightning_module.train()
+        agreement.settle()
+        if self._recorder and result is not None:
             watchdog.beat("fitting Markov models", self.step)
-            skip = self.config.data.on_error == SKIP
-            ladder = baselines(self.config.directory, self.data.index, skip)
-            self._main.evaluated(evaluation_row(self.step, result, ladder))
+            skip = self._config.data.on_error == SKIP
+            orders = baselines(self._config.directory, self._data.index, skip)
+            self._recorder.add_evaluation(evaluation_row(self.step, result, orders))
         return not stopped
 
     def _save(self, trainer: pl.Trainer, *, final: bool) -> None:
-        """Write a checkpoint of this step, or begin to; the one with which a run ends is there on return."""
+        """Write a checkpoint of this step. A final one is published on return, one in the background only begun."""
         self._publish()
         watchdog.beat("writing a checkpoint", self.step)
         self._saver.begin(trainer, self.step, must=final)
         self._saved_at = time.monotonic()
-        if final or not self.config.checkpoint.background:
+        if final or not self._config.checkpoint.background:
             self._publish()
-        if self._main:
-            self._main.held()
+        if self._recorder:
+            self._recorder.restart_speed()
 
     def _publish(self) -> None:
-        """Publish the checkpoint that is being written, if there is one; waits for the slowest rank."""
+        """Wait until the checkpoint that is being written is published, if there is one."""
         while self._saver.pending:
             self._advance()
 
     def _advance(self) -> None:
-        """Do the next thing for the checkpoint that is being written."""
+        """Do the next part of the checkpoint that is being written."""
         watchdog.beat("publishing a checkpoint", self.step)
         saved = self._saver.advance()
         watchdog.beat("training", self.step)
-        if self._main and saved:
-            self._main.saved(saved)
-
-
-def _gradient_norm(trainer: pl.Trainer) -> Any:
-    """Global gradient norm of the last step, before clipping: a number or a tensor on the device."""
-    strategy = trainer.strategy
-    assert isinstance(strategy, ZeroStrategy)
-    return strategy.gradient_norm()
+        if self._recorder and saved:
+            self._recorder.add_checkpoint(saved)

@@ -1,27 +1,32 @@
-"""Bits per base of a model on a split, beside the Markov models that anything worth training must beat."""
+"""Loss and bits per base of a model on the windows of a split. Needs no Lightning.
+
+A training passes a function that scores a batch through DeepSpeed; a plain Reformer in one process is scored by
+`scorer(model)`.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megabase.datamodules.datamodule import SequenceDataModule
-from megabase.datamodules.files import publish_json
-from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.report import markov
-from megabase.pipeline.rundir.journal import Row
-from megabase.pipeline.rundir.paths import RunPaths
+from megabase.datamodules.batches.collate import Batch, Wide
+from megabase.models import Reformer, Seeds
 
-logger = logging.getLogger(__name__)
+
+class Score(NamedTuple):
+    """Of one batch: the sum of nats over its scored bases, their number, and the windows that could not be read.
+
+    Each is a scalar tensor on the model's device.
+    """
+
+    nats: Tensor
+    bases: Tensor
+    skipped: Tensor
 
 
 def bits(nats: float) -> float:
@@ -30,70 +35,72 @@ def bits(nats: float) -> float:
 
 
 def evaluate(
-    trainer: pl.Trainer, data: SequenceDataModule, most: int, stop: Callable[[], bool]
+    score: Callable[[Batch], Score],
+    loader: Iterable[Batch],
+    device: torch.device,
+    *,
+    group: dist.ProcessGroup | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Loss on the validation split, summed over ranks; every rank calls it.
-
-    None if the split has no window, or if `stop` became true: it is asked between batches, and every rank must
-    get the same answer.
+    """Mean loss over all batches, of all ranks of a group. Put the model into evaluation mode before.
 
     Args:
-        most: windows to take, spread evenly over the split; 0 takes all.
+        score: scores one batch as it comes from the loader.
+        loader: this rank's batches, each window of the split in one batch of one rank.
+        device: of the sums; where `score` returns its tensors.
+        group: the ranks to sum over, each of which calls this function; None: this process alone.
+        stop: called before each batch; if it returns true, the evaluation ends. Every rank must get the same answer.
 
     Returns:
-        valid_loss (nats per scored base), valid_bits_per_base, valid_bases (number of scored bases): every letter of
-        the windows, or with `data.objective` masked the masked ones. valid_skipped: windows that could not be read
-        (`data.on_error` skip), if there were any.
+        valid_loss (nats per scored base), valid_bits_per_base, valid_bases (number of scored bases: all letters of
+        the windows, or with `data.objective` masked the masked ones), and valid_skipped, the number of windows that
+        could not be read (`data.on_error` skip), if there are any. None if `stop` ended it.
     """
-    loader = data.some_validation(most)
-    if isinstance(loader, list):
-        return None
-    module = trainer.lightning_module
-    strategy = trainer.strategy
-    total = torch.zeros(3, dtype=torch.float64, device=strategy.root_device)
-    module.eval()
+    total = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for index, batch in enumerate(loader):
+        for batch in loader:
             if stop():
-                module.train()
                 return None
-            moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            sums = strategy.validation_step(moved, index)
-            assert isinstance(sums, dict)
-            total += torch.stack([sums[name].double() for name in ("nats", "bases", "skipped")])
-    module.train()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    nats_sum, bases_sum, skipped = total.tolist()
-    loss = nats_sum / bases_sum if bases_sum else math.nan
-    result = {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases_sum)}
+            total += torch.stack([each.double() for each in score(batch)])
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    nats, bases, skipped = total.tolist()
+    loss = nats / bases if bases else math.nan
+    result = {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases)}
     return result | ({"valid_skipped": int(skipped)} if skipped else {})
 
 
-def baselines(directory: Path, index: ShardIndex, skip: bool) -> list[float]:
-    """Bits per base of Markov models of order 0, 1, ..., fitted on the training and scored on the validation split.
+def scorer(model: Reformer, seed: int) -> Callable[[Batch], Score]:
+    """A function that scores batches with a plain Reformer, moving them to its device.
 
-    Up to order 5, or as far as counting goes with a larger alphabet. Computed once for a run and kept in
-    `baselines.json`. skip: leave out bases that cannot be read. For rank 0.
+    Args:
+        model: in evaluation mode.
+        seed: `run.seed`, from which the rotations of LSH attention are drawn.
     """
-    path = RunPaths(directory).baselines
-    identity = index.segments.identity
-    with suppress(
-        FileNotFoundError, ValueError, KeyError, TypeError
-    ):  # torn, or of another version: count again
-        kept = json.loads(path.read_bytes())
-        if kept["data"] == identity:
-            ladder: list[float] = kept["markov_bits_per_base"]
-            return ladder
-    ladder = list(markov.bits_per_base(index, skip=skip).values())
-    try:
-        publish_json(path, {"data": identity, "markov_bits_per_base": ladder})
-    except OSError as error:  # counted again when they are needed again
-        logger.warning("%s cannot be written: %s", path, error.strerror)
-    return ladder
+    device = next(model.parameters()).device
+
+    def score(batch: Batch) -> Score:
+        moved = batch._replace(
+            codes=batch.codes.to(device),
+            hidden=None if batch.hidden is None else batch.hidden.to(device),
+            soft=None if batch.soft is None else batch.soft.to(device),
+            samples=batch.samples.to(device),
+        )
+        return score_batch(model, moved, seed)
+
+    return score
 
 
-def evaluation_row(step: int, result: dict[str, float], ladder: list[float]) -> Row:
-    """The journal's row of one evaluation."""
-    row: dict[str, Any] = {"step": step, **result}
-    return row | {f"markov_{order}_bits_per_base": value for order, value in enumerate(ladder)}
+def score_batch(model: Reformer, batch: Batch, seed: int) -> Score:
+    """Score one batch that is on the model's device. Evaluation weighs every scored base alike."""
+    wide = batch.widened()
+    nats = model.loss(wide.tokens, wide.labels, seeds=Seeds(run=seed))
+    bases, skipped = scored(wide._replace(weights=None), batch.skipped)
+    return Score(nats, bases, skipped)
+
+
+def scored(wide: Wide, skipped: int) -> Tensor:
+    """The sum of the weights of a batch's labels, and `skipped`: (2,) fp64 on its device, without synchronising."""
+    labelled = wide.labels != -100
+    weight = labelled.sum() if wide.weights is None else wide.weights.double().where(labelled, 0.0).sum()
+    return torch.stack([weight.double(), torch.full_like(weight, skipped, dtype=torch.float64)])

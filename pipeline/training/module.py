@@ -1,4 +1,7 @@
-"""The LightningModule around the Reformer: the loss of a global batch, the optimizer, the learning rate."""
+"""The LightningModule around the Reformer: the loss of a global batch, the optimizer, the learning rate.
+
+Its losses stay on the device; `callback.py` reads them when it writes the journal.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megabase.datamodules.batches.collate import Wide
 from megabase.models import Reformer
 from megabase.models.chance import Seeds
 from megabase.models.reversible import ReversibleStack
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
+from megabase.pipeline.training.evaluate import score_batch, scored
 from megabase.pipeline.training.guard import Guard, recent_rows, step_loss
 from megabase.pipeline.zero.adamw import PlainAdamW
 from megabase.pipeline.zero.parameters import full_shape
@@ -28,25 +31,36 @@ Named = tuple[str, nn.Parameter]
 class PretrainModule(pl.LightningModule):
     """Pretraining of `config.model` on the next base or on masked ones, as `data.objective` says.
 
-    The loss that is differentiated is the sum of nats over the scored bases of the micro batch, divided by the
-    number of scored bases in the whole global batch: every real base weighs the same, whatever rank, micro batch
-    or run of N it falls into. Where letters weigh differently (`data.softmask_weight`), or windows that cannot be read
-    are skipped, the divisor stays that number: the index knows it, so no rank must ask another.
+    The differentiated loss is the sum of nats over the scored bases of the micro batch, divided by the number of scored
+    bases in the whole global batch: every base has the same weight, whatever its rank, micro batch or window. The
+    divisor is that number also where letters have other weights (`data.softmask_weight`) or windows that cannot be read
+    are skipped: the index gives it, so that ranks need not exchange anything.
+
+    Args:
+        config: of the run; `model.vocab_size` is set.
+        data_ranks: ranks that train on different windows, over which gradients are averaged.
+
+    Attributes:
+        step_nats: sum of nats of this rank in the optimizer step under way; fp32 scalar on the device.
+        micro_nats: the same for each micro batch of the step.
+        step_scored: (2,) fp64 on the device, the weight of this rank's labels and the number of its skipped windows;
+            None where `step_targets` tells that already.
+        step_samples: ids of the windows that this rank has trained on in the step.
+        step_targets: labels in the global batch.
+        guard: judges the numbers of each step.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, data_ranks: int) -> None:
         super().__init__()
         self.config = config
         self.model: Reformer | None = None
-        # Of the optimizer step under way, on the device: nats of this rank so far. Read by `loop.Boundary`.
         self.step_nats: Tensor | None = None
-        # The same, of each of its micro batches.
         self.micro_nats: list[Tensor] = []
-        # Likewise (2,) fp64: the weight of the labels and the skipped windows, where `step_targets` does not tell.
         self.step_scored: Tensor | None = None
         self.step_samples: list[int] = []
-        self.step_targets = 0
+        self.step_targets: float = 0
         self.guard = Guard(config)
+        self._data_ranks = data_ranks
         self._totals: tuple[Tensor, Tensor | None] | None = None
 
     def configure_model(self) -> None:
@@ -57,13 +71,13 @@ class PretrainModule(pl.LightningModule):
             refuse_shared_blocks(self.model, self.config.zero.stage)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note the samples while they are on the host: reading them later would wait for the device."""
+        """Note the ids of the samples while they are on the host: later that would synchronise the device."""
         if self.trainer.training:
             self.step_samples += batch.samples.tolist()
         return batch
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        """Loss of one micro batch as described above; fp32 scalar, nats per scored base of the global batch."""
+        """Loss of one micro batch as the class describes it: fp32 scalar, nats per scored base of the global batch."""
         assert self.model is not None
         seeds = Seeds(run=self.config.run.seed, step=self.global_step, samples=batch.samples)
         wide = batch.widened()
@@ -72,25 +86,25 @@ class PretrainModule(pl.LightningModule):
         self.micro_nats.append(nats.detach())
         self.step_targets = batch.targets
         if self.config.data.uneven:
-            scored = _scored(wide, batch.skipped)
-            self.step_scored = scored if self.step_scored is None else self.step_scored + scored
-        # Gradients are averaged over ranks, and Lightning divides the loss by the micro batches of a step.
-        averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
+            here = scored(wide, batch.skipped)
+            self.step_scored = here if self.step_scored is None else self.step_scored + here
+        # DeepSpeed averages gradients over ranks, and Lightning divides the loss by the micro batches of a step.
+        averaged = self._data_ranks * self.trainer.accumulate_grad_batches
         loss = nats * (averaged / max(batch.targets, 1))
-        if self.guard.skips and self._step_is_whole():
+        if self.guard.skips and self._is_last_micro_batch():
             total, _ = step_loss(*self.totals(), self.step_targets)
-            if self.guard.drops(total):
-                loss = loss * math.nan  # which makes DeepSpeed drop the gradients of the step on every rank
+            if self.guard.is_bad(total):
+                loss = loss * math.nan  # makes DeepSpeed skip the update of the step on every rank
         return loss
 
     def totals(self) -> tuple[Tensor, Tensor | None]:
-        """Nats (fp32 scalar) and `step_scored` of the step over all ranks, on the device.
+        """`step_nats` and `step_scored` summed over all ranks, on the device.
 
-        The first call in a step is a collective one.
+        The first call in a step communicates: all ranks must make it.
         """
         if self._totals is None:
             assert self.step_nats is not None
-            # A copy: the only micro batch of a step is what `micro_nats` holds, too.
+            # A copy, because `micro_nats` holds the same tensor if the step has one micro batch.
             self._totals = self.step_nats.float().clone(), self.step_scored
             if self.trainer.world_size > 1:
                 for total in self._totals:
@@ -99,34 +113,31 @@ class PretrainModule(pl.LightningModule):
         return self._totals
 
     def next_step(self) -> None:
-        """Forget the step that is finished."""
+        """Begin the next optimizer step with empty sums."""
         self.step_nats, self.step_scored, self._totals = None, None, None
         self.step_samples, self.micro_nats = [], []
 
     def on_train_start(self) -> None:
-        """Where updates may be skipped, every rank judges by what the run's journal says."""
+        """With `guard.on_bad=skip`, give every rank the last rows of the journal, to judge the next losses."""
         if self.guard.skips:
             rows = recent_rows(self.config, self.global_step) if self.trainer.is_global_zero else []
             self.guard.resume(self.trainer.strategy.broadcast(rows))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Stage 0 in fp32: note the gradient norm before it is clipped, as DeepSpeed does in all other cases."""
-        if isinstance(optimizer, PlainAdamW) and self._step_is_whole():
+        """Stage 0 in fp32: note the gradient norm before clipping, as DeepSpeed does in all other cases."""
+        if isinstance(optimizer, PlainAdamW) and self._is_last_micro_batch():
             optimizer.measure()
 
-    def _step_is_whole(self) -> bool:
+    def _is_last_micro_batch(self) -> bool:
         return len(self.micro_nats) == self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Any, batch_index: int) -> dict[str, Tensor]:
-        """Of one batch of windows: sum of `nats`, number of scored `bases`, and of `skipped` windows."""
+        """The `Score` of one batch, as a dictionary."""
         assert self.model is not None
-        wide = batch.widened()
-        nats = self.model.loss(wide.tokens, wide.labels, seeds=Seeds(run=self.config.run.seed))
-        bases, skipped = _scored(wide._replace(weights=None), batch.skipped)
-        return {"nats": nats, "bases": bases, "skipped": skipped}
+        return score_batch(self.model, batch, self.config.run.seed)._asdict()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; weight decay on matrices only (norms, biases and scales are vectors)."""
+        """AdamW, with weight decay on matrices only, not on norms, biases and scales."""
         optim = self.config.optim
         decays = (optim.weight_decay, 0.0)
         groups = [
@@ -134,7 +145,7 @@ class PretrainModule(pl.LightningModule):
             for group, decay in zip(self._parameter_groups(), decays, strict=True)
             if group
         ]
-        # DeepSpeed wraps the optimizer in every case but this one.
+        # In every other case DeepSpeed wraps the optimizer and measures the gradient norm itself.
         plain = self.config.zero.stage == 0 and precision_of(self.config.trainer.precision) == "32"
         kind = PlainAdamW if plain else torch.optim.AdamW
         adam = kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
@@ -143,7 +154,7 @@ class PretrainModule(pl.LightningModule):
         return adam
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add `parameters`: names in the order of the optimizer's groups, which its states are numbered by."""
+        """Add `parameters`: their names in the order of the optimizer's groups, by which its states are numbered."""
         checkpoint["parameters"] = [
             [name for name, _ in group] for group in self._parameter_groups() if group
         ]
@@ -159,17 +170,10 @@ class PretrainModule(pl.LightningModule):
         return matrices, vectors
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Set the learning rate of the step: a function of its number, so there is no schedule to restore."""
+        """Set the learning rate, a function of the step's number: there is no schedule to restore on resume."""
         rate = learning_rate(self.global_step, self.config.optim, self.config.trainer.max_steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
-
-
-def _scored(wide: Wide, skipped: int) -> Tensor:
-    """(2,) fp64 on the device of the batch: sum of its labels' weights, and `skipped`. Waits for nothing."""
-    labelled = wide.labels != -100
-    weight = labelled.sum() if wide.weights is None else wide.weights.double().where(labelled, 0.0).sum()
-    return torch.stack([weight.double(), torch.full_like(weight, skipped, dtype=torch.float64)])
 
 
 def refuse_shared_blocks(model: nn.Module, stage: int) -> None:
@@ -193,9 +197,12 @@ def refuse_shared_blocks(model: nn.Module, stage: int) -> None:
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
-    """Learning rate of the optimizer step with number `step` (from 0): linear warm-up, then a cosine.
+    """Learning rate of an optimizer step: linear warm-up, then a cosine.
 
-    The cosine falls from `optim.lr` to `optim.min_lr * optim.lr` at `max_steps`.
+    Args:
+        step: number of the step, from 0.
+        optim: the cosine falls from `optim.lr` to `optim.min_lr * optim.lr`.
+        max_steps: the step at which it gets there.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

@@ -118,8 +118,8 @@ class Poisoned(PretrainModule):
     case: Case
     last: Poisoned
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, data_ranks: int) -> None:
+        super().__init__(config, data_ranks)
         type(self).last = self
         self.unchanged: list[int] = []
         self._before: list[Tensor] = []
@@ -195,7 +195,7 @@ def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[
     groups.world.check(None)
     Poisoned.case = case
     try:
-        ended = train._fit(config, groups.world.size, groups, StopRequest())
+        ended = train.fit(config, groups.world.size, groups, StopRequest())
     except RunError as error:
         ended = str(error)
     trained = Poisoned.last

@@ -17,7 +17,7 @@ from megabase.pipeline import cli
 from megabase.pipeline.checkpoint import publish as checkpoint
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.ranks.supervisor import supervise
-from megabase.pipeline.training import callback as loop
+from megabase.pipeline.training import callback
 from megabase.pipeline.training.module import PretrainModule
 
 
@@ -40,8 +40,7 @@ def during_checkpoint(partial: Path, *_: Any) -> None:
     tell()
 
 
-def during_evaluation(*arguments: Any) -> Any:
-    *others, stop = arguments
+def during_evaluation(*arguments: Any, stop: Callable[[], bool], **more: Any) -> Any:
     asked = []
 
     def asks() -> bool:
@@ -51,10 +50,10 @@ def during_evaluation(*arguments: Any) -> Any:
         answer: bool = stop()
         return answer
 
-    return evaluate(*others, asks)
+    return evaluate(*arguments, stop=asks, **more)
 
 
-evaluate = loop.evaluate
+evaluate = callback.evaluate
 
 
 def arrange(moment: str) -> None:
@@ -63,7 +62,7 @@ def arrange(moment: str) -> None:
     elif moment == "checkpoint":
         checkpoint.describe = before(checkpoint.describe, during_checkpoint)
     elif moment == "evaluation":
-        loop.evaluate = during_evaluation
+        callback.evaluate = during_evaluation
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.training.bad_windows import report
 from megabase.pipeline.training.guard import LEAST_LOSSES, History, Trouble, step_loss
-from megabase.pipeline.training.recorder import Recorder
+from megabase.pipeline.training.recorder import FinishedStep, Recorder
 from tests.pipeline.training import guard_worker
 from tests.pipeline.training.guard_worker import BAD, CASES, SAVED, STEPS
 from tests.processes import run_ranks
@@ -47,7 +47,7 @@ def rows(losses: Sequence[float]) -> list[Row]:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("guard.on_bad=panic", "guard.on_bad='panic': choose one of skip, stop"),
+        ("guard.on_bad=panic", "guard.on_bad='panic': choose one of stop, skip"),
         ("guard.spike=1", "guard.spike=1.0: a multiple of the usual loss, above 1"),
         ("guard.spike=-3", "guard.spike=-3.0: a multiple"),
         ("guard.window=0", "guard.window=0: must be above zero"),
@@ -170,16 +170,16 @@ def test_the_loss_of_a_step_is_per_scored_base() -> None:
     assert math.isnan(loss) and unread == 3
 
 
-def test_the_books_find_the_first_bad_step_and_count_what_was_skipped(tmp_path: Path) -> None:
+def test_the_recorder_finds_the_first_bad_step_and_count_what_was_skipped(tmp_path: Path) -> None:
     for on_bad, first in (("stop", 2), ("skip", None)):
         run = settings(f"guard.on_bad={on_bad}", f"run.root={tmp_path}", f"run.name={on_bad}")
         run.directory.mkdir()
         recorder = Recorder(run, 1, None)
-        recorder.begin(0)
+        recorder.open(0)
         for step, nats in enumerate([6.0, math.nan, math.inf, 6.0], 1):
             norm = 1.0 if math.isfinite(nats) else math.inf
-            recorder.add(step, torch.tensor(nats), None, 4, norm, applied=math.isfinite(nats))
-            recorder.confirm(Agreed(step, False, False, 0, 0))
+            recorder.add(FinishedStep(step, torch.tensor(nats), None, 4, norm, math.isfinite(nats)))
+            recorder.add_samples(Agreed(step, False, False, 0, 0))
         recorder.flush()
         assert (recorder.trouble and recorder.trouble.step) == first
         recorder.close()

@@ -18,7 +18,7 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training.module import PretrainModule, learning_rate, refuse_shared_blocks
-from megabase.pipeline.training.recorder import Recorder
+from megabase.pipeline.training.recorder import FinishedStep, Recorder
 
 TINY = ReformerConfig(vocab_size=9, dim=8, depth=3, heads=2, layers=["local"])
 
@@ -38,7 +38,7 @@ def test_the_rate_rises_then_falls_to_its_floor(warmup: int, max_steps: int, flo
 def test_only_matrices_decay() -> None:
     run = load([], ["run.name=x", "data.shards=s", "model.dim=8", "model.heads=2", "optim.weight_decay=0.3"])
     run.model.vocab_size = 9
-    module = PretrainModule(run)
+    module = PretrainModule(run, data_ranks=1)
     module.configure_model()
     matrices, vectors = module.configure_optimizers().param_groups
     assert matrices["weight_decay"] == 0.3 and all(p.ndim >= 2 for p in matrices["params"])
@@ -52,7 +52,7 @@ def test_the_seed_decides_the_weights() -> None:
     weights = []
     for _ in range(2):
         torch.rand(3)
-        module = PretrainModule(run)
+        module = PretrainModule(run, data_ranks=1)
         module.configure_model()
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
@@ -83,9 +83,9 @@ def test_soft_masked_letters_weigh_less_in_training_and_the_same_in_evaluation(t
     raw = Raw(bases, np.arange(2), np.zeros(2, bool))
     nats, scored = {}, {}
     for weight in (1.0, 0.5, 0.0):
-        module = PretrainModule(tiny_run(tmp_path, f"data.softmask_weight={weight}"))
+        module = PretrainModule(tiny_run(tmp_path, f"data.softmask_weight={weight}"), data_ranks=1)
         module.configure_model()
-        module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, global_step=0)
+        module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
         batch = causal_batch(raw, Alphabet.named("dna"), 20, weight)
         loss = module.training_step(batch, 0)
         module.training_step(batch, 1)
@@ -104,12 +104,13 @@ def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Pat
     run = tiny_run(tmp_path)
     run.directory.mkdir()
     recorder = Recorder(run, 1, None)
-    recorder.begin(0)
-    recorder.add(1, torch.tensor(6.0), None, 4, None)
-    recorder.add(2, torch.tensor(6.0), torch.tensor([0.75, 2.0], dtype=torch.float64), 4, None)
-    recorder.add(3, torch.tensor(0.0), torch.zeros(2, dtype=torch.float64), 4, None)
+    recorder.open(0)
+    weighted, unread = torch.tensor([0.75, 2.0]).double(), torch.zeros(2).double()
+    recorder.add(FinishedStep(1, torch.tensor(6.0), None, 4, None))
+    recorder.add(FinishedStep(2, torch.tensor(6.0), weighted, 4, None))
+    recorder.add(FinishedStep(3, torch.tensor(0.0), unread, 4, None))
     for step in (1, 2, 3):
-        recorder.confirm(Agreed(step, False, False, 0, 0))
+        recorder.add_samples(Agreed(step, False, False, 0, 0))
     recorder.flush()
     recorder.close()
     rows = list(read(run.directory / "metrics.jsonl"))

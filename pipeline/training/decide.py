@@ -1,0 +1,145 @@
+"""What happens between two optimizer steps, as pure functions of what all ranks know.
+
+Every rank computes the same decision, because each input is a function of the step's number or was agreed between
+ranks. `callback.py` carries decisions out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.ranks.agreement import Agreed
+
+
+@dataclass(frozen=True)
+class Due:
+    """What the number of a step alone asks for.
+
+    Attributes:
+        last: the step is the last one, `trainer.max_steps`.
+        checkpoint: `checkpoint.every_steps` divides it, or it is the last one.
+        evaluation: `trainer.eval_every_steps` divides it, or it is the last one; and there is a validation split.
+    """
+
+    last: bool
+    checkpoint: bool
+    evaluation: bool
+
+
+def due_at(step: int, config: RunConfig, has_validation: bool) -> Due:
+    """What is due after optimizer step number `step`, counted from 1."""
+    last = step >= config.trainer.max_steps
+    return Due(
+        last=last,
+        checkpoint=last or _divides(config.checkpoint.every_steps, step),
+        evaluation=has_validation and (last or _divides(config.trainer.eval_every_steps, step)),
+    )
+
+
+def must_settle(due: Due, previous: Agreed | None) -> bool:
+    """Whether the ranks must agree about this step now, instead of one step later as usual.
+
+    They must before anything is published that depends on the journal being complete and the numbers being good.
+
+    Args:
+        due: at this step.
+        previous: what was agreed about the step before.
+    """
+    agreed_to_act = previous is not None and (previous.stop or previous.save)
+    return due.checkpoint or due.evaluation or agreed_to_act
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What all ranks know after an optimizer step.
+
+    Attributes:
+        due: at this step.
+        stop: some rank received a request to stop.
+        save: rank 0 wants a checkpoint, because `checkpoint.every_minutes` have passed.
+        advance: every rank has finished its part of the checkpoint that is being written.
+    """
+
+    due: Due
+    stop: bool = False
+    save: bool = False
+    advance: bool = False
+
+
+def situation_of(due: Due, agreed: list[Agreed | None], advanced: int | None) -> Situation:
+    """Combine what is due with what was agreed.
+
+    Args:
+        due: at this step.
+        agreed: about the step before, and about this step if `must_settle`.
+        advanced: parts of the checkpoint being written that are done with (`Saver.advanced`); None: none is written.
+    """
+    known = [each for each in agreed if each is not None]
+    return Situation(
+        due,
+        stop=any(each.stop for each in known),
+        save=any(each.save for each in known),
+        advance=advanced is not None and any(each.progress > advanced for each in known),
+    )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, in the order of the attributes.
+
+    Attributes:
+        report_stop: print why the run stops.
+        advance: do the next part of the checkpoint that is being written.
+        publish: wait until the checkpoint that is being written is published.
+        save: write a checkpoint of this step.
+        final: the run ends with that checkpoint: it must be published before `save` is done, and a full disk is an
+            error.
+        evaluate: evaluate on the validation split.
+        end: train no further.
+        stopped_early: the run ends with something left to do.
+    """
+
+    report_stop: bool = False
+    advance: bool = False
+    publish: bool = False
+    save: bool = False
+    final: bool = False
+    evaluate: bool = False
+    end: bool = False
+    stopped_early: bool = False
+
+
+def decide(situation: Situation) -> Decision:
+    """What to do after an optimizer step."""
+    due, end = situation.due, situation.stop or situation.due.last
+    return Decision(
+        report_stop=situation.stop,
+        advance=situation.advance,
+        save=due.checkpoint or situation.save or end,
+        final=end,
+        evaluate=due.evaluation,
+        end=end,
+        stopped_early=situation.stop and not due.last,
+    )
+
+
+def decide_after_broken_evaluation(situation: Situation) -> Decision:
+    """What remains to do when the ranks agreed to stop during the evaluation that `decide` asked for.
+
+    The next start makes up for the evaluation. It needs a checkpoint of this step, published.
+    """
+    before = decide(situation)
+    return Decision(
+        report_stop=not before.report_stop,
+        publish=True,
+        save=not before.save,
+        final=not before.save,
+        end=True,
+        stopped_early=True,
+    )
+
+
+def _divides(every: int, step: int) -> bool:
+    """Whether something is due at `step` that is due every so many steps; 0: never."""
+    return bool(every) and step % every == 0

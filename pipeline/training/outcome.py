@@ -1,0 +1,88 @@
+"""How a start of a run ends, and who is told: the status files first, then the user, then MLflow."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabase.datamodules.errors import DataError
+from megabase.models.config import ConfigError
+from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.ranks import supervisor
+from megabase.pipeline.ranks.failure import report_failure
+from megabase.pipeline.rundir.status import write_launcher_status, write_status
+from megabase.pipeline.tracking.mirror import Mirror
+
+logger = logging.getLogger(__name__)
+
+# How a start ends, in status.json, and what MLflow calls it.
+# again: stopped at a checkpoint, to be started again. stopped: the same, but because of a STOP file, so that no job
+# script starts it again. failed: another start would fail in the same way. crashed: another start may succeed.
+MLFLOW_STATUS = {
+    "finished": "FINISHED",
+    "again": "KILLED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "crashed": "FAILED",
+}
+# Seconds that the end of a run waits for MLflow. What is not sent by then stays in the journal for the next start.
+MLFLOW_FLUSH_S = 20.0
+# The same when the run fails: the launcher kills rank 0 GRACE_S seconds after another rank exits.
+MLFLOW_FLUSH_AFTER_FAILURE_S = supervisor.GRACE_S / 2
+
+
+@dataclass
+class Outcome:
+    """How a start of a run ends.
+
+    Attributes:
+        state: a key of MLFLOW_STATUS.
+        step: the last optimizer step that was done.
+        started: whether this start has written in the run directory. If not, the status of the start before stays.
+    """
+
+    state: str = "crashed"
+    step: int = 0
+    started: bool = False
+
+
+def state_of(error: BaseException) -> str:
+    """The state of a run that an error ended: failed or crashed."""
+    if not isinstance(error, RunError | UserError | DataError | ConfigError):
+        return "crashed"
+    return "crashed" if getattr(error, "temporary", False) else "failed"
+
+
+def write_running(directory: Path, step: int) -> None:
+    """Write that the run trains, for people and for the job script. For rank 0."""
+    write_status(directory, "running", step)
+    write_launcher_status("running", step, directory)
+
+
+def conclude(
+    outcome: Outcome, directory: Path, rank: int, mirror: Mirror | None, failure: BaseException | None
+) -> None:
+    """Write the status, print the error, flush MLflow; every rank calls it.
+
+    In this order: SLURM or the launcher may kill this process while MLflow is being flushed.
+
+    Args:
+        outcome: of this start.
+        directory: the run directory.
+        rank: of this process.
+        mirror: of rank 0, if the run is tracked.
+        failure: the error that ended the run, if one did.
+    """
+    if rank == 0:
+        if outcome.started:
+            write_status(directory, outcome.state, outcome.step)
+        write_launcher_status(outcome.state, outcome.step, directory)
+    if failure:
+        report_failure(failure)
+    if mirror:
+        seconds = MLFLOW_FLUSH_AFTER_FAILURE_S if failure else MLFLOW_FLUSH_S
+        if not mirror.finish(MLFLOW_STATUS[outcome.state], seconds):
+            logger.warning(
+                "MLflow has not taken everything; the journal has it, and the same command sends the rest"
+            )

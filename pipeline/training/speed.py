@@ -1,0 +1,66 @@
+"""How fast training goes: tokens a second, utilisation of the device, memory."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from megabase.models.flops import training_flops_per_token
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.hardware import peak_flops, peak_memory, precision_of
+from megabase.pipeline.rundir.journal import Row
+
+
+class Speed:
+    """Throughput since the last measurement. Call `restart` after evaluations and checkpoints, which do not count.
+
+    Args:
+        config: of the run.
+        ranks: devices that share the work.
+
+    Attributes:
+        steps: optimizer steps since the last measurement.
+        data_seconds: the part of that time that was spent waiting for batches.
+    """
+
+    def __init__(self, config: RunConfig, ranks: int) -> None:
+        self._ranks = ranks
+        self._tokens_per_step = config.data.global_batch * config.data.length
+        self._flops = training_flops_per_token(config.model, config.data.length)
+        self._peak = None
+        if torch.cuda.is_available():
+            self._peak = peak_flops(torch.cuda.get_device_name(), precision_of(config.trainer.precision))
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure from now on."""
+        self._since = time.monotonic()
+        self.steps = 0
+        self.data_seconds = 0.0
+
+    def measure(self) -> Row:
+        """The figures since the last measurement, for `performance.jsonl`; starts the next measurement.
+
+        Returns:
+            tokens_per_second of all ranks, and tokens_per_second_per_device; model_tflops per device, what the model
+            needs with a backward pass of twice the forward pass, and hardware_tflops, what is computed (a reversible
+            model computes the forward pass twice); mfu and hfu, the same as shares of the device's peak, if its data
+            sheet is known; peak_memory_bytes of rank 0; data_wait, the share of time spent waiting for batches.
+        """
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = self._tokens_per_step * self.steps / seconds
+        per_device = rate / self._ranks
+        model, hardware = (per_device * flops for flops in self._flops)
+        row: Row = {
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": per_device,
+            "model_tflops": model / 1e12,
+            "hardware_tflops": hardware / 1e12,
+            "peak_memory_bytes": peak_memory(),
+            "data_wait": self.data_seconds / seconds,
+        }
+        if self._peak:
+            row |= {"mfu": model / self._peak, "hfu": hardware / self._peak}
+        self.restart()
+        return row

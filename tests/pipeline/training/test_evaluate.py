@@ -1,0 +1,111 @@
+"""Evaluation of a plain model in one process, without Lightning: the numbers of a training's own evaluation."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megabase.datamodules.config import DataConfig
+from megabase.datamodules.datamodule import SequenceDataModule
+from megabase.models import Reformer, ReformerConfig, Seeds
+from megabase.models.config import LocalConfig, LSHConfig
+from megabase.models.pretrained import from_pretrained
+from megabase.pipeline.inference.export import export
+from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.training.evaluate import Score, bits, evaluate, score_batch, scorer
+from tests.conftest import STEPS
+
+CPU = torch.device("cpu")
+LENGTH = 512
+
+
+def windows(shards: Path, **more: object) -> SequenceDataModule:
+    return SequenceDataModule(
+        DataConfig(shards=str(shards), length=LENGTH, global_batch=8, micro_batch=2, **more),  # type: ignore[arg-type]
+        seed=0,
+    )
+
+
+def small_model(vocab_size: int) -> Reformer:
+    torch.manual_seed(0)
+    config = ReformerConfig(
+        vocab_size=vocab_size,
+        dim=16,
+        depth=2,
+        heads=2,
+        max_length=LENGTH,
+        lsh=LSHConfig(rounds=2, chunk_length=16),
+        local=LocalConfig(window=32),
+    )
+    return Reformer(config).eval()
+
+
+def test_it_is_the_mean_over_all_bases_of_the_split(lambda_shards: Path) -> None:
+    data = windows(lambda_shards)
+    model = small_model(data.index.alphabet.vocab_size)
+    loader = data.some_validation(0)
+    assert not isinstance(loader, list)
+    result = evaluate(scorer(model, seed=3), loader, CPU)
+    assert result is not None
+    nats = bases = 0.0
+    with torch.no_grad():
+        for batch in loader:
+            wide = batch.widened()
+            nats += model.loss(wide.tokens, wide.labels, seeds=Seeds(run=3)).double().item()
+            bases += (wide.labels != -100).sum().item()
+    assert bases > 4000
+    assert result == {
+        "valid_loss": nats / bases,
+        "valid_bits_per_base": bits(nats / bases),
+        "valid_bases": int(bases),
+    }
+
+
+def test_it_stops_when_asked_and_reports_windows_that_could_not_be_read() -> None:
+    def score(batch: int) -> Score:
+        return Score(torch.tensor(6.0), torch.tensor(4.0), torch.tensor(float(batch)))
+
+    batches: list = [0, 1, 2]
+    answers = iter([False, False, True])
+    assert evaluate(score, batches, CPU, stop=lambda: next(answers)) is None  # type: ignore[arg-type]
+    result = evaluate(score, batches, CPU)  # type: ignore[arg-type]
+    assert result is not None and result["valid_loss"] == 1.5 and result["valid_skipped"] == 3
+    nothing = evaluate(lambda batch: Score(*torch.zeros(3)), batches, CPU)
+    assert nothing is not None and math.isnan(nothing["valid_loss"])
+
+
+def test_soft_masked_letters_weigh_the_same_in_evaluation(lambda_shards: Path) -> None:
+    data = windows(lambda_shards, softmask_weight=0.5)
+    model = small_model(data.index.alphabet.vocab_size)
+    batch = next(iter(data.some_validation(2)))
+    assert score_batch(model, batch, 0).bases.item() == (batch.widened().labels != -100).sum().item()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_exported_model_gives_the_numbers_of_the_run_it_comes_from(
+    undisturbed: Path, lambda_shards: Path, tmp_path: Path
+) -> None:
+    export(undisturbed, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
+    model = from_pretrained(tmp_path / "out")
+    rows = [row for row in read(undisturbed / "metrics.jsonl") if "valid_loss" in row]
+    assert rows[-1]["step"] == STEPS
+    loader = windows(lambda_shards).some_validation(0)
+    assert not isinstance(loader, list)
+    result = evaluate(scorer(model, seed=0), loader, CPU)
+    assert result is not None
+    # The run's two ranks batch the windows in another way: sums in another order.
+    assert result["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], rel=1e-6)
+    assert result["valid_bases"] == rows[-1]["valid_bases"]
+
+
+def test_it_imports_no_lightning() -> None:
+    program = (
+        "import sys; import megabase.pipeline.training.evaluate\n"
+        "assert not {'pytorch_lightning', 'deepspeed'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
