@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megabase.pipeline.bench.attention import AttentionTask
-from megabase.pipeline.bench.model import ModelTask
+from megabase.pipeline.bench.attention_task import AttentionTask
+from megabase.pipeline.bench.model_task import ModelTask
 from megabase.pipeline.bench.options import lengths_of
 
 

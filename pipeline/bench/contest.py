@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+OURS = "ours"
+"""The contestant that the others are compared with. Names of our other contestants begin with it."""
+
 LEAST_REPEATS = 3
 """Fewer timed calls have no spread worth the name."""
 
@@ -87,6 +90,10 @@ class Point:
     def peak_bytes(self) -> int | None:
         """The probe's peak memory."""
         return None if self.probe is None else self.probe.peak_bytes
+
+
+Call = Callable[[], object]
+"""What a contestant does once, with its inputs drawn."""
 
 
 class Lab(Protocol):

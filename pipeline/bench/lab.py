@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from megabase.models.config import ConfigError
-from megabase.pipeline.bench.contest import Lab, LeftOut, Probe, Reason, out_of_memory
+from megabase.pipeline.bench.contest import Call, Lab, LeftOut, Probe, Reason, out_of_memory
 from megabase.pipeline.errors import first_line
 
 FREE_SHARE = 0.6
@@ -46,8 +46,6 @@ M_MMAP_THRESHOLD, BLOCK = -3, 128 << 10
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 """What torch's allocators and libraries say in a RuntimeError."""
-
-Call = Callable[[], object]
 
 
 class Task(Protocol):

@@ -11,17 +11,13 @@ import io
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megabase.pipeline.bench.contest import LeftOut, Reason
-
-if TYPE_CHECKING:
-    from megabase.pipeline.bench.attention import AttentionTask
-    from megabase.pipeline.bench.model import ModelTask
 
 TRANSFORMERS = "transformers.models.reformer.modeling_reformer"
 REFORMER_PYTORCH = "reformer_pytorch"
@@ -35,6 +31,38 @@ SDPA_KERNELS = {
 }
 
 Forward = Callable[[], Tensor]
+
+
+class AttentionSize(Protocol):
+    """The size of an attention layer. chunk: positions of a chunk; rounds: of hashing."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+
+
+class ModelSize(Protocol):
+    """The size of a model and of its input. chunk: positions of a chunk; rounds: of hashing; length: tokens."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 
 def load(module: str) -> Any:
@@ -52,7 +80,7 @@ def load(module: str) -> Any:
 # Attention: each returns the forward pass as a function of nothing, and the leaves that get gradients.
 
 
-def sdpa(task: AttentionTask, draw: Callable[[], Tensor], kernel: str | None) -> tuple[Forward, list[Tensor]]:
+def sdpa(task: AttentionSize, draw: Callable[[], Tensor], kernel: str | None) -> tuple[Forward, list[Tensor]]:
     """torch's scaled_dot_product_attention, causal, of separate queries, keys and values; kernel None: its choice."""
     q, k, v = draw(), draw(), draw()
 
@@ -82,7 +110,7 @@ class _Given(nn.Module):
 
 
 def transformers_lsh(
-    task: AttentionTask, draw: Callable[[], Tensor], length: int
+    task: AttentionSize, draw: Callable[[], Tensor], length: int
 ) -> tuple[Forward, list[Tensor]]:
     """LSHSelfAttention without its two projections: query-keys and values stand where they would come out, in the
     layer's own layout (batch, length, heads · d). Hashing, sorting, attention, merging of rounds, in training mode.
@@ -101,7 +129,7 @@ def transformers_lsh(
 
 
 def reformer_pytorch_lsh(
-    task: AttentionTask, draw: Callable[[], Tensor], length: int
+    task: AttentionSize, draw: Callable[[], Tensor], length: int
 ) -> tuple[Forward, list[Tensor]]:
     """LSHAttention, which takes query-keys and values (batch · heads, length, d): hashing into length / chunk
     buckets, sorting, attention, merging of rounds, in training mode."""
@@ -112,7 +140,7 @@ def reformer_pytorch_lsh(
     return (lambda: layer(qk, v)[0]), [qk, v]
 
 
-def performer_pytorch_fast(task: AttentionTask, draw: Callable[[], Tensor]) -> tuple[Forward, list[Tensor]]:
+def performer_pytorch_fast(task: AttentionSize, draw: Callable[[], Tensor]) -> tuple[Forward, list[Tensor]]:
     """FastAttention, causal, with its default number of features (d · ln d); its CUDA extension where that is
     installed, else its own fallback in plain torch."""
     module = load(PERFORMER_PYTORCH)
@@ -143,7 +171,7 @@ class _Logits(nn.Module):
         return self.model(tokens, use_cache=False).logits
 
 
-def transformers_model(task: ModelTask) -> nn.Module:
+def transformers_model(task: ModelSize) -> nn.Module:
     """ReformerModelWithLMHead: local and LSH layers in turns, axial positions, feed-forward unchunked, no dropout."""
     module = load(TRANSFORMERS)
     needs_multiple(task.length, task.chunk)
@@ -161,7 +189,7 @@ def transformers_model(task: ModelTask) -> nn.Module:
     return _Logits(module.ReformerModelWithLMHead(config))
 
 
-def reformer_pytorch_model(task: ModelTask) -> nn.Module:
+def reformer_pytorch_model(task: ModelSize) -> nn.Module:
     """ReformerLM: half of the heads local in every layer, rotary positions, feed-forward in FF_CHUNKS pieces."""
     module = load(REFORMER_PYTORCH)
     needs_multiple(task.length, 2 * task.chunk)

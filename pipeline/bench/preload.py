@@ -1,11 +1,11 @@
-"""Imports every peer that is installed: for the process that the memory probes are forked from."""
+"""Imports every peer that is installed, for the server process that the memory probes are forked from (`lab.py`)."""
 
 from contextlib import suppress
 
-from megabase.pipeline.bench import attention, model, peers
+from megabase.pipeline.bench import attention_task, model_task, peers
 
-__all__ = ["attention", "model"]
+__all__ = ["attention_task", "model_task"]
 
 for _module in peers.MODULES:
-    with suppress(Exception):  # a peer that is missing or broken is reported where it should run
+    with suppress(Exception):  # a peer that is missing or broken is reported when it is to run
         peers.load(_module)

@@ -28,8 +28,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.run import prepare
-from megabase.pipeline.bench import report
-from megabase.pipeline.bench.contest import Entry, LeftOut, Reason
+from megabase.pipeline.bench.contest import OURS, Entry, LeftOut, Reason
 
 SEED = 7
 """Of the records and of every order."""
@@ -282,8 +281,8 @@ def _contestants() -> Iterator[Contestant]:
     def entry(name: str, label: str) -> Entry:
         return Entry(name, label, growth=0.0)  # the same number of bases at every length
 
-    yield Contestant(entry(report.OURS, "megabase, shuffled"), ours)
-    yield Contestant(entry(f"{report.OURS}-in-order", "megabase, in order"), ours_in_order, resumes=False)
+    yield Contestant(entry(OURS, "megabase, shuffled"), ours)
+    yield Contestant(entry(f"{OURS}-in-order", "megabase, in order"), ours_in_order, resumes=False)
     for name, label, reader in (
         ("webdataset", "webdataset", webdataset),
         ("mosaicml-streaming", "MosaicML Streaming", mosaic),

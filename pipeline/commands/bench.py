@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
+
+from megabase.pipeline.errors import UserError
 
 HELP = "time and memory against the peers, on this machine"
 
@@ -89,6 +92,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run one benchmark; returns the exit code."""
+    if importlib.util.find_spec("psutil") is None:
+        raise UserError("bench needs the package psutil: pip install 'megabase[bench]'")
     given = _given(options)
     if options.benchmark == "attention":
         from megabase.pipeline.bench import attention

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.pipeline import cli
-from megabase.pipeline.bench import attention, contest, draw, lab, model, peers, report
+from megabase.pipeline.bench import attention_task, contest, draw, lab, model_task, peers
 from megabase.pipeline.bench.contest import Budget, Entry, LeftOut, Point, Probe, Reason
+from megabase.pipeline.bench.files import Files
 from megabase.pipeline.bench.options import depths_of, lengths_of
+from megabase.pipeline.bench.result import Result
 from megabase.pipeline.errors import UserError
 
 MIB = 2**20
@@ -158,7 +160,7 @@ def test_whatever_goes_wrong_has_a_reason(error, reason):
 
 
 def test_one_of_ours_that_fails_is_a_failure():
-    result = report.Result("attention", {}, {})
+    result = Result("attention", {}, {})
     result.add("length", [Point("transformers", 8, left_out=Reason("failed: x", failed=True))])
     assert result.exit_code() == 0
     result.add("length", [Point("ours", 8, left_out=Reason("failed: x", failed=True))])
@@ -223,11 +225,11 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, tmp_p
 def test_a_path_that_can_be_written_is_left_as_it_was(tmp_path):
     there = tmp_path / "there.json"
     there.write_text("before")
-    report.Files.of(there, tmp_path / "new.png")
+    Files.of(there, tmp_path / "new.png")
     assert there.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
     with pytest.raises(UserError, match="cannot be written"):
-        report.Files.of(tmp_path, None)
+        Files.of(tmp_path, None)
 
 
 def installed(names: list[str], outcome: dict[str, Any]) -> list[str]:
@@ -253,7 +255,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_bench_attention(tmp_path, capsys):
     path = tmp_path / "attention.json"
     kinds = [f"ours-{kind}" for kind in ("chunked", "local", "performer", "linformer")]
-    names = [*attention.default_contestants("cpu"), *kinds]
+    names = [*attention_task.default_contestants("cpu"), *kinds]
     options = ["--lengths", "256,512", "--repeat", "2", "--device", "cpu", "--heads", "2", "--head-dim", "16"]
     arguments = ["bench", "attention", *options, "--contestants", ",".join(names), "--json", str(path)]
     assert cli.main(arguments) == 0
@@ -276,7 +278,7 @@ def test_bench_model(tmp_path, capsys):
     assert cli.main(["bench", "model", *options, "--depth", "2", "--json", str(path)]) == 0
     outcome = read(path)
     assert outcome["parameters"]["ours"] == outcome["parameters"]["ours-ordinary"]
-    for name in installed(list(model.CONTESTANTS), outcome):
+    for name in installed(list(model_task.CONTESTANTS), outcome):
         points = [p for p in outcome["points"] if p["contestant"] == name]
         assert [(p["along"], p["size"], len(p["samples"])) for p in points] == [
             ("length", 256, 1),
@@ -295,16 +297,16 @@ def test_bench_model(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_process_that_needs_too_much_memory_hears_it_from_the_allocator(monkeypatch):
     monkeypatch.setattr(lab.CpuLab, "free_bytes", lambda self: 50 * MIB)
-    task = attention.AttentionTask(heads=4, head_dim=64, chunk=64, rounds=4, dtype="fp32", device="cpu")
+    task = attention_task.AttentionTask(heads=4, head_dim=64, chunk=64, rounds=4, dtype="fp32", device="cpu")
     with pytest.raises(LeftOut) as caught:
         lab.CpuLab(task).probe("reformer-pytorch", 4096, 60.0)
     assert caught.value.reason == contest.out_of_memory()
 
 
 def test_training_steps_of_all_have_the_same_work():
-    task = model.ModelTask(
+    task = model_task.ModelTask(
         dim=256, depth=6, heads=4, chunk=64, rounds=4, length=4096, dtype="fp32", device="cpu"
     )
-    counts = model.count_parameters(task, list(model.CONTESTANTS))
+    counts = model_task.count_parameters(task, list(model_task.CONTESTANTS))
     assert counts["ours"] == pytest.approx(4.6e6, rel=0.03)
     assert max(counts.values()) / min(counts.values()) < 1.1

@@ -11,9 +11,10 @@ import pytest
 
 from megabase.datamodules.errors import DataError
 from megabase.pipeline import cli
-from megabase.pipeline.bench import contest, data, draw, readers
+from megabase.pipeline.bench import contest, data, data_task, draw, readers
 from megabase.pipeline.bench.contest import LeftOut, Reason
-from megabase.pipeline.bench.data import DataOptions, DataTask
+from megabase.pipeline.bench.data import DataOptions
+from megabase.pipeline.bench.data_task import DataTask
 from megabase.pipeline.errors import UserError
 
 MIB = 1 << 20
@@ -57,13 +58,18 @@ def test_bench_data(tmp_path, capsys):
     assert outcome["tokens"] == {"1024": MIB, "8192": MIB}
     assert outcome["settings"]["micro_batch"] == {"1024": 128, "8192": 16}
     sweeps = {
-        along: [p for p in outcome["points"] if p["along"] == along] for along in (data.LENGTH, data.RESUME)
+        along: [p for p in outcome["points"] if p["along"] == along]
+        for along in (data_task.LENGTH, data_task.RESUME)
     }
     names = str(OPTIONS.contestants).split(",")
-    assert [(p["size"], p["contestant"]) for p in sweeps[data.LENGTH]] == [
+    assert [(p["size"], p["contestant"]) for p in sweeps[data_task.LENGTH]] == [
         (size, name) for size in (1024, 8192) for name in names
     ]
-    assert {p["contestant"] for p in sweeps[data.RESUME]} == {"ours", "webdataset", "webdataset-shuffled"}
+    assert {p["contestant"] for p in sweeps[data_task.RESUME]} == {
+        "ours",
+        "webdataset",
+        "webdataset-shuffled",
+    }
     for point in outcome["points"]:
         assert point["left_out"] is None
         assert len(point["samples"]) == 2
@@ -113,7 +119,7 @@ def test_the_middle_is_between_two_batches():
         records = DataTask(Path(), 4 * MIB).records(length)
         assert records.count % (2 * records.micro_batch) == 0
         assert records.count > 0
-        assert data.BATCH_TOKENS <= records.micro_batch * length < data.BATCH_TOKENS + length
+        assert data_task.BATCH_TOKENS <= records.micro_batch * length < data_task.BATCH_TOKENS + length
         assert records.bases <= 4 * MIB
 
 
@@ -135,10 +141,10 @@ def test_half_a_format_is_never_read(records):
 
 
 def test_handing_over_another_number_of_bases_is_a_failure():
-    assert list(data.read(iter([4, 4, 4]), 8)) == [4]
+    assert list(data_task.read(iter([4, 4, 4]), 8)) == [4]
     for handed_over in ([4], [4, 5], []):
         with pytest.raises(LeftOut) as caught:
-            data.read(iter(handed_over), 8)
+            data_task.read(iter(handed_over), 8)
         assert caught.value.reason.failed
 
 
@@ -151,8 +157,8 @@ def test_a_peer_that_is_missing_is_left_out(monkeypatch, tmp_path, capsys):
     options = replace(OPTIONS, lengths="8k", contestants="copy,litdata", repeat=1, json=path)
     assert data.run(options) == 0
     points = {(p["along"], p["contestant"]): p for p in json.loads(path.read_text())["points"]}
-    assert points[data.LENGTH, "litdata"]["left_out"] == "not installed (pip install litdata)"
-    assert points[data.LENGTH, "copy"]["left_out"] is None
+    assert points[data_task.LENGTH, "litdata"]["left_out"] == "not installed (pip install litdata)"
+    assert points[data_task.LENGTH, "copy"]["left_out"] is None
     assert "not installed" in capsys.readouterr().out
 
 
