@@ -22,7 +22,7 @@ def new_table(headings: Sequence[str] = (), *, left: Sequence[str] = ()) -> Tabl
     style = {"box": box.SIMPLE_HEAD} if sys.stdout.isatty() else PLAIN
     table = Table(**style)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right")
+        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
     return table
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from rich.table import Table
+
 from megabase.datamodules.progress import bar
 from megabase.pipeline.checkpoint.choose import newest_intact
 from megabase.pipeline.checkpoint.damage import find_damage, find_obvious_damage
@@ -20,6 +22,7 @@ from megabase.pipeline.checkpoint.retention import validation_losses
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.files import directory_size, readable_size
 from megabase.pipeline.rundir.paths import CHECKPOINTS, RunPaths
+from megabase.pipeline.tables import new_table
 
 VERIFIED = "verified"
 COMPLETE = "complete"
@@ -102,11 +105,12 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
     raise UserError(f"{run}: its checkpoints are deleted faster than they can be read: try --fast")
 
 
-def text(run: Path, entries: Sequence[Entry]) -> str:
-    """The list as a table, followed by what it means for the next start."""
+def as_table(entries: Sequence[Entry]) -> Table:
+    """The list as a table, a row for each checkpoint."""
     now = time.time()
-    rows = [
-        (
+    table = new_table(_HEADINGS, left=("checkpoint", "state"))
+    for entry in entries:
+        table.add_row(
             entry.name,
             readable_size(entry.bytes),
             _age(now - entry.created),
@@ -114,17 +118,7 @@ def text(run: Path, entries: Sequence[Entry]) -> str:
             "" if entry.valid_loss is None else f"{entry.valid_loss:.4f}",
             f"{entry.state}: {entry.reason}" if entry.reason else entry.state,
         )
-        for entry in entries
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(_HEADINGS, *rows, strict=True)]
-    aligned = [str.ljust, *[str.rjust] * 6, str.ljust]
-    lines = [
-        "  ".join(
-            align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)
-        ).rstrip()
-        for row in (_HEADINGS, *rows)
-    ]
-    return "\n".join([*lines, *_conclusions(run, entries)])
+    return table
 
 
 def as_json(run: Path, entries: Sequence[Entry]) -> str:
@@ -240,7 +234,7 @@ def _where_a_start_looks(entries: Sequence[Entry]) -> Entry | None:
     )
 
 
-def _conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
+def conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
     """What the list means for the next start, and what a user may do."""
     lines = []
     newest = _where_a_start_looks(entries)

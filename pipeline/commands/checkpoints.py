@@ -19,8 +19,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from megabase.pipeline.checkpoint import listing
+    from megabase.pipeline.tables import show
 
     run = Path(options.directory)
     entries = listing.list_run(run, fast=options.fast, progress=sys.stderr.isatty())
-    print(listing.as_json(run, entries) if options.json else listing.text(run, entries))
+    if options.json:
+        print(listing.as_json(run, entries))
+    else:
+        show(listing.as_table(entries), *listing.conclusions(run, entries))
     return 0
