@@ -1,4 +1,4 @@
-"""One thread: other work on the machine must not make small tensors crawl, nor change how sums are split."""
+"""Torch runs on one thread here, so that other work on the machine neither slows small tensors nor splits sums."""
 
 import torch
 

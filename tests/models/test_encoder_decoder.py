@@ -220,7 +220,7 @@ def test_the_decoder_is_causal_and_reads_the_whole_source():
         assert ((model(other, tokens) - logits).abs().amax(-1) > 1e-4).all()
 
 
-def test_encoder_and_decoder_share_no_chance():
+def test_encoder_and_decoder_share_no_random_numbers():
     seeds = Seeds(1, 2)
     assert seeds.apart(Purpose.DECODER) == seeds.apart(Purpose.DECODER)
     numbers = {

@@ -136,7 +136,7 @@ class Work(TorchDispatchMode):
 
 
 def work_at(model: Reformer, positions: list[int]) -> list[tuple[int, int, int, int]]:
-    """(FLOPs, operations, elements they return, bytes kept) of reading one token at each of `positions`."""
+    """FLOPs, operations, elements that these return, and bytes of the state, for a token at each of `positions`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model.requires_grad_(False)

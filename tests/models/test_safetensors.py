@@ -49,7 +49,7 @@ def test_files_of_the_formats_library_are_read(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
+def test_weights_are_copies_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"t": torch.arange(100.0)}, path)
     found = read(path)["t"]

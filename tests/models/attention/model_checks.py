@@ -68,7 +68,7 @@ def check_function_of_weights_tokens_and_seeds(config: ReformerConfig) -> None:
 
 
 def check_padding_changes_nothing(config: ReformerConfig, *, any_length: bool) -> None:
-    """The tokens of the padding do not matter; with any_length, nor does whether there is padding."""
+    """The tokens of the padding do not matter. With any_length, removing the padding does not matter either."""
     model = Reformer(config).eval()
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [25]])
     x = tokens().masked_fill(~mask, 0)

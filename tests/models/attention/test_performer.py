@@ -35,7 +35,7 @@ def log_features(x: Tensor, directions: Tensor) -> Tensor:
 def explicit(
     q: Tensor, k: Tensor, v: Tensor, directions: Tensor, causal: bool, mask: Tensor | None = None
 ) -> Tensor:
-    """Every pair's weight, its features one by one: (batch, heads, length, length, features) exists."""
+    """Weights of pairs from their features, all (batch, heads, length, length, features) in memory."""
     pairs = log_features(q, directions)[:, :, :, None] + log_features(k, directions)[:, :, None]
     scores = pairs.logsumexp(-1)
     length = q.shape[2]
@@ -126,7 +126,7 @@ def test_directions_are_normal_and_orthogonal_within_a_block():
 
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (1.0, 30.0), (30.0, 1.0), (30.0, 0.01)])
-def test_what_is_seen_depends_on_nothing_later(before, after):
+def test_causal_attention_depends_on_nothing_later(before, after):
     """Whatever the norms: keys of norm 30 are e^-100 of those of norm 1 that may follow in the same chunk."""
     length, start = 300, 140
     q, k, v = inputs(batch=1, length=length, d=16)
@@ -180,7 +180,7 @@ def test_vectors_of_any_norm_give_numbers(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_sequence_without_a_real_position_is_zero_and_passes_nothing_back(causal):
+def test_a_sequence_of_padding_is_zero_and_has_no_gradients(causal):
     q, k, v = inputs()
     mask = torch.tensor([[True], [False]]).expand(2, 50)
     scaled = 50 * q  # exponents far beyond what fp32 can raise e to
@@ -282,7 +282,7 @@ def test_directions_first_drawn_for_inference_serve_training_too():
         ((2, 12, 8), torch.ones(2, 49, dtype=torch.bool), r"shape \(2, 50\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(shape, mask, message):
+def test_shapes_that_do_not_fit_are_refused(shape, mask, message):
     with pytest.raises(ConfigError, match=message):
         performer_attention(*inputs(), torch.zeros(shape), causal=True, mask=mask)
 
