@@ -41,6 +41,7 @@ def exported(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_score_and_generate(exported: Path) -> None:
     lines = run("score_and_generate.py", str(exported))
     scores = [float(re.findall(r"\d\.\d{3}", line)[0]) for line in lines[1:5]]
@@ -50,6 +51,7 @@ def test_score_and_generate(exported: Path) -> None:
     assert all(re.fullmatch("[ACGT]{60}", sequence) for sequence in sequences)
 
 
+@pytest.mark.slow
 def test_compare_attention() -> None:
     header, *rows = run("compare_attention.py", "2")
     assert "2 steps" in header

@@ -28,6 +28,7 @@ DTYPES = list(TOLERANCE)
 interpreted_only_elsewhere = pytest.mark.skipif(not HERE, reason="runs in test_interpreted's process")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(HERE, reason="the kernels run in this process")
 def test_interpreted(tmp_path):

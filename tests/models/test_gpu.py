@@ -22,6 +22,7 @@ sys.exit("triton was imported" if "triton" in sys.modules else 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="triton is needed here")
 def test_without_a_gpu_training_does_not_import_triton():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

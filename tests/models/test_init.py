@@ -38,6 +38,7 @@ def test_the_settings_need_no_torch(statement):
     assert not imported_by(statement) & set(EXPENSIVE)
 
 
+@pytest.mark.slow
 def test_a_model_needs_neither_generation_nor_an_encoder_decoder_nor_transformers():
     modules = imported_by("from megabase.models import Reformer, Seeds")
     assert "torch" in modules

@@ -176,6 +176,7 @@ def test_neighbours_that_are_small_share_a_unit() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +197,7 @@ def test_webdataset_meets_every_record_once(fastas: list[Path], tmp_path: Path) 
     assert index.segments.source.tolist()[:2] == ["f0.fa", "f0.fa"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_prepare_goes_on(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path, jobs: int
@@ -368,6 +370,7 @@ def flip(shards: ShardIndex, shard: str, at: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_check_reads_every_base(shards: ShardIndex, jobs: int) -> None:
     assert check(shards.directory, jobs, progress=False) == 3 * sum(LENGTHS)

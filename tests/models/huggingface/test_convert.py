@@ -222,6 +222,7 @@ def test_a_classifier_to_transformers_and_back_is_the_same_model():
     assert same_weights(again, model)
 
 
+@pytest.mark.slow
 def test_megabase_can_be_imported_without_transformers():
     script = """
 import sys

@@ -44,6 +44,7 @@ def present(name: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_bench_data(tmp_path, capsys):
     path = tmp_path / "data.json"
     (tmp_path / "work").mkdir()

@@ -40,6 +40,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path, unbuilt):
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_cache_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path, unbuilt):
     (tmp_path / "file").write_text("")

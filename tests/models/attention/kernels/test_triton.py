@@ -37,7 +37,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(HERE, reason="the kernels run in this process")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_interpreted(which, tmp_path):
     run_interpreted(__file__, tmp_path, "-m", which, "-k", "not test_compiles")
 
