@@ -1,10 +1,10 @@
-"""MLflow mirrors the journal from a thread of its own.
+"""A thread that copies the journal of a run to MLflow.
 
-Training writes its journal and never talks to MLflow; this thread reads the journal and sends what is new. A server
-that is slow, down or broken is tried again with growing pauses and delays nothing. When it is back, everything
-arrives: the journal is the queue. After a restart the same MLflow run goes on (its id is in `mlflow.json`), and
-rows that it already has are not sent twice: training computed them again, to the same values (unless it was resumed
-with another `optim.*`: then the journal has the new ones, MLflow the old).
+Training writes the journal and never calls MLflow. This thread reads the journal and sends new rows. If the server is
+slow or down, it tries again after growing pauses and delays nothing else; once the server answers, it sends all rows
+that are missing. After a restart the same MLflow run is continued (its id is in `mlflow.json`). Rows that MLflow has
+already are not sent again: training has computed them again with the same values. (A run that is resumed with another
+`optim.*` computes other values: then the journal has the new ones and MLflow the old ones.)
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 LONGEST_PAUSE_S = 60.0
-# MLflow's REST interface takes at most this many metrics in one call.
+# Most metrics, and most parameters or tags, that MLflow's REST interface takes in one call.
 BATCH = 1000
 PARAM_BATCH = 100
 # Longest value of a parameter, in characters.
 PARAM_LENGTH = 500
+# The tag of the MLflow run by which it is found again; the same key is in `mlflow.json`.
 KEY_TAG = "megabase.key"
 
 
@@ -116,7 +117,7 @@ class Mirror:
             client.set_terminated(self._run_id, status=self._status)
 
     def _client(self) -> Any:
-        # Imported here: it takes seconds, and a run without tracking does not need it.
+        # Imported here because it takes seconds, and a run without tracking does not need it.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         logging.getLogger("alembic").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megabase.pipeline import cli
-from megabase.pipeline.checkpoint import publish as checkpoint
+from megabase.pipeline.checkpoint import publish
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.ranks.supervisor import supervise
 from megabase.pipeline.training import callback
@@ -60,7 +60,7 @@ def arrange(moment: str) -> None:
     if moment == "startup":
         PretrainModule.configure_model = before(PretrainModule.configure_model, lambda _: tell())
     elif moment == "checkpoint":
-        checkpoint.describe = before(checkpoint.describe, during_checkpoint)
+        publish.collect_files = before(publish.collect_files, during_checkpoint)
     elif moment == "evaluation":
         callback.evaluate = during_evaluation
 
