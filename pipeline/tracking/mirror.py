@@ -44,7 +44,12 @@ def default_uri(config: RunConfig) -> str:
 
 
 class Mirror:
-    """Sends `metrics.jsonl` and `performance.jsonl` of a run directory to one MLflow run. For rank 0."""
+    """Sends `metrics.jsonl` and `performance.jsonl` of a run directory to one MLflow run. For rank 0.
+
+    Args:
+        config: of the run; all settings become parameters of the MLflow run.
+        directory: the run directory.
+    """
 
     def __init__(self, config: RunConfig, directory: Path) -> None:
         self._config = config
@@ -62,7 +67,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
 
     def start(self) -> Mirror:
-        """Begin mirroring."""
+        """Start the thread."""
         self._thread.start()
         return self
 
@@ -70,13 +75,13 @@ class Mirror:
         """Send the rest and set the run's status (FINISHED, FAILED or KILLED).
 
         Returns:
-            Whether all arrived within `timeout_s`; what did not is in the journal, and the next start of the
-            run sends it.
+            Whether everything was sent within `timeout_s`. What was not is in the journal, and the next start of
+            the run sends it.
         """
         self._status = status
         self._finish.set()
         if self._thread.ident is None:
-            return True  # training ended before the journal was opened: there is nothing to send
+            return True  # training ended before the journal was opened, so there is nothing to send
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -89,19 +94,23 @@ class Mirror:
                 pause = POLL_S
                 if finishing:
                     return
-            except Exception as error:  # MLflow, SQLAlchemy, requests, sqlite: none may end a training run
-                if not self._warned:
-                    logger.warning(
-                        f"MLflow at {self._uri} does not take metrics ({type(error).__name__});"
-                        " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)"
-                    )
-                    self._warned = True
+            except Exception as error:  # of MLflow, SQLAlchemy, requests or sqlite: none may end a training
+                self._warn_once(error)
                 pause = min(pause * 2, LONGEST_PAUSE_S)
             self._finish.wait(pause)
             if finishing:
                 time.sleep(POLL_S)
 
+    def _warn_once(self, error: Exception) -> None:
+        if not self._warned:
+            logger.warning(
+                f"MLflow at {self._uri} does not take metrics ({type(error).__name__});"
+                " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)"
+            )
+            self._warned = True
+
     def _mirror_once(self, finishing: bool) -> None:
+        """Send all new rows; when finishing, also the artifacts and the run's final status."""
         client = self._client()
         if self._run_id is None:
             self._run_id = self._open_run(client)
@@ -127,16 +136,16 @@ class Mirror:
         return MlflowClient(tracking_uri=self._uri)
 
     def _open_run(self, client: Any) -> str:
-        """The run of `mlflow.json`, or a new one where that is gone; set to RUNNING. Safe to be interrupted.
+        """Find or create the MLflow run and set it to RUNNING; returns its id. May be killed at any moment.
 
-        What ties the two together is a key that is on disk before MLflow hears of it: a run that was made, but
-        whose id was not written down any more, is found again by its tag.
+        A key is written to `mlflow.json` before MLflow gets it as a tag. So a run that was created just before this
+        process was killed is found again by that tag, even though its id was not written down.
         """
         known = self._known()
         experiment_id = self._experiment(client)
-        made = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{known['key']}'", max_results=1)
-        if made:
-            run = made[0]
+        found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{known['key']}'", max_results=1)
+        if found:
+            run = found[0]
         else:
             tags = {KEY_TAG: known["key"], "megabase.run_directory": str(self._directory)}
             run = client.create_run(experiment_id, run_name=self._config.run.name, tags=tags)
@@ -147,7 +156,7 @@ class Mirror:
         return run_id
 
     def _known(self) -> dict[str, Any]:
-        """What `mlflow.json` says, if it speaks of this server and experiment; else a new key, written down."""
+        """The content of `mlflow.json` if it is about this server and experiment; else a new key, which is saved."""
         about = {"uri": self._uri, "experiment": self._config.tracking.experiment}
         try:
             known: dict[str, Any] = json.loads(self._paths.mlflow.read_text())
@@ -160,7 +169,7 @@ class Mirror:
         return known
 
     def _experiment(self, client: Any) -> str:
-        """Id of the experiment `tracking.experiment`, made if it is not there."""
+        """Id of the experiment `tracking.experiment`, which is created if it does not exist."""
         name = self._config.tracking.experiment
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
@@ -170,20 +179,26 @@ class Mirror:
             location = (Path(self._config.run.root).absolute() / "mlartifacts").as_uri()
         return str(client.create_experiment(name, artifact_location=location))
 
-    def _log_params(self, client: Any, run_id: str, there: dict[str, str]) -> None:
-        """Send the settings. MLflow's parameters are immutable: one that has changed since becomes a tag."""
+    def _log_params(self, client: Any, run_id: str, known: dict[str, str]) -> None:
+        """Send the settings as parameters. MLflow's parameters are immutable, so a changed setting becomes a tag.
+
+        Args:
+            client: of MLflow.
+            run_id: of the MLflow run.
+            known: its parameters.
+        """
         from mlflow.entities import Param, RunTag
 
         tree = dataclasses.asdict(self._config)
         tree["data"]["mixture"] = json.dumps(
             tree["data"]["mixture"]
-        )  # patterns are no names that MLflow takes
+        )  # its keys are patterns, which MLflow does not accept as names
         settings = {key: str(value)[:PARAM_LENGTH] for key, value in flatten(tree).items()}
-        new = [Param(key, value) for key, value in settings.items() if key not in there]
+        new = [Param(key, value) for key, value in settings.items() if key not in known]
         changed = [
             RunTag(f"changed.{key}", value)
             for key, value in settings.items()
-            if there.get(key, value) != value
+            if known.get(key, value) != value
         ]
         for first in range(0, len(new), PARAM_BATCH):
             client.log_batch(run_id, params=new[first : first + PARAM_BATCH])
@@ -191,7 +206,7 @@ class Mirror:
             client.log_batch(run_id, tags=changed[first : first + PARAM_BATCH])
 
     def _last_steps(self, client: Any, run_id: str) -> dict[str, int]:
-        """For each metric that the run has, the last step it was sent for."""
+        """The last step of each metric that the MLflow run has."""
         names = client.get_run(run_id).data.metrics
         return {
             name: max((point.step for point in client.get_metric_history(run_id, name)), default=-1)
@@ -199,7 +214,7 @@ class Mirror:
         }
 
     def _send(self, client: Any) -> None:
-        """Send the queue, oldest step first; what was sent leaves it, so an error loses and repeats nothing."""
+        """Send the queue, the oldest step first. What is sent leaves it: an error loses and repeats nothing."""
         from mlflow.entities import Metric
 
         self._queue = [entry for entry in self._queue if entry[2] > self._sent.get(entry[0], -1)]
@@ -216,7 +231,7 @@ class Mirror:
 
 
 def _metrics(row: Row) -> list[tuple[str, float]]:
-    # Sample hashes are no metric, and MLflow has its own time.
+    """(name, value) of each metric in a row of a journal. Hashes of samples are none, and MLflow has its own time."""
     return [
         (name, float(value))
         for name, value in row.items()
