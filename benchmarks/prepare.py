@@ -30,7 +30,7 @@ from megabase.datamodules.files import sync
 from megabase.datamodules.prepare import tar_writer, writer
 from megabase.datamodules.prepare.run import prepare
 
-ECOLI = Path(__file__).parents[1] / "tests" / "data" / "ecoli_536.fna.gz"
+ECOLI = Path(__file__).parents[1] / "examples" / "data" / "ecoli_536.fna.gz"
 READ_BASES = 150
 
 

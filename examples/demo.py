@@ -1,7 +1,7 @@
-"""`make demo`: pretrain a reversible Reformer on E. coli 536, kill the job, start it again, and look at the run.
+"""`make demo`: pretrain a reversible Reformer on the genome of E. coli 536, kill the job, resume it, show the results.
 
-Everything is the product's own: `megabase prepare`, `megabase train` on two ranks with ZeRO-2, the journal, MLflow.
-The kill is SIGKILL to the whole process group at a step drawn at random: nothing gets to say goodbye.
+It runs `megabase prepare` and `megabase train` as a user does: two ranks, ZeRO-2, MLflow. At a random step it sends
+SIGKILL to all processes of the job, which can therefore save nothing at that moment.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[1]
-GENOME = ROOT / "tests" / "data" / "ecoli_536.fna.gz"
+GENOME = ROOT / "examples" / "data" / "ecoli_536.fna.gz"
 SHARDS = ROOT / "data" / "demo"
 CONFIG = ROOT / "configs" / "demo.yaml"
 RUN = ROOT / "runs" / "demo"
 PATHS = RunPaths(RUN)
-# A start-up imports torch, Lightning and DeepSpeed on every rank; a training that says nothing this long is stuck.
+# Seconds without a new row in the journal after which training counts as stuck. A start imports torch, Lightning and
+# DeepSpeed on every rank.
 SILENCE_S = 300.0
 
 
 def main() -> int:
     """Run the demo; returns an exit code."""
     began = time.monotonic()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it runs two ranks on any machine, also with a single GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that it runs two ranks on a machine with one GPU, too
     if not SHARDS.exists():
         _say(f"preparing {GENOME.name}: FASTA -> WebDataset shards; the last 10% are for validation")
         _megabase("prepare", str(GENOME), str(SHARDS), "--valid", "0.1")
@@ -49,25 +50,25 @@ def main() -> int:
     )
     before = {row["step"]: row for row in _training_rows()}
     _megabase("train", str(CONFIG))
-    _check_seam(before)
+    _check_journal(before)
     _summarize(killed_at, max(saved), time.monotonic() - began)
     return 0
 
 
 def _train_and_kill() -> int:
-    """Start training, SIGKILL its whole process group after a random step, return the last step in the journal."""
+    """Start training, send SIGKILL to its process group after a random step; returns the last step in the journal."""
     job = subprocess.Popen(_command("train", str(CONFIG)), start_new_session=True, cwd=ROOT)
-    target, step, heard = 0, 0, time.monotonic()
+    target, step, changed_at = 0, 0, time.monotonic()
     try:
         while step < target or not target:
             time.sleep(0.2)
             if job.poll() is not None:
                 raise RunError(f"training ended with code {job.returncode} before it could be killed")
-            if time.monotonic() - heard > SILENCE_S:
+            if time.monotonic() - changed_at > SILENCE_S:
                 raise RunError(f"training has written nothing for {SILENCE_S:.0f} s")
             steps = [row["step"] for row in _training_rows()]
             if steps and steps[-1] > step:
-                step, heard = steps[-1], time.monotonic()
+                step, changed_at = steps[-1], time.monotonic()
             if not target and PATHS.config.exists():
                 target = _draw_step()
     finally:
@@ -78,7 +79,7 @@ def _train_and_kill() -> int:
 
 
 def _draw_step() -> int:
-    """A step after the first checkpoint and before the last quarter, far enough from a checkpoint to lose some."""
+    """A step after the first checkpoint and before the last quarter, some steps after a checkpoint: those get lost."""
     from megabase.pipeline.config.load import load
 
     config = load([CONFIG])
@@ -87,8 +88,11 @@ def _draw_step() -> int:
     return saved * every + random.randint(2 * config.trainer.log_every_steps, every - 1)
 
 
-def _check_seam(before: dict[int, Row]) -> None:
-    """The journal has each step once, and the steps that were trained twice came out the same."""
+def _check_journal(before: dict[int, Row]) -> None:
+    """Raise RunError unless the journal has each step once, and the same numbers for the steps trained twice.
+
+    before: the rows that were in the journal when the job was killed.
+    """
     rows = _training_rows()
     steps = [row["step"] for row in rows]
     if steps != list(range(1, len(steps) + 1)):
@@ -99,11 +103,12 @@ def _check_seam(before: dict[int, Row]) -> None:
 
 
 def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
+    """Print what the run has reached, how fast, and where its results are."""
     rows = list(read(PATHS.metrics))
     speed = [row for row in read(PATHS.performance) if "tokens_per_second" in row]
     final = next(row for row in reversed(rows) if "valid_bits_per_base" in row)
     bits = final["valid_bits_per_base"]
-    ladder = [final[f"markov_{order}_bits_per_base"] for order in range(6)]
+    markov = [final[f"markov_{order}_bits_per_base"] for order in range(6)]
     rates = sorted(row["tokens_per_second"] for row in speed)
     memory = max(row["peak_memory_bytes"] for row in speed) / 2**20
     mlflow = json.loads(PATHS.mlflow.read_text()) if PATHS.mlflow.exists() else None
@@ -111,7 +116,7 @@ def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
     print(f"  killed at step {killed_at}, resumed from step {resumed_at}: every step is in the journal once,")
     print(f"  and the {killed_at - resumed_at} steps trained twice gave the same losses to the last bit")
     print(f"  validation       {bits:.4f} bits per base after {final['step']} steps")
-    for order, value in enumerate(ladder):
+    for order, value in enumerate(markov):
         print(f"  Markov order {order}   {value:.4f}{'   beaten' if bits < value else ''}")
     print(f"  speed            {rates[len(rates) // 2]:,.0f} tokens/s (median, 2 processes)")
     print(f"  peak memory      {memory:,.0f} MiB (rank 0, libraries included)")

@@ -12,6 +12,7 @@ from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.run import prepare
 
 DATA = Path(__file__).parents[1] / "data"
+ECOLI = Path(__file__).parents[2] / "examples" / "data" / "ecoli_536.fna.gz"
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def lambda_shards(lambda_fasta: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def ecoli_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     output = tmp_path_factory.mktemp("ecoli") / "shards"
-    return prepare([DATA / "ecoli_536.fna.gz"], output, valid=0.1, progress=False)
+    return prepare([ECOLI], output, valid=0.1, progress=False)
 
 
 @pytest.fixture(scope="session")
