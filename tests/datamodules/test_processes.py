@@ -35,7 +35,7 @@ def test_blocked_signal_is_delivered_afterwards_and_children_inherit_the_block()
     show = "import signal; print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     try:
         with signals_blocked([signal.SIGUSR1]):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)  # to this thread: pytest-xdist has others
             child = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
             assert not received
         assert received == [signal.SIGUSR1]
