@@ -8,9 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
-# Processes that run tests; those that start ranks never run at once.
-WORKERS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+# Two tests that start ranks never run at once. WORKERS sets the number of processes that run tests (0: this one).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadgroup --numprocesses
 DEVICE ?= cpu
 
 .PHONY: demo test quick lint docs bench lock clean
@@ -18,12 +17,13 @@ DEVICE ?= cpu
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
+# One process more than CPUs, because tests on SLURM mostly wait; 8 at most.
 test: $(VENV)/.installed-test
-	$(PYTEST) $(TESTS)
+	$(PYTEST) $(or $(WORKERS),$$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 ))) $(TESTS)
 
 # The tests that take seconds: what to run while working.
 quick: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow and not distributed and not slurm" $(TESTS)
+	$(PYTEST) $(or $(WORKERS),auto) -m "not slow and not distributed and not slurm" $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
