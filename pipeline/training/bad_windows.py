@@ -1,4 +1,4 @@
-"""Which windows a bad step has read, and which micro batch of it stands out: for the message, and a file with all."""
+"""The windows of a bad step: the first of them for the message, all of them for a file."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.training.guard import Trouble
 
-# Windows that a message names; the file has all.
+# Windows that a message names at most.
 SHOWN = 3
-# A micro batch stands out when its loss is above so many times the median of the step's.
+# A micro batch stands out if its loss is above so many times the median of its step.
 OUTLIER = 2.0
 
 
 def report(
     config: RunConfig, trouble: Trouble, ranks: Group, nats: list[float], batches: TrainBatches
 ) -> str:
-    """Write `logs/bad-step-N.json` of the run directory, with the windows of the step; all ranks call it.
+    """Write the windows of a step to `logs/bad-step-N.json` of the run directory. All ranks call it.
 
-    The windows are a function of the step's number; what ranks must tell is the loss of their micro batches.
+    The windows are a function of the step's number. Only the losses of micro batches are gathered from the ranks.
 
     Args:
-        nats: of each of this rank's micro batches of that step.
+        config: of the run.
+        trouble: the step, and what is bad there.
+        ranks: that train on different windows.
+        nats: of each of this rank's micro batches in the step.
         batches: what the run trains on.
 
     Returns:
-        What a message says of the windows: the first of those that stand out, and where all are listed.
+        What to print about the windows: the first that stand out, and the file that lists all.
     """
     gathered = ranks.gather(nats)
     if ranks.rank != 0:
@@ -53,12 +56,12 @@ def report(
     windows.sort(key=lambda window: not window.get("stands_out", False))
     path = RunPaths(config.directory).bad_step(trouble.step)
     content = {"step": trouble.step, "why": trouble.text, "on_bad": config.guard.on_bad, "windows": windows}
-    text = _in_words(windows, len(outliers) == sum(map(len, gathered))) + _written(path, content)
+    text = _describe(windows, len(outliers) == sum(map(len, gathered))) + _write(path, content)
     return str(ranks.broadcast(text))
 
 
 def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[str, Any]]:
-    """The windows of a journal's step in the order of its slots, each with the places it was read from."""
+    """The windows of a step of the journal, in the order of the global batch, each with the places it was read from."""
     plan, segments = batches.windows.plan, batches.windows.index.segments
     samples, epochs = batches.order.of_step(step - 1, config.data.global_batch)
     visits = batches.windows.visits(samples, visit_keys(batches.seed, epochs, samples))
@@ -84,7 +87,7 @@ def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[s
 
 
 def _outliers(nats: list[list[float]]) -> set[tuple[int, int]]:
-    """(rank, micro batch) of those whose nats are not finite; if all are, of those far above the others."""
+    """(rank, micro batch) of those whose nats are not finite; if all are finite, of those far above the others."""
     known = {(rank, turn): loss for rank, losses in enumerate(nats) for turn, loss in enumerate(losses)}
     broken = {place for place, loss in known.items() if not math.isfinite(loss)}
     if broken or not known:
@@ -93,11 +96,12 @@ def _outliers(nats: list[list[float]]) -> set[tuple[int, int]]:
     return {place for place, loss in known.items() if loss > OUTLIER * usual}
 
 
-def _in_words(windows: list[dict[str, Any]], all_of_them: bool) -> str:
+def _describe(windows: list[dict[str, Any]], all_stand_out: bool) -> str:
+    """The first windows that stand out, or the first of all, as a part of a sentence."""
     chosen = [window for window in windows if window.get("stands_out")]
     if not chosen:
         start = "what was read then: "
-    elif all_of_them:
+    elif all_stand_out:
         start = "every micro batch shows it, so the weights may have been bad before; what was read then: "
     else:
         start = "the loss stands out in what was read from "
@@ -111,15 +115,16 @@ def _in_words(windows: list[dict[str, Any]], all_of_them: bool) -> str:
     return start + ", ".join(named) + (f" and {more} more" if more else "")
 
 
-def _written(path: Path, content: dict[str, Any]) -> str:
+def _write(path: Path, content: dict[str, Any]) -> str:
+    """Write the file; returns a note on it, or on why it could not be written, as the end of a sentence."""
     try:
         path.parent.mkdir(exist_ok=True)
         publish_json(path, content)
-    except OSError as error:  # a full disk must not hide what went wrong
+    except OSError as error:  # a full disk must not hide the message about bad numbers
         return f" ({path} cannot be written: {first_line(error)})"
     return f"; all in {path}"
 
 
 def _number(value: float) -> float | str:
-    # As in the journal: NaN and infinities are no JSON.
+    # As in the journal: JSON has no NaN and no infinities.
     return value if math.isfinite(value) else repr(value)

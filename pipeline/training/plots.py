@@ -10,11 +10,15 @@ from megabase.pipeline.training.evaluate import bits
 
 
 def loss_curve(directory: Path) -> Path | None:
-    """Draw `loss.png`: bits per base of training and validation against steps, Markov models, restarts.
+    """Draw `loss.png`: bits per base of training, validation and Markov models against steps, and restarts.
 
-    Returns None when the journal has no training row yet.
+    Args:
+        directory: the run directory.
+
+    Returns:
+        The picture; None if the journal has no training row yet.
     """
-    # The object interface: pyplot keeps global state and looks for a display.
+    # matplotlib's object interface, because pyplot keeps global state and looks for a display.
     from matplotlib.figure import Figure
 
     rows = list(read(RunPaths(directory).metrics))
@@ -22,7 +26,7 @@ def loss_curve(directory: Path) -> Path | None:
     valid = [
         (row["step"], row["valid_bits_per_base"])
         for row in rows
-        if isinstance(row.get("valid_bits_per_base"), float)  # a NaN is written as a string
+        if isinstance(row.get("valid_bits_per_base"), float)  # NaN is written as a string
     ]
     if not train:
         return None
@@ -45,7 +49,7 @@ def loss_curve(directory: Path) -> Path | None:
         axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("bits per base")
-    # The first steps, from random weights, would flatten everything that follows.
+    # The axis leaves out the first steps: they would flatten the rest of the curve.
     tail = [value for _, value in train[len(train) // 20 :]] + [value for _, value in valid]
     axes.set_ylim(min(tail) - 0.02, max(2.05, min(max(tail), 2.3)))
     axes.set_title(f"{directory.name}: bits per base")
