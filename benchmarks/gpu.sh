@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Checks and measures megabase on a machine with one GPU and no network, in two calls of
-# less than 10 minutes each: STAGES="wheels checks tests zero", and STAGES="wheels attention model longest".
+# Checks and measures megabase on a machine with one GPU and no network. Run it in two calls of less than 10 minutes
+# each: STAGES="wheels checks tests zero", and STAGES="wheels attention model longest".
 #
-#   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of what the machine lacks (benchmarks/gpu_wheels.sh); default .whl
+#   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of missing packages (benchmarks/gpu_wheels.sh); default .whl
 #
 # The machine has Python 3.12, torch for CUDA, triton, pytorch-lightning, transformers, pyarrow, matplotlib and rich.
 # Stages: the wheels; the kernels against the reference; the kernels' tests; ZeRO 1 to 3 under NCCL in bf16 and fp16,
-# with a resume that must be exact; bench attention; bench model; the longest context that trains. Each has its own time
-# limit, and none stops the others. At the end a table; the exit code is 1 if a check failed or a stage did not end.
+# with a resume that must be exact; bench attention; bench model; the longest context that trains. Each stage has a time
+# limit, and its failure does not stop the others. Prints a table at the end. The exit code is 1 if a stage failed or
+# reached its limit.
 #
-# Environment: OUT, where everything goes (default ./gpu-results; 8 files at most, flat). PYTHON (default python3).
-# SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, to be named in the JSON where there is no
-# .git. DEVICE=cpu walks through all stages with tiny sizes, to try this script out. STAGES: which (default: all).
+# Environment: OUT, the folder of all results (default ./gpu-results; at most 8 files, no subfolders). PYTHON (default python3).
+# SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, the commit to write into the JSON
+# if there is no .git. DEVICE=cpu runs all stages with tiny sizes, to test this script. STAGES: which (default: all).
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -30,37 +31,37 @@ export MEGABASE_CACHE=${MEGABASE_CACHE:-$WORK/cache}
 BAD=0
 TABLE=""
 
-# stage NAME SECONDS COMMAND...: run it under its time limit, and note how it ended.
+# stage NAME SECONDS COMMAND...: run the command with a time limit, and record how it ended.
 stage() {
-    local name=$1 limit=$2 began=$SECONDS code said
+    local name=$1 limit=$2 began=$SECONDS code result
     shift 2
     case " $STAGES " in *" $name "*) ;; *) return 0 ;; esac
     printf '\n== %s: %s\n' "$name" "$*" | tee -a "$LOG"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOG"
     code=${PIPESTATUS[0]}
     case $code in
-        0) said=ok ;;
-        124 | 137) said="stopped after $limit s" BAD=1 ;;
-        *) said="FAILED ($code)" BAD=1 ;;
+        0) result=ok ;;
+        124 | 137) result="stopped after $limit s" BAD=1 ;;
+        *) result="FAILED ($code)" BAD=1 ;;
     esac
-    TABLE+=$(printf '%-10s %5d s  %s' "$name" $((SECONDS - began)) "$said")$'\n'
+    TABLE+=$(printf '%-10s %5d s  %s' "$name" $((SECONDS - began)) "$result")$'\n'
 }
 
 wheels() {
     if compgen -G "$WHEELS/*.whl" >/dev/null; then
         "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$WHEELS"/*.whl
     else
-        echo "no wheels in $WHEELS: taking what is installed"
+        echo "no wheels in $WHEELS: using the installed packages"
     fi
     "$PYTHON" -c 'import torch; print("torch", torch.__version__, "on", torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")'
 }
 
 tests() {
     if ! "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
-        echo "no pytest here: the checks above stand alone"
+        echo "no pytest installed: skipping the tests"
         return 0
     fi
-    # Side by side where pytest-xdist is there: compiling kernels takes the time, one core each.
+    # In parallel if pytest-xdist is installed: most of the time is compiling kernels, one core each.
     local parallel=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n auto)
     "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider --basetemp="$WORK/pytest" "${parallel[@]}" \
@@ -68,8 +69,8 @@ tests() {
     return "${PIPESTATUS[0]}"
 }
 
-# Real runs on phage lambda, one rank, side by side: each trains 8 steps, loses its last checkpoint, starts again from
-# step 4, and must have written the same journal, byte for byte.
+# Real runs on phage lambda, one rank, in parallel: each trains 8 steps, loses its last checkpoint and resumes from step 4.
+# The second journal must equal the first byte for byte.
 zero() {
     local variant pid pids=() bad=0
     "$PYTHON" -m megabase.pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1
@@ -103,7 +104,7 @@ resumed() {
 import json, math, sys
 losses = [row["loss"] for row in map(json.loads, open(sys.argv[1])) if "loss" in row]
 print("losses, the same after a resume:", *(f"{loss:.4f}" for loss in losses))
-assert len(losses) == 8 and all(map(math.isfinite, losses)), "steps are missing, or are no numbers"
+assert len(losses) == 8 and all(map(math.isfinite, losses)), "steps are missing, or losses are not finite"
 PYTHON
 }
 

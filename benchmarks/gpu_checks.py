@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this device: against `reference` in fp64, twice to the same bits, and reversed.
+"""Check the kernels on this device: equal to `reference` in fp64, the same bits twice, exact reversible training.
 
     python -m benchmarks.gpu_checks [--device cuda] [--cases 40] [--json FILE]
 
@@ -31,17 +31,17 @@ from megabase.models.attention.lsh import hash_buckets
 
 BACKENDS = {"cuda": ("auto", "chunked", "triton"), "cpu": ("auto", "chunked", "native")}
 PER_RULE = 3
-"""Cases in a row with one rule and width, each of another shape: kernels are compiled for a rule."""
-# ‖got − reference‖ / ‖reference‖: rounding of the operands, with room; a wrong key or sum is far above.
+"""Consecutive cases with one rule and width, each of another shape: kernels are compiled for a rule."""
+# ‖got − reference‖ / ‖reference‖: several times the rounding of the operands; a wrong key or sum gives far more.
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 LENGTHS = (1, 2, 17, 64, 100, 129, 255, 384, 700)
-# Share of equal buckets between fp32 on a CPU and here: where two directions are as near, rounding may choose.
+# Share of positions with equal buckets in fp32 on a CPU and here: rounding decides between two directions as near.
 LEAST_EQUAL = 0.999
 
 
 @dataclass
 class Check:
-    """What was checked, by how many figures, the worst of them, and what went wrong."""
+    """The result of one check: how many figures it compared, the worst of them, and the failures."""
 
     name: str
     figures: int = 0
@@ -51,7 +51,7 @@ class Check:
     skipped: str | None = None
 
     def judge(self, figure: float, case: str) -> None:
-        """Count a figure; it fails above the limit, or where it is no number."""
+        """Count a figure; it fails if it is above the limit or NaN."""
         self.figures += 1
         if not figure <= self.limit:
             self.failures.append(f"{case}: {figure:.3g}")
@@ -59,7 +59,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """For the table."""
+        """The word in the table: ok, FAILED or skipped."""
         if self.skipped:
             return f"skipped: {self.skipped}"
         return "FAILED" if self.failures or not self.figures else "ok"
@@ -67,7 +67,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend in a dtype on a device, to be checked on so many cases, or for so many seconds."""
+    """A backend in a dtype on a device, to be checked with `cases` random cases, or for `seconds`."""
 
     backend: str
     dtype: torch.dtype
@@ -79,7 +79,7 @@ class Kernel:
 
 @dataclass
 class Case:
-    """Inputs of lsh_attention, and how to call it."""
+    """Inputs and settings of a call of lsh_attention."""
 
     qk: Tensor
     v: Tensor
@@ -98,8 +98,7 @@ class Case:
 
 
 def draw_rules(chance: random.Random) -> Iterator[dict[str, Any]]:
-    """What kernels are compiled for: every rule of who meets whom, in random order and again and again, each with
-    random rounds and width of a head."""
+    """Every rule that kernels are compiled for, in random order, endlessly, each with random rounds and width."""
     rules = list(itertools.product(("window", "chunk"), ("average", "once"), (True, False)))
     chance.shuffle(rules)
     for attend, duplicates, causal in itertools.cycle(rules):
@@ -133,14 +132,14 @@ def draw_case(chance: random.Random, rule: dict[str, Any], dtype: torch.dtype, d
 
 
 def relative(got: Tensor, expected: Tensor, least: float = 1.0) -> float:
-    """‖got − expected‖ / ‖expected‖ in fp64; / least where less than that is expected, such as nothing."""
+    """‖got − expected‖ / max(‖expected‖, least) in fp64."""
     got, expected = got.double(), expected.double()
     return ((got - expected).norm() / expected.norm().clamp_min(least)).item()
 
 
 def against_reference(kernel: Kernel) -> Check:
-    """Forward and gradients against `reference` in fp64, and the same bits at the second call: so many cases, or
-    what fits into the time, but one at least."""
+    """Forward and gradients against `reference` in fp64, and the same bits in a second call: all cases, or as many as
+    the time allows, at least one."""
     backend, dtype, device = kernel.backend, kernel.dtype, kernel.device
     chance = random.Random(f"{kernel.seed} {backend} {dtype}")
     torch.manual_seed(chance.getrandbits(31))
@@ -155,7 +154,7 @@ def against_reference(kernel: Kernel) -> Check:
         case = draw_case(chance, rule, dtype, device)
         got = case.results(backend, dtype)
         expected = case.results("reference", torch.float64)
-        # A gradient may cancel to nothing: then its rounding is that of what cancels.
+        # A gradient may cancel to zero. Then its rounding is that of the terms that cancel.
         of_grad = max(1.0, case.grad.double().norm().item())
         for name, a, b in zip(("out", "grad qk", "grad v"), got, expected, strict=True):
             check.judge(relative(a, b, 1.0 if name == "out" else of_grad), f"{name} {case}")
@@ -165,7 +164,7 @@ def against_reference(kernel: Kernel) -> Check:
 
 
 def hashing(chance: random.Random, n: int, device: str) -> Check:
-    """Buckets as on a CPU in fp32, but for ties in rounding."""
+    """Buckets equal those of a CPU in fp32, apart from ties in rounding."""
     check = Check("hashing: the buckets of a CPU", limit=1 - LEAST_EQUAL)
     for _ in range(n):
         x = torch.randn(
@@ -183,7 +182,7 @@ def hashing(chance: random.Random, n: int, device: str) -> Check:
 
 
 def local(chance: random.Random, n: int, device: str) -> Check:
-    """Local attention against dense attention under a window's mask, in fp64."""
+    """Local attention against dense attention with a window as mask, in fp64."""
     check = Check("local attention fp32: equals dense attention", limit=LIMITS[torch.float32])
     for _ in range(n):
         length, window, causal = chance.choice(LENGTHS), chance.choice([1, 16, 100]), chance.random() < 0.7
@@ -213,7 +212,7 @@ def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad:
 
 
 def reversible(chance: random.Random, device: str) -> Check:
-    """Loss and gradients of the reversible model and of its ordinary twin: not one bit apart."""
+    """Loss and gradients of a model trained reversibly and with ordinary autograd: equal to the last bit."""
     check = Check("reversible training: the bits of ordinary training")
     for dtype in (torch.float32, torch.bfloat16):
         for layers in (["local", "lsh"], ["lsh", "performer"]):
@@ -239,7 +238,7 @@ def reversible(chance: random.Random, device: str) -> Check:
 
 
 def loss_and_gradients(model: Reformer, x: Tensor, seeds: Seeds, reverse: bool) -> Tensor:
-    """As one fp32 vector."""
+    """Loss and all gradients as one fp32 vector."""
     model.zero_grad()
     loss = model.head(model.body(x, seeds=seeds, reverse=reverse), x.roll(-1, 1))
     loss.backward()
@@ -248,7 +247,7 @@ def loss_and_gradients(model: Reformer, x: Tensor, seeds: Seeds, reverse: bool) 
 
 
 def beyond_31_bits(device: str) -> Check:
-    """More than 2^31 numbers in a tensor: the last head comes out as it does alone, bit for bit."""
+    """More than 2^31 numbers in a tensor: the last head gives the same bits as if computed alone."""
     check = Check("2^31 numbers and more: the last head as alone")
     if device != "cuda":
         check.skipped = "needs a GPU"
@@ -270,7 +269,7 @@ def beyond_31_bits(device: str) -> Check:
 
 
 def checks(device: str, cases: int, seed: int, seconds: float) -> Iterator[Check]:
-    """All of them, in order. On a GPU the backends and dtypes are checked side by side: compiling takes the time."""
+    """Run all checks, in order. On a GPU backends and dtypes are checked in parallel: most of the time is compiling."""
     kernels = [(backend, dtype) for backend in BACKENDS[device] for dtype in LIMITS]
     workers = min(len(kernels), max(1, len(os.sched_getaffinity(0)) // 2)) if device == "cuda" else 1
     share = seconds / -(-len(kernels) // workers)
@@ -289,7 +288,7 @@ def checks(device: str, cases: int, seed: int, seconds: float) -> Iterator[Check
 
 
 def guarded(name: str, function: Callable[[], Check]) -> Check:
-    """The check, or one that failed with what was raised: the others go on."""
+    """Run a check. If it raises, return a failed check with the error, so that the others still run."""
     try:
         return function()
     except Exception as error:
@@ -298,7 +297,7 @@ def guarded(name: str, function: Callable[[], Check]) -> Check:
 
 
 def short(dtype: torch.dtype) -> str:
-    """The dtype's name without torch's."""
+    """The dtype's name without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 

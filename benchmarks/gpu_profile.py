@@ -1,9 +1,9 @@
-"""Where a GPU's time goes: in one attention, or in one training step of a model, by kernel.
+"""GPU time by kernel: of one attention call, or of one training step of a model.
 
     python -m benchmarks.gpu_profile attention|model [--length 64k] [--json FILE]
 
-Sums of torch's profiler over the calls, per call; beside them the time from the first kernel to the last, so that gaps
-show. `ncu` may run it too (`--calls 1 --plain`): then nothing is traced here.
+Sums of torch's profiler over the calls, per call; beside them the time from the first kernel to the last, which
+includes the gaps. Under another profiler such as `ncu` use `--calls 1 --plain`, which traces nothing itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Spent:
 
 
 def traced(call: Callable[[], object], calls: int) -> tuple[list[Spent], float]:
-    """Kernels, the most expensive first; and milliseconds of a call, without the profiler."""
+    """The kernels, the longest first, and milliseconds of a call without the profiler."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -56,7 +56,7 @@ def traced(call: Callable[[], object], calls: int) -> tuple[list[Spent], float]:
 
 
 def hosted(call: Callable[[], object], calls: int) -> None:
-    """Print the functions of Python in which the host spends most, over the calls; tracing makes all of it slower."""
+    """Print the Python functions in which the host spends most time; tracing makes all of them slower."""
     torch.cuda.synchronize()
     tracer = cProfile.Profile()
     with tracer:

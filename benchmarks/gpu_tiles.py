@@ -1,10 +1,11 @@
-"""Which tiles suit the Triton kernels on this GPU: every candidate's time, beside the floor of the bytes it must move.
+"""Which tiles are fastest for the Triton kernels on this GPU: the time of each candidate, and the least time that its
+memory traffic takes.
 
     python -m benchmarks.gpu_tiles [--passes hash] [--head-dims 64,128] [--lengths 16k,64k] [--once] [--json FILE]
 
 A candidate is one `Tiles` for the forward or the backward pass at one width; the other pass keeps the table's. All are
-compiled first, side by side (that takes the time, not the GPU), then timed one after the other: the median of CUDA
-events around whole passes of all rounds, without hashing and sorting. Prints the best and the table's own choice.
+compiled first, in parallel (compiling takes most of the time), then timed one after the other: the median of CUDA
+events around whole passes of all rounds, without hashing and sorting. Prints the fastest, and the table's own choice.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from megabase.pipeline.bench.options import lengths_of
 ROUNDS, CHUNK, WIDTH = 4, 128, 1024
 """heads · d = WIDTH, batch 1."""
 SMALL = 1024
-"""Length at which candidates are compiled: nothing that is compiled in depends on it."""
+"""Length at which candidates are compiled: the compiled code does not depend on it."""
 BANDWIDTH = 3.35e12
-"""Bytes a second, by the data sheet of an H100 SXM."""
+"""Bytes a second, from the data sheet of an H100 SXM."""
 PASSES = ("forward", "backward", "hash")
 
 
@@ -57,7 +58,7 @@ class Candidate:
 
 
 def candidates(widths: list[int], once: bool) -> Iterator[Candidate]:
-    """All that are tried, the table's own first."""
+    """All candidates, the table's own first."""
     shapes = [
         (64, 32, 4),
         (32, 32, 1),
@@ -82,10 +83,10 @@ def candidates(widths: list[int], once: bool) -> Iterator[Candidate]:
 
 
 class Problem:
-    """Inputs of one width and length, seated as hashing seats them."""
+    """Inputs of one width and length, with positions sorted by random buckets."""
 
     def __init__(self, d: int, length: int, once: bool, made_for: int | None = None) -> None:
-        """made_for: the length whose number of buckets is taken; else `length`."""
+        """made_for: use the number of buckets of this length; None: of `length`."""
         heads = WIDTH // d
         shape = (heads, length, d)
         generator = torch.Generator("cuda").manual_seed(length + d)
@@ -108,7 +109,7 @@ class Problem:
         return host.sorted_attention(self.q, None, self.v, self.order, self.rule)
 
     def times(self, which: str, repeat: int) -> list[float]:
-        """Milliseconds of so many passes after two that warm up."""
+        """Milliseconds of `repeat` passes, after two for warming up."""
         spent = []
         for _ in range(repeat + 2):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -131,19 +132,19 @@ class Problem:
         return spent[2:]
 
     def floor_ms(self, which: str) -> float:
-        """What the bytes take that must cross the device's memory: see docs/kernels.md."""
-        seats, d = self.q.shape[0] * self.q.shape[1], self.q.shape[2]
+        """The least time for the bytes that must cross the device's memory: see docs/kernels.md."""
+        slots, d = self.q.shape[0] * self.q.shape[1], self.q.shape[2]
         if which == "hash":
             each = 2 * d + 4 * ROUNDS
         elif which == "forward":
             each = ROUNDS * (4 * d + 16) + (ROUNDS - 1) * 2 * 4 * d + 2 * d
         else:
             each = ROUNDS * (6 * d + 16) + (ROUNDS - 1) * 2 * 8 * d + 4 * d + 4 * d
-        return seats * each / BANDWIDTH * 1e3
+        return slots * each / BANDWIDTH * 1e3
 
 
 def install(candidate: Candidate) -> None:
-    """Make the kernels take the candidate's tiles, whatever the rule."""
+    """Make the kernels use the candidate's tiles, for every rule."""
     if candidate.which == "hash":
         tiles.HASH = candidate.tiles
         return
@@ -155,12 +156,12 @@ def install(candidate: Candidate) -> None:
 
 
 def _from_table(launch: Any, table: dict[int, Tiles]) -> Tiles:
-    """`Launch.tiles` without what it changes for some rules."""
+    """Replaces `Launch.tiles`: the table's tiles for every rule."""
     return table[max(launch.d, launch.d_v)]
 
 
 def compile_one(candidate: Candidate, lengths: list[int]) -> str | None:
-    """In a process of its own: fill the compiler's cache. Returns why it cannot be compiled."""
+    """Run in a separate process to fill the compiler's cache. Returns the error, None if it compiled."""
     install(candidate)
     try:
         for length in lengths if candidate.which == "hash" else [SMALL]:
@@ -171,7 +172,7 @@ def compile_one(candidate: Candidate, lengths: list[int]) -> str | None:
 
 
 def compile_all(work: list[Candidate], lengths: list[int], seconds: float) -> dict[Candidate, str | None]:
-    """What compiled in time, and what went wrong with it."""
+    """The candidates that were compiled in time, each with its error or None."""
     until = time.monotonic() + seconds
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
     done: dict[Candidate, str | None] = {}
@@ -198,7 +199,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="the rule `once` instead of `average`")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--compile-seconds", type=float, default=150.0)
-    parser.add_argument("--show", type=int, default=8, help="the best so many of each")
+    parser.add_argument("--show", type=int, default=8, help="print this many of the fastest of each")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if not torch.cuda.is_available():

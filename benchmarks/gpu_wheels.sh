@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Gathers what benchmarks/gpu.sh needs and its machine lacks, as wheels for Python 3.12 on x86-64 Linux.
+# Downloads the packages that benchmarks/gpu.sh needs and its machine lacks, as wheels for Python 3.12 on x86-64 Linux.
 #
-#   benchmarks/gpu_wheels.sh [DIR]        default .whl; PYTHON (default .venv/bin/python) is the one whose pip fetches
+#   benchmarks/gpu_wheels.sh [DIR]        default .whl; PYTHON (default .venv/bin/python): its pip downloads
 #
 # Versions are those of requirements.lock where it names the package. mlflow and webdataset are not among them:
 # `megabase train` with tracking.enabled=false imports neither. torch, triton, pytorch-lightning, transformers,
-# pyarrow, matplotlib, rich, numpy, einops, pytest and their needs are on the machine.
+# pyarrow, matplotlib, rich, numpy, einops, pytest and their dependencies are on the machine.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -25,13 +25,13 @@ PLATFORMS+=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --pl
 mkdir -p "$DIR"
 for name in "${WHEELS[@]}"; do
     pinned=$(grep -iE "^${name//[-_]/[-_]}==" requirements.lock || echo "$name")
-    # What is published as source only is pure Python here, so the wheel fits any version.
+    # Packages published as source only are pure Python here, so the wheel works with any version.
     "$PYTHON" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
         --implementation cp "${PLATFORMS[@]}" -d "$DIR" "$pinned" 2>/dev/null ||
         DS_BUILD_OPS=0 "$PYTHON" -m pip wheel -q --disable-pip-version-check --no-deps -w "$DIR" "$pinned"
 done
 
-# Two versions of one package stop the whole install on the other side.
+# pip refuses to install two versions of one package.
 twice=$(for wheel in "$DIR"/*.whl; do basename "$wheel" | cut -d- -f1; done | sort -f | uniq -di)
 test -z "$twice" || { echo "several versions in $DIR of: $twice" >&2; exit 1; }
 mib=$(du -sm "$DIR" | cut -f1)

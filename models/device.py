@@ -1,4 +1,4 @@
-"""What a device is good at: the size of work that suits it, and the products it has units for."""
+"""Properties of a device that decide how work is done: the size of one piece, and matrix products in hardware."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from pathlib import Path
 import torch
 
 CACHED = 1 << 16
-"""Numbers of a piece of work on a CPU: a few of them, and what is made of them, fit a core's cache."""
+"""Numbers in one piece of work on a CPU: a few pieces, with their intermediate results, fit into a core's cache."""
 
 
 def pieces(length: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `length` things of `width` numbers each, for work that passes over them several times: on a CPU of a
-    size that stays in cache; on a GPU, which wants all at once, the whole."""
+    """Cut work that passes over its numbers several times into slices.
+
+    Args:
+        length: Items.
+        width: Numbers in an item.
+        device: On a CPU a slice is small enough to stay in cache. On a GPU there is one slice: all items.
+
+    Yields:
+        Slices that cover range(length), in order.
+    """
     step = max(1, CACHED // width) if device.type == "cpu" else max(1, length)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
@@ -22,7 +30,7 @@ def pieces(length: int, width: int, device: torch.device) -> Iterator[slice]:
 
 @functools.cache
 def has_half_products(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies matrices of bf16 or fp16 in hardware. Only of CPUs some do not."""
+    """Whether the device multiplies matrices of bf16 or fp16 in hardware. All GPUs do; some CPUs do not."""
     if device_type != "cpu":
         return True
     wanted = {
@@ -34,8 +42,10 @@ def has_half_products(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def processor_lines(*names: str) -> list[str]:
-    """The lines of /proc/cpuinfo that begin with one of these lower-case names, for every core; none where there is no
-    such file."""
+    """The lines of /proc/cpuinfo that begin with one of these lower-case names, for every core.
+
+    Empty if the file does not exist.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

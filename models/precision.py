@@ -1,4 +1,4 @@
-"""Remember the autocast state of a forward pass, and restore it where the backward pass runs it again."""
+"""The autocast state of a forward pass, saved so that the backward pass can run the forward pass again in it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Precision:
 
     @classmethod
     def current(cls, device: torch.device) -> Precision:
-        """The state that holds now for `device`."""
+        """The current state for `device`."""
         kind = device.type
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restored(self) -> AbstractContextManager[object]:
-        """A context in which that state holds.
+        """A context with this state.
 
-        The cache of cast weights is off: one made under no_grad carries no history, and would hide a weight
-        from the pass that needs its gradient.
+        The cache of cast weights is off: a copy cast under no_grad has no autograd history, and a pass that needs the
+        weight's gradient would find that copy in the cache.
         """
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a matrix product of `dtype` operands runs in."""
+        """The dtype in which a matrix product of `dtype` operands is computed."""
         return self.dtype if self.enabled and dtype == torch.float32 else dtype

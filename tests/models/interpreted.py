@@ -1,8 +1,8 @@
-"""Where Triton kernels are tested: compiled where there is a GPU, else interpreted, in a process of its own.
+"""How Triton kernels are tested: compiled on a GPU; without one, interpreted in a separate process.
 
-Triton decides when it is imported whether it interprets. So that this disturbs no other test, and whoever imported it
-first, tests of kernels run only where there is a GPU or TRITON_INTERPRET=1 is set; elsewhere `run_interpreted` runs
-their file in a process that has it set.
+Triton decides when it is imported whether it interprets. So tests of kernels run only if there is a GPU or
+TRITON_INTERPRET=1 is set. Otherwise `run_interpreted` runs their file in a process that has it set, which does not
+change Triton for the other tests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_interpreted(file: str, temporary: Path, *options: str) -> None:
-    """Run the tests of a file with Triton's interpreter, with more of pytest's options; they must pass."""
+    """Run the tests of a file with Triton's interpreter and more options of pytest; they must pass."""
     command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
         [*command, f"--basetemp={temporary / 'interpreted'}"],

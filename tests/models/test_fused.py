@@ -1,4 +1,4 @@
-"""The elementwise Triton kernels against plain torch, where interpreted.py says."""
+"""The elementwise Triton kernels against plain torch, compiled or interpreted (see interpreted.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ tl = pytest.importorskip("triton.language")
 fused_chance = pytest.importorskip("megabase.models.fused.chance")
 
 HALVES = (torch.bfloat16, torch.float16)
-# One rounding of the result, and of the sums of many.
+# One rounding of the result, or of a sum of many terms.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
 
@@ -57,7 +57,7 @@ def gradients(function: Any, tensors: list[Tensor], grad: Tensor) -> list[Tensor
 class TestStreams:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [1, 100, 5000])
-    def test_are_those_of_plain_torch(self, n, dtype):
+    def test_equal_plain_torch(self, n, dtype):
         branch = draw(n, seed=n, dtype=dtype) * 100
         stream = torch.randint(-(2**30), 2**30, (n,), dtype=torch.int32, device=DEVICE)
         encoded = FixedPoint.encode(branch.cpu()).to(DEVICE)
@@ -76,27 +76,27 @@ class TestStreams:
         expected = FixedPoint.encode(x.cpu()).to(DEVICE)
         assert torch.equal(fused.add_to_stream(None, x, 1, SCALE, LIMIT, None), expected)
 
-    def test_wrap_and_come_back(self):
+    def test_wrap_around_and_back(self):
         stream = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32, device=DEVICE)
         branch = torch.tensor([3.0, -3.0], device=DEVICE)
         after = fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, None)
         assert torch.equal(fused.add_to_stream(after, branch, -1, SCALE, LIMIT, None), stream)
 
     @pytest.mark.parametrize(
-        ("value", "there"),
+        ("value", "stream_value"),
         [(0.0, 0), (LIMIT, 0), (-LIMIT, 0), (float("nan"), 0), (float("inf"), 0), (0.0, 2**30)],
     )
-    def test_alarm(self, value, there):
-        """At the limit, beyond it, or no number at all; the same as without a GPU."""
+    def test_alarm(self, value, stream_value):
+        """At the limit, beyond it, or NaN: the same as without a GPU."""
         branch = torch.zeros(3000, device=DEVICE)
         stream = torch.zeros(3000, dtype=torch.int32, device=DEVICE)
-        branch[2500], stream[17] = value, there
+        branch[2500], stream[17] = value, stream_value
         alarm, plain = torch.zeros((), device=DEVICE), torch.zeros(())
         fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
         FixedPoint.add(stream.cpu(), branch.cpu(), plain)
-        assert alarm.isnan() == plain.isnan() == bool(value or there)
+        assert alarm.isnan() == plain.isnan() == bool(value or stream_value)
 
-    def test_whatever_the_default_dtype(self):
+    def test_with_any_default_dtype(self):
         stream = torch.tensor([123456789], dtype=torch.int32, device=DEVICE)
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -143,7 +143,7 @@ class TestNorm:
         expected = gradients(plain, [t.double() for t in tensors], grad)
         assert [t.dtype for t in got] == [dtype, torch.float32, dtype, dtype][: len(got)]
         if width == 1 and layer:
-            expected[1] = torch.zeros_like(expected[1])  # what is left of it is eps
+            expected[1] = torch.zeros_like(expected[1])  # only eps remains of it
             got[1] = got[1] * 0
         for a, b, kind in zip(got, expected, [dtype, torch.float32, dtype, dtype], strict=False):
             close(a, b, kind)
@@ -165,17 +165,17 @@ class TestNorm:
 class TestDropout:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_equals_plain_torch(self, dtype):
-        """The same numbers drop, forward and backward, and nothing is rounded otherwise."""
+        """The same numbers are dropped, forward and backward, and the others are rounded alike."""
         x, grad = draw(3, 50, 50, dtype=dtype), draw(3, 50, 50, seed=1, dtype=dtype)
         keys = torch.tensor([0, -5, 2**61 + 12345], device=DEVICE)
         got = gradients(lambda x: fused.dropout(x, 0.3, keys), [x], grad)
         expected = gradients(lambda x: dropout(x, 0.3, keys.cpu()), [x.cpu()], grad.cpu())
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a.cpu() == 0.0, b == 0.0)
-            if GPU or dtype != torch.bfloat16:  # the interpreter cuts off where it should round to bf16
+            if GPU or dtype != torch.bfloat16:  # the interpreter truncates to bf16 instead of rounding
                 assert torch.equal(a.cpu(), b)
 
-    def test_keeps_no_mask(self):
+    def test_saves_no_mask(self):
         kept = []
         x = draw(2, 64).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -202,7 +202,7 @@ class TestRotary:
 
 
 def turns(length: int, d: int, start: int) -> tuple[Tensor, Tensor]:
-    """cos and sin as positions.rotary makes them: those of a unit vector that it turns."""
+    """cos and sin as positions.rotary computes them, read from a unit vector that it rotates."""
     unit = torch.cat([torch.ones(length, d // 2), torch.zeros(length, d // 2)], dim=-1).double()
     turned = rotary(unit, start).to(DEVICE, torch.float32)
     return turned[:, : d // 2].contiguous(), turned[:, d // 2 :].contiguous()

@@ -20,7 +20,7 @@ def unbuilt() -> Iterator[None]:
     load_library.cache_clear()
 
 
-def test_without_a_compiler_the_chunked_kernel_runs_and_says_so(monkeypatch, unbuilt):
+def test_without_a_compiler_the_chunked_kernel_runs_with_a_warning(monkeypatch, unbuilt):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler.*Install g\+\+, or set CXX"):
         qk = torch.randn(1, 2, 40, 8)

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention against the readable one, where interpreted.py says."""
+"""The Triton kernels of attention against the reference, compiled or interpreted (see interpreted.py)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.models.interpreted import DEVICE, GPU, HERE, ROOT, run_interpreted
 
 pytest.importorskip("triton")
 
-# The interpreter takes a fifth of a second for a block; a GPU takes seconds to compile for a new width.
+# The interpreter needs a fifth of a second for a block; compiling for a new width takes seconds.
 WIDTHS = [(64, 64), (128, 128), (64, 24)] if GPU else [(16, 16), (32, 24), (24, 5), (5, 32)]
 LENGTHS = [1, 7, 65, 130, 1000] if GPU else [1, 2, 7, 31, 64, 65, 130]
-# fp32 is where a mistake shows. In half precision the result is rounded before Σ grad · out is taken from it (as in
-# FlashAttention), which is most of the error of q's gradient where few keys are met and their scores' gradients cancel.
+# fp32 reveals mistakes. In half precision the result is rounded before Σ grad · out is computed from it (as in
+# FlashAttention): most of the error of q's gradient, where a query has few keys and their scores' gradients cancel.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -44,7 +44,7 @@ def test_interpreted(which, tmp_path):
 
 
 class Case:
-    """A random problem: q, k, v in a dtype, who sits where, a rule, dropout."""
+    """A random problem: q, k, v in a dtype, a sorted order, a rule, dropout."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         chance = random.Random(seed)
@@ -91,7 +91,7 @@ class Case:
         ):
             assert got.dtype == dtype
             error = (got.double() - expected).norm().item()
-            # A gradient may cancel to nothing; then its rounding is that of what cancels.
+            # A gradient may cancel to zero. Then its rounding is that of the terms that cancel.
             size = max(1.0, expected.norm().item(), self.grad.norm().item())
             assert error <= TOLERANCE[dtype] * size, (number, error, size, self.rest[1])
 
@@ -100,7 +100,7 @@ def plain(q: Tensor, k: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
     return reference.sorted_attention(q, unit_keys(q) if k is None else k, v, *rest)
 
 
-class TestMeet:
+class TestSortedAttention:
     __test__ = HERE
 
     @pytest.mark.parametrize("seed", range(20))
@@ -136,7 +136,7 @@ class TestMeet:
         for a, b in zip(case.run(kernels.sorted_attention), case.run(kernels.sorted_attention), strict=True):
             assert torch.equal(a, b)
 
-    def test_rows_in_turns_give_the_same_bits(self, monkeypatch):
+    def test_rows_in_several_parts_give_the_same_bits(self, monkeypatch):
         from megabase.models.attention.kernels.triton import launch
 
         for case in (Case(seed, torch.float32) for seed in range(3, 30)):
@@ -158,8 +158,8 @@ class TestMeet:
         for a, b in zip(case.run(kernels.sorted_attention), short, strict=True):
             assert torch.equal(a, b)
 
-    def test_heads_need_not_lie_apart(self):
-        """(length, heads, d) in memory, as a projection leaves it: the same bits, and results that lie alike."""
+    def test_any_strides_of_heads(self):
+        """(length, heads, d) in memory, as a projection leaves it: the same bits, and results with these strides."""
         rows, length, d = 2, 70, 16
         together = [torch.randn(length, rows, d, device=DEVICE).transpose(0, 1) for _ in range(3)]
         buckets = torch.randint(0, 3, (rows, 2, length), device=DEVICE)
@@ -194,7 +194,7 @@ class TestMeet:
     @pytest.mark.parametrize(
         ("dtype", "width"), [(torch.float64, 16), (torch.float32, kernels.WIDEST + 1)], ids=["fp64", "wide"]
     )
-    def test_refuses_what_it_does_not_compute(self, dtype, width):
+    def test_refuses_other_dtypes_and_widths(self, dtype, width):
         x = torch.randn(1, 8, width, dtype=dtype, device=DEVICE)
         assert not kernels.supports(x, x)
         with pytest.raises(ConfigError, match=r"take bf16, fp16 and fp32 .* backend=chunked"):
@@ -208,7 +208,7 @@ class TestHashing:
 
     @staticmethod
     def draw(n_buckets: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Rotations]:
-        """x (2, 3, 90, d) and rotations for which no choice of a bucket is a matter of rounding; some rows are 0."""
+        """x (2, 3, 90, d) and rotations for which rounding decides no bucket; some rows are 0."""
         rotations = draw_rotations(3, d, rounds=3, n_buckets=n_buckets, seed=n_buckets)
         generator = torch.Generator().manual_seed(d)
         while True:
@@ -245,14 +245,14 @@ class TestHashing:
         )
         assert {order.positions.dtype, order.buckets.dtype, order.real_lengths.dtype} == {torch.int32}
 
-    def test_heads_need_not_lie_apart(self):
+    def test_any_strides_of_heads(self):
         x, rotations = self.draw(64, 16, torch.float32)
         together = x.transpose(1, 2).contiguous().transpose(1, 2)
         assert torch.equal(
             kernels.rotate_and_hash(x, rotations), kernels.rotate_and_hash(together, rotations)
         )
 
-    def test_what_is_not_a_number_has_a_seat(self):
+    def test_nan_has_a_slot(self):
         x, rotations = self.draw(6, 24, torch.float32)
         x[0, 0, :50] = float("nan")
         positions = kernels.sort_by_hash(x, rotations).positions.long()
@@ -261,7 +261,7 @@ class TestHashing:
         )
 
 
-# Compiled for a GPU that is not here.
+# Compiled for a GPU that this machine need not have.
 
 H100_SHARED = 232448
 """Bytes of shared memory that a program may have."""
@@ -284,7 +284,7 @@ AHEAD = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AHEAD)
 def test_compiles(name):
-    """For compute capability 9.0: all compiles, fits, and multiplies on tensor cores; the main case hardly spills."""
+    """For compute capability 9.0, every kernel compiles, fits, and uses tensor cores; the main case hardly spills."""
     done = subprocess.run(
         [
             sys.executable,
@@ -308,12 +308,12 @@ def test_compiles(name):
         if x["kernel"] in ("forward_round", "backward_round"):
             assert x["tensor"] > 0
             if name == "plain-64":
-                # Bytes of a thread outside the loops; what spills within them is in the hundreds.
+                # Bytes of a thread outside the loops; spills within them take hundreds.
                 assert x["stack"] <= 160
 
 
 def compile_ahead(name: str) -> None:
-    """Run the launches of a case with a driver that has a target and no device; print what came of every kernel."""
+    """Run the launches of a case with a driver that has a target and no device; print the resources of each kernel."""
     try:
         import triton
         import triton.backends.nvidia
