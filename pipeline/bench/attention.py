@@ -16,7 +16,7 @@ from megabase.pipeline.bench.result import Result
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What was typed; None: the device's default."""
+    """The options of the command; None: the default of the device."""
 
     lengths: str
     contestants: str | None
@@ -33,8 +33,10 @@ class AttentionOptions:
 
 
 def task_of(options: AttentionOptions) -> AttentionTask:
-    """The work asked for: by default 4 heads of 64 and chunks of 64 in fp32 on a CPU, 8 of 128 and 128 in bf16 on a
-    GPU. Raises UserError."""
+    """The task that the options describe. Raises UserError.
+
+    By default 4 heads of 64 and chunks of 64 in fp32 on a CPU, 8 heads of 128 and chunks of 128 in bf16 on a GPU.
+    """
     device = device_of(options.device)
     gpu = device == "cuda"
     task = AttentionTask(
@@ -51,7 +53,14 @@ def task_of(options: AttentionOptions) -> AttentionTask:
 
 
 def run(options: AttentionOptions) -> int:
-    """Hold the contest; print the table, write what was asked for. Returns the exit code. Raises UserError."""
+    """Measure, print the table, and write the files that the options name.
+
+    Returns:
+        The exit code: 1 if one of ours failed.
+
+    Raises:
+        UserError: an option is wrong.
+    """
     task = task_of(options)
     lengths = lengths_of("--lengths", options.lengths)
     names = names_of("--contestants", options.contestants, CONTESTANTS, default_contestants(task.device))

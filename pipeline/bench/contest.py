@@ -1,8 +1,8 @@
-"""How a contest is held: who runs, when, and how often. Pure: what runs, and where, is the lab's business.
+"""Which contestant runs when, and how often. Pure: `lab.py` runs and measures the calls.
 
-At every size each contestant first makes a probe: one call, whose memory is measured. Then all take turns, so that
-whatever else the machine does meets all of them alike; each round begins with another one. Who would take too long
-or too much memory at a size, judged by the sizes before, does not start there, and the reason is kept.
+At every size each contestant first makes a probe: one call whose memory is measured. Then all contestants take turns,
+so that other load on the machine affects all of them alike; each round begins with another one. A contestant that would
+take too long or too much memory at a size, judged by the smaller sizes, is left out there, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ OURS = "ours"
 """The contestant that the others are compared with. Names of our other contestants begin with it."""
 
 LEAST_REPEATS = 3
-"""Fewer timed calls have no spread worth the name."""
+"""Timed calls at least, if there are any: fewer have no meaningful spread."""
 
 
 WARM_UP = 0
-"""The round that is not counted."""
+"""The round that is not timed."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a contestant did not run at a size; the text is for the table.
+    """Why a contestant did not run at a size.
 
-    for_good: it will not run at a larger size either. memory: there was not enough. failed: it should have run.
+    Attributes:
+        text: for the table.
+        for_good: it cannot run at a larger size either.
+        memory: there was not enough memory.
+        failed: it should have run.
     """
 
     text: str
@@ -37,7 +41,7 @@ class Reason:
 
 
 class LeftOut(Exception):
-    """A contestant does not run. Keep the reason, not the exception: that holds on to frames and their tensors."""
+    """A contestant does not run. Keep its reason, not the exception, which keeps frames and their tensors alive."""
 
     def __init__(self, reason: Reason | str) -> None:
         self.reason = Reason(reason) if isinstance(reason, str) else reason
@@ -46,7 +50,13 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant. name: as typed. label: as shown. growth: time grows with size to this power, once large."""
+    """A contestant.
+
+    Attributes:
+        name: on the command line.
+        label: in tables and pictures.
+        growth: its time grows with this power of a large size.
+    """
 
     name: str
     label: str
@@ -55,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Budget:
-    """seconds: what one call may take. repeats: timed calls of a contestant at a size; 0 = the probe alone."""
+    """Limits. seconds: longest time of a call. repeats: timed calls of a contestant at a size; 0: the probe alone."""
 
     seconds: float
     repeats: int
@@ -63,7 +73,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Probe:
-    """One call: its seconds, and the most bytes that it held above what was there before; None: not measured."""
+    """One call: its seconds, and the most bytes it held beyond those before it; None: not measured."""
 
     seconds: float
     peak_bytes: int | None
@@ -71,7 +81,7 @@ class Probe:
 
 @dataclass
 class Point:
-    """A contestant at a size: its samples (seconds), or why there are none."""
+    """A contestant at a size: its timed calls in seconds, or why there are none."""
 
     contestant: str
     size: int
@@ -97,16 +107,16 @@ Call = Callable[[], object]
 
 
 class Lab(Protocol):
-    """Where calls are made. Both raise LeftOut."""
+    """Runs and measures calls. `probe` and `clock` raise LeftOut."""
 
     def probe(self, name: str, size: int, limit_s: float) -> Probe:
-        """One call, its memory measured where the lab can; it may be ended when it takes much more than limit_s."""
+        """Run one call and measure its memory, if that is possible; it may be killed after much more than limit_s."""
 
     def clock(self, name: str, size: int, seed: int) -> float:
         """Seconds of one call, on inputs drawn with this seed."""
 
     def free_bytes(self) -> int | None:
-        """Memory that a probe may take; None: the lab finds out by trying, at no risk."""
+        """Memory that a probe may take; None: an attempt to take too much does no harm."""
 
 
 def hold(
@@ -116,7 +126,7 @@ def hold(
     budget: Budget,
     after: Callable[[list[Point]], None] = lambda points: None,
 ) -> list[Point]:
-    """The points of every entry at every size, sizes ascending; `after` gets those of each size as they come."""
+    """Measure every entry at every size, sizes ascending; `after` gets the points of each size."""
     points: list[Point] = []
     for size in sorted(sizes):
         here = []
@@ -157,7 +167,7 @@ def probe(entry: Entry, size: int, before: Sequence[Point], lab: Lab, budget: Bu
 
 
 def foresee(entry: Entry, size: int, before: Sequence[Point], budget: Budget, free_bytes: int | None) -> None:
-    """Raise LeftOut if what came before says that the entry cannot run at this size within budget and memory."""
+    """Raise LeftOut if the smaller sizes show that the entry cannot run at this size within budget and memory."""
     stopped = next((p.left_out for p in before if p.left_out is not None and p.left_out.for_good), None)
     ran = [point for point in before if point.probe is not None]
     if ran and not (stopped and stopped.memory):
@@ -175,17 +185,17 @@ def foresee(entry: Entry, size: int, before: Sequence[Point], budget: Budget, fr
 
 
 def too_slow(seconds: float) -> Reason:
-    """A contestant that takes so many seconds for a call."""
+    """The reason of a contestant whose call takes so many seconds."""
     return Reason(f"too slow (~{seconds:,.{0 if seconds >= 10 else 1}f} s)", for_good=True)
 
 
 def out_of_memory(text: str = "out of memory") -> Reason:
-    """Not enough memory at this size, nor at a larger one."""
+    """The reason of a contestant with too little memory at this size, and so at larger ones."""
     return Reason(text, for_good=True, memory=True)
 
 
 def take_turns(points: Sequence[Point], lab: Lab, budget: Budget) -> None:
-    """Time those that made their probe: each warms up, then they take turns."""
+    """Time the contestants whose probe succeeded: each warms up, then they take turns."""
     running = {point.contestant: point for point in points if point.left_out is None}
     repeats = {name: repeats_of(budget, point.seconds or 0.0) for name, point in running.items()}
     for turn, name in schedule(repeats):
@@ -207,7 +217,7 @@ def repeats_of(budget: Budget, seconds: float) -> int:
 
 
 def schedule(repeats: dict[str, int]) -> Iterator[tuple[int, str]]:
-    """(round, name): everybody once a round until its repeats are done, each round beginning one further.
+    """Yield (round, name): each contestant once a round until its repeats are done, each round beginning one further.
 
     Round 0 warms up; the timed rounds are 1 to `repeats`.
     """
@@ -220,7 +230,7 @@ def schedule(repeats: dict[str, int]) -> Iterator[tuple[int, str]]:
 
 
 def ratio(points: Sequence[Point], point: Point, to: str) -> float | None:
-    """The point's time as a multiple of contestant `to`'s at the same size; None where one of them has none."""
+    """The time of a point as a multiple of that of contestant `to` at the same size; None if either has no time."""
     other = next((p for p in points if p.contestant == to and p.size == point.size), None)
     if other is None or other.left_out or point.left_out or not other.seconds or point.seconds is None:
         return None

@@ -25,12 +25,12 @@ from megabase.pipeline.bench.units import memory
 from megabase.pipeline.errors import UserError
 
 COPIES = 4
-"""Of the records on the disk at most, for every length: FASTA or the peers' formats beside the shards."""
+"""Copies of the records that are on the disk at most: FASTA or the formats of the peers, beside the shards."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What was typed; None: the default. mebibytes: records of each length. directory: where they are made."""
+    """The options of the command; None: the default. mebibytes: of records of each length. directory: for them."""
 
     lengths: str
     contestants: str | None
@@ -43,8 +43,15 @@ class DataOptions:
 
 
 def run(options: DataOptions) -> int:
-    """Hold the contests; print the tables, write what was asked for. Returns the exit code. Raises UserError, and
-    DataError for a length that cannot be trained on."""
+    """Measure reading and resuming, print the tables, and write the files that the options name.
+
+    Returns:
+        The exit code: 1 if one of ours failed.
+
+    Raises:
+        UserError: an option is wrong.
+        DataError: a length that cannot be trained on.
+    """
     lengths = lengths_of("--lengths", options.lengths)
     names = names_of("--contestants", options.contestants, CONTESTANTS, list(CONTESTANTS))
     for name in ("mebibytes", "repeat"):
@@ -72,7 +79,7 @@ def run(options: DataOptions) -> int:
 
 
 def new_result(task: DataTask, lengths: Sequence[int], names: Sequence[str], budget: Budget) -> Result:
-    """The outcome before anything ran."""
+    """The result before anything has run."""
     records = {length: task.records(length) for length in lengths}
     settings = {
         "device": "cpu",
@@ -90,7 +97,7 @@ def new_result(task: DataTask, lengths: Sequence[int], names: Sequence[str], bud
 
 
 def check_lengths(lengths: Sequence[int], bases: int) -> None:
-    """Raise UserError unless `bases` hold two batches of every length, DataError if none can be trained on."""
+    """Raise UserError if `bases` are less than two batches of a length, DataError for a length that cannot work."""
     for length in lengths:
         DataConfig(length=length).validate()
         records = DataTask(Path(), bases).records(length)
@@ -103,7 +110,7 @@ def check_lengths(lengths: Sequence[int], bases: int) -> None:
 
 
 def check_space(directory: Path, bytes_needed: int) -> None:
-    """Raise UserError unless so many bytes can be written below `directory`."""
+    """Raise UserError unless `directory` is writable and has so many bytes free."""
     if not directory.is_dir():
         raise UserError(f"--directory {directory}: no such directory")
     if not os.access(directory, os.W_OK):

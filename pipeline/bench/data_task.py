@@ -19,15 +19,17 @@ from megabase.pipeline.bench.readers import CONTESTANTS, Records
 LENGTH, RESUME = "length", "resume"
 
 BATCH_TOKENS = 128 << 10
-"""Tokens of a batch, at least: as many sequences as that takes."""
+"""Tokens of a batch at least: a batch has as many sequences as that takes."""
 
 
 @dataclass(frozen=True)
 class DataTask:
-    """The work: everything but the contestant and the length.
+    """The work of a call, without the contestant and the length.
 
-    folder: where records are. bases: about as many for every length. along: LENGTH for all of the records, RESUME for
-    the first batch in the middle of them.
+    Attributes:
+        folder: directory of the records.
+        bases: about so many in the records of every length.
+        along: LENGTH to read all records, RESUME to read the first batch in the middle of them.
     """
 
     folder: Path
@@ -41,7 +43,7 @@ class DataTask:
         return Records(self.folder / str(length), length, count, micro_batch)
 
     def prepare(self, name: str, size: int, seed: int) -> Call:
-        """The call to measure, at sequence length `size`; it returns what it read from. Raises LeftOut."""
+        """The call to measure at sequence length `size`; it returns the loader that it read from. Raises LeftOut."""
         records, open_at = self.records(size), CONTESTANTS[name].open
         if self.along == RESUME:
             middle, batch = records.count // 2, records.micro_batch * size
@@ -51,7 +53,7 @@ class DataTask:
 
 
 def read(opened: Iterator[int], bases: int) -> Iterator[int]:
-    """Take so many bases from an opened loader, and return it. Raises LeftOut if it hands over another number."""
+    """Read so many bases from a loader, and return the loader. Raises LeftOut if it yields another number."""
     taken = 0
     for handed_over in opened:
         taken += handed_over
@@ -63,7 +65,7 @@ def read(opened: Iterator[int], bases: int) -> Iterator[int]:
 
 
 class ReadingLab:
-    """Calls in this process, whose memory is not measured: what is read stays in the operating system's cache."""
+    """Runs calls in this process. Memory is not measured, because most of it is the operating system's file cache."""
 
     def __init__(self, task: DataTask) -> None:
         self._task = task
@@ -81,5 +83,5 @@ class ReadingLab:
             start = time.perf_counter()
             opened = call()
             seconds = time.perf_counter() - start
-            del opened  # closing a loader may take a while, too
+            del opened  # closing a loader may take long and is not timed
             return seconds

@@ -1,4 +1,4 @@
-"""Pictures of what came out, from its JSON.
+"""Pictures of a result, from its JSON.
 
 python -m megabase.pipeline.bench.draw RESULT.json PICTURE.png     # draws one again
 """
@@ -14,14 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# The object interface: pyplot keeps global state and looks for a display.
+# matplotlib's object interface, because pyplot keeps global state and looks for a display.
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 Json = dict[str, Any]
 
-# Okabe and Ito's colours, told apart by all kinds of sight; markers tell the same without colour. Ours is the blue.
+# The colours of Okabe and Ito, which colour-blind people can distinguish; markers distinguish without colours. Ours is
+# blue.
 STYLES = {
     "ours": ("#0072B2", "o"),
     "ours-ordinary": ("#56B4E9", "D"),
@@ -92,7 +93,7 @@ def data(result: Json, path: Path) -> None:
     figure = Figure(figsize=(14, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[9, 7])
     tokens_of = {int(length): count for length, count in result["tokens"].items()}
-    reading = Bars("length", lambda point: tokens_of[point["size"]] / point["seconds"] / 1e6, whole)
+    reading = Bars("length", lambda point: tokens_of[point["size"]] / point["seconds"] / 1e6, rounded)
     resuming = Bars("resume", lambda point: point["seconds"], duration)
     log_bars(left, result, reading, "reading (million tokens/s, more is better)")
     log_bars(right, result, resuming, "first batch after resuming (less is better)")
@@ -247,7 +248,7 @@ class Bars:
 
 def speed_bars(axes: Axes, result: Json) -> None:
     """Tokens a second of a training step."""
-    bars(axes, result, Bars("length", lambda point: point["size"] / point["seconds"], whole))
+    bars(axes, result, Bars("length", lambda point: point["size"] / point["seconds"], rounded))
     names = axes.get_legend_handles_labels()[1]
     axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.07 * len(names)))  # room for the legend
     axes.set_title("speed (tokens/s, more is better)", loc="left", fontsize=11)
@@ -310,7 +311,7 @@ def tokens(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def whole(value: float) -> str:
+def rounded(value: float) -> str:
     """1234.5 as 1,234; three digits below 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -18,15 +18,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Files:
-    """Where the outcome goes; None: nowhere."""
+    """Where the result is written; None: not at all."""
 
     json: Path | None
     picture: Path | None
 
     @classmethod
     def of(cls, json: Path | None, picture: Path | None) -> Files:
-        """The picture goes beside the JSON unless told otherwise. Raises UserError for a path that cannot be
-        written: now, not after minutes of work."""
+        """Files at these paths; by default the picture is written beside the JSON.
+
+        Raises:
+            UserError: a path cannot be written. Known now, before minutes of measuring.
+        """
         if picture is None and json is not None:
             picture = json.with_suffix(".png")
         if picture is not None and picture.suffix != ".png":
@@ -39,30 +42,30 @@ class Files:
         return cls(json, picture)
 
     def collect(self, result: Result, along: str) -> Callable[[Sequence[Point]], None]:
-        """What takes the points of a contest as they come: into `result`, on the screen, and into the JSON."""
+        """A function that takes points as they are measured, adds them to `result`, logs them and writes the JSON."""
 
         def add(points: Sequence[Point]) -> None:
             result.add(along, points)
-            say(points, result)
+            log_points(points, result)
             self.write_json(result)
 
         return add
 
     def write_json(self, result: Result) -> None:
-        """After every size: what is killed later leaves what it has."""
+        """Write the JSON. Called after every size, so that a benchmark that is killed leaves its results so far."""
         if self.json is not None:
             partial = self.json.with_name(self.json.name + ".partial")
             partial.write_text(json.dumps(result.as_json(), indent=1) + "\n")
             partial.rename(self.json)
 
     def write_picture(self, result: Result, draw: Callable[[Json, Path], None]) -> None:
-        """Draw the outcome."""
+        """Draw the picture, if one is wanted."""
         if self.picture is not None:
             draw(result.as_json(), self.picture)
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Raise UserError unless a file can be made or written at `path`; none is left there."""
+    """Raise UserError unless `path` can be written. Leaves no new file."""
     existed = path.exists()
     try:
         with path.open("a"):
@@ -73,11 +76,11 @@ def check_writable(option: str, path: Path) -> None:
         path.unlink()
 
 
-def say(points: Sequence[Point], result: Result) -> None:
-    """One line on stderr: somebody may be waiting."""
+def log_points(points: Sequence[Point], result: Result) -> None:
+    """Log one line with the times of one size."""
     size = f"{points[0].size:,}"
-    told = "; ".join(
+    times = "; ".join(
         f"{result.labels[p.contestant]} {p.left_out.text if p.left_out else seconds(p.seconds)}"
         for p in points
     )
-    logger.info(f"{size}: {told}")
+    logger.info(f"{size}: {times}")

@@ -1,15 +1,15 @@
-"""Where calls are made and measured: `CpuLab` and `GpuLab`.
+"""How calls are run and measured: `CpuLab` and `GpuLab`.
 
-Time. CPU: the host's clock. GPU: events around the call, then a synchronisation. Inputs are drawn before, outside
-what is timed, anew for every call.
+Time. CPU: the host's clock. GPU: events around the call, then a synchronisation. The inputs of each call are drawn
+before it and are not timed.
 
-Memory is what a call holds at its peak beyond what there was before its inputs were made. GPU: the allocator's peak.
-CPU: the peak resident memory of a process of its own for every contestant and size, so that nobody inherits
-another's freed memory. It is forked from a server that has imported the libraries and computed nothing, and makes a
-tiny call of the same kind first: code pages and thread pools are not counted. Its allocator gives every large block
-back when it is freed, so what is counted is what is held, as on a GPU; left alone, glibc decides by what was freed
-before, and the same call comes out at twice the memory or not. That process may only take the memory that is free,
-and whoever needs more hears so from the allocator, before the machine does.
+Memory is the most that a call holds beyond what there was before its inputs were made. GPU: the allocator's peak. CPU:
+the peak resident memory of a new process for each contestant and size, so that memory freed by another call does not
+count. The process is forked from a server that has imported the libraries and computed nothing. It first makes a tiny
+call of the same kind, so that code pages and thread pools do not count. Its allocator returns every large block when it
+is freed, so that the memory held is counted, as on a GPU. (By default glibc keeps blocks depending on earlier ones, and
+the same call may come out at twice the memory.) The process may take no more than the free memory: an allocation beyond
+that fails, before the machine runs out of memory.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from megabase.pipeline.bench.contest import Call, Lab, LeftOut, Probe, Reason, o
 from megabase.pipeline.errors import first_line
 
 FREE_SHARE = 0.6
-"""Of the free memory, what a probe may take: afterwards, timed here, where the allocator keeps what is freed, the same
-call may take more."""
+"""The share of the free memory that a probe may take. The same call may take more when it is timed in this process,
+whose allocator keeps freed blocks."""
 
 START_S = 120.0
-"""What a process may take to start and warm up, beyond its call."""
+"""Seconds that a process may take to start and warm up, besides its call."""
 
 M_MMAP_THRESHOLD, BLOCK = -3, 128 << 10
-"""glibc: blocks from so many bytes on are mapped one by one. Setting it also stops it from changing by itself."""
+"""glibc option and value: larger blocks are mapped one by one. Setting it stops glibc from changing it by itself."""
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
-"""What torch's allocators and libraries say in a RuntimeError."""
+"""Words by which a RuntimeError of torch's allocators and libraries means too little memory."""
 
 
 class Task(Protocol):
-    """What contestants do; it travels to other processes, so it must pickle."""
+    """What contestants do. It is sent to other processes, so it must pickle."""
 
     def prepare(self, name: str, size: int, seed: int) -> Call:
-        """The call to measure, with inputs drawn. Raises LeftOut."""
+        """Draw the inputs; returns the call to measure. Raises LeftOut."""
 
     def tiny(self, name: str) -> Call:
-        """A call of the same kind at the smallest size that makes sense."""
+        """A call of the same kind at a very small size."""
 
 
 def open_lab(task: Task, device: str) -> Lab:
@@ -64,7 +64,7 @@ def open_lab(task: Task, device: str) -> Lab:
 
 
 class CpuLab:
-    """Calls on the CPU, with this process's number of threads."""
+    """Runs calls on the CPU, with the number of threads of this process."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -77,7 +77,7 @@ class CpuLab:
         return int(psutil.virtual_memory().available * FREE_SHARE)
 
     def probe(self, name: str, size: int, limit_s: float) -> Probe:
-        """The call, in a process of its own, which is ended when it takes twice the limit."""
+        """Run the call in a new process, which is killed if the call takes twice the limit."""
         _return_freed_memory()
         ours, theirs = self._context.Pipe(duplex=False)
         arguments = (theirs, self._task, name, size, torch.get_num_threads(), self.free_bytes())
@@ -90,7 +90,7 @@ class CpuLab:
             answer = ours.recv()
         except EOFError:
             process.join()
-            if process.exitcode == -signal.SIGKILL:  # the kernel's, when memory runs out all the same
+            if process.exitcode == -signal.SIGKILL:  # the kernel's, when memory runs out nevertheless
                 raise LeftOut(out_of_memory()) from None
             raise LeftOut(Reason(f"failed: its process ended with {process.exitcode}", failed=True)) from None
         finally:
@@ -133,7 +133,7 @@ class GpuLab:
                 return self._clock(name, size, seed)
         except LeftOut as error:
             reason = error.reason
-        # With the exception gone, what the call held can go too.
+        # The exception is gone, so the memory that the call held can be freed.
         gc.collect()
         torch.cuda.empty_cache()
         raise LeftOut(reason)
@@ -151,7 +151,7 @@ class GpuLab:
 
 @contextmanager
 def reasons() -> Iterator[None]:
-    """Whatever goes wrong in a contestant becomes LeftOut with its reason; the others go on."""
+    """Turn every error of a contestant into LeftOut with a reason, so that the others continue."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -171,9 +171,9 @@ def reasons() -> Iterator[None]:
 
 
 def _measure(connection: Connection, task: Task, name: str, size: int, threads: int, free_bytes: int) -> None:
-    """In a process of its own: send the Probe of one call, or the LeftOut."""
+    """In a new process: run one call and send its Probe, or the reason why it is left out."""
     torch.set_num_threads(threads)
-    _give_blocks_back()
+    _return_blocks_when_freed()
     answer: Any
     try:
         with reasons():
@@ -191,8 +191,8 @@ def _measure(connection: Connection, task: Task, name: str, size: int, threads: 
     connection.send(answer)
 
 
-def _give_blocks_back() -> None:
-    with suppress(AttributeError, OSError):  # glibc's
+def _return_blocks_when_freed() -> None:
+    with suppress(AttributeError, OSError):  # only glibc has mallopt
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)
 
 
@@ -203,6 +203,6 @@ def _return_freed_memory() -> None:
 
 
 def _peak_resident() -> int:
-    """Bytes. A forked process starts with its own mark."""
+    """Peak resident memory of this process in bytes. A forked process starts its own count."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

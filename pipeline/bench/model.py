@@ -24,7 +24,7 @@ from megabase.pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What was typed; None: the default."""
+    """The options of the command; None: the default."""
 
     lengths: str
     depths: str
@@ -44,7 +44,7 @@ class ModelOptions:
 
 
 def task_of(options: ModelOptions, length: int) -> ModelTask:
-    """The work asked for. Raises UserError, and ConfigError for a model that cannot be."""
+    """The task that the options describe. Raises UserError, or ConfigError for a model that cannot work."""
     for name in ("dim", "depth", "heads", "chunk", "rounds"):
         positive(f"--{name}", getattr(options, name))
     if options.dim % options.heads:
@@ -59,14 +59,19 @@ def task_of(options: ModelOptions, length: int) -> ModelTask:
         dtype=options.dtype,
         device=device_of(options.device),
     )
-    our_model(replace(task, depth=1))  # a ConfigError now, not in the middle
+    our_model(replace(task, depth=1))  # raises ConfigError now, before minutes of measuring
     return task
 
 
 def run(options: ModelOptions) -> int:
-    """Hold the contest over lengths, then over depths at the shortest; print the tables, write what was asked for.
+    """Measure over lengths, then over depths at the shortest length; print the tables and write the files.
 
-    Returns the exit code. Raises UserError, ConfigError.
+    Returns:
+        The exit code: 1 if one of ours failed.
+
+    Raises:
+        UserError: an option is wrong.
+        ConfigError: the model cannot work.
     """
     lengths = lengths_of("--lengths", options.lengths)
     depths = depths_of("--depths", options.depths)

@@ -1,4 +1,4 @@
-"""What is typed after `megabase bench`: read and checked before minutes of work."""
+"""Reading and checking the options of `megabase bench`, before minutes of measuring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def lengths_of(option: str, text: str) -> list[int]:
 def _length(option: str, text: str) -> int:
     match = re.fullmatch(r"(\d+)([kKmM]?)", text)
     if not match or int(match[1]) == 0:
-        raise UserError(f"{option}: {text!r} is no length: write 4096, 4k or 1M, several with commas between")
+        raise UserError(
+            f"{option}: {text!r} is not a length: write 4096, 4k or 1M, several with commas between"
+        )
     return int(match[1]) * UNITS[match[2].lower()]
 
 
@@ -33,7 +35,7 @@ def depths_of(option: str, text: str) -> list[int]:
     for part in parts:
         if not part.isdecimal():
             raise UserError(
-                f"{option}: {part!r} is no depth: write 6, several with commas between, or 0 for none"
+                f"{option}: {part!r} is not a depth: write 6, several with commas between, or 0 for none"
             )
     return sorted({int(part) for part in parts})
 
@@ -53,7 +55,7 @@ def names_of(option: str, text: str | None, known: Iterable[str], default: list[
 
 
 def device_of(text: str) -> str:
-    """ "auto" becomes cuda where there is one, else cpu. Raises UserError."""
+    """cpu or cuda; "auto" is cuda on a machine with a GPU. Raises UserError."""
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
-"""The peers, doing the work that megabase's contestants do.
+"""Adapters of the peers to the work that megabase's contestants do.
 
-A package that is missing is LeftOut with the command that installs it. Every adapter says what its call contains.
+A package that is missing raises LeftOut with the command that installs it. The docstring of each adapter describes what
+its call contains.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class ModelSize(Protocol):
 
 
 def load(module: str) -> Any:
-    """The module of a peer; raises LeftOut, saying how to install it."""
+    """The module of a peer. Raises LeftOut with the command that installs it."""
     package = PACKAGES[MODULES.index(module)]
     try:
         version(package)
@@ -99,7 +100,7 @@ def sdpa(task: AttentionSize, draw: Callable[[], Tensor], kernel: str | None) ->
 
 
 class _Given(nn.Module):
-    """Stands where a projection was, and returns what it was given."""
+    """Replaces a projection and returns a given tensor."""
 
     def __init__(self, projected: Tensor) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class _Given(nn.Module):
 def transformers_lsh(
     task: AttentionSize, draw: Callable[[], Tensor], length: int
 ) -> tuple[Forward, list[Tensor]]:
-    """LSHSelfAttention without its two projections: query-keys and values stand where they would come out, in the
+    """LSHSelfAttention without its two projections: query-keys and values are given in their place, in the
     layer's own layout (batch, length, heads · d). Hashing, sorting, attention, merging of rounds, in training mode.
     The number of buckets is the layer's own choice (about 2 · length / chunk)."""
     module = load(TRANSFORMERS)
@@ -124,7 +125,7 @@ def transformers_lsh(
     qk, v = (draw().view(1, length, width).detach().requires_grad_() for _ in range(2))
     layer.query_key, layer.value = _Given(qk), _Given(v)
     layer.to(qk.device).train()
-    hidden = qk.detach()  # only its shape is looked at
+    hidden = qk.detach()  # only its shape is used
     return (lambda: layer(hidden).hidden_states), [qk, v]
 
 
@@ -144,7 +145,7 @@ def performer_pytorch_fast(task: AttentionSize, draw: Callable[[], Tensor]) -> t
     """FastAttention, causal, with its default number of features (d · ln d); its CUDA extension where that is
     installed, else its own fallback in plain torch."""
     module = load(PERFORMER_PYTORCH)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces its fallback
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it uses its fallback
         layer = module.FastAttention(dim_heads=task.head_dim, causal=True)
     q, k, v = draw(), draw(), draw()
     layer.to(q.device)

@@ -1,9 +1,9 @@
 """The loaders that `megabase bench data` compares, each reading the same records in its own format.
 
-A contestant opens at the n-th sequence of an epoch and gives the number of bases of everything it hands over. Ours
-hands over training batches: checked, encoded, with what labels are made of. The peers hand over the bytes of a record,
-which nobody has encoded or collated: their fastest way, and less work than ours; `encoded` is what their user adds.
-All read in one process, from the page cache, and check what they check by default.
+A contestant starts at the n-th sequence of an epoch and yields the number of bases of each thing that it reads. Ours
+yields training batches: checked, encoded, with what labels are made of. The peers yield the bytes of records, neither
+encoded nor collated: that is their fastest way, and less work than ours. `encoded` adds the work that their user has to
+add. All read in one process, from the page cache, and check what they check by default.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.bench.contest import OURS, Entry, LeftOut, Reason
 
 SEED = 7
-"""Of the records and of every order."""
+"""Seed of the records and of every order."""
 
 SHUFFLE_BUFFER = 1000
 """Records that webdataset's shuffle holds."""
 
 CHUNK_BYTES = 64 << 20
-"""Of LitData's files; MosaicML Streaming's default is the same."""
+"""Size of LitData's files; MosaicML Streaming's default is the same."""
 
 PACKAGES = ("webdataset", "mosaicml-streaming", "litdata")
 
 ALONE = ("mosaicml-streaming",)
-"""Needs older versions than ours of numpy and transformers (0.13: numpy < 2.2, transformers < 5)."""
+"""Packages that need an environment of their own, with older versions of numpy and transformers than ours
+(0.13: numpy < 2.2, transformers < 5)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Records:
 
     @property
     def shards(self) -> Path:
-        """The directory that `megabase prepare` wrote; made when first asked for."""
+        """The directory of shards, written by `megabase prepare` at the first use."""
         shards = self.folder / "shards"
         if not shards.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ class Records:
             yield index.read(row, 0, self.length).tobytes()
 
     def written(self, name: str, write: Callable[[Records, Path], None]) -> Path:
-        """The directory of a peer's format; made when first asked for."""
+        """The directory of a peer's format, written at the first use."""
         folder = self.folder / name
         if not folder.exists():
             partial = folder.with_name(name + ".partial")
@@ -117,7 +118,7 @@ class Contestant:
 
 
 def load(module: str, package: str) -> Any:
-    """A peer's module; raises LeftOut, saying how to install it."""
+    """A module of a peer. Raises LeftOut with the command that installs it."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -151,7 +152,7 @@ def data_module(records: Records) -> SequenceDataModule:
 
 
 def at_step(step: int) -> Any:
-    """What the data module asks its trainer for."""
+    """A stand-in for the trainer, with the attributes that the data module reads."""
     return SimpleNamespace(global_step=step, global_rank=0, world_size=1)
 
 
@@ -231,8 +232,8 @@ def write_mosaic(records: Records, folder: Path) -> None:
 
 
 def litdata(shuffled: bool) -> Read:
-    """StreamingDataset over local chunks of items of bytes. It hands over views of mapped files, which nobody has read
-    yet: they are copied, as webdataset and MosaicML Streaming do."""
+    """StreamingDataset over local chunks of items of bytes. It hands over views of mapped files, which have not
+    been read yet: they are copied, as webdataset and MosaicML Streaming do."""
 
     def read(records: Records, first: int) -> Iterator[bytes]:
         library = load_litdata("litdata")
@@ -251,7 +252,7 @@ def litdata(shuffled: bool) -> Read:
 
 
 def load_litdata(module: str) -> Any:
-    """A module of LitData, which otherwise asks the package registry for its newest version."""
+    """A module of LitData, without its query of the package registry for a newer version."""
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
     return load(module, "litdata")
 

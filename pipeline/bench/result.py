@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Result:
-    """A benchmark's outcome. settings: of the task. labels: of the contestants, by name. points: by what varies.
+    """The result of a benchmark. settings: of the task. labels: of the contestants, by name. points: by what varies.
 
     parameters: of the contestants. states_bytes: of our weights, gradients and optimizer states, by depth.
     tokens: that a call reads, by length, where that is not the length. packages: whose versions matter.
@@ -88,7 +88,7 @@ class Result:
 
 @functools.cache
 def described() -> Json:
-    """environment.json's content, asked for once: it starts git, and does not change."""
+    """The content of environment.json, cached because it starts git."""
     return environment.describe()
 
 

@@ -170,7 +170,7 @@ class TrainingCallback(pl.Callback):
 
     def _report_stop(self) -> None:
         if self._recorder:
-            self._recorder.print(f"stopping: {self._stop.reason or 'another rank was told to'}")
+            self._recorder.print(f"stopping: {self._stop.reason or 'another rank received a stop request'}")
 
     # -- what the ranks know
 

@@ -1,4 +1,4 @@
-"""How a start of a run ends, and who is told: the status files first, then the user, then MLflow."""
+"""How a start of a run ends, and where that is written: the status files first, then stderr, then MLflow."""
 
 from __future__ import annotations
 

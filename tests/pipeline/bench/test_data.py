@@ -175,7 +175,7 @@ def test_memory_that_was_not_measured_foresees_nothing():
     ("wrong", "message"),
     [
         ({"contestants": "ours,webdatset"}, "unknown contestant 'webdatset'; did you mean 'webdataset'?"),
-        ({"lengths": "4q"}, "'4q' is no length"),
+        ({"lengths": "4q"}, "'4q' is not a length"),
         (
             {"lengths": "1M"},
             "--mebibytes 1: does not hold two batches of length 1,048,576: take --mebibytes 2",

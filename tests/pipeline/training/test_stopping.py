@@ -43,7 +43,7 @@ def test_told_at_any_moment_the_run_is_the_one_nobody_disturbed(
         finished = moment == "never"
         assert code == (0 if finished else EXIT_AGAIN), output
         assert status(run) == {"state": "finished" if finished else "again", "step": newest(run)}
-        assert ("stopping: another rank was told to" in output) == (not finished), output
+        assert ("stopping: another rank received a stop request" in output) == (not finished), output
         assert not list((run / "checkpoints").glob("*.partial"))
         steps.append(newest(run))
     # Before the first step; at the checkpoint of step 5, or one or two steps later; in the evaluation at step 10.
