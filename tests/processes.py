@@ -1,13 +1,13 @@
 """`megabase` and its ranks as real processes that start in milliseconds: forks of one that has imported the libraries.
 
 To import torch, Lightning and DeepSpeed takes about 10 s of CPU, and the tests start some hundred ranks. So Python's
-own fork server imports them once, in a process with one thread, before any process group exists. `start` forks it.
-Where such a process starts Python again, as the supervisor of ranks does, it forks as well instead of running a new
-interpreter: `_ForkedPython` stands in for `subprocess.Popen`. All else is as in a job: every rank is a process of its
-own and a child of its supervisor, with its own environment, signal handlers, process group and gloo connections.
+own fork server imports them once, in a process with one thread, before any process group exists, and every `Python` is
+a fork of it. Where such a process starts Python again, as the supervisor of ranks does, it forks as well instead of
+running a new interpreter: `_ForkedPython` replaces `subprocess.Popen`. The rest is as in a job: every rank is a process
+of its own and a child of its supervisor, with its own environment, signal handlers and gloo connections.
 
-Tests of what an interpreter does when it starts use `subprocess`, and the undisturbed run of conftest.py is started by
-the real command, so that the runs compared with it also show that a forked job computes the same bytes.
+Tests of what an interpreter does when it starts use `subprocess`. The real command starts the undisturbed run of
+conftest.py, so the tests that compare other runs with it also show that a forked job computes the same bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+from megabase.datamodules.processes import end_with_parent
 
 # No GPU: there may be fewer than ranks, and a process that has touched one cannot fork.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -80,6 +82,9 @@ class Python:
         self._process.start()
         assert self._process.pid
         self.pid: int = self._process.pid
+        with suppress(ProcessLookupError):
+            while self.poll() is None and os.getpgid(self.pid) != self.pid:
+                time.sleep(0.001)
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
@@ -163,8 +168,10 @@ def run_ranks(ranks: int, main: Callable[..., None], *arguments: str) -> tuple[i
     )
     supervisor = (
         "import sys\n"
+        "from megabase.pipeline import log\n"
         "from megabase.pipeline.ranks.supervisor import supervise\n"
         "from megabase.pipeline.ranks.stop import StopRequest\n"
+        "log.set_up()\n"
         f"sys.exit(supervise([sys.executable, '-c', {of_rank!r}], {ranks}, StopRequest()))\n"
     )
     return Python("-c", supervisor, cwd=ROOT).wait(RANKS_S)
@@ -196,6 +203,7 @@ def _start_fork_server() -> None:
 
 def _lead(command: Sequence[str], cwd: str, files: Sequence[str], environment: Mapping[str, str]) -> None:
     """In the forked process: what the kernel and `subprocess` do for a new one, then `python COMMAND...`."""
+    end_with_parent(os.getppid())  # the fork server, which ends with the tests
     os.setsid()
     os.chdir(cwd)
     _set_environment(environment)
