@@ -215,7 +215,8 @@ def generate(
         temperature, top_k, allowed: see Sampling.
         seed: of hashing and drawing.
         stop: a token id. A sequence that has drawn it repeats it, and the result ends early once all sequences have.
-        source, source_mask: see `start`.
+        source: see `start`.
+        source_mask: see `start`.
 
     Returns:
         (batch, length) int64, or fewer columns if all sequences have drawn `stop`.

@@ -28,7 +28,9 @@ def full_attention(
     Without dropout it runs in torch's fused attention; with dropout the weights of all pairs are in memory.
 
     Args:
-        q, k, v: (batch, heads, length, d).
+        q: queries (batch, heads, length, d).
+        k: keys, of the same shape.
+        v: values, of the same shape.
         causal: whether a query attends to no later position.
         mask: (batch, length) bool, True where a position is real. Nothing attends to the others, and their output is
             zero.

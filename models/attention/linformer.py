@@ -32,7 +32,9 @@ def linformer_attention(
     """softmax(q · (E k) / √d) (F v).
 
     Args:
-        q, k, v: (batch, heads, length, d).
+        q: queries (batch, heads, length, d).
+        k: keys, of the same shape.
+        v: values, of the same shape.
         to_keys: E, (size, length) for all heads or (heads, size, length).
         to_values: F, shaped like E; None: E is used for values too.
         mask: (batch, length) bool, True where a position is real. Others add nothing to any slot, and their output is

@@ -30,7 +30,9 @@ def local_attention(
     """softmax(q · k / √d) v over neighbours.
 
     Args:
-        q, k, v: (batch, heads, length, d), any length from 1.
+        q: queries (batch, heads, length, d), any length from 1.
+        k: keys, of the same shape.
+        v: values, of the same shape.
         window: positions. `attend="window"`: position i attends to i − window + 1 ... i (not causal: to
             i + window − 1). `attend="chunk"`: to its own chunk of `window` positions and the one before; where not
             causal, the first chunk attends to the last one, as in trax and transformers.

@@ -38,7 +38,9 @@ def performer_attention(
     """An estimate of softmax(q · k / √d) v over all positions (causal: over none that is later).
 
     Args:
-        q, k, v: (batch, heads, length, d), any float dtype, any length from 1.
+        q: queries (batch, heads, length, d), any float dtype, any length from 1.
+        k: keys, of the same shape.
+        v: values, of the same shape.
         directions: (heads, features, d), from `draw_directions`; they get no gradient.
         causal: whether a query attends to no later position.
         mask: (batch, length) bool, True where a position is real. Nothing attends to the others, and their output is

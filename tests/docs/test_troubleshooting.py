@@ -1,0 +1,78 @@
+"""Every message on the page of symptoms is one that the code can still print."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "troubleshooting.md"
+# A text in the code with fewer characters than this, values left out, says too little to recognize a message by.
+RECOGNIZED = 10
+# Shorter pieces between two values, such as ": ", are found in any message.
+PIECE = 6
+# The part of a message that must come from texts in the code; the rest is values, such as paths and settings.
+COVERED = 0.28
+LIBRARIES = ("could not be converted to Integer",)  # OmegaConf's words
+
+
+def messages() -> list[str]:
+    """The messages on the page, each on one line."""
+    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.endswith(LIBRARIES)]
+
+
+def texts(tree: ast.AST) -> Iterator[list[str]]:
+    """Every string in the code that is not a docstring: its constant parts, between which there are values."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [""]
+            for value in node.values:
+                if isinstance(value, ast.Constant):
+                    parts[-1] += str(value.value)
+                else:
+                    parts.append("")
+            yield parts
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield re.split(r"%[srd]", node.value)  # values of a message that is logged
+
+
+@cache
+def patterns() -> list[re.Pattern[str]]:
+    found = set()
+    for folder in ("datamodules", "models", "pipeline"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for parts in texts(ast.parse(file.read_text())):
+                if RECOGNIZED <= sum(map(len, parts)) <= 500:
+                    found.add(".*?".join(f"({re.escape(part)})" for part in parts))
+    return [re.compile(pattern) for pattern in sorted(found)]
+
+
+def covered(message: str) -> float:
+    """The fraction of a message's characters that come from texts in the code."""
+    characters = set()
+    for pattern in patterns():
+        if match := pattern.search(message):
+            for group in range(1, len(match.regs)):
+                if len(match[group]) >= PIECE:
+                    characters.update(range(*match.span(group)))
+    return len(characters) / len(message)
+
+
+def test_there_are_many_symptoms():
+    headings = re.findall(r"^### ", PAGE.read_text(), re.MULTILINE)
+    assert len(headings) >= 20
+    assert len(messages()) >= 20
+
+
+@pytest.mark.parametrize("message", messages())
+def test_message_is_one_of_the_code(message):
+    assert covered(message) >= COVERED, f"{PAGE.name} has a message that the code no longer prints: {message}"
+
+
+def test_other_texts_are_recognized_as_such():
+    assert covered("megabase: the flux capacitor of rank 3 is empty: fill it with plutonium") < COVERED
