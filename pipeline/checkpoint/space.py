@@ -16,7 +16,7 @@ from megabase.pipeline.files import directory_size, readable_size
 
 # AdamW in fp32: the weights and two moments.
 _STATES_BYTES = 12
-# Left to the journal and the logs, beside what a checkpoint needs.
+# Kept free for the journal and the logs, in addition to what a checkpoint needs.
 _SPARE_BYTES = 4 << 20
 
 

@@ -27,7 +27,7 @@ from megabase.pipeline.ranks.environment import is_rank_zero, rank_name
 
 logger = logging.getLogger(__name__)
 
-# A rank that fails waits so long for rank 0's report, in seconds. Must be well below `supervisor.GRACE_S`.
+# Seconds that a failing rank waits for rank 0's report; must be well below `supervisor.GRACE_S`.
 REPORT_WAIT_S = 2.0
 # The key that rank 0 sets in the store when it has reported why it fails.
 _REPORTED = "rank 0 has reported why it fails"

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Ranks start together, but may need minutes to import their libraries from a busy file system.
 MEETING_TIMEOUT = timedelta(minutes=10)
-# A collective's timeout is so much longer than the watchdog's: the watchdog, which knows where a rank hangs, should
+# Minutes by which a collective's timeout exceeds the watchdog's: the watchdog, which shows where a rank hangs, must
 # act first.
 MARGIN_MINUTES = 10.0
 STARTING_TIMEOUT = timedelta(minutes=START_MINUTES + MARGIN_MINUTES)

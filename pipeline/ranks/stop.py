@@ -29,8 +29,8 @@ class StopRequest:
 
     Attributes:
         reason: what set the flag first: a signal's name, the STOP file's path or the setting `trainer.max_minutes`.
-        by_person: whether there is a STOP file: then nothing should start the run again by itself.
-        minutes: set the flag so many minutes after this object was made; 0: never. Needs `watch`.
+        by_person: whether there is a STOP file: then no job script should start the run again.
+        minutes: time limit after which the flag is set, from the construction of this object; 0: none. Needs `watch`.
     """
 
     def __init__(self) -> None:

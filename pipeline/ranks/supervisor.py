@@ -21,9 +21,9 @@ from megabase.pipeline.ranks.stop import INTERRUPTED, STOP_SIGNALS, StopRequest
 
 logger = logging.getLogger(__name__)
 
-# After one rank has failed, the others have this long to exit by themselves, in seconds. Then they are killed.
+# Seconds that the other ranks have to exit after one has failed; then they are killed.
 GRACE_S = 10.0
-# How long a killed process is waited for, in seconds: one that waits for a dead disk ends only when the disk answers.
+# Seconds to wait for a killed process: one that waits for a dead disk ends only when the disk responds.
 KILLED_WAIT_S = 30.0
 
 

@@ -26,12 +26,12 @@ from typing import Any
 
 from megabase.pipeline.rundir.paths import RunPaths
 
-# Before the first micro batch is done, a rank may be silent for so long at least: imports, kernels, a compiler.
+# Least minutes without a beat that count as a hang before the first micro batch: imports and compilers are slow.
 START_MINUTES = 30.0
 HEARTBEAT_S = 10.0
-# A rank that hangs stays so long after it has written its stacks, so that the other ranks can write theirs.
+# Seconds between writing the stacks and the end of the process, in which other ranks can write theirs.
 LINGER_S = 3.0
-# Writing stacks to a dead disk may hang as well: after so long, faulthandler ends the process.
+# Writing stacks to a dead disk may hang as well: after this many seconds faulthandler ends the process.
 LAST_RESORT_S = 30.0
 # Size of a heartbeat: each overwrites the one before in a single write.
 _HEARTBEAT_BYTES = 512

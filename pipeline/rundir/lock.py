@@ -14,7 +14,7 @@ from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
-# A file server keeps the lock of a client that is gone for a lease of about 90 s. We wait so long for it, in seconds.
+# Seconds to wait for a lock whose holder has ended: a file server releases it after a lease of about 90 s.
 LOCK_LEASE_S = 120.0
 
 

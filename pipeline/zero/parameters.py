@@ -1,4 +1,4 @@
-"""The full shape of a parameter: under ZeRO stage 3 a parameter is an empty placeholder, with its shape beside it."""
+"""The full shape of a parameter: under ZeRO stage 3 a parameter is an empty placeholder with its shape as attribute."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def own_settings(config: RunConfig) -> dict[str, Any]:
     if precision == "bf16":
         own["bf16"] = {"enabled": True}
     if precision == "16":
-        # Dynamic loss scaling (loss_scale 0): halved after an overflow, doubled after so many good steps.
+        # Dynamic loss scaling (loss_scale 0): halved after an overflow, doubled after loss_scale_window good steps.
         own["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
     return own
 
@@ -67,7 +67,7 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def layout_options(settings: dict[str, Any]) -> tuple[Any, ...]:
-    """The settings that decide, beside ranks and stage, where in a checkpoint's files a parameter lies.
+    """The settings that decide, in addition to ranks and stage, where in a checkpoint's files a parameter lies.
 
     Args:
         settings: of a run, by their dotted keys, as manifests hold them. If these options differ between two runs,

@@ -264,7 +264,7 @@ def _sharded(path: Path, layout: SavedLayout) -> RankFile:
 
 
 def _whole(path: Path, content: dict[str, Any], names: tuple[str, ...]) -> RankFile:
-    """The file of stage 0. At 16 bits, the fp32 weights are stored beside the optimizer's states."""
+    """The file of stage 0. At 16 bits, the fp32 weights are stored with the optimizer's states."""
     optimizer = _get(content, path, "optimizer")
     if "fp32_groups" in optimizer:
         weights = [weight for group in optimizer["fp32_groups"] for weight in group]
