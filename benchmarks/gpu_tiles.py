@@ -189,7 +189,8 @@ def compile_all(work: list[Candidate], lengths: list[int], seconds: float) -> di
     return done
 
 
-def main() -> int:
+def parse_options() -> argparse.Namespace:
+    """Read the command line; it is an error if there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,6 +205,11 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here")
+    return options
+
+
+def main() -> int:
+    options = parse_options()
     widths = [int(d) for d in options.head_dims.split(",")]
     lengths = lengths_of("--lengths", options.lengths)
     tables = {
