@@ -35,7 +35,7 @@ from megabase.datamodules.processes import end_with_parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).parents[1]
 # How long to wait for a job, and for a group of ranks that work through all cases of a module, on a busy machine.
-START_S = 240.0
+START_S = 480.0
 RANKS_S = 580.0
 # What a rank imports sooner or later.
 _PRELOAD = [
