@@ -2,11 +2,11 @@
 
     python benchmarks/prepare.py [--megabytes 500] [--repeats 3] [--folder DIR]
 
-Prepares three inputs in this process: the E. coli genome of tests/data, a FASTA file of five long random records, and
-one of reads of 150 bases. Each is prepared with both writers in turn, and copied with one fsync as the floor. Prints
-wall time and CPU time, each the best of the repeats; the ratio is that of CPU time, which other work on the machine
-disturbs less. webdataset is imported before the clock starts; that import is printed too, because every worker process
-of `prepare` would pay it.
+Prepares three inputs in this process: the E. coli genome of examples/data, a FASTA file of five long random records,
+and one of reads of 150 bases. Each is prepared with both writers in turn, and copied with one fsync as the floor.
+Prints wall time and CPU time, each the best of the repeats; the ratio is that of CPU time, because other work on the
+machine disturbs it less. webdataset is imported before the clock starts; the time of that import is printed too, since
+every worker process of `prepare` would pay it.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """Bytes to tokens and back: dna, protein and plain bytes.
 
-Every alphabet has the same first five tokens; its letters follow from 5 on, so that what lies below 5 is no
-letter. Tokens are as narrow as they can be: one byte, or two for `bytes`, whose 256 letters reach token 260.
-Encoding is one look-up of every byte, by `bytearray.translate`: three times as fast as `numpy.take`, which first
-makes 8-byte indices of the bytes.
+Every alphabet has the same five special tokens 0 to 4; its letters follow from 5 on. A token takes one byte, or two for
+`bytes`, whose 256 letters reach token 260. Encoding looks every byte up in a table with `bytearray.translate`, three
+times as fast as `numpy.take`, which first makes 8-byte indices of the bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -17,32 +16,34 @@ from megabase.datamodules.errors import DataError
 PAD, BOS, SEP, MASK, OTHER = range(5)
 FIRST_LETTER = 5
 
-# Nucleotide codes and what pairs with them: Cornish-Bowden, Nucleic Acids Research 13 (1985), table 1.
+# Nucleotide codes and their complements: Cornish-Bowden, Nucleic Acids Research 13 (1985), table 1.
 _IUPAC = b"ACGTURYSWKMBDHVN"
 _PAIRED = b"TGCAUYRSWMKVHDBN"
 _GAPS_AND_STOPS = b"-.*"
 
-_WHOLE, _PIECE = 1 << 20, 1 << 16
-"""Up to so many bytes are looked up at once, and more in such pieces: large copies come from new pages each time,
+_AT_ONCE, _PIECE = 1 << 20, 1 << 16
+"""Up to `_AT_ONCE` bytes are looked up in one call, more in pieces: a large copy needs new memory pages each time,
 which cost more than the look-up."""
 
 
 Codes = NDArray[np.uint8] | NDArray[np.int16]
-"""Tokens, as narrow as an alphabet's vocabulary lets them be."""
+"""Tokens in one byte, or in two for an alphabet of more than 251 letters."""
 
 
 @dataclass(frozen=True, eq=False)
 class Alphabet:
     """One vocabulary: tokens 0 pad, 1 bos, 2 sep, 3 mask, 4 other, then `letters` from 5 on.
 
-    name: "dna", "protein" or "bytes".
-    letters: the letters in the order of their tokens.
-    table: (256,) byte -> token; `OTHER` for what is no letter. uint8, or int16 for `bytes`.
-    known: (256,) bool, bytes that a FASTA record may hold: letters, ambiguity codes, gaps, stops.
-    complement: (256,) uint8, byte -> complementary byte, case kept; None where there is none. A byte that is
-        no IUPAC nucleotide code is its own complement; so is U, no letter here: a strand has as many as the other.
-    unknown: the byte that `decode` writes for `MASK` and `OTHER`.
-    soft: (256,) uint8, 1 for letters in lower case; None where case has a meaning of its own.
+    Attributes:
+        name: "dna", "protein" or "bytes".
+        letters: the letters in the order of their tokens.
+        table: (256,) byte -> token, `OTHER` for bytes that are not letters. uint8, or int16 for `bytes`.
+        known: (256,) bool, bytes that a FASTA record may hold: letters, ambiguity codes, gaps, stops.
+        complement: (256,) uint8, byte -> complementary byte, case kept; None for an alphabet without complement. A byte
+            that is not an IUPAC nucleotide code is its own complement. So is U, which is not a letter here, so that
+            both strands have equally many letters.
+        unknown: the byte that `decode` writes for `MASK` and `OTHER`.
+        soft: (256,) uint8, 1 for letters in lower case; None if upper and lower case are different letters.
     """
 
     name: str
@@ -73,9 +74,10 @@ class Alphabet:
         return np.add(sequence, FIRST_LETTER, dtype=np.int16)  # every byte is a letter
 
     def soft_masked(self, sequence: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Bytes of any shape -> 1 where a letter is in lower case, the mark of a repeat, else 0; same shape.
+        """Bytes of any shape -> 1 where a letter is in lower case, which marks a repeat, else 0; same shape.
 
-        Raises DataError for an alphabet in which case has a meaning of its own.
+        Raises:
+            DataError: upper and lower case are different letters of this alphabet.
         """
         if self.soft is None:
             raise DataError(
@@ -87,7 +89,9 @@ class Alphabet:
         """Tokens (length,) -> letters.
 
         `PAD`, `BOS` and `SEP` are left out, `MASK` and `OTHER` become `unknown`.
-        Raises IndexError for a token outside the vocabulary.
+
+        Raises:
+            IndexError: a token lies outside the vocabulary.
         """
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             raise IndexError(f"tokens of alphabet {self.name} must lie in [0, {self.vocab_size})")
@@ -97,14 +101,15 @@ class Alphabet:
     def reverse_complement(self, sequence: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Bytes (length,) -> the opposite strand read in its own direction, case kept.
 
-        Raises DataError for an alphabet without complement.
+        Raises:
+            DataError: the alphabet has no complement.
         """
         if self.complement is None:
             raise DataError(f"alphabet {self.name} has no reverse complement: only dna has two strands")
         return _looked_up(self._complement, sequence[::-1])
 
     def gaps(self, sequence: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Bytes (length,) -> (runs, 2) [start, length] of the runs that are not letters, in order."""
+        """Bytes (length,) -> (runs, 2) [start, length] of the runs of bytes that are not letters, in order."""
         letter = np.ones(len(sequence) + 2, bool)
         letter[1:-1] = self.encode(sequence) >= FIRST_LETTER
         edges = np.flatnonzero(letter[1:] != letter[:-1]).reshape(-1, 2)
@@ -133,7 +138,7 @@ class Alphabet:
 def _looked_up(table: bytes, sequence: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`table` at every byte of a sequence of any shape."""
     given = np.ascontiguousarray(sequence).reshape(-1)
-    if given.size <= _WHOLE:
+    if given.size <= _AT_ONCE:
         return np.frombuffer(bytearray(given).translate(table), np.uint8).reshape(sequence.shape)
     found = np.empty_like(given)
     for start in range(0, given.size, _PIECE):

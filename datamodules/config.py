@@ -1,4 +1,4 @@
-"""Settings of the data, and the arithmetic of batch sizes."""
+"""Settings of the data, and the arithmetic of batch sizes and mixtures."""
 
 import math
 from collections.abc import Sequence
@@ -69,11 +69,11 @@ class DataConfig:
 
     @property
     def uneven(self) -> bool:
-        """Whether training may score other than every label alike: the index alone cannot tell what was."""
+        """Whether labels may weigh differently in training, so that their sum is not known from the index."""
         return self.softmask_weight != 1 or self.on_error == SKIP
 
     def validate(self) -> None:
-        """Raise DataError for a setting that cannot work whatever the shards hold."""
+        """Raise DataError for a setting that cannot work with any shards."""
         if self.workers < 0:
             raise DataError(f"data.workers {self.workers}: must be 0 or more")
         if self.objective not in (CAUSAL, MASKED):
@@ -97,7 +97,7 @@ class DataConfig:
         for name, weight in self.mixture.items():
             if not isinstance(weight, int | float):
                 raise DataError(
-                    f"data.mixture {name!r}: {weight!r} is no weight: give names with a dot as "
+                    f"data.mixture {name!r}: {weight!r} is not a number: write names with a dot as "
                     "'data.mixture={genome.fa: 2}'"
                 )
             if not (math.isfinite(weight) and weight >= 0):
@@ -105,14 +105,15 @@ class DataConfig:
         if not self.mixture:
             return
         if not (weights := [weight for weight in self.mixture.values() if weight]):
-            raise DataError("data.mixture: every weight is 0: give one that is above")
+            raise DataError("data.mixture: every weight is 0: set at least one above 0")
         mixture_quotas(weights)
 
 
 def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
     """Micro batches per rank and optimizer step: global_batch / (micro_batch * world_size).
 
-    Raises DataError if that is not a whole number, naming values that would work.
+    Raises:
+        DataError: that is not an integer; the message names values that work.
     """
     for name, value in (("global_batch", global_batch), ("micro_batch", micro_batch)):
         if value < 1:
@@ -130,7 +131,7 @@ def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
         "data.global_batch to " + " or ".join(str(size) for size in (below, below + together) if size)
     )
     raise DataError(
-        f"data.global_batch {global_batch} is no multiple of data.micro_batch {micro_batch} "
+        f"data.global_batch {global_batch} is not a multiple of data.micro_batch {micro_batch} "
         f"x {world_size} ranks: set {', or '.join(ways)}"
     )
 
@@ -156,7 +157,7 @@ def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def _shortened(values: list[int], shown: int = 8) -> str:
-    """At most `shown` values, the ends of the list."""
+    """The values as text; of more than `shown`, the first and the last ones."""
     texts = [str(value) for value in values]
     if len(texts) > shown:
         texts = texts[: shown // 2] + ["..."] + texts[-shown // 2 :]

@@ -1,7 +1,7 @@
-"""The LightningDataModule: shards and settings in, loaders of one rank out.
+"""The LightningDataModule: makes the loaders of one rank from shards and settings.
 
-Rank, number of ranks and the step to go on from are read from the trainer; without one it is a single process
-at step 0. Where training stands is the trainer's step, so there is no state to save.
+Rank, number of ranks and the step to continue from come from the trainer; without a trainer, there is one process at
+step 0. The trainer's step decides which window comes next, so there is no state to save.
 """
 
 import logging
@@ -30,29 +30,31 @@ log = logging.getLogger(__name__)
 
 
 class SequenceDataModule(pl.LightningDataModule):
-    """Loaders of `Batch`es, one micro batch each, for the splits of a shard directory.
-
-    config: see `DataConfig`. seed: of the training order and of what is masked in training, any integer.
-    """
+    """Loaders of the splits of a shard directory; each item is a micro batch (`Batch`)."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
+        """
+        Args:
+            config: the settings.
+            seed: of the training order, augmentation and masks; any integer.
+        """
         super().__init__()
         self.config = config
         self.seed = seed
 
     @cached_property
     def index(self) -> ShardIndex:
-        """The opened shards (DataError: see `open`); the model needs `index.alphabet.vocab_size`."""
+        """The opened shards; raises as `ShardIndex.open`. The model needs `index.alphabet.vocab_size`."""
         return ShardIndex.open(self.config.shards)
 
     @property
     def identity(self) -> str:
-        """A checksum of what the order of training is made of, the seed and the settings aside."""
+        """A checksum of the data that decides the order of training; without the seed and the settings."""
         return identity_of(self.index.segments, self.config.mixture)
 
     @property
     def accumulation(self) -> int:
-        """Micro batches per rank and optimizer step. DataError if the batch sizes do not fit the ranks."""
+        """Micro batches per rank and optimizer step. Raises DataError if the sizes do not fit the ranks."""
         return accumulation(self.config.global_batch, self.config.micro_batch, self._place.world_size)
 
     @property
@@ -61,15 +63,15 @@ class SequenceDataModule(pl.LightningDataModule):
         return self._validation is not None
 
     def windows(self, split: str) -> Windows:
-        """The windows of a split as evaluation sees them. Raises DataError if there is none."""
+        """The windows of a split for evaluation. Raises DataError if there is none."""
         return evaluation_windows(self.config, self.index, split)
 
     def training_windows(self) -> Windows:
-        """The windows to train on. Raises DataError if there is none, or for settings that the data cannot have."""
+        """The windows to train on. Raises DataError if there is none, or a setting does not fit the data."""
         return training_windows(self.config, self.index)
 
     def setup(self, stage: str) -> None:
-        """Check that `stage` ("fit", "validate" or "test") has what it needs, or raise DataError."""
+        """Check the settings and the windows of `stage` ("fit", "validate" or "test"); raises DataError."""
         self.config.validate()
         if stage == "fit":
             _ = self.accumulation, self._training, self._validation
@@ -82,11 +84,11 @@ class SequenceDataModule(pl.LightningDataModule):
         return self._loader(TrainBatches(self._training, self._place, self.seed, self.accumulation, step))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Every validation window once; no loader at all if there is none."""
+        """Every validation window once; an empty list if there is none."""
         return self.some_validation(0)
 
     def some_validation(self, most: int) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """`most` validation windows spread evenly over the split (0: all); no loader at all if there is none."""
+        """`most` validation windows, spread evenly over the split (0: all); an empty list if there is none."""
         return [] if self._validation is None else self._eval_loader(self._validation, most)
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -94,7 +96,7 @@ class SequenceDataModule(pl.LightningDataModule):
         return self.eval_dataloader(TEST)
 
     def eval_dataloader(self, split: str) -> DataLoader[Batch]:
-        """Every window of a split once, in order, dealt to the ranks (see `EvalBatches`)."""
+        """Every window of a split once, in order, shared out among the ranks (see `EvalBatches`)."""
         return self._eval_loader(self.windows(split))
 
     @cached_property
@@ -125,7 +127,7 @@ class SequenceDataModule(pl.LightningDataModule):
         return Place(rank, world_size, self.config.micro_batch)
 
     def _eval_loader(self, windows: Windows, most: int = 0) -> DataLoader[Batch]:
-        # Lightning warns that workers may repeat an iterable data set's batches: NumberedBatches shares them.
+        # Lightning warns that workers may repeat the batches of an iterable data set: those of NumberedBatches do not.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         return self._loader(EvalBatches(windows, self._place, most))
 
@@ -133,18 +135,18 @@ class SequenceDataModule(pl.LightningDataModule):
         return _Loader(
             batches,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=self.config.workers,
             prefetch_factor=self.config.prefetch if self.config.workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_belong_to_parent,
+            worker_init_fn=_prepare_reader,
         )
 
 
 class _Loader(DataLoader[Batch]):
-    """Starts its readers with the stop signals held back, so that none finds a reader without `_belong_to_parent`.
+    """Blocks stop signals while its readers start, so that none reaches a reader before `_prepare_reader` has run.
 
-    The signal that a rank gets meanwhile is delivered to it right after.
+    A signal that the rank receives meanwhile is delivered to it right afterwards.
     """
 
     def __iter__(self) -> Any:
@@ -152,16 +154,16 @@ class _Loader(DataLoader[Batch]):
             return super().__iter__()
 
 
-def _as_it_is(batch: Any) -> Any:
-    """In place of torch's `default_convert`, which looks at every field of a batch for something to convert."""
+def _unchanged(batch: Any) -> Any:
+    """Replaces torch's `default_convert`, which would go through every field of a batch."""
     return batch
 
 
-def _belong_to_parent(worker: int) -> None:
-    """In a reader process: stop signals are the rank's business, and the reader ends when the rank does (Linux).
+def _prepare_reader(worker: int) -> None:
+    """In a reader process: ignore stop signals, and end when the rank ends (Linux).
 
-    A signal to the whole process group must not take the readers from a rank that is about to checkpoint, nor may
-    they outlive one that was killed.
+    SLURM signals the whole process group: the rank needs its readers until it has saved a checkpoint. A reader must not
+    outlive a rank that was killed.
     """
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

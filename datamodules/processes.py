@@ -21,8 +21,9 @@ _LIBC = ctypes.CDLL(None)
 def signals_blocked(signals: Collection[int]) -> Iterator[None]:
     """Block signals in this thread, and in the processes that it starts meanwhile.
 
-    On leaving, the thread's own mask is as before, and a signal that came meanwhile is delivered. The started processes
-    keep their signals blocked until they call `signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)`.
+    On leaving, the thread's own mask is as before, and a signal that came meanwhile is delivered; another thread of
+    this process may have received it earlier. The started processes keep their signals blocked until they call
+    `signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

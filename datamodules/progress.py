@@ -16,7 +16,7 @@ from rich.progress import (
 
 @contextmanager
 def bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` bytes on stderr, moved by what it gives."""
+    """Show a bar over `total` bytes on stderr; yields a function that advances it by a number of bytes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

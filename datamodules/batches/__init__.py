@@ -1,1 +1,1 @@
-"""A window of an epoch becomes tokens, labels and weights."""
+"""Reads windows and makes batches of tokens, labels and weights."""

@@ -1,10 +1,10 @@
-"""Bytes of windows to the tensors of a batch: one table look-up, and for masked bases the choice of them.
+"""Turns the bytes of windows into the tensors of a batch: a table look-up, and for masked bases a choice of positions.
 
-Two objectives: predict every next base (`causal_batch`), or bases that are masked (`masked_batch`). Both know how many
-labels a window has from its number of letters alone.
+There are two objectives: predict every next base (`causal_batch`), or masked bases (`masked_batch`). For both, the
+number of labels of a window follows from its number of letters.
 
-A batch is kept narrow, one byte a token, until it is on the device (`Batch.widened`): memory traffic and copies to the
-device are what a loader spends. For the next base, tokens and labels are the same array, one place apart.
+A batch has one byte per token until it is on the device (`Batch.widened`), because a loader spends its time on memory
+traffic and copies to the device. For the next base, tokens and labels are views of one array, shifted by one.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,17 @@ IGNORE = -100
 FILLER = -1
 
 HIDDEN, REPLACED = 0.8, 0.1
-"""Of the bases to predict, the parts that become `MASK` and a random letter; the rest stay (Devlin et al. 2019, BERT,
-section 3.1)."""
+"""Of the bases to predict, the fractions that become `MASK` and a random letter; the rest stay (Devlin et al. 2019,
+BERT, section 3.1)."""
 
 
 class Wide(NamedTuple):
-    """What a model takes.
+    """The tensors that a model takes.
 
-    tokens: (batch, length) int64. labels: (batch, length) int64, -100 for none. weights: (batch, length) fp32 of the
-    labels in the loss, or None: 1 everywhere.
+    Attributes:
+        tokens: (batch, length) int64.
+        labels: (batch, length) int64, -100 for no label.
+        weights: (batch, length) fp32, weight of each label in the loss; None: all weigh 1.
     """
 
     tokens: Tensor
@@ -40,17 +42,20 @@ class Wide(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro batch (a named tuple, so that it is pinned, moved and sent between processes as it is).
+    """One micro batch. A named tuple, which torch and Lightning pin, move and send between processes unchanged.
 
-    codes: narrow tokens, uint8 or int16: (batch, length + 1) [bos, b0 .. b(L-1)] to predict the next base, or
-        (batch, length) with bases masked.
-    hidden: (batch, length) narrow, the tokens of masked bases, `PAD` elsewhere. None: every next base is to be
-        predicted.
-    soft: uint8 of the shape of `codes`, 1 where the label is a soft-masked letter; None: all weigh the same.
-    samples: (batch,) int64 window ids, -1 for filler.
-    targets: number of labels in the whole global batch of this step, over all ranks and micro batches; a sum of losses
-        divided by it is the mean per base. Known from the index: windows that could not be read are counted.
-    softmask_weight: what soft-masked letters weigh. skipped: windows that could not be read: they have no labels.
+    Attributes:
+        codes: tokens as uint8 or int16: (batch, length + 1) [bos, b0 .. b(L-1)] to predict the next base, or
+            (batch, length) with masked bases.
+        hidden: (batch, length) of the same dtype, tokens of the masked bases, `PAD` elsewhere; None to predict the next
+            base.
+        soft: uint8 of the shape of `codes`, 1 where the label is a lower-case letter; None: all labels weigh 1.
+        samples: (batch,) int64 window ids, -1 for filler.
+        targets: number of labels in the global batch of this step, over all ranks and micro batches: the sum of all
+            losses divided by it is the mean per base. It is computed from the index, so windows that cannot be read
+            are counted.
+        softmask_weight: weight of lower-case letters in the loss.
+        skipped: number of windows that could not be read; they have no labels.
     """
 
     codes: Tensor
@@ -63,16 +68,16 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> Tensor:
-        """(batch, length) narrow, a view."""
+        """(batch, length) tokens, a view of `codes`."""
         return self.codes[:, :-1] if self.hidden is None else self.codes
 
     @property
     def labels(self) -> Tensor:
-        """(batch, length) narrow, a view: the token each position must predict. What is no letter is no label."""
+        """(batch, length) the token that each position must predict, a view. Only letters (5 and above) are labels."""
         return self.codes[:, 1:] if self.hidden is None else self.hidden
 
     def widened(self) -> Wide:
-        """The batch as a model takes it, on the device where it lies."""
+        """The tensors that a model takes, on the device of the batch."""
         labels = self.labels.long()
         labels = labels.masked_fill(labels < FIRST_LETTER, IGNORE)
         weights = None
@@ -85,7 +90,7 @@ class Batch(NamedTuple):
 
 
 class Special(NamedTuple):
-    """Positions [start, end) of the window in `slot` hold `token`, which is no base."""
+    """Positions [start, end) of the window in `slot` hold `token`, a separator or padding."""
 
     slot: int
     start: int
@@ -97,9 +102,12 @@ class Special(NamedTuple):
 class Raw:
     """Windows as they were read.
 
-    bases: (batch, 1 + length) uint8; the first column is room for bos, and 0 like all that is no base.
-    samples: (batch,) int64 window ids. specials: separators and padding. blank: (batch,) bool, slots without a window.
-    skipped: how many of these could not be read.
+    Attributes:
+        bases: (batch, 1 + length) uint8; 0 in the first column, which is for bos, and where there is no base.
+        samples: (batch,) int64 window ids.
+        blank: (batch,) bool, slots without a window: filler, or a window that could not be read.
+        specials: separators and padding.
+        skipped: number of windows that could not be read.
     """
 
     bases: NDArray[np.uint8]
@@ -110,10 +118,15 @@ class Raw:
 
 
 def causal_batch(raw: Raw, alphabet: Alphabet, targets: int, softmask_weight: float = 1.0) -> Batch:
-    """The batch for predicting the next base.
+    """The batch for predicting the next base: tokens [bos, b0 .. b(L-2)], labels [b0 .. b(L-1)].
 
-    tokens = [bos, b0 .. b(L-2)], labels = [b0 .. b(L-1)]; a base that is no letter is no label. A blank slot is bos,
-    padding and no labels. `targets`: see `Batch`.
+    A base that is not a letter is not a label. A blank slot holds bos, padding and no labels.
+
+    Args:
+        raw: the windows.
+        alphabet: encodes them.
+        targets: see `Batch`.
+        softmask_weight: weight of lower-case letters in the loss.
     """
     codes = _encoded(raw, alphabet)
     return _batch(raw, codes, None, _soft(raw.bases, alphabet, softmask_weight), targets, softmask_weight)
@@ -130,11 +143,17 @@ def masked_batch(
 ) -> Batch:
     """The batch for predicting masked bases.
 
-    tokens are the bases; of the letters of a window, `masked_count` are labels: most of them show as `MASK`, some as
-    a random letter, some as they are (HIDDEN, REPLACED). Which and how is a function of the window's key. What is
-    no letter is never chosen. A blank slot is padding and no labels. `targets`: see `Batch`.
+    `masked_count` letters of a window are labels. Of these, the fraction HIDDEN becomes `MASK`, REPLACED a random
+    letter, and the rest stay. The choice is a function of the window's key. A base that is not a letter is never
+    chosen. A blank slot holds padding and no labels.
 
-    keys: (batch,), see `hashing.visit_keys`. rate: share of the letters to predict, in (0, 1].
+    Args:
+        raw: the windows.
+        alphabet: encodes them.
+        targets: see `Batch`.
+        softmask_weight: weight of lower-case letters in the loss.
+        keys: (batch,) see `hashing.visit_keys`.
+        rate: fraction of the letters to predict, in (0, 1].
     """
     codes = _encoded(raw, alphabet)[:, 1:].copy()
     hidden: Codes = np.full_like(codes, PAD)
@@ -159,7 +178,7 @@ def masked_batch(
 
 
 def masked_count(letters: int | NDArray[np.int64], rate: float) -> NDArray[np.int64]:
-    """How many letters `masked_batch` chooses in windows of so many: rate · letters, rounded, and at least one."""
+    """Number of letters that `masked_batch` chooses in a window with `letters` of them: rate · letters, at least 1."""
     return np.minimum(letters, np.maximum(np.rint(np.multiply(letters, rate)), 1)).astype(np.int64)
 
 

@@ -1,8 +1,8 @@
 """Numbered micro batches: a data set is a function from a number to a batch.
 
-It is iterable, not one with a sampler, because Lightning replaces samplers when it runs distributed. Each of k
-workers takes every k-th number, and the DataLoader asks them in turn: so any number of workers gives the same
-batches in the same order.
+It is an iterable data set, without a sampler, because Lightning replaces samplers in distributed runs. Each of k
+workers makes every k-th batch, and the DataLoader takes them in turn, so any number of workers gives the same batches
+in the same order.
 """
 
 import itertools
@@ -21,15 +21,21 @@ from megabase.datamodules.order.hashing import visit_keys
 from megabase.datamodules.order.training_order import Order, slots
 
 _PLANNED = 4096
-"""Windows, about, whose order is computed at once."""
+"""About so many windows are planned at once."""
 
 EVALUATION_SEED = 0
-"""Of what is masked in evaluation: the same for every run, so that runs can be compared."""
+"""Seed of the masks in evaluation: the same for every run, so that runs can be compared."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands: its rank, how many there are, and the windows each takes at once."""
+    """Which batches a process makes.
+
+    Attributes:
+        rank: of this process among those that share out a global batch.
+        world_size: number of these processes.
+        micro_batch: windows of one forward pass on one rank.
+    """
 
     rank: int
     world_size: int
@@ -37,7 +43,7 @@ class Place:
 
 
 class NumberedBatches(IterableDataset[Batch], ABC):
-    """Batches by number; iterating gives `numbers()` in order, every k-th of them in each of k workers."""
+    """Batches by number. Iterating yields those of `numbers()` in order; each of k workers makes every k-th of them."""
 
     @abstractmethod
     def numbers(self) -> Iterable[int]:
@@ -45,7 +51,7 @@ class NumberedBatches(IterableDataset[Batch], ABC):
 
     @abstractmethod
     def batch(self, number: int) -> Batch:
-        """The batch of that number."""
+        """The batch with a number."""
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -56,7 +62,7 @@ class NumberedBatches(IterableDataset[Batch], ABC):
 class TrainBatches(NumberedBatches):
     """The endless training micro batches of one rank, from optimizer step `first_step` on.
 
-    Number b is micro batch b % accumulation of step b // accumulation.
+    Batch number b is micro batch b % accumulation of step b // accumulation.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class TrainBatches(NumberedBatches):
         return self.place.micro_batch * self.place.world_size * self.accumulation
 
     def _plan_of(self, step: int) -> "_Steps":
-        """The plan of the block of steps that `step` is in: numpy plans many in the time of a few."""
+        """The plan of the block of steps that `step` is in: numpy plans many steps in about the time of one."""
         together = max(_PLANNED // self._global_batch, 1)
         first = step // together * together
         if self._planned is None or self._planned.first != first:
@@ -97,7 +103,7 @@ class TrainBatches(NumberedBatches):
 
 
 class _Steps(NamedTuple):
-    """What is known of the steps from `first` on: the visits of all ranks, and the labels of each step."""
+    """The plan of the steps from `first` on: visits of all ranks, and number of labels of each step."""
 
     first: int
     visits: Visits
@@ -105,15 +111,20 @@ class _Steps(NamedTuple):
 
 
 class EvalBatches(NumberedBatches):
-    """Every window of a split once, in order, dealt to the ranks a micro batch at a time.
+    """Every window of a split once, in order; the ranks take turns, a micro batch at a time.
 
-    most: if above 0 and below the number of windows, so many of them, spread evenly over the split; always the
-    same. Masked bases are always the same too, whatever the seed of training. All ranks have the same number of
-    batches: what is missing at the end is filler (sample -1, no labels). The `targets` of a batch count the labels
-    of that batch number over all ranks.
+    Masked bases are always the same, whatever the seed of training. All ranks have the same number of batches; filler
+    (sample -1, no labels) completes the last one. The `targets` of a batch count the labels of that batch number over
+    all ranks.
     """
 
     def __init__(self, windows: Windows, place: Place, most: int = 0) -> None:
+        """
+        Args:
+            windows: of the split.
+            place: of this process.
+            most: number of windows to use, always the same ones, spread evenly over the split; 0 for all.
+        """
         self.windows = windows
         self.place = place
         total = len(windows.plan)

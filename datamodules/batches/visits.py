@@ -1,7 +1,7 @@
-"""Windows as they are met: read from the shards where a visit finds them, and made into a batch.
+"""Reads windows from the shards, augments them and makes batches of them.
 
-A visit is a window in an epoch; its key (`hashing.visit_keys`) says how far the window is moved, which strand is read
-and which bases are masked. So does the number of its labels, before a byte is read.
+A visit is a window in an epoch. Its key (`hashing.visit_keys`) decides how far the window is moved, which strand is
+read and which bases are masked. The number of its labels is known before a byte is read.
 """
 
 import logging
@@ -33,34 +33,42 @@ log = logging.getLogger(__name__)
 
 
 class Visits(NamedTuple):
-    """What is known of visits before a byte is read; every array is (visits,).
+    """Visits before a byte is read; every array is (visits,).
 
-    samples: window ids, -1 for filler. keys: see `hashing.visit_keys`. rows, starts: as of `WindowPlan.locate`, where
-    the visit finds its window. turned: whether it reads the other strand. labels: how many it has; filler has none.
+    Attributes:
+        samples: window ids, -1 for filler.
+        keys: see `hashing.visit_keys`.
+        rows, starts: where the window lies in this visit, see `WindowPlan.locate`.
+        reverse: whether the other strand is read.
+        labels: number of labels; 0 for filler.
     """
 
     samples: NDArray[np.int64]
     keys: NDArray[np.uint64]
     rows: NDArray[np.int64]
     starts: NDArray[np.int64]
-    turned: NDArray[np.bool_]
+    reverse: NDArray[np.bool_]
     labels: NDArray[np.int64]
 
     def part(self, places: slice) -> "Visits":
-        """Some of them."""
+        """A slice of the visits."""
         return Visits._make(column[places] for column in self)
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The windows of a split, readable: a plan, the shards it was made for, and what is to be made of them.
+    """The windows of a split, and how batches are made of them.
 
-    mask_rate: share of the letters that are masked bases to predict; None predicts every next base.
-    softmask_weight: what a soft-masked letter weighs in the loss.
-    shift: bases that a visit moves a window's start by at most, each way, inside its segment; packed windows stay.
-    reverse_complement: probability that a visit reads the other strand; the segments of a packed window are
-        turned round each at its place.
-    skip: what cannot be read becomes padding, counted in the batch, instead of an error.
+    Attributes:
+        index: the shards.
+        plan: which windows exist.
+        mask_rate: fraction of the letters to mask and predict; None: predict every next base.
+        softmask_weight: weight of lower-case letters in the loss.
+        shift: a visit moves a window's start by at most this many bases in either direction, within its segment. Packed
+            windows do not move.
+        reverse_complement: probability that a visit reads the other strand. In a packed window, each segment is
+            reversed in its own place.
+        skip: a window that cannot be read becomes padding, counted in the batch, instead of an error.
     """
 
     index: ShardIndex
@@ -70,25 +78,38 @@ class Windows:
     shift: int = 0
     reverse_complement: float = 0.0
     skip: bool = False
-    _told: list[str] = field(default_factory=list, repr=False)
-    _room: list[NDArray[np.uint8]] = field(default_factory=list, repr=False)
+    _warned: list[str] = field(default_factory=list, repr=False)
+    _buffer: list[NDArray[np.uint8]] = field(default_factory=list, repr=False)
 
     def visits(self, samples: NDArray[np.int64], keys: NDArray[np.uint64]) -> Visits:
-        """The visits of windows (visits,), -1 for filler, that have those keys; from the index alone."""
+        """Visits of windows, from the index alone.
+
+        Args:
+            samples: (visits,) int64 window ids, -1 for filler.
+            keys: (visits,) uint64, see `hashing.visit_keys`.
+        """
         filler = samples == FILLER
         rows, starts = self.plan.locate(np.where(filler, 0, samples))
         if self.shift:
             drawn = derived(keys, Purpose.SHIFT) % np.uint64(2 * self.shift + 1)
             starts = self.plan.moved(rows, starts, drawn.astype(np.int64) - self.shift)
-        turned = np.zeros(len(keys), bool)
+        reverse = np.zeros(len(keys), bool)
         if self.reverse_complement:
-            turned = uniform(derived(keys, Purpose.STRAND)) < self.reverse_complement
+            reverse = uniform(derived(keys, Purpose.STRAND)) < self.reverse_complement
         letters = self.plan.count_letters(rows, starts)
         labels = letters if self.mask_rate is None else masked_count(letters, self.mask_rate)
-        return Visits(samples, keys, rows, starts, turned, np.where(filler, 0, labels))
+        return Visits(samples, keys, rows, starts, reverse, np.where(filler, 0, labels))
 
     def batch(self, visits: Visits, targets: int) -> Batch:
-        """The batch of some visits. targets: see `Batch`."""
+        """Read some visits and make a batch of them.
+
+        Args:
+            visits: the windows.
+            targets: see `Batch`.
+
+        Raises:
+            DataError: bases cannot be read or differ from their checksum, unless `skip`.
+        """
         raw = self._read(visits)
         alphabet = self.index.alphabet
         if self.mask_rate is None:
@@ -98,48 +119,48 @@ class Windows:
         )
 
     def _read(self, visits: Visits) -> Raw:
-        bases = self._room_for(len(visits.samples))
+        bases = self._buffer_for(len(visits.samples))
         blank = visits.samples == FILLER
         specials: list[Special] = []
         skipped = 0
         places = zip(
-            blank.tolist(), visits.rows.tolist(), visits.starts.tolist(), visits.turned.tolist(), strict=True
+            blank.tolist(), visits.rows.tolist(), visits.starts.tolist(), visits.reverse.tolist(), strict=True
         )
-        for slot, (filler, row, start, turned) in enumerate(places):
+        for slot, (filler, row, start, reverse) in enumerate(places):
             if filler or row == PACKED:
                 bases[slot] = 0
             if filler:
                 continue
             try:
                 if row == PACKED:
-                    specials += self._read_packed(slot, start, turned, bases[slot, 1:])
+                    specials += self._read_packed(slot, start, reverse, bases[slot, 1:])
                 else:
-                    self._read_piece(row, start, turned, bases[slot, 1:])
+                    self._read_piece(row, start, reverse, bases[slot, 1:])
             except DataError as error:
                 if not self.skip:
                     raise
-                self._tell(error)
+                self._warn(error)
                 blank[slot], bases[slot] = True, 0
                 skipped += 1
         return Raw(bases, visits.samples.copy(), blank, specials, skipped)
 
-    def _room_for(self, windows: int) -> NDArray[np.uint8]:
-        """(windows, 1 + length), the first column 0. The same memory each time: new pages cost as much as reading."""
-        if not self._room or len(self._room[0]) < windows:
-            self._room[:] = [np.zeros((windows, 1 + self.plan.length), np.uint8)]
-        return self._room[0][:windows]
+    def _buffer_for(self, windows: int) -> NDArray[np.uint8]:
+        """(windows, 1 + length), first column 0. The same memory every time: new pages cost as much as reading."""
+        if not self._buffer or len(self._buffer[0]) < windows:
+            self._buffer[:] = [np.zeros((windows, 1 + self.plan.length), np.uint8)]
+        return self._buffer[0][:windows]
 
-    def _read_piece(self, row: int, start: int, turned: bool, out: NDArray[np.uint8]) -> None:
+    def _read_piece(self, row: int, start: int, reverse: bool, out: NDArray[np.uint8]) -> None:
         self.index.read_into(row, start, out)
-        if turned:
+        if reverse:
             out[:] = self.index.alphabet.reverse_complement(out)
 
-    def _read_packed(self, slot: int, start: int, turned: bool, out: NDArray[np.uint8]) -> list[Special]:
+    def _read_packed(self, slot: int, start: int, reverse: bool, out: NDArray[np.uint8]) -> list[Special]:
         tape = self.plan.tape
         assert tape is not None
         filled = 0
         for row, first, at, length in tape.pieces(start):
-            self._read_piece(row, first, turned, out[at : at + length])
+            self._read_piece(row, first, reverse, out[at : at + length])
             filled = at + length
         separators = tape.separators(start).tolist()
         filled = max([filled, *(at + 1 for at in separators[-1:])])
@@ -148,18 +169,19 @@ class Windows:
             *([Special(slot, filled, len(out), PAD)] if filled < len(out) else []),
         ]
 
-    def _tell(self, error: DataError) -> None:
-        if not self._told:
+    def _warn(self, error: DataError) -> None:
+        if not self._warned:
             log.warning(
-                "data.on_error=skip: a window is left out, as all will be that cannot be read: %s", error
+                "data.on_error=skip: a window is left out, as every window that cannot be read: %s", error
             )
-            self._told.append(str(error))
+            self._warned.append(str(error))
 
 
 def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
     """The windows to train on.
 
-    Raises DataError if there is none (see `plan_windows`), or for settings that this alphabet cannot have.
+    Raises:
+        DataError: there is none (see `plan_windows`), or a setting does not fit the alphabet.
     """
     alphabet = index.alphabet
     if config.reverse_complement and alphabet.complement is None:
@@ -169,8 +191,8 @@ def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
         )
     if config.softmask_weight != 1 and alphabet.soft is None:
         raise DataError(
-            f"data.softmask_weight {config.softmask_weight}: lower case is no mask in alphabet {alphabet.name}: "
-            "set it to 1"
+            f"data.softmask_weight {config.softmask_weight}: lower case does not mark repeats in alphabet "
+            f"{alphabet.name}: set it to 1"
         )
     plan = plan_windows(
         index.segments,
@@ -193,9 +215,10 @@ def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
 
 
 def evaluation_windows(config: DataConfig, index: ShardIndex, split: str) -> Windows:
-    """The windows of a split side by side and as they are, every label of the same weight: runs can be compared.
+    """The windows of a split for evaluation: not overlapping, not augmented, every label with weight 1.
 
-    Raises DataError if there is none (see `plan_windows`).
+    Raises:
+        DataError: there is none (see `plan_windows`).
     """
     plan = plan_windows(index.segments, split, config.length, config.min_real, pack=config.pack)
     return Windows(index, plan, _mask_rate(config), skip=config.on_error == SKIP)

@@ -50,7 +50,7 @@ def webdataset_pipeline(
 
     What `SequenceDataModule` has and this does not: a resume at the exact window (this starts its pass again), the same
     batches on any number of ranks and workers, equally many batches on every rank, mixtures, packing, augmentation,
-    and remote shards. Segments are compared with their checksums here too.
+    and remote shards. Segments are compared with their checksums here too. Long because it documents every option.
 
     Args:
         shards: a directory of shards; or some of its tars, as paths or with braces

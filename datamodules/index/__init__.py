@@ -1,1 +1,1 @@
-"""The index of a shard set: where every segment lies, and verified reads of byte ranges, local and remote."""
+"""The index of a shard set: where every segment lies, and verified reads of its bases, local and remote."""

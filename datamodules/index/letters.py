@@ -1,6 +1,6 @@
-"""How many letters a stretch of a record holds, from the index alone: prefix sums over its gaps.
+"""Counts the letters in any part of a segment, from the index alone: prefix sums over its gaps.
 
-A few numbers per segment and gap, whatever the windows are: 24 bytes a gap, 8 a segment.
+Memory is 24 bytes per gap and 8 per segment, whatever the number of windows.
 """
 
 import numpy as np
@@ -10,9 +10,15 @@ from megabase.datamodules.index.segments import Segments
 
 
 class Letters:
-    """Letters of any part of any row of `segments`.
+    """Counts letters in any part of any row of `segments`.
 
-    Rows lie end to end on one line of bases, so that a single search finds the gaps before a place.
+    The rows are laid end to end on one axis, so that one binary search finds the gaps before a position.
+
+    Attributes:
+        base: (rows,) where each row begins on the axis.
+        begin: (gaps,) where each gap begins.
+        end: (gaps + 1,) where each gap ends, after a leading 0.
+        missing: (gaps + 1,) bases in the gaps before each gap, and in all.
     """
 
     def __init__(self, segments: Segments) -> None:
@@ -26,20 +32,20 @@ class Letters:
     def count(
         self, rows: NDArray[np.int64], starts: NDArray[np.int64], length: int | NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Letters in [start, start + length) of each row, which must lie in the row; shapes broadcast."""
+        """Letters in [start, start + length) of each row, which must lie within the row; shapes broadcast."""
         first = self.base[rows] + starts
         return length - (self._missing_before(first + length) - self._missing_before(first))
 
     def gaps_of(
         self, rows: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First and one past the last of the gaps that touch [start, start + length) of each row, in all gaps."""
+        """The gaps that touch [start, start + length) of each row: number of the first, and one past the last."""
         first = self.base[rows] + starts
         return np.searchsorted(self.end[1:], first, side="right"), np.searchsorted(
             self.begin, first + lengths
         )
 
-    def _missing_before(self, place: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Non-letters before places on the line of bases."""
-        met = np.searchsorted(self.begin, place)
-        return self.missing[met] - np.maximum(self.end[met] - place, 0)
+    def _missing_before(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bases that are not letters before positions on the axis."""
+        gaps = np.searchsorted(self.begin, position)
+        return self.missing[gaps] - np.maximum(self.end[gaps] - position, 0)

@@ -1,13 +1,13 @@
-"""Where the bytes of a shard set come from: a local directory, or any URL that fsspec opens.
+"""Reads the bytes of a shard set from a local directory, or from any URL that fsspec opens.
 
-A store reads ranges of named files into buffers of the caller and knows nothing of records.
+A store reads ranges of named files into the caller's buffers; it does not know records.
 
-Local files are read with `preadv`, not mapped: a file that is cut short under a running job is then an error
-that names it instead of a SIGBUS. Remote files cost one request per range; what may pass (a lost connection,
-a server that is busy) is tried again on a fixed schedule.
+Local files are read with `preadv`, not mapped: if a file is truncated during a run, the read fails with an error that
+names the file, not with SIGBUS. Remote files cost one request per range; temporary errors (a lost connection, a busy
+server) are retried on a fixed schedule.
 
-A store may be pickled and forked: descriptors carry no position that processes could share, and fsspec's
-event loop, which does not survive a fork, is made anew in each process.
+A store may be pickled and forked: reads do not use a file position that processes would share, and each process makes
+its own fsspec event loop, since a loop does not survive a fork.
 """
 
 import os
@@ -28,13 +28,13 @@ T = TypeVar("T")
 Buffer = memoryview | bytearray
 
 RETRY_DELAYS_S = (0.1, 1.0, 3.0, 10.0)
-"""Waits between tries of a remote read: one try more than there are waits."""
+"""Waits between the attempts of a remote read, in seconds: one attempt more than waits."""
 
 TIMEOUT_S = 60.0
-"""Longest time that one remote request may take."""
+"""Longest time of one remote request, in seconds."""
 
 _OPENERS = 32
-_inherited: list[Any] = []  # filesystems of the parent process: closing one here would disturb it there
+_inherited: list[Any] = []  # file systems of the parent process: closing one here would disturb the parent
 _BUSY = (408, 425, 429)
 _MAKE = "make shards with `megabase prepare INPUT... OUTPUT`"
 _NO_RANGES = (
@@ -48,11 +48,11 @@ _PACKAGES = {
 
 
 class StoreError(Exception):
-    """Bytes that cannot be had; the message says why, and not of which file."""
+    """Bytes cannot be read. The message gives the reason, not the file."""
 
 
 class Store(Protocol):
-    """Named files to read ranges of. `root` is where they lie."""
+    """Named files in one place, `root`, of which ranges of bytes are read."""
 
     @property
     def root(self) -> Path | str: ...
@@ -61,26 +61,26 @@ class Store(Protocol):
         """Path or URL of a file, for messages."""
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """DataError unless every file is there, has its size in bytes, and can be read by range."""
+        """Raise DataError unless every file exists, has its size in bytes, and can be read by range."""
 
     def read_whole(self, name: str) -> bytes:
-        """All of a file. FileNotFoundError if there is none, StoreError if it cannot be read."""
+        """The content of a file. Raises FileNotFoundError if it does not exist, StoreError if it cannot be read."""
 
     def read_into(self, name: str, offset: int, parts: Sequence[Buffer]) -> None:
-        """Fill `parts`, one behind the other, with the bytes of a file from `offset` on.
+        """Fill `parts`, one after another, with the bytes of a file from `offset` on.
 
-        StoreError if they cannot be read or the file ends before.
+        Raises StoreError if they cannot be read or the file ends before.
         """
 
 
 def open_store(directory: str | Path) -> Store:
     """The files in a local directory, or under a URL (http://, s3://, gs://, memory://, file://...).
 
-    What a protocol has to know (credentials, an endpoint, anonymous access) it takes from its own variables
-    and files, and from fsspec's: FSSPEC_S3_ANON=true, for one.
+    Credentials, endpoint and anonymous access come from the environment variables and files of the protocol's package,
+    and from those of fsspec, for example FSSPEC_S3_ANON=true.
 
-    Raises DataError for a directory that is not there, and for a URL of a protocol that is unknown or whose
-    package is not installed.
+    Raises:
+        DataError: the directory does not exist; the protocol is unknown, or its package is not installed.
     """
     if "://" not in str(directory):
         return LocalStore(Path(directory))
@@ -89,7 +89,7 @@ def open_store(directory: str | Path) -> Store:
 
 
 class LocalStore:
-    """Files in a directory, opened when first read and kept open as far as the process may."""
+    """Files in a directory, opened at the first read and kept open while the process may have more files."""
 
     def __init__(self, directory: Path) -> None:
         self.root = directory
@@ -116,7 +116,7 @@ class LocalStore:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StoreError(f"cannot be read ({error.strerror}): look at its permissions") from error
+            raise StoreError(f"cannot be read ({error.strerror}): check its permissions") from error
 
     def read_into(self, name: str, offset: int, parts: Sequence[Buffer]) -> None:
         wanted = sum(map(len, parts))
@@ -124,10 +124,10 @@ class LocalStore:
             file = self._open.get(name) or self._descriptor(name)
             done = os.preadv(file.number, parts, offset)
             while done < wanted:  # a system call moves at most 2 GiB, and less when a signal comes
-                more = os.preadv(file.number, _behind(parts, done), offset + done)
+                more = os.preadv(file.number, _after(parts, done), offset + done)
                 if not more:
                     raise StoreError(
-                        f"ends at byte {offset + done}, and byte {offset + wanted - 1} was asked for: copy the "
+                        f"ends at byte {offset + done}, and byte {offset + wanted - 1} is needed: copy the "
                         "shard again"
                     )
                 done += more
@@ -144,7 +144,7 @@ class LocalStore:
 
 
 class _Descriptor:
-    """An open file that is closed when nobody, in any thread, holds it any more."""
+    """An open file, closed when no thread refers to it any more."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -156,7 +156,7 @@ class _Descriptor:
 
 @cache
 def _most_open() -> int:
-    """Files that a store keeps open: half of what the process may have."""
+    """Files that a store keeps open: half of the process's limit."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(allowed // 2, 1) if allowed != resource.RLIM_INFINITY else 4096
 
@@ -185,7 +185,7 @@ class RemoteStore:
         try:
             found = memoryview(self._retried(lambda: self._range(name, offset, wanted)))
         except FileNotFoundError:
-            raise StoreError("not there any more: copy the shard again") from None
+            raise StoreError("does not exist any more: copy the shard again") from None
         for part in parts:
             part[:], found = found[: len(part)], found[len(part) :]
 
@@ -194,7 +194,7 @@ class RemoteStore:
         if len(found) > wanted:
             raise StoreError(_NO_RANGES)
         if len(found) < wanted:
-            raise EOFError(f"{len(found)} bytes came where {wanted} were asked for, from byte {offset} on")
+            raise EOFError(f"{len(found)} bytes received, {wanted} requested from byte {offset} on")
         return found
 
     def _cat(self, name: str, start: int | None, end: int | None) -> bytes:
@@ -204,28 +204,28 @@ class RemoteStore:
         return found
 
     def _size(self, name: str) -> int:
-        """Bytes of a file. DataError if it is not there, or cannot be read by range."""
+        """Bytes of a file. Raises DataError if it does not exist or cannot be read by range."""
         try:
-            return self._retried(lambda: self._asked_size(name))
+            return self._retried(lambda: self._requested_size(name))
         except FileNotFoundError:
             raise _missing(self.name_of(name)) from None
         except StoreError as error:
             raise DataError(f"{self.name_of(name)}: {error}") from error
 
-    def _asked_size(self, name: str) -> int:
+    def _requested_size(self, name: str) -> int:
         filesystem, url = self._filesystem(), self.name_of(name)
         if self.root.startswith(("http://", "https://")):
             return int(fsspec.asyn.sync(filesystem.loop, _http_size, filesystem, url, timeout=TIMEOUT_S))
         return int(filesystem.info(url)["size"])
 
     def _retried(self, action: Callable[[], T]) -> T:
-        """The action's result. What may pass is tried again; FileNotFoundError, or StoreError in the end."""
+        """The action's result; temporary errors are retried. Raises FileNotFoundError or StoreError."""
         for delay in (*RETRY_DELAYS_S, None):
             try:
                 return action()
             except StoreError:
                 raise
-            except Exception as error:  # every filesystem has exceptions of its own
+            except Exception as error:  # every file system has its own exceptions
                 if _is_missing(error):
                     raise FileNotFoundError(str(error)) from error
                 if (refusal := _refusal(error)) is not None:
@@ -233,13 +233,13 @@ class RemoteStore:
                 if delay is None:
                     tries = len(RETRY_DELAYS_S) + 1
                     raise StoreError(
-                        f"cannot be read in {tries} tries ({_told(error)}): look at the network"
+                        f"cannot be read in {tries} attempts ({_line(error)}): check the network"
                     ) from error
             time.sleep(delay)
         raise AssertionError("the last try returns or raises")
 
     def _filesystem(self) -> Any:
-        """The filesystem of this process: one made before a fork would wait for a thread that is not here."""
+        """The file system of this process: one made before a fork would wait for a thread that no longer exists."""
         if self._made is None or self._made[0] != os.getpid():
             if self._made is not None:
                 _inherited.append(self._made)
@@ -268,7 +268,7 @@ def _make_filesystem(url: str) -> Any:
 
 
 async def _http_size(filesystem: Any, url: str) -> int:
-    """Bytes of a file on a web server, asked with a range of one byte: a server without ranges is found out."""
+    """Bytes of a file on a web server, from a request for one byte, which shows whether it serves ranges."""
     session = await filesystem.set_session()
     headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
     async with session.get(filesystem.encode_url(url), headers=headers) as response:
@@ -285,12 +285,12 @@ def _check_size(name: str | Path, found: int, wanted: int) -> None:
 
 def _missing(name: str | Path) -> DataError:
     return DataError(
-        f"{name}: the index names this shard but it is not there: copy the whole directory again"
+        f"{name}: the index names this shard but it does not exist: copy the whole directory again"
     )
 
 
-def _behind(parts: Sequence[Buffer], done: int) -> list[memoryview]:
-    """What remains of `parts` behind their first `done` bytes."""
+def _after(parts: Sequence[Buffer], done: int) -> list[memoryview]:
+    """`parts` without their first `done` bytes."""
     rest = []
     for part in parts:
         rest.append(memoryview(part)[done:])
@@ -299,7 +299,7 @@ def _behind(parts: Sequence[Buffer], done: int) -> list[memoryview]:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an exception carries. (Not its cause: aiohttp's cut connection comes from a "400".)"""
+    """The HTTP status of an exception itself. Not of its cause: aiohttp raises a cut connection from a "400"."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     return status if isinstance(status, int) else None
 
@@ -309,16 +309,16 @@ def _is_missing(error: Exception) -> bool:
 
 
 def _refusal(error: Exception) -> str | None:
-    """What to say of an error that the same question would bring again; None for one that may pass."""
+    """The message for an error that a retry would not change; None for a temporary one."""
     status = _status(error)
     if status == 416:
-        return "ends before the bytes that were asked for: copy the shard again"
+        return "ends before the bytes that are needed: copy the shard again"
     if isinstance(error, PermissionError) or (status and 400 <= status < 500 and status not in _BUSY):
-        return f"refused ({_told(error)}): look at the URL and at your credentials"
+        return f"refused ({_line(error)}): check the URL and your credentials"
     return None
 
 
-def _told(error: Exception) -> str:
-    """One line about an exception."""
+def _line(error: Exception) -> str:
+    """An exception as one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if _status(error) is None else f"HTTP {_status(error)}: {text}"

@@ -1,1 +1,1 @@
-"""Which windows exist and in which order they are read: pure functions of numbers."""
+"""Which windows exist, and the order in which training reads them: pure functions of numbers."""

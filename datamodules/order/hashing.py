@@ -1,7 +1,7 @@
-"""Chance as a function, in numpy: 64-bit words that look random and follow from what they are for.
+"""Randomness as a function, in numpy: hashes numbers to random 64-bit words, so that no generator state is kept.
 
-The mixing function is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014).
+The hash is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014).
 """
 
 from enum import IntEnum
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 / golden ratio, the step of splitmix64: counters times it are far apart."""
+"""2^64 / golden ratio, the increment of splitmix64: its multiples are far apart."""
 
 _VISITS = 0x5851F42D4C957F2D
 
 
 class Purpose(IntEnum):
-    """What a key is drawn from for: words of different purposes have nothing in common."""
+    """What a random word is for. Words of different purposes are independent."""
 
     SHIFT = 0xA3EC647659359ACD
     STRAND = 0xD1342543DE82EF95
@@ -25,24 +25,24 @@ class Purpose(IntEnum):
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64-bit words that spreads every bit over all."""
+    """A bijection of 64-bit words in which every input bit changes about half of the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def word(value: int) -> NDArray[np.uint64]:
-    """An integer modulo 2^64 as an array of one: numpy lets arrays wrap silently, as is meant here."""
+    """An integer modulo 2^64 as an array of one element: numpy wraps arrays silently, and warns about scalars."""
     return np.array([value % (1 << 64)], np.uint64)
 
 
 def counted(keys: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One word for every (key, counter), of shapes that broadcast; counters are taken modulo 2^64."""
+    """One random word for every (key, counter); shapes broadcast, counters are taken modulo 2^64."""
     return mix(keys + counters.astype(np.uint64) * np.uint64(GOLDEN))
 
 
 def derived(keys: NDArray[np.uint64], purpose: Purpose) -> NDArray[np.uint64]:
-    """One word for every key (any shape, at least 1-d), apart from those of other purposes and of `counted`."""
+    """One random word for every key (any shape, at least 1-d), independent of other purposes and of `counted`."""
     return mix(keys ^ word(purpose))
 
 
@@ -52,8 +52,14 @@ def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def visit_keys(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """The keys of all that is random in a window when it is met: one for every (seed, epoch, window id).
+    """The keys of all randomness in a visit of a window: one for every (seed, epoch, window id).
 
-    epochs, samples: (batch,) int64. They have nothing in common with the keys of the order.
+    Args:
+        seed: any integer.
+        epochs: (batch,) int64.
+        samples: (batch,) int64 window ids.
+
+    Returns:
+        (batch,) uint64, independent of the keys of the order.
     """
     return counted(counted(mix(word(seed) ^ word(_VISITS)), epochs), samples)

@@ -1,4 +1,4 @@
-"""A mixture of genomes: which group each segment belongs to, and what groups weigh."""
+"""A mixture of genomes: the group that each segment belongs to."""
 
 import hashlib
 import json
@@ -15,22 +15,32 @@ _SHOWN = 8
 
 
 def identity_of(segments: Segments, mixture: Mapping[str, float]) -> str:
-    """`Segments.identity`, and of a mixture what else its order is made of: its keys in order, and the input files."""
+    """A checksum of what decides the order of training: `Segments.identity`, and with a mixture its keys in order, its
+    weights and the names of the input files."""
     if not mixture:
         return segments.identity
-    told = json.dumps([segments.identity, list(mixture.items()), segments.source.tolist()])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    decisive = json.dumps([segments.identity, list(mixture.items()), segments.source.tolist()])
+    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
 
 def groups_of(
     segments: Segments, rows: NDArray[np.int64], mixture: Mapping[str, float]
 ) -> dict[str, NDArray[np.int64]]:
-    """Name of each group with a weight above 0 -> its rows, in order. Without a mixture all rows are one group, "".
+    """Group rows by the keys of a mixture.
 
     A segment belongs to the first key that is the name of its input file, or a pattern (`*`, `?`, `[...]`) that
-    matches that name or its record's.
+    matches that name or its record's name.
 
-    Raises DataError for a key that nothing belongs to, and for a segment that no key matches.
+    Args:
+        segments: the index.
+        rows: the rows to group.
+        mixture: key -> weight, 0 or more.
+
+    Returns:
+        Key -> its rows in order, for weights above 0. Without a mixture, all rows are one group "".
+
+    Raises:
+        DataError: a key has no segment, or a segment no key.
     """
     if not mixture:
         return {"": rows}
@@ -46,13 +56,13 @@ def groups_of(
     for number, key in enumerate(keys):
         if not (member == number).any():
             raise DataError(
-                f"data.mixture: {key!r} matches nothing that no key before it does: the input files are "
+                f"data.mixture: {key!r} matches no record that an earlier key has not taken: the input files are "
                 f"{_listed(known)}; a pattern like 'chr*' may also name records"
             )
     for source, record in (names for names, number in kinds.items() if number < 0):
         raise DataError(
-            f"data.mixture: nothing matches record {record!r} of {source!r}: give {source!r}, or '*' for all that "
-            "is left, a weight; 0 leaves it out"
+            f"data.mixture: no key matches record {record!r} of {source!r}: give a weight to {source!r}, or to '*' "
+            "for all others; 0 leaves them out"
         )
     return {key: rows[member == number] for number, key in enumerate(keys) if mixture[key] > 0}
 

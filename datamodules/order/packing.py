@@ -1,8 +1,8 @@
-"""Segments too short for a window, strung together into full ones: pure functions of numbers.
+"""Packs segments that are shorter than a window into full windows.
 
-The segments of a group follow each other on a tape, one separator between two; a window is `length` positions of
-the tape, from a multiple of `length` on. Every group begins at such a multiple, so the last window of a group ends
-in padding. A segment that meets a window's end goes on in the next one.
+The segments of a group lie one after another on a tape, with a separator between two. A window is `length` positions of
+the tape, from a multiple of `length` on. Every group begins at such a multiple, so the last window of a group ends in
+padding. A segment that crosses the end of a window continues in the next one.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,24 @@ class Piece(NamedTuple):
 class Tape:
     """The packed segments.
 
-    groups: rows of each group, in the order in which they are packed; each shorter than `length`.
-    rows, begin, end: (pieces,) int64, the segments and where they lie on the tape.
-    followed: (pieces,) bool, whether a separator follows.
-    windows: (groups, 2) int64: first position of each group, and number of its windows.
+    Attributes:
+        length: positions of a window.
+        rows: (segments,) int64, their rows in the index.
+        begin, end: (segments,) int64, the positions [begin, end) of the tape where they lie.
+        followed: (segments,) bool, whether a separator follows.
+        windows: (groups, 2) int64, first position of each group and number of its windows.
     """
 
     def __init__(
         self, letters: Letters, lengths: NDArray[np.int64], groups: Sequence[NDArray[np.int64]], length: int
     ) -> None:
-        """lengths: bases of every row of the index."""
+        """
+        Args:
+            letters: counts the letters of any part of any row.
+            lengths: bases of every row of the index.
+            groups: rows of each group in the order to pack them; each shorter than `length`.
+            length: positions of a window.
+        """
         self._letters = letters
         self.length = length
         begins, followed, windows, first = [], [], [], 0
@@ -51,15 +59,15 @@ class Tape:
         self.end = self.begin + lengths[self.rows]
         self.followed = np.concatenate(followed)
         self.windows = np.array(windows, np.int64)
-        whole = letters.count(self.rows, np.zeros_like(self.rows), lengths[self.rows])
-        self._before = np.concatenate([[0], np.cumsum(whole)])
+        counts = letters.count(self.rows, np.zeros_like(self.rows), lengths[self.rows])
+        self._before = np.concatenate([[0], np.cumsum(counts)])
 
     def count(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Letters of the windows that begin at positions `starts` of the tape."""
         return self._letters_before(starts + self.length) - self._letters_before(starts)
 
     def pieces(self, start: int) -> list[Piece]:
-        """What the window at position `start` of the tape is made of."""
+        """The parts of segments in the window at position `start` of the tape, in order."""
         stop = start + self.length
         first, last = np.searchsorted(self.end, start, side="right"), np.searchsorted(self.begin, stop)
         found = []
@@ -79,8 +87,10 @@ class Tape:
         return self.end[first:last][self.followed[first:last]] - start
 
     def _letters_before(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Letters before positions of the tape; all segments that end there are whole, and one may be cut."""
-        piece = np.searchsorted(self.begin, position) - 1  # the last that begins before; -1: none does
+        """Letters before positions of the tape."""
+        piece = (
+            np.searchsorted(self.begin, position) - 1
+        )  # the last segment that begins before the position; -1: there is none
         safe = np.maximum(piece, 0)
         inside = np.minimum(position, self.end[safe]) - self.begin[safe]
         part = self._letters.count(self.rows[safe], np.zeros_like(safe), np.maximum(inside, 0))

@@ -180,9 +180,9 @@ def _with_gaps(every: WindowPlan) -> NDArray[np.int64]:
     begin, end = letters.begin[gap] - origin, letters.end[gap + 1] - origin
     # Window k of a run holds bases [k * step, k * step + length).
     first = np.maximum((begin - length) // runs.steps[run] + 1, 0)
-    behind = np.minimum(-(-end // runs.steps[run]), counts[run])
-    some = first < behind
-    touched = np.stack([first, behind], axis=1)[some] + runs.first[run[some], None]
+    after = np.minimum(-(-end // runs.steps[run]), counts[run])
+    some = first < after
+    touched = np.stack([first, after], axis=1)[some] + runs.first[run[some], None]
     packed = np.flatnonzero(runs.rows == PACKED)
     return united(np.concatenate([touched, np.stack([runs.first[packed], runs.first[packed + 1]], axis=1)]))
 

@@ -51,7 +51,7 @@ class WindowPlan:
         letters: counts the letters of any part of any row.
         segment_length: (rows of the index,) bases.
         runs: all windows, those with too few letters included.
-        skip_ids: (ranges,) ranges of windows with too few letters are skipped; the id of the window behind each range.
+        skip_ids: (ranges,) ranges of windows with too few letters are skipped; the id of the window after each range.
         skipped: (ranges + 1,) number of windows skipped before each range, and in all.
         bounds: (groups + 1,) group g holds the ids [bounds[g], bounds[g + 1]).
         weights: (groups,) weights of the mixture.

@@ -1,1 +1,1 @@
-"""Sequence files to WebDataset shards: records, splits, the writer, and where a killed prepare goes on."""
+"""Sequence files to WebDataset shards: reading records, splits, writing shards, continuing after a kill, checking."""

@@ -1,4 +1,4 @@
-"""What `megabase prepare --check` does: every base and every tar member of a shard set, against its index."""
+"""`megabase prepare --check`: compares every base and every tar member of a shard set with its index."""
 
 import io
 import json
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.index.store import Store, StoreError
+from megabase.datamodules.prepare.tars import headers
 from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.progress import bar
 
@@ -24,14 +25,20 @@ _SHOWN = 5
 
 
 def check(output: str | Path, jobs: int | None = None, progress: bool = True) -> int:
-    """Read every base in the index of `output` and every member of its tars; returns the bases verified.
+    """Read every base in the index of a shard set, and every member of its tars.
 
-    jobs, progress: as in `prepare`.
+    Args:
+        output: the directory of the shards, or its URL.
+        jobs: processes; None for one per CPU of this process.
+        progress: show a bar over the bases on stderr.
 
-    Raises DataError, naming shard and record, for bases that differ from their checksum (the first place of every
-    segment), a row of the index
-    that does not lie in one member of its tar, or in that of another record, and a tar that is damaged; and
-    as `ShardIndex.open`.
+    Returns:
+        The number of bases that were compared with their checksums.
+
+    Raises:
+        DataError: bases differ from their checksum (the message names the first place of every segment); a row of the
+            index lies outside the members of its tar, or in another record's; a tar is damaged; or as
+            `ShardIndex.open`. The message names shard and record.
     """
     index = ShardIndex.open(output)
     rows = _rows_by_shard(index)
@@ -55,7 +62,7 @@ def check(output: str | Path, jobs: int | None = None, progress: bool = True) ->
 
 @dataclass(frozen=True)
 class _Checked:
-    """Of a shard: bases verified, and what is wrong with each of its segments that is not as it was."""
+    """Of one shard: bases that match their checksums, and a message for each damaged segment."""
 
     bases: int
     damages: list[str]
@@ -92,17 +99,19 @@ def _check_shard(index: ShardIndex, item: tuple[str, NDArray[np.int64]], report:
 
 
 def _check_members(index: ShardIndex, shard: str, rows: NDArray[np.int64]) -> None:
-    """Raise DataError for a row that does not lie in one member of the tar, or in another record's."""
+    """Raise DataError for a row that lies outside the members of the tar, or in another record's."""
     segments, place = index.segments, index.store.name_of(shard)
     members, records = _members(index.store, shard, index.sizes[shard])
     bounds = np.array([(member.start, member.stop) for member in members], np.int64).reshape(-1, 2)
     offsets = segments.offset[rows]
     at = np.searchsorted(bounds[:, 0], offsets, "right") - 1
     inside = at >= 0
-    inside[inside] = (_ends(index, rows) <= bounds[at, 1])[inside] if len(bounds) else False
-    for row, number, whole in zip(rows.tolist(), at.tolist(), inside.tolist(), strict=True):
+    if len(bounds):
+        ends = segments.byte_of(rows, segments.length[rows] - 1) + 1
+        inside &= ends <= bounds[at, 1]
+    for row, number, found in zip(rows.tolist(), at.tolist(), inside.tolist(), strict=True):
         name = segments.record[row]
-        if not whole:
+        if not found:
             raise DataError(
                 f"{place}: record {name!r}: does not lie in a member of the tar, where the index says: copy the "
                 "shard again, or prepare the shards again"
@@ -115,17 +124,6 @@ def _check_members(index: ShardIndex, shard: str, rows: NDArray[np.int64]) -> No
             )
 
 
-def _ends(index: ShardIndex, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The byte behind the last base of every row, line ends between its bases counted."""
-    segments = index.segments
-    width = np.maximum(segments.line_bases[rows], 1)
-    column = np.where(segments.line_bases[rows] > 0, segments.start[rows] % width, 0)
-    lines = (column + segments.length[rows] - 1) // width
-    between = np.where(segments.line_bases[rows] > 0, lines * (segments.line_bytes[rows] - width), 0)
-    ends: NDArray[np.int64] = segments.offset[rows] + segments.length[rows] + between
-    return ends
-
-
 @dataclass(frozen=True, slots=True)
 class _Member:
     """A file in a tar and its bytes [start, stop)."""
@@ -136,23 +134,19 @@ class _Member:
 
 
 def _members(store: Store, shard: str, size: int) -> tuple[list[_Member], dict[str, str]]:
-    """The files in a tar, and the record that KEY.json names, by key."""
+    """The files in a tar, and by key the record that its KEY.json names."""
     members, records = [], {}
     try:
-        with (
-            io.BufferedReader(_StoreFile(store, shard, size), _READ_BYTES) as file,
-            tarfile.open(fileobj=file, mode="r:") as tar,
-        ):
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-                if not member.isfile():
+        with io.BufferedReader(_StoreFile(store, shard, size), _READ_BYTES) as file:
+            for header in headers(file):
+                if not header.isfile():
                     continue
-                members.append(_Member(member.name, member.offset_data, member.offset_data + member.size))
-                if member.name.endswith(".json"):
-                    file.seek(member.offset_data)
-                    about = _parsed(file.read(member.size))
+                members.append(_Member(header.name, header.offset_data, header.offset_data + header.size))
+                if header.name.endswith(".json"):
+                    file.seek(header.offset_data)
+                    about = _parsed(file.read(header.size))
                     if isinstance(about, dict) and isinstance(about.get("record"), str):
-                        records[member.name.removesuffix(".json")] = about["record"]
+                        records[header.name.removesuffix(".json")] = about["record"]
     except (tarfile.TarError, StoreError, OSError, ValueError) as error:
         raise DataError(
             f"{store.name_of(shard)}: the tar is damaged ({error}): copy the shard again"
@@ -161,7 +155,7 @@ def _members(store: Store, shard: str, size: int) -> tuple[list[_Member], dict[s
 
 
 class _StoreFile(io.RawIOBase):
-    """A file of a store as Python's own."""
+    """A file of a store, as a file object."""
 
     def __init__(self, store: Store, name: str, size: int) -> None:
         self._store, self._name, self._size, self._at = store, name, size, 0
@@ -185,7 +179,7 @@ class _StoreFile(io.RawIOBase):
 
 
 def _parsed(content: bytes) -> object:
-    """What JSON says; None for what is none: a tar of others may hold any file beside a sequence."""
+    """The value of a JSON text; None if it is not JSON, since a tar of others may hold any file beside a sequence."""
     with suppress(ValueError, RecursionError):
         return json.loads(content)
     return None

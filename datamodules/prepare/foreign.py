@@ -1,8 +1,8 @@
-"""An index for WebDataset tars that others wrote: `megabase index DIR` puts index.parquet beside them.
+"""`megabase index DIR`: writes index.parquet beside WebDataset tars that other programs wrote.
 
 Members KEY.seq and KEY.txt hold one sequence as plain bytes, KEY.npy one as an array, KEY.fasta (.fa, .fna) any
-number in lines of one width. KEY.json, if there, names a record and its source. The tars stay as they are:
-bases are read out of them by byte range, so a tar must be uncompressed, and so must its members.
+number in lines of one width. An optional KEY.json names the record and its source. The tars are not changed: bases are
+read out of them by byte range, so neither a tar nor its members may be compressed.
 """
 
 import io
@@ -22,10 +22,12 @@ from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.files import sync
 from megabase.datamodules.index.index_file import INDEX_NAME, RowBatches, segment_row, write_index
+from megabase.datamodules.index.lines import byte_of, without_line_ends
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.records import Names, check_characters, compression
 from megabase.datamodules.prepare.splits import Splits
+from megabase.datamodules.prepare.tars import headers
 from megabase.datamodules.progress import bar
 
 _COMPRESSED = (".gz", ".bgz", ".zst", ".bz2", ".xz")
@@ -45,7 +47,10 @@ class _Span(NamedTuple):
 class _Member:
     """A member that holds sequences.
 
-    path: in the tar. content: where its bytes lie. about: where those of its .json do, if it has one.
+    Attributes:
+        path: name in the tar.
+        content: where its bytes lie.
+        about: where the bytes of its .json lie; None if it has none.
     """
 
     path: PurePosixPath
@@ -57,8 +62,11 @@ class _Member:
 class _Sequence:
     """One sequence of a member.
 
-    name: from a FASTA header, else empty. bases: without line ends. offset: byte in the tar of the first one.
-    line_bases, line_bytes: as in the index.
+    Attributes:
+        name: from a FASTA header, else empty.
+        bases: without line ends.
+        offset: byte in the tar of the first base.
+        line_bases, line_bytes: as in the index.
     """
 
     name: str
@@ -68,11 +76,8 @@ class _Sequence:
     line_bytes: int = 0
 
     def byte_of(self, base: int) -> int:
-        """Where in the tar a base lies."""
-        if not self.line_bases:
-            return self.offset + base
-        line, column = divmod(base, self.line_bases)
-        return self.offset + line * self.line_bytes + column
+        """The byte of the tar where a base lies."""
+        return self.offset + int(byte_of(base, self.line_bases, self.line_bytes))
 
 
 def index_tars(
@@ -83,24 +88,29 @@ def index_tars(
     intervals: str | Path | None = None,
     progress: bool = True,
 ) -> ShardIndex:
-    """Write index.parquet beside the tars in `directory`; returns them opened.
+    """Write index.parquet beside the tars in a directory, and open them.
 
-    A record is named by "record" in its .json, else by its member's path without extension; in FASTA by the
-    first word of its header. Its source is "source" in its .json, else the tar's name. Line ends behind the
-    last letter of a .seq or .txt are no part of the sequence, unless the alphabet is bytes.
-    valid, test, intervals: see `Splits.parse`. progress: show a bar over the tars' bytes on stderr.
+    A record is named by "record" in its .json, else by its member's path without extension; in FASTA by the first word
+    of its header. Its source is "source" in its .json, else the tar's name. Line ends at the end of a .seq or .txt do
+    not belong to the sequence, unless the alphabet is bytes.
 
-    Raises DataError for a directory without tars or with an index; tars or members that are compressed, cut
-    off or damaged; FASTA whose lines differ in width; arrays that are not one row of bytes; characters that
-    the alphabet does not know; names met twice; and splits that cannot be, or leave nothing to train on. The
-    directory then holds what it held before.
+    Args:
+        directory: where the tars lie.
+        alphabet: "dna", "protein" or "bytes".
+        valid, test, intervals: which bases are for validation and test, see `Splits.parse`.
+        progress: show a bar over the tars' bytes on stderr.
+
+    Raises:
+        DataError: the directory has no tars, or has an index; a tar or member is compressed, cut off or damaged; lines
+            of FASTA differ in width; an array is not one row of bytes; the alphabet does not know a character; a name
+            occurs twice; the splits are impossible or leave nothing to train on. The directory is then unchanged.
     """
     directory, letters = Path(directory), Alphabet.named(alphabet)
     splits = Splits.parse(valid, test, intervals)
     tars = _tars(directory)
     index = directory / INDEX_NAME
     if index.exists():
-        raise DataError(f"{index}: exists already: remove it to index the tars anew")
+        raise DataError(f"{index}: exists already: remove it to index the tars again")
     rows, sizes = _Rows(letters, splits), {path.name: path.stat().st_size for path in tars}
     with bar("Indexing", sum(sizes.values()), progress) as report:
         for path in tars:
@@ -122,7 +132,7 @@ def index_tars(
 
 
 class _Rows:
-    """The rows of the index, gathered tar by tar, and what must hold for all of them together."""
+    """Collects the rows of the index tar by tar, and checks what concerns all of them."""
 
     def __init__(self, alphabet: Alphabet, splits: Splits) -> None:
         self.sources: dict[str, None] = {}
@@ -135,16 +145,16 @@ class _Rows:
         self._rows = RowBatches()
 
     def add(self, path: Path) -> None:
-        """The rows of one tar."""
+        """Add the rows of one tar."""
         members = _members(path)
-        with path.open("rb") as file:  # the map is closed with the last view of it
+        with path.open("rb") as file:  # the map closes when its last view is gone
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for member in members:
             self._add_member(path, content, member)
         self._members += len(members)
 
     def check(self, directory: Path) -> None:
-        """Raise DataError if no record was met, a split names one that was not, or none is for training."""
+        """Raise DataError if there is no record, a split names a missing one, or none is for training."""
         if not self._members:
             raise DataError(f"{directory}: no member of its tars ends in {' '.join(_READERS)}")
         self._splits.check_names(self._in_split)
@@ -186,9 +196,9 @@ class _Rows:
 
 
 def _tars(directory: Path) -> list[Path]:
-    """The tars of a directory, sorted; DataError for none, or for one that is compressed."""
+    """The tars of a directory, sorted; DataError if there is none or one is compressed."""
     if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory: name the one that the tars lie in")
+        raise DataError(f"{directory}: no such directory: name the one with the tars")
     tars = sorted(directory.glob("*.tar"))
     for path in sorted(directory.iterdir()):
         if path.name.endswith(_COMPRESSED_TARS) or (path in tars and compression(path)):
@@ -196,7 +206,7 @@ def _tars(directory: Path) -> list[Path]:
                 f"{path}: a compressed tar cannot be read by byte range: decompress it and index again"
             )
     if not tars:
-        raise DataError(f"{directory}: no *.tar in it: name the directory that the tars lie in")
+        raise DataError(f"{directory}: no *.tar in it: name the directory with the tars")
     return tars
 
 
@@ -207,7 +217,7 @@ def _members(path: Path) -> list[_Member]:
     for header in _headers(path):
         inside = PurePosixPath(header.name)
         kind = inside.suffix.lower()
-        if header.isdir() or inside.name.startswith("."):  # webdataset passes hidden files over, too
+        if header.isdir() or inside.name.startswith("."):  # webdataset skips hidden files, too
             continue
         if kind in _READERS and not _is_utf8(header.name):
             raise DataError(f"{path}: member {header.name!r}: its name is not UTF-8: rename the file")
@@ -226,28 +236,21 @@ def _members(path: Path) -> list[_Member]:
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether a name is text; tarfile puts lone surrogates for bytes that are not."""
+    """Whether a name was UTF-8: tarfile decodes other bytes as lone surrogates."""
     return name == name.encode(errors="ignore").decode()
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar in order; DataError where it is cut off, damaged or none."""
+    """The headers of a tar in order; DataError if it is cut off, damaged or not a tar."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (header := tar.next()) is not None:
-                yield header
-                tar.members = []  # type: ignore[attr-defined] # else it keeps them all
-            end = tar.offset
         with path.open("rb") as file:
-            file.seek(end)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
-                raise tarfile.ReadError(f"no header at byte {end}")
+            yield from headers(file)
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: no tar, cut off or damaged ({error}): copy the file again") from error
+        raise DataError(f"{path}: not a tar, cut off or damaged ({error}): copy the file again") from error
 
 
 def _about(place: str, content: mmap.mmap, span: _Span | None) -> dict[str, str]:
-    """What a member's .json holds of "record" and "source", if they are texts."""
+    """ "record" and "source" of a member's .json, where they are non-empty texts."""
     if span is None:
         return {}
     try:
@@ -258,27 +261,25 @@ def _about(place: str, content: mmap.mmap, span: _Span | None) -> dict[str, str]
         }
         "".join(texts.values()).encode()
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: its .json is damaged ({error}): mend it or leave it out") from error
+        raise DataError(f"{place}: its .json is damaged ({error}): repair or remove it") from error
     return texts
 
 
 def _plain(place: str, content: mmap.mmap, span: _Span, alphabet: Alphabet) -> Iterator[_Sequence]:
-    """All of a member."""
-    stop = span.stop if alphabet.name == "bytes" else _without_line_ends(content, span)
+    """A member that is one sequence."""
+    stop = span.stop if alphabet.name == "bytes" else _stop_of_bases(content, span)
     yield _Sequence("", memoryview(content)[span.start : stop], span.start)
 
 
 def _array(place: str, content: mmap.mmap, span: _Span, alphabet: Alphabet) -> Iterator[_Sequence]:
-    """The one row of an .npy file."""
+    """The one sequence of an .npy file."""
     head = io.BytesIO(content[span.start : min(span.stop, span.start + _NPY_HEAD_BYTES)])
     try:
         version = npy_format.read_magic(head)
         read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         shape, _, kind = read(head)
     except ValueError as error:
-        raise DataError(
-            f"{place}: not an array of numpy ({error}): write it again with numpy.save"
-        ) from error
+        raise DataError(f"{place}: not a numpy array ({error}): write it again with numpy.save") from error
     if len(shape) != 1 or kind not in (np.dtype(np.uint8), np.dtype("S1")):
         raise DataError(f"{place}: {kind} of shape {shape}: it must be uint8 or S1 with one dimension")
     start = span.start + head.tell()
@@ -297,28 +298,25 @@ def _fasta(place: str, content: mmap.mmap, span: _Span, alphabet: Alphabet) -> I
         header_end = content.find(b"\n", start, following) + 1 or following
         words = content[start + 1 : header_end].decode(errors="replace").split(maxsplit=1)
         if not words or content[start + 1 : start + 2].isspace():
-            raise DataError(f"{place}: a record has no name: every '>' needs one right behind it")
-        lines = _Span(header_end, _without_line_ends(content, _Span(header_end, following)))
+            raise DataError(f"{place}: a record has no name: every '>' must be followed by one")
+        lines = _Span(header_end, _stop_of_bases(content, _Span(header_end, following)))
         yield _lines(place, words[0], content, lines)
         start = following
 
 
 def _lines(place: str, name: str, content: mmap.mmap, span: _Span) -> _Sequence:
-    """A sequence in lines; the last may be shorter, and its end is no part of `span`."""
+    """A sequence in lines of one width. The last line may be shorter; `span` does not include its end."""
     first_end = content.find(b"\n", *span)
     if first_end < 0:
         return _Sequence(name, memoryview(content)[span.start : span.stop], span.start)
     line_bytes = first_end + 1 - span.start
-    line_bases = _without_line_ends(content, _Span(span.start, first_end + 1)) - span.start
+    line_bases = _stop_of_bases(content, _Span(span.start, first_end + 1)) - span.start
     raw = np.frombuffer(content, np.uint8, span.stop - span.start, span.start)
     count = len(raw) // line_bytes
     lines, last = raw[: count * line_bytes].reshape(count, line_bytes), raw[count * line_bytes :]
-    bases = bytearray(count * line_bases + len(last))
-    filled = np.frombuffer(bases, np.uint8)
-    filled[: count * line_bases].reshape(count, line_bases)[:] = lines[:, :line_bases]
-    filled[count * line_bases :] = last
-    even = (lines[:, line_bases:] == lines[0, line_bases:]).all() and len(last) <= line_bases
-    if not even or any(end in bases for end in _LINE_ENDS):
+    is_even = (lines[:, line_bases:] == lines[0, line_bases:]).all() and len(last) <= line_bases
+    bases = without_line_ends(raw, 0, line_bases, line_bytes) if is_even and line_bases else bytearray()
+    if not bases or any(end in bases for end in _LINE_ENDS):
         raise DataError(
             f"{place}: record {name!r} has lines of different width, so its bases cannot be found by "
             "counting: take the file out of the tar and `megabase prepare` it"
@@ -326,8 +324,8 @@ def _lines(place: str, name: str, content: mmap.mmap, span: _Span) -> _Sequence:
     return _Sequence(name, memoryview(bases), span.start, line_bases, line_bytes)
 
 
-def _without_line_ends(content: mmap.mmap, span: _Span) -> int:
-    """Where the span stops when the line ends at its end are left out."""
+def _stop_of_bases(content: mmap.mmap, span: _Span) -> int:
+    """Where the span stops once the line ends at its end are left out."""
     stop = span.stop
     while stop > span.start and content[stop - 1] in _LINE_ENDS:
         stop -= 1

@@ -1,7 +1,7 @@
-"""A stream of records from files: FASTA, FASTQ and JSONL, or one record per file for bytes; compressed or not.
+"""Reads records from FASTA, FASTQ and JSONL files, or one record per file for bytes; compressed or not.
 
-Memory holds one record at a time, and a digest of every name met. Compression (gzip, bgzip, zstd) and FASTQ are
-told by a file's first bytes, not its name; JSONL by its name, because any text may begin with a brace.
+Memory holds one record at a time. Compression (gzip, bgzip, zstd) and FASTQ are recognised by a file's first bytes,
+JSONL by its name, because any text may begin with a brace.
 """
 
 import glob
@@ -30,20 +30,20 @@ _UNREAD = {
     b"\xfd7zXZ\0": "xz",
     b"PK\3\4": "zip",
 }
-"""Compressions that other tools write, by a file's first bytes."""
+"""Compressions that cannot be read, by a file's first bytes."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPED = (
-    b"\x2a\x4d\x18"  # behind a byte 0x50 to 0x5f: a frame to skip, as pzstd begins (RFC 8878, 3.1.2)
+    b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f: a skippable frame, with which pzstd begins (RFC 8878, 3.1.2)
 )
 _BGZIP_FIELD = (
-    b"BC"  # in the header of every bgzip block; the empty block ends a file (SAM specification, 4.1)
+    b"BC"  # in the header of every bgzip block; an empty block ends the file (SAM specification, 4.1)
 )
 _BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 _HEAD_BYTES = 16
 _BUFFER_BYTES = 1 << 20
-_DIGEST_BYTES = 15  # 120 bits: 10^12 names hold two that agree by chance once in 10^12 inputs
+_DIGEST_BYTES = 15  # 120 bits: among 10^12 names, two collide by chance with probability 10^-12
 _ISAL_ERROR = cast(type[Exception], isal_zlib.error)  # its stub calls the class an instance
 
 OpenFile = Callable[[Path], AbstractContextManager[BinaryIO]]
@@ -53,11 +53,12 @@ OpenFile = Callable[[Path], AbstractContextManager[BinaryIO]]
 class Record:
     """One named sequence.
 
-    name: the first word of the FASTA or FASTQ header; "id" or "name" of the JSON object, else `FILE:LINE`; or
-        the file's name. FILE is without the suffix of its compression.
-    description: the rest of the header.
-    source: name of the file it came from.
-    sequence: its bases, one byte each, as the file has them (case kept).
+    Attributes:
+        name: the first word of the FASTA or FASTQ header; "id" or "name" of the JSON object, else `FILE:LINE`; for
+            bytes the file's name. FILE is without the suffix of its compression.
+        description: the rest of the header.
+        source: name of the file it came from.
+        sequence: its bases, one byte each, as in the file (case kept).
     """
 
     name: str
@@ -67,13 +68,22 @@ class Record:
 
 
 class Names:
-    """The names met so far, to find one met twice: about a hundred bytes each, however long it is."""
+    """Finds a record name that occurs twice. Memory: about a hundred bytes per name, whatever its length."""
 
     def __init__(self) -> None:
         self._sources: dict[bytes, str] = {}
 
     def add(self, name: str, source: str, place: str | Path) -> None:
-        """Note a name of file `source`; raises DataError, which begins with `place`, if it was met before."""
+        """Add a record's name.
+
+        Args:
+            name: the name.
+            source: the input file that the record is in.
+            place: where the record is, for the message.
+
+        Raises:
+            DataError: the name was added before.
+        """
         digest = blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest()
         if digest in self._sources:
             raise DataError(
@@ -86,7 +96,10 @@ class Names:
 def expand(inputs: Sequence[str | Path]) -> list[Path]:
     """Inputs as paths, in their order; a pattern with `*`, `?`, `[` or `**` becomes its files, sorted.
 
-    A name that exists is no pattern. Raises DataError for a pattern that no file matches.
+    A name that exists is not taken as a pattern.
+
+    Raises:
+        DataError: no file matches a pattern.
     """
     paths: list[Path] = []
     for name in map(str, inputs):
@@ -96,13 +109,13 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
         matches = glob.iglob(name, recursive=True)  # noqa: PTH207 - pathlib takes no absolute pattern
         found = sorted(path for path in map(Path, matches) if path.is_file())
         if not found:
-            raise DataError(f"{name}: no file matches this pattern: mend it, or name the files themselves")
+            raise DataError(f"{name}: no file matches this pattern: correct it, or name the files themselves")
         paths.extend(found)
     return paths
 
 
 def check_inputs(paths: Sequence[Path]) -> None:
-    """Raise DataError unless there is a path, and each is a file that can be opened, of a kind that is read."""
+    """Raise DataError if there is no path, or one is not a readable file, or is compressed in an unsupported way."""
     if not paths:
         raise DataError("no input files: name at least one")
     for path in paths:
@@ -111,29 +124,13 @@ def check_inputs(paths: Sequence[Path]) -> None:
         if not path.is_file():
             raise DataError(f"{path}: not a file: name the sequence files themselves")
         if unread := [name for magic, name in _UNREAD.items() if _head(path).startswith(magic)]:
-            raise DataError(f"{path}: {unread[0]} is not read: decompress it, or use gzip, bgzip or zstd")
+            raise DataError(
+                f"{path}: {unread[0]} is not supported: decompress it, or use gzip, bgzip or zstd"
+            )
 
 
 def _open(path: Path) -> BinaryIO:
     return path.open("rb")
-
-
-def read_records(
-    paths: Sequence[Path], alphabet: Alphabet, open_file: OpenFile = _open, field: str = "text"
-) -> Iterator[Record]:
-    """Every record of every file, in order.
-
-    `open_file` opens a path for reading bytes; a caller who counts what is read passes its own.
-    `field` is the key of the sequence, or text, in a line of JSONL.
-
-    Raises DataError for what `read_file` refuses, and for a name met twice.
-    """
-    check_inputs(paths)
-    names = Names()
-    for path in paths:
-        for record in read_file(path, alphabet, open_file, field):
-            names.add(record.name, record.source, path)
-            yield record
 
 
 def read_file(
@@ -141,8 +138,15 @@ def read_file(
 ) -> Iterator[Record]:
     """The records of one file, in order.
 
-    Raises DataError for a file that is missing, empty, damaged, cut off or not of its format, and for a
-    sequence with a character that the alphabet does not know.
+    Args:
+        path: the file.
+        alphabet: decides which characters a sequence may hold, and whether a text file is one record (bytes).
+        open_file: opens the path for reading bytes; a caller that counts the bytes passes its own.
+        field: key of the sequence in a line of JSONL.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, cut off or not of its format, or a sequence holds a character
+            that the alphabet does not know.
     """
     packed = compression(path)
     try:
@@ -161,7 +165,7 @@ def read_file(
 
 
 def compression(path: Path) -> str:
-    """How a file is compressed, told by its first bytes: "gzip", "bgzip", "zstd", or "" for not at all."""
+    """How a file is compressed, by its first bytes: "gzip", "bgzip", "zstd", or "" if it is not."""
     head = _head(path)
     if head.startswith(_GZIP_MAGIC):
         return "bgzip" if head[12:14] == _BGZIP_FIELD else "gzip"
@@ -180,7 +184,7 @@ def check_characters(place: str | Path, name: str, sequence: bytes | memoryview,
             where = start + part.index(strange[:1])
             raise DataError(
                 f"{place}: record {name!r} has {chr(strange[0])!r} at base {where + 1}, which "
-                f"alphabet {alphabet.name} does not know: mend the file or prepare it with another --alphabet"
+                f"alphabet {alphabet.name} does not know: correct the file or prepare it with another --alphabet"
             )
 
 
@@ -198,8 +202,10 @@ def _head(path: Path) -> bytes:
 
 
 def _decompressed(path: Path, raw: BinaryIO, packed: str) -> Any:
-    """A binary stream of what the file holds; reading it raises EOFError, OSError or isal's for damage."""
-    if packed == "bgzip" and not _ends_with(path, _BGZIP_END):  # cut between two blocks is else not seen
+    """The decompressed stream; reading damaged data raises EOFError, OSError or isal's error."""
+    if packed == "bgzip" and not _ends_with(
+        path, _BGZIP_END
+    ):  # a file cut between two blocks looks complete otherwise
         raise EOFError("bgzip's last block is missing")
     if packed in ("gzip", "bgzip"):
         return igzip.IGzipFile(fileobj=raw)
@@ -243,15 +249,15 @@ def _sequences(path: Path, file: io.BufferedReader, form: str) -> Iterator[Recor
                 empty = False
                 if not entry.id:
                     sign = ">" if form == "fasta" else "@"
-                    raise DataError(f"{path}: a record has no name: every {sign!r} needs one right behind it")
+                    raise DataError(f"{path}: a record has no name: every {sign!r} must be followed by one")
                 record = Record(entry.id, entry.comment or "", source, entry.sequence.encode("ascii"))
-                del entry  # a chromosome is not held twice
+                del entry  # so that memory does not hold a chromosome twice
                 yield record
     except (dnaio.FileFormatError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise DataError(
-            f"{path}: not {form.upper()} ({problem}): mend it, or give FASTA, FASTQ or JSONL, plain or in "
-            "gzip, bgzip or zstd; text goes with --alphabet bytes"
+            f"{path}: not {form.upper()} ({problem}): correct it, or give FASTA, FASTQ or JSONL, plain or in "
+            "gzip, bgzip or zstd; for text use --alphabet bytes"
         ) from error
     if empty:
         raise DataError(f"{path}: the file holds no FASTA record")
@@ -284,7 +290,7 @@ def _json_object(place: str, line: bytes) -> dict[str, Any]:
 
 
 def _name(place: str, item: dict[str, Any]) -> str:
-    """What "id" or "name" says, if it is a text or an integer; else empty."""
+    """ "id" or "name" of the object, if it is a text or an integer; else empty."""
     for key in ("id", "name"):
         if isinstance(item.get(key), str) or type(item.get(key)) is int:
             return _utf8(place, key, str(item[key])).decode()
@@ -293,8 +299,8 @@ def _name(place: str, item: dict[str, Any]) -> str:
 
 def _field(place: str, item: dict[str, Any], field: str) -> bytes:
     if field not in item:
-        there = ", ".join(map(repr, item)) or "none"
-        raise DataError(f"{place}: no field {field!r} (there are {there}): choose with --field")
+        fields = ", ".join(map(repr, item)) or "none"
+        raise DataError(f"{place}: no field {field!r} (there are {fields}): choose with --field")
     if not isinstance(item[field], str):
         raise DataError(f"{place}: field {field!r} is {type(item[field]).__name__}, it must be a string")
     return _utf8(place, field, item[field])
@@ -304,4 +310,4 @@ def _utf8(place: str, field: str, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: field {field!r} is no valid text ({error}): mend the file") from error
+        raise DataError(f"{place}: field {field!r} is not valid text ({error}): correct the file") from error

@@ -1,8 +1,8 @@
-"""What `megabase prepare` does: records -> splits -> shards, in parallel, and anew from where it was killed.
+"""`megabase prepare`: files -> records -> splits -> shards, in parallel; after a kill the same call continues.
 
-The unit of work is an input file, or a run of small ones, so that ten thousand of them are not ten thousand
-shards. Each unit has shards of its own, and which files share one depends on their sizes only: the result
-is the same, byte for byte, whatever the number of processes and however often it was killed.
+The unit of work is an input file, or several small ones in a row, so that ten thousand files do not become ten
+thousand shards. Each unit has its own shards, and which files share a unit depends on their sizes only. So the result
+is the same, byte for byte, whatever the number of processes and however often they were killed.
 """
 
 import io
@@ -29,12 +29,12 @@ from megabase.datamodules.prepare.writer import SHARD_BYTES, Part, ShardWriter
 from megabase.datamodules.progress import bar
 
 _UNITS_PER_SHARD = 8
-"""Small files share a unit up to this part of a shard: enough units to keep processes busy, few small shards."""
+"""Small files share a unit of up to 1/8 of a shard: enough units to keep the processes busy, and few small shards."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is done to every unit. folder: where the shards go. field: of a line of JSONL."""
+    """The settings that every unit is written with. folder: of the shards. field: of a line of JSONL."""
 
     folder: Path
     alphabet: Alphabet
@@ -55,25 +55,34 @@ def prepare(
     field: str = "text",
     progress: bool = True,
 ) -> ShardIndex:
-    """Write the records of `inputs` as shards into the new directory `output`; returns them opened.
+    """Write the records of files as shards into a new directory, and open them.
 
-    inputs: files or globs. valid, test: a fraction in (0, 1), taken from the end of every record, or comma
-    separated record names. intervals: a BED file in their place, see `Bed.read`. shard_bytes: size to keep a
-    shard below. jobs: processes; None for one per CPU of this process. More than the input has units find
-    no work. Memory: one record per process, and the index. field: key of the sequence in a line of JSONL.
-    progress: show a bar over the input's bytes on stderr.
+    The shards are written into OUTPUT.partial, which is renamed at the end: `output` is complete or does not exist. If
+    the call is killed, interrupted or fails after a unit was finished, the same call continues from there. With several
+    processes, a script that calls this needs the usual `if __name__ == "__main__":`. Memory: one record per
+    process, and the index. Long because it documents every option.
 
-    With several processes, a script that calls this needs the usual `if __name__ == "__main__":`.
-    Work goes on in OUTPUT.partial and is renamed at the end: nothing of `output` exists unless all of it does.
-    Killed, interrupted or failed after a unit was finished, the same call goes on from there.
+    Args:
+        inputs: files or globs.
+        output: the directory to make.
+        alphabet: "dna", "protein" or "bytes".
+        valid, test: a fraction in (0, 1), taken from the end of every record, or comma separated record names.
+        intervals: a BED file in place of the two, see `Bed.read`.
+        shard_bytes: largest size of a shard, unless a single record is larger.
+        jobs: processes; None for one per CPU of this process. Jobs beyond the number of units are not used.
+        field: key of the sequence in a line of JSONL.
+        progress: show a bar over the input's bytes on stderr.
 
-    Raises DataError for inputs that cannot be read (see `read_file`), for splits that cannot be (see
-    `Splits.parse`) or leave nothing to train on, for names met twice, for an output that exists or cannot be
-    made, for an OUTPUT.partial of other arguments, of another prepare at work or of inputs that changed
-    since, and when a process is killed or the disk is full.
+    Raises:
+        DataError: an input cannot be read (see `read_file`); the splits are impossible (see `Splits.parse`) or leave
+            nothing to train on; a name occurs twice; the output exists or cannot be made; OUTPUT.partial was begun with
+            other arguments, is used by another prepare, or its inputs have changed; a worker was killed; the disk is
+            full.
     """
     if "://" in str(output):
-        raise DataError(f"{output}: shards are written to a local directory: copy them there afterwards")
+        raise DataError(
+            f"{output}: shards are written to a local directory: give one, and copy them afterwards"
+        )
     paths, output = expand(inputs), Path(output).absolute()
     splits = Splits.parse(valid, test, intervals)
     letters, jobs = Alphabet.named(alphabet), checked_jobs(jobs)
@@ -95,27 +104,21 @@ def prepare(
     )
     with unfinished(output, arguments) as work:
         job = _Job(work.folder, letters, splits, shard_bytes, field)
-        kept = work.kept(units)
+        parts = _written(work, units, job, jobs, progress)
         try:
-            _write(work, units, kept, job, jobs, progress)
-            parts = [work.part(unit) for unit in units]
-            _check_names(work, units, parts)
-        except DataError as error:
-            raise work.told(error) from error
-        try:
-            _check_whole(paths, splits, rule, parts)
+            _check_complete(paths, splits, rule, parts)
         except DataError:
-            work.forget(units)  # only other arguments help, and those begin anew
+            work.forget(units)  # this needs other arguments, which start from the beginning
             raise
         try:
             work.publish(output, letters, parts)
         except OSError as error:
-            raise work.told(_unwritable(work.folder, error)) from error
+            raise work.resumable(_unwritable(work.folder, error)) from error
     return ShardIndex.open(output)
 
 
 def _units(paths: Sequence[Path], sizes: Sequence[int], shard_bytes: int) -> list[Unit]:
-    """The inputs in their order; neighbours share a unit as long as it stays below a part of a shard."""
+    """Group the inputs, in their order: neighbours share a unit while it stays below 1/8 of a shard."""
     units: list[Unit] = []
     filled = limit = shard_bytes // _UNITS_PER_SHARD
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
@@ -128,10 +131,22 @@ def _units(paths: Sequence[Path], sizes: Sequence[int], shard_bytes: int) -> lis
     return units
 
 
+def _written(work: Unfinished, units: Sequence[Unit], job: _Job, jobs: int, progress: bool) -> list[Part]:
+    """Write the units that are not finished yet; returns what all units hold."""
+    kept = work.kept(units)
+    try:
+        _write(work, units, kept, job, jobs, progress)
+        parts = [work.part(unit) for unit in units]
+        _check_names(work, units, parts)
+    except DataError as error:
+        raise work.resumable(error) from error
+    return parts
+
+
 def _write(
     work: Unfinished, units: Sequence[Unit], kept: Sequence[Unit], job: _Job, jobs: int, progress: bool
 ) -> None:
-    """Write the shards of every unit but those that were kept, the largest first."""
+    """Write the shards of every unit but those that are kept, the largest unit first."""
     bytes_of = {unit: sum(path.stat().st_size for path in unit.paths) for unit in units}
     waiting = sorted(bytes_of.keys() - set(kept), key=lambda unit: (-bytes_of[unit], unit.number))
     with bar("Preparing", sum(bytes_of.values()), progress) as report:
@@ -142,6 +157,7 @@ def _write(
 
 
 def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None:
+    """Write the shards and the manifest of a unit; runs in a worker."""
     inputs, names = states(unit), Names()
 
     @contextmanager
@@ -157,7 +173,7 @@ def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None
                     writer.write(record, job.splits.of(record.name, len(record.sequence)))
             part = writer.finish()
         if states(unit) != inputs:
-            raise DataError(f"{unit}: changed while it was read: wait until it is written")
+            raise DataError(f"{unit}: changed while it was read: wait until it is complete")
         work.finish(unit, inputs, part)
     except OSError as error:
         raise _unwritable(work.folder, error) from error
@@ -191,7 +207,7 @@ class _Counted(io.FileIO):
 
 
 def _check_names(work: Unfinished, units: Sequence[Unit], parts: Sequence[Part]) -> None:
-    """Raise DataError if records of two units have one name; they are then taken as unfinished."""
+    """Raise DataError if records of two units have the same name; both units then count as unfinished."""
     names = [
         pa.chunked_array([pc.unique(part.rows["record"]), pa.array(part.unlisted, pa.string())])
         for part in parts
@@ -211,19 +227,19 @@ def _check_names(work: Unfinished, units: Sequence[Unit], parts: Sequence[Part])
             first[name] = unit
 
 
-def _check_whole(paths: Sequence[Path], splits: Splits, rule: str, parts: Sequence[Part]) -> None:
-    """Raise DataError if a record that the splits name was not met, or nothing is there to train on."""
-    met: set[str] = set()
+def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Sequence[Part]) -> None:
+    """Raise DataError if a record that the splits name does not exist, or nothing is left to train on."""
+    found: set[str] = set()
     for part in parts:
         wanted = pa.array(sorted(splits.named), pa.string())
-        met.update(pc.unique(part.rows["record"].filter(pc.is_in(part.rows["record"], wanted))).to_pylist())
-        met.update(splits.named & set(part.unlisted))
-    splits.check_names(met)
+        found.update(pc.unique(part.rows["record"].filter(pc.is_in(part.rows["record"], wanted))).to_pylist())
+        found.update(splits.named & set(part.unlisted))
+    splits.check_names(found)
     if not any(part.bases for part in parts):
         raise DataError(f"{paths[0]}: the input's records hold no base at all")
     if any(pc.any(pc.equal(part.rows["split"], TRAIN)).as_py() for part in parts):
         return
     if splits.bed:
         raise DataError(f"{splits.bed.path}: no interval is for training: its split must be {TRAIN}")
-    what = "name every record" if splits.whole else "take every base"
+    what = "name every record" if splits.records else "take every base"
     raise DataError(f"{rule} {what}: leave one to train on")

@@ -1,12 +1,12 @@
-"""OUTPUT.partial: where prepare works until all is there, and from where a killed one goes on.
+"""OUTPUT.partial: where `prepare` writes until everything is complete, and from where it continues after a kill.
 
-    .lock                 held while a prepare, or a worker that outlived it, is at work
-    arguments.json        what was asked for: only the same may go on
+    .lock                 held while a prepare, or a worker that outlives it, is running
+    arguments.json        the arguments: only a call with the same ones may continue
     part-UUUUU-SSSSS.tar  shards of unit UUUUU of the input
-    part-UUUUU.parquet    its manifest, renamed into place last: rows of the index, sizes of the shards, and
-                          sizes and times of the input files they were made of
+    part-UUUUU.parquet    the unit's manifest, published last: rows of the index, sizes of the shards, and sizes and
+                          times of the input files
 
-At the end the shards are numbered through, the index is written, and the directory is renamed to OUTPUT.
+At the end the shards get consecutive numbers, the index is written, and the directory is renamed to OUTPUT.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ from megabase.datamodules.prepare.writer import Part
 log = logging.getLogger(__name__)
 
 _LOCK, _ARGUMENTS = ".lock", "arguments.json"
-_LOCK_TRIES, _LOCK_WAIT_S = 30, 0.1  # a killed prepare's workers end a moment after it
+_LOCK_TRIES, _LOCK_WAIT_S = 30, 0.1  # the workers of a killed prepare end a moment after it
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Input files that one process reads one after another. number: that of the first among all inputs."""
+    """Input files that one process reads one after another. number: of the first file among all inputs."""
 
     number: int
     paths: tuple[Path, ...]
@@ -48,7 +48,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished unit left. inputs: [path, bytes, mtime in ns] of each file. part: what was written."""
+    """The manifest of a finished unit. inputs: [path, bytes, mtime in ns] of each file. part: what was written."""
 
     inputs: list[list[str | int]]
     part: Part
@@ -62,9 +62,10 @@ class Unfinished:
         self.lock = lock
 
     def kept(self, units: Sequence[Unit]) -> list[Unit]:
-        """The units that are finished; what anything else left is removed.
+        """The units that are finished. Files of unfinished ones are removed.
 
-        Raises DataError for an input file of a finished unit that has changed since.
+        Raises:
+            DataError: an input file of a finished unit has changed since.
         """
         kept, files = [], {_LOCK, _ARGUMENTS}
         wanted = {self._manifest(unit.number): unit for unit in units}
@@ -76,9 +77,9 @@ class Unfinished:
                 if _state(Path(str(entry[0]))) != entry:
                     raise DataError(
                         f"{entry[0]}: has changed since it was prepared into {self.folder}: remove that directory "
-                        "to begin anew"
+                        "to start again"
                     )
-            if unit and manifest.inputs == states(unit):  # else files were grouped in another way
+            if unit and manifest.inputs == states(unit):  # else the files are grouped differently now
                 kept.append(unit)
                 files.update((path.name, *manifest.part.sizes))
         for path in list(self.folder.iterdir()):
@@ -87,7 +88,7 @@ class Unfinished:
         return kept
 
     def finish(self, unit: Unit, inputs: list[list[str | int]], part: Part) -> None:
-        """Publish a unit's manifest: from now on it is finished."""
+        """Publish a unit's manifest, which makes the unit finished."""
         metadata = {
             "inputs": inputs,
             "sizes": part.sizes,
@@ -97,13 +98,13 @@ class Unfinished:
         }
         path = self._manifest(unit.number)
         new = path.with_suffix(".new")
-        with new.open("wb") as file:  # pyarrow takes a path with a colon for a URL
+        with new.open("wb") as file:  # pyarrow would read a path with a colon as a URL
             pq.write_table(part.rows.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), file)
         sync(new)
         new.rename(path)
 
     def forget(self, units: Sequence[Unit]) -> None:
-        """Take units as unfinished again."""
+        """Make units unfinished again."""
         for unit in units:
             self._manifest(unit.number).unlink(missing_ok=True)
 
@@ -113,20 +114,22 @@ class Unfinished:
         assert manifest is not None
         return manifest.part
 
-    def holds_something(self) -> bool:
+    def has_finished_unit(self) -> bool:
         """Whether any unit is finished."""
         return bool(self._manifests())
 
-    def told(self, error: DataError) -> DataError:
-        """The error, and that the work done so far is not lost, if it is not."""
-        if not self.holds_something():
+    def resumable(self, error: DataError) -> DataError:
+        """The error; if a unit is finished, its message adds that the same command continues."""
+        if not self.has_finished_unit():
             return error
-        return DataError(f"{error}; what is finished stays in {self.folder}, and the same command goes on")
+        return DataError(f"{error}; what is finished stays in {self.folder}, and the same command continues")
 
     def publish(self, output: Path, alphabet: Alphabet, parts: Sequence[Part]) -> None:
-        """Number the shards through, write the index, and rename all to `output`.
+        """Give the shards consecutive numbers, write the index, and rename the directory to `output`.
 
-        Raises DataError, and loses nothing, if that has come to exist meanwhile.
+        Raises:
+            DataError: `output` exists by now; the finished units stay.
+            OSError: the directory cannot be written.
         """
         _check_output(output)
         names: dict[str, str] = {}
@@ -162,12 +165,15 @@ class Unfinished:
 
 @contextmanager
 def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinished]:
-    """Make, or go on in, OUTPUT.partial for `arguments` (JSON values by the name of the option).
+    """Make OUTPUT.partial, or continue in it. On an exception, it is kept if it holds a finished unit, else removed.
 
-    Left by an exception, the directory stays if any unit in it is finished.
+    Args:
+        output: the directory that it becomes at the end.
+        arguments: what decides the result: option -> JSON value.
 
-    Raises DataError if `output` exists or cannot be made, if another prepare is at work there, and if the
-    directory is of other arguments or none of ours.
+    Raises:
+        DataError: `output` exists or cannot be made; another prepare uses OUTPUT.partial; it was begun with other
+            arguments, or not by prepare.
     """
     folder = output.with_name(output.name + ".partial")
     with _locked(output, folder) as lock:
@@ -179,13 +185,13 @@ def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinishe
         try:
             yield work
         except BaseException:
-            if not work.holds_something():
+            if not work.has_finished_unit():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def states(unit: Unit) -> list[list[str | int]]:
-    """[path, bytes, mtime in ns] of each of its files, to know them again."""
+    """[path, bytes, mtime in ns] of each of its files, to notice changes."""
     return [_state(path) for path in unit.paths]
 
 
@@ -203,7 +209,7 @@ def _state(path: Path) -> list[str | int]:
 
 
 def _read_manifest(path: Path) -> Manifest | None:
-    """None for a file that is damaged."""
+    """A unit's manifest; None if the file is damaged."""
     try:
         rows = pq.read_table(pa.BufferReader(path.read_bytes()), use_threads=False)
         about = json.loads(rows.schema.metadata[METADATA_KEY])
@@ -220,7 +226,7 @@ def _read_manifest(path: Path) -> Manifest | None:
 
 
 def _renamed(rows: pa.Table, names: dict[str, str]) -> pa.Table:
-    """Rows whose shards have their new names."""
+    """Rows with the new names of their shards."""
     at = rows.schema.get_field_index("shard")
     shards = rows.column(at).combine_chunks().dictionary_encode()
     new = pa.array([names[name] for name in shards.dictionary.to_pylist()], pa.string())
@@ -253,19 +259,19 @@ def _locked(output: Path, folder: Path) -> FileLock:
 
 def _check_output(output: Path) -> None:
     if output.exists():
-        what = "exists already" if output.is_dir() else "is a file, and OUTPUT a directory to make"
+        what = "exists already" if output.is_dir() else "is a file, and OUTPUT must be a directory"
         raise DataError(f"{output}: {what}: the last argument must be a new directory for the shards")
 
 
 def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:
-    """Write the arguments down in a new directory; in one that is there, compare them."""
+    """Write the arguments into a new directory; in an existing one, compare them."""
     path = folder / _ARGUMENTS
     if not path.exists():
-        if strange := sorted(
+        if foreign := sorted(
             entry.name for entry in folder.iterdir() if not entry.name.startswith((_LOCK, _ARGUMENTS))
         ):
             raise DataError(
-                f"{folder}: exists and holds {strange[0]}, which no prepare left that could go on: remove it"
+                f"{folder}: exists and holds {foreign[0]}, but no prepare that could continue: remove it"
             )
         new = path.with_name(_ARGUMENTS + ".new")
         new.write_text(json.dumps(arguments))
@@ -282,6 +288,6 @@ def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:
         name for name in arguments if begun.get(name) != json.loads(json.dumps(arguments[name]))
     ]:
         raise DataError(
-            f"{folder}: was begun with other arguments ({', '.join(differing)}): give the same to go on, or remove "
-            "the directory to begin anew"
+            f"{folder}: was begun with other arguments ({', '.join(differing)}): give the same to continue, or "
+            "remove the directory to start again"
         )

@@ -1,9 +1,8 @@
-"""Do many things in several processes: results as they come, and a clear word when a process dies.
+"""Runs a task for many items in several processes; if a process dies, the error names its item.
 
-`multiprocessing.Pool` hangs when a worker is killed, and `concurrent.futures` does not say over which item.
-Here each process gets one item at a time over a pipe of its own, so that is known. Processes are spawned: the
-parent has threads, which do not survive a fork. A script that calls this needs the usual
-`if __name__ == "__main__":`.
+`multiprocessing.Pool` hangs when a worker is killed, and `concurrent.futures` does not tell which item the worker had.
+Here each process gets one item at a time over its own pipe. Processes are spawned, because the parent has threads,
+which do not survive a fork. So a script that calls this needs the usual `if __name__ == "__main__":`.
 """
 
 import multiprocessing
@@ -24,13 +23,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Report = Callable[[int], None]
-"""Takes a number of bytes that were done since it was last called."""
+"""Called with the number of bytes processed since the last call."""
 
 _REPORT_EVERY_S = 0.2
 
 
 def checked_jobs(jobs: int | None) -> int:
-    """Processes to use: those asked for, or one for every CPU of this process. Raises DataError below 1."""
+    """The number of processes to use; None is one per CPU of this process. Raises DataError below 1."""
     if jobs is not None and jobs < 1:
         raise DataError(f"--jobs {jobs}: must be at least 1")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -44,12 +43,20 @@ def run(
     report: Report,
     place: Callable[[T], str] = str,
 ) -> Generator[tuple[T, R], None, None]:
-    """(item, `task(item, report)`) of every item, as they are done, by at most `jobs` processes.
+    """Run a task for every item; yield (item, result) as they finish.
 
-    With one process to use, that is this one. place: what an item is called in messages.
+    Closing the iterator ends the workers.
 
-    The first exception of a task is raised here and ends the other workers, as does closing the iterator.
-    Raises DataError, naming the item, if a worker dies.
+    Args:
+        task: called with an item and `report`, in a worker; with one process to use, in this one.
+        items: what to work on; started in this order.
+        jobs: processes to use at most.
+        report: called with the bytes that the tasks report.
+        place: what an item is called in messages.
+
+    Raises:
+        DataError: a worker died; the message names its item.
+        Exception: the first exception of a task; it ends the other workers.
     """
     if min(jobs, len(items)) <= 1:
         for item in items:
@@ -79,22 +86,22 @@ def run(
 
 
 class _Worker(Generic[T, R]):
-    """The parent's side of one process; `item` is what it does while `busy`."""
+    """The parent's side of one process. item: what it works on while `busy`."""
 
     item: T
 
     def __init__(self, task: Callable[[T, Report], R]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, task), daemon=True)
+        self.connection, worker_end = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_work, args=(worker_end, task), daemon=True)
         self.busy = False
         with signals_blocked([signal.SIGINT]):  # for good in the worker: Ctrl-C is for the parent alone
             self.process.start()
-        theirs.close()
+        worker_end.close()
 
     def give(self, item: T) -> None:
         self.item, self.busy = item, True
-        with suppress(BrokenPipeError):  # it died: `receive` says so
+        with suppress(BrokenPipeError):  # it died: `receive` raises
             self.connection.send(item)
 
     def receive(self, place: Callable[[T], str]) -> tuple[str, Any]:
@@ -104,7 +111,7 @@ class _Worker(Generic[T, R]):
             self.process.join()
             code = self.process.exitcode or 0
             end = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            why = " (out of memory? take fewer --jobs)" if -code == signal.SIGKILL else ""
+            why = " (out of memory? use fewer --jobs)" if -code == signal.SIGKILL else ""
             raise DataError(f"{place(self.item)}: the process that worked on it {end}{why}") from None
         if kind == "error":
             raise value
@@ -117,7 +124,7 @@ class _Worker(Generic[T, R]):
 
 
 def _work(connection: Connection, task: Callable[[Any, Report], Any]) -> None:
-    """What a worker does: items in, results out, until the parent is gone."""
+    """The main function of a worker: receive items and send results, until the parent ends."""
     end_with_parent()
     reporter = _Reporter(connection)
     with suppress(EOFError, ConnectionError):
@@ -135,7 +142,7 @@ def _work(connection: Connection, task: Callable[[Any, Report], Any]) -> None:
 
 
 class _Reporter:
-    """Sends the sum of what is reported to it a few times a second."""
+    """Sends the reported bytes to the parent, summed up, a few times a second."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,1 +1,1 @@
-"""What is in a shard set, and the Markov models that a trained model must beat."""
+"""Describes a shard set, and computes the Markov baselines that a trained model must beat."""

@@ -1,9 +1,9 @@
-"""Markov models of a fixed order: the bits per base that counting alone reaches, a yardstick for a model.
+"""Markov models of a fixed order: the baseline in bits per base that a trained model must beat.
 
-An order-k model counts which letter follows each context of k letters in one split and predicts another
-split's letters from that. Counts are smoothed by adding one to every letter of every context (Laplace):
-P(b | c) = (count(c b) + 1) / (count(c) + A), with A letters in the alphabet. A context never crosses a border
-of its segment or a non-letter; a letter without a full context in front is not scored.
+An order-k model counts in one split which letter follows each context of k letters, and predicts the letters of
+another split from these counts. Counts are smoothed by adding one to every letter of every context (Laplace):
+P(b | c) = (count(c b) + 1) / (count(c) + A), with A letters in the alphabet. A context lies within one segment and
+holds letters only; a letter without a full context before it is not scored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.index_file import BLOCK_BYTES
-from megabase.datamodules.index.segments import TRAIN, VALID, Segments
+from megabase.datamodules.index.segments import TRAIN, VALID
 from megabase.datamodules.index.shard_index import ShardIndex
+from megabase.datamodules.report.blocks import spread_blocks
 
 FIT_BASES = 64_000_000
 SCORE_BASES = 16_000_000
@@ -32,15 +33,23 @@ def bits_per_base(
     score_bases: int = SCORE_BASES,
     skip: bool = False,
 ) -> dict[int, float]:
-    """Order -> bits per letter of split `score` under the model fitted on split `fit`.
+    """Fit Markov models on one split and score another one.
 
-    orders: None is 0 to 5, as far as their counts can be held.
-    fit_bases, score_bases: about as many bases are read, always the same: blocks spread evenly over the split.
-    skip: leave out bases that cannot be read.
-    Memory is a block (a million bases) and the counts of one order, at most 2^24.
+    Memory: a block of a million bases, and the counts of one order, at most 2^24.
 
-    Raises DataError for a split without a full context in it, for an order with more counts than that, and for bases
-    that cannot be read.
+    Args:
+        index: the opened shards.
+        orders: of the models; None for 0 to 5, as far as they need at most 2^24 counts.
+        fit: split to count in.
+        score: split to predict.
+        fit_bases, score_bases: about as many bases are read, always the same ones: blocks spread evenly over the split.
+        skip: leave out bases that cannot be read, instead of raising.
+
+    Returns:
+        Order -> bits per letter of split `score`.
+
+    Raises:
+        DataError: a split holds no full context; an order needs more than 2^24 counts; bases cannot be read.
     """
     letters = len(index.alphabet.letters)
     if orders is None:
@@ -59,10 +68,11 @@ def bits_per_base(
 
 
 def _counts(index: ShardIndex, split: str, order: int, bases: int, skip: bool) -> NDArray[np.int64]:
-    """(A^order, A) how often each letter follows each context in about `bases` bases of the split."""
+    """(A^order, A) how often each letter follows each context, in about `bases` bases of the split."""
     letters = len(index.alphabet.letters)
     counts = np.zeros(letters ** (order + 1), np.int64)
-    for row, start, length in _blocks(index.segments, split, bases):
+    rows = index.segments.rows_of(split)
+    for row, start, length in spread_blocks(index.segments, rows, bases, _BLOCK):
         before = min(order, start)  # the context of the block's first letter
         for tokens in _tokens(index, row, start - before, before + length, skip):
             codes = tokens.astype(np.int64) - FIRST_LETTER
@@ -77,7 +87,7 @@ def _counts(index: ShardIndex, split: str, order: int, bases: int, skip: bool) -
 def _tokens(
     index: ShardIndex, row: int, start: int, length: int, skip: bool
 ) -> Iterator[NDArray[np.integer]]:
-    """Tokens of a part of a row; or those of the checksum blocks of it that can be read."""
+    """Tokens of a part of a row; with `skip`, piece by piece, without the checksum blocks that cannot be read."""
     try:
         yield index.alphabet.encode(index.read(row, start, length))
     except DataError:
@@ -90,26 +100,12 @@ def _tokens(
 
 
 def _words(codes: NDArray[np.int64], size: int, letters: int) -> NDArray[np.int64]:
-    """Codes (length,), negative for non-letters -> the words of `size` letters, as numbers of base A."""
+    """Codes (length,), negative for non-letters -> the words of `size` letters, as numbers in base A."""
     ends = max(len(codes) - size + 1, 0)
     words = np.zeros(ends, np.int64)
-    whole = np.ones(ends, bool)
+    letters_only = np.ones(ends, bool)
     for shift in range(size):
         part = codes[shift : shift + ends]
         words = words * letters + part
-        whole &= part >= 0
-    return words[whole]
-
-
-def _blocks(segments: Segments, split: str, bases: int) -> Iterator[tuple[int, int, int]]:
-    """(row, start, length) of blocks of the split: all of it, or evenly spread ones of about `bases`."""
-    rows = segments.rows_of(split)
-    total = int(segments.length[rows].sum())
-    passed = taken = 0
-    for row in rows:
-        for start in range(0, int(segments.length[row]), _BLOCK):
-            length = min(_BLOCK, int(segments.length[row]) - start)
-            if taken * total <= passed * bases:
-                taken += length
-                yield int(row), start, length
-            passed += length
+        letters_only &= part >= 0
+    return words[letters_only]

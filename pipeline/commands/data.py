@@ -21,11 +21,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from megabase.datamodules.index.shard_index import ShardIndex
-    from megabase.datamodules.report import description as report
+    from megabase.datamodules.report import description, picture
 
     index = ShardIndex.open(options.directory)
-    description = report.describe(index)
+    found = description.describe(index)
     if options.picture:
-        report.draw(index, options.picture)
-    print(json.dumps(description.as_dict(), indent=2) if options.json else report.text(description))
+        picture.draw(index, options.picture)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else description.text(found))
     return 0

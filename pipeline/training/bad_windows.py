@@ -67,7 +67,7 @@ def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[s
     visits = batches.windows.visits(samples, visit_keys(batches.seed, epochs, samples))
     found: list[dict[str, Any]] = []
     for sample, row, start, turned in zip(
-        samples.tolist(), visits.rows.tolist(), visits.starts.tolist(), visits.turned.tolist(), strict=True
+        samples.tolist(), visits.rows.tolist(), visits.starts.tolist(), visits.reverse.tolist(), strict=True
     ):
         pieces = [Piece(row, start, 0, plan.length)]
         if row == PACKED:
