@@ -76,3 +76,22 @@ def gappy_shards(
     folder = tmp_path_factory.mktemp("gappy")
     fasta = write_fasta(folder / "gappy.fa", gappy_records)
     return prepare([fasta], folder / "shards", valid=0.2, test="r3", shard_bytes=8192, progress=False)
+
+
+def random_bases(length: int) -> bytes:
+    """Both cases, and a run of N over a twentieth."""
+    bases = np.random.default_rng(length).choice(np.frombuffer(b"ACGTacgt", np.uint8), length)
+    bases[length // 3 : length // 3 + length // 20] = ord("N")
+    return bases.tobytes()
+
+
+@pytest.fixture(scope="session")
+def genomes(
+    write_fasta: Callable[[Path, dict[str, bytes]], Path], tmp_path_factory: pytest.TempPathFactory
+) -> ShardIndex:
+    """Two genomes, with scaffolds of 20 to 90 bases beside longer records."""
+    folder = tmp_path_factory.mktemp("genomes")
+    one = {f"a{n}": random_bases(length) for n, length in enumerate([3000, 50, 20, 700, 90, 33])}
+    two = {f"b{n}": random_bases(length) for n, length in enumerate([40, 900, 61, 25])}
+    inputs = [write_fasta(folder / "a.fa", one), write_fasta(folder / "b.fa", two)]
+    return prepare(inputs, folder / "shards", valid=0.1, progress=False)

@@ -34,7 +34,7 @@ def test_decode_undoes_encode_for_letters_and_marks_the_rest(name: str, text: by
     assert alphabet.decode(alphabet.encode(array(text))) == expected
 
 
-def test_decode_leaves_out_what_is_no_sequence() -> None:
+def test_decode_leaves_special_tokens_out() -> None:
     dna = Alphabet.named("dna")
     assert dna.decode(np.array([BOS, 5, SEP, 6, MASK, OTHER, 8, PAD, PAD])) == b"ACNNT"
     for outside in (9, -1):

@@ -106,7 +106,9 @@ def test_masked_labels_are_the_bases_that_were_chosen() -> None:
 
 
 @pytest.mark.parametrize(("alphabet", "letters"), [("dna", 4), ("bytes", 256)])
-def test_of_the_chosen_80_are_masked_10_random_10_as_they_are(alphabet: str, letters: int) -> None:
+def test_of_the_chosen_bases_80_percent_are_masked_10_random_10_unchanged(
+    alphabet: str, letters: int
+) -> None:
     batch = masked(random_dna(50, 8000), alphabet=alphabet)
     chosen = batch.labels != PAD
     labels, tokens = batch.labels[chosen], batch.tokens[chosen]
@@ -133,7 +135,7 @@ def test_every_letter_is_as_likely_to_be_chosen_and_apart_from_the_others() -> N
     assert together.abs().max() < 5 / 4000**0.5 + 1 / 99
 
 
-def test_what_is_masked_is_a_function_of_seed_epoch_and_window() -> None:
+def test_masks_are_a_function_of_seed_epoch_and_window() -> None:
     sequences = random_dna(4, 500)
     first = masked(sequences)
     again = masked(sequences)
@@ -148,7 +150,7 @@ def test_what_is_masked_is_a_function_of_seed_epoch_and_window() -> None:
     assert not torch.equal(first.labels[0] != PAD, first.labels[1] != PAD)
 
 
-def test_what_is_masked_is_frozen() -> None:
+def test_masks_never_change() -> None:
     """A run resumed by a later version must see the same: these numbers never change."""
     batch = masked(windows(*[b"ACGTACGTACGTACGTACGT"] * 2), rate=0.4, seed=5, epoch=3)
     assert ["".join("   *nACGT"[token] for token in row) for row in batch.tokens.tolist()] == [

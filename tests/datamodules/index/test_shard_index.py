@@ -1,6 +1,5 @@
 """Opening and reading a shard set, and every way in which one can be broken."""
 
-import json
 import pickle
 import shutil
 import zlib
@@ -18,7 +17,6 @@ from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.index_file import (
     BLOCK_BYTES,
-    METADATA_KEY,
     SCHEMA,
     segment_row,
     segments_of,
@@ -26,9 +24,7 @@ from megabase.datamodules.index.index_file import (
 )
 from megabase.datamodules.index.segments import Segment
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.prepare.run import prepare
 
-COLUMNS = "record source split start length shard offset line_bases line_bytes crc32 blocks gaps intervals"
 DNA = Alphabet.named("dna")
 
 
@@ -36,23 +32,6 @@ DNA = Alphabet.named("dna")
 def copy(lambda_shards: ShardIndex, tmp_path: Path) -> Path:
     """Shards that a test may break."""
     return Path(shutil.copytree(lambda_shards.directory, tmp_path / "copy"))
-
-
-def test_the_index_says_what_the_contract_promises(lambda_shards: ShardIndex) -> None:
-    path = lambda_shards.directory / "index.parquet"
-    assert pq.read_schema(path).names == COLUMNS.split()
-    metadata = json.loads(pq.read_metadata(path).metadata[b"megabase"])
-    size = (lambda_shards.directory / "shard-00000.tar").stat().st_size
-    assert metadata == {
-        "version": 2,
-        "alphabet": "dna",
-        "shards": {"shard-00000.tar": size},
-        "sources": ["lambda_phage.fna.gz"],
-    }
-    segments = lambda_shards.segments
-    assert segments.splits() == ["test", "train", "valid"]
-    assert segments.length.tolist() == [33_952, 9_700, 4_850]
-    assert segments.start.tolist() == [0, 33_952, 43_652]
 
 
 def test_reads_are_the_genome_s_bytes(lambda_shards: ShardIndex, lambda_bases: bytes) -> None:
@@ -81,72 +60,9 @@ def test_directories_without_shards_are_refused(tmp_path: Path) -> None:
         ShardIndex.open(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (3, r"newer megabase \(index version 3; this one reads 2\): upgrade megabase or prepare"),
-        (1, r"older megabase \(index version 1; this one reads 2\): prepare the shards again"),
-    ],
-)
-def test_index_of_another_version_is_refused(copy: Path, version: int, message: str) -> None:
-    table = pq.read_table(copy / "index.parquet")
-    metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {"version": version}
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
-    pq.write_table(table, copy / "index.parquet")
-    with pytest.raises(DataError, match=message):
-        ShardIndex.open(copy)
-
-
-def test_what_is_no_index_is_refused(copy: Path) -> None:
-    table = pq.read_table(copy / "index.parquet")
-    pq.write_table(table.replace_schema_metadata(None), copy / "index.parquet")
-    with pytest.raises(DataError, match=r"index.parquet: not an index of megabase"):
-        ShardIndex.open(copy)
-    (copy / "index.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"index.parquet: not an index of megabase, or damaged"):
-        ShardIndex.open(copy)
-
-
-def change_index(copy: Path, shards: object = None, rows: str | None = None) -> None:
-    """Name other shards in an index: in its metadata, and in the rows."""
-    table = pq.read_table(copy / "index.parquet")
-    metadata = json.loads(table.schema.metadata[METADATA_KEY])
-    metadata["shards"] = shards
-    if rows is not None:
-        table = table.set_column(
-            table.column_names.index("shard"), SCHEMA.field("shard"), [[rows] * len(table)]
-        )
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
-    pq.write_table(table, copy / "index.parquet")
-
-
-@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/b.tar", "..", ".", "", "x\0.tar"])
-def test_no_shard_lies_elsewhere(copy: Path, name: str) -> None:
-    (copy.parent / "x.tar").write_bytes(b"secret")
-    change_index(copy, {name: 6}, name)
-    with pytest.raises(
-        DataError, match=r"index.parquet: names a shard that is not a file of its directory, "
-    ):
-        ShardIndex.open(copy)
-
-
-def test_no_record_lies_in_a_shard_that_was_not_checked(copy: Path) -> None:
-    size = (copy / "shard-00000.tar").stat().st_size
-    change_index(copy, {"shard-00000.tar": size}, "../x.tar")
-    with pytest.raises(DataError, match=r"lies in shard '../x.tar', whose size is missing"):
-        ShardIndex.open(copy)
-
-
-@pytest.mark.parametrize("shards", [None, [], {"shard-00000.tar": -1}, {"shard-00000.tar": "1"}])
-def test_an_index_without_sizes_is_refused(copy: Path, shards: object) -> None:
-    change_index(copy, shards)
-    with pytest.raises(DataError, match="does not hold the sizes of its shards"):
-        ShardIndex.open(copy)
-
-
 def test_a_missing_shard_is_named(copy: Path) -> None:
     (copy / "shard-00000.tar").unlink()
-    with pytest.raises(DataError, match=r"shard-00000.tar: the index names this shard but it is not there"):
+    with pytest.raises(DataError, match=r"shard-00000.tar: the index names this shard but it does not exist"):
         ShardIndex.open(copy)
 
 
@@ -190,7 +106,7 @@ def test_a_read_of_a_changed_base_names_the_place_and_the_ways_out(copy: Path) -
         assert len(index.read(0, start, length)) == length
 
 
-def test_a_shard_cut_short_under_a_running_job_is_named(copy: Path) -> None:
+def test_shard_truncated_while_it_is_read_is_named(copy: Path) -> None:
     index = ShardIndex.open(copy)
     index.read(0, 0, 10)
     with (copy / "shard-00000.tar").open("r+b") as shard:
@@ -203,7 +119,7 @@ def test_a_shard_cut_short_under_a_running_job_is_named(copy: Path) -> None:
     assert len(index.read(0, 0, 100)) == 100
 
 
-def test_a_shard_that_went_away_is_named(copy: Path) -> None:
+def test_shard_removed_while_it_is_read_is_named(copy: Path) -> None:
     index = ShardIndex.open(copy)
     (copy / "shard-00000.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00000.tar: record .*: cannot be read \(No such file"):
@@ -272,7 +188,7 @@ PLACES = st.integers(0, 3) | st.builds(
 
 @given(row=st.integers(0, 7), ends=st.tuples(PLACES, PLACES))
 @settings(max_examples=300, deadline=None)
-def test_any_range_read_is_the_record_s(
+def test_any_range_equals_the_record(
     by_hand: ShardIndex, members: list[Member], row: int, ends: tuple[int, int]
 ) -> None:
     segments = by_hand.segments
@@ -299,44 +215,8 @@ def test_rows_hold_checksums_gaps_and_intervals(by_hand: ShardIndex, members: li
     verify(by_hand)
 
 
-def test_a_shard_set_without_rows_is_one(tmp_path: Path) -> None:
-    write_index(tmp_path / "index.parquet", [], DNA, {}, [])
-    segments = ShardIndex.open(tmp_path).segments
-    assert len(segments) == 0 and segments.block_bounds.tolist() == [0] and segments.intervals.shape == (0, 2)
-
-
-@pytest.mark.parametrize(
-    ("splits", "identity"),
-    [({"valid": 0.2, "test": 0.1}, "927536ef7ce336d6"), ({}, "124dea735b9e664c")],
-    ids=["split", "whole"],
-)
-def test_the_identity_is_what_the_first_version_gave(
-    lambda_fasta: Path, tmp_path: Path, splits: dict[str, float], identity: str
-) -> None:
-    shards = prepare([lambda_fasta], tmp_path / "shards", progress=False, **splits)
-    assert shards.segments.identity == identity
-
-
 def test_intervals_change_the_identity(by_hand: ShardIndex) -> None:
     table = pq.read_table(Path(by_hand.directory) / "index.parquet")
     nothing = pa.array([[]] * len(table), SCHEMA.field("intervals").type)
     without = segments_of(table.drop(["intervals"]).append_column("intervals", nothing))
     assert without.identity != by_hand.segments.identity
-
-
-def test_the_identity_is_of_the_bases_and_splits_not_of_the_files(
-    lambda_shards: ShardIndex, tmp_path: Path
-) -> None:
-    two_genomes = [tmp_path / name for name in ("one.fa", "two.fa")]
-    for path, letter in zip(two_genomes, "AC", strict=True):
-        path.write_text(f">{path.stem}\n" + f"{letter}GT" * 900 + "\n")
-    whole = prepare(two_genomes, tmp_path / "whole", valid="0.1", progress=False)
-    cut = prepare(two_genomes, tmp_path / "cut", valid="0.1", shard_bytes=1024, progress=False)
-    assert len(cut.sizes) > len(whole.sizes)
-    assert cut.segments.identity == whole.segments.identity
-    others = [
-        prepare(two_genomes, tmp_path / "split", valid="0.2", progress=False),
-        prepare(two_genomes[::-1], tmp_path / "order", valid="0.1", progress=False),
-        lambda_shards,
-    ]
-    assert len({index.segments.identity for index in (whole, *others)}) == 4

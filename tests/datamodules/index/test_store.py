@@ -169,7 +169,7 @@ def test_windows_of_whole_blocks_cost_no_byte_more(server: WebServer) -> None:
 @pytest.mark.parametrize(
     "faults", [["503", "503"], ["cut"], ["flip"], ["cut", "503", "flip", "cut", "503", "503"]]
 )
-def test_what_passes_is_tried_again(server: WebServer, ecoli_shards: ShardIndex, faults: list[str]) -> None:
+def test_temporary_errors_are_retried(server: WebServer, ecoli_shards: ShardIndex, faults: list[str]) -> None:
     remote = ShardIndex.open(server.url)
     server.forget()
     server.faults.extend(faults)
@@ -178,7 +178,7 @@ def test_what_passes_is_tried_again(server: WebServer, ecoli_shards: ShardIndex,
     assert server.requests == len(faults) + 1
 
 
-def test_a_server_that_hangs_is_asked_again(
+def test_request_to_a_hanging_server_is_retried(
     server: WebServer, ecoli_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = ShardIndex.open(server.url)
@@ -190,13 +190,13 @@ def test_a_server_that_hangs_is_asked_again(
 @pytest.mark.parametrize(
     ("fault", "requests", "message"),
     [
-        ("503", 5, r"cannot be read in 5 tries \(HTTP 503: "),
-        ("cut", 5, r"cannot be read in 5 tries \("),
-        ("404", 1, r"not there any more"),
+        ("503", 5, r"cannot be read in 5 attempts \(HTTP 503: "),
+        ("cut", 5, r"cannot be read in 5 attempts \("),
+        ("404", 1, r"does not exist any more"),
         ("whole", 1, r"the server sends whole files only.*copy the shards to a disk"),
     ],
 )
-def test_what_stays_is_told(server: WebServer, fault: str, requests: int, message: str) -> None:
+def test_permanent_errors_are_reported(server: WebServer, fault: str, requests: int, message: str) -> None:
     remote = ShardIndex.open(server.url)
     server.forget()
     server.always = fault
@@ -206,7 +206,7 @@ def test_what_stays_is_told(server: WebServer, fault: str, requests: int, messag
     assert server.requests == requests
 
 
-def test_bytes_that_stay_wrong_are_read_twice_and_told(server: WebServer) -> None:
+def test_bytes_that_stay_wrong_are_read_twice_and_refused(server: WebServer) -> None:
     remote = ShardIndex.open(server.url)
     server.forget()
     server.always = "flip"
@@ -217,13 +217,13 @@ def test_bytes_that_stay_wrong_are_read_twice_and_told(server: WebServer) -> Non
     assert server.requests == 2
 
 
-def test_a_shard_cut_short_under_a_running_job_is_told(server: WebServer, copy: Path) -> None:
+def test_remote_shard_truncated_while_it_is_read_is_named(server: WebServer, copy: Path) -> None:
     remote = ShardIndex.open(server.url)
     with (copy / SHARD).open("r+b") as shard:
         shard.truncate(40_000)
-    with pytest.raises(DataError, match=rf"{SHARD}: record .*: .* bytes came where .* were asked for"):
+    with pytest.raises(DataError, match=rf"{SHARD}: record .*: .* bytes received, .* requested"):
         remote.read(0, BLOCK_BYTES, 70_000)
-    with pytest.raises(DataError, match=rf"{SHARD}: record .*: ends before the bytes that were"):
+    with pytest.raises(DataError, match=rf"{SHARD}: record .*: ends before the bytes that are"):
         remote.read(0, 70_000, 70_000)
 
 
@@ -239,7 +239,7 @@ def test_places_without_shards_are_refused(server: WebServer, copy: Path) -> Non
         ShardIndex.open(server.url + "/sub")
     server.forbidden = True
     with pytest.raises(
-        DataError, match=r"index.parquet: refused \(HTTP 403: .*\): look at .* your credentials"
+        DataError, match=r"index.parquet: refused \(HTTP 403: .*\): check .* your credentials"
     ):
         ShardIndex.open(server.url)
     server.forbidden = False
@@ -249,14 +249,14 @@ def test_places_without_shards_are_refused(server: WebServer, copy: Path) -> Non
         ShardIndex.open(server.url)
     (copy / SHARD).unlink()
     with pytest.raises(
-        DataError, match=rf"{server.url}/{SHARD}: the index names this shard but it is not there"
+        DataError, match=rf"{server.url}/{SHARD}: the index names this shard but it does not exist"
     ):
         ShardIndex.open(server.url)
 
 
-def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "RETRY_DELAYS_S", (0.0,))
-    with pytest.raises(DataError, match=r"http://127.0.0.1:9/index.parquet: cannot be read in 2 tries"):
+    with pytest.raises(DataError, match=r"http://127.0.0.1:9/index.parquet: cannot be read in 2 attempts"):
         ShardIndex.open("http://127.0.0.1:9")
 
 
@@ -304,7 +304,7 @@ def test_workers_read_over_http(server: WebServer, ecoli_shards: ShardIndex) -> 
     assert (remote.read(0, 3, 50_000) == ecoli_shards.read(0, 3, 50_000)).all()
 
 
-def test_a_pickled_store_reads_on(server: WebServer, ecoli_shards: ShardIndex) -> None:
+def test_pickled_store_reads(server: WebServer, ecoli_shards: ShardIndex) -> None:
     remote = ShardIndex.open(server.url)
     remote.read(0, 0, 9)
     assert (pickle.loads(pickle.dumps(remote)).read(0, 3, 9) == ecoli_shards.read(0, 3, 9)).all()
@@ -354,7 +354,7 @@ def test_a_read_that_comes_in_pieces_is_completed(tmp_path: Path, monkeypatch: p
     buffers = bytearray(20), bytearray(30)
     LocalStore(tmp_path).read_into("a", 10, [memoryview(buffer) for buffer in buffers])
     assert b"".join(buffers) == bytes(range(10, 60))
-    with pytest.raises(StoreError, match="ends at byte 100, and byte 104 was asked for"):
+    with pytest.raises(StoreError, match="ends at byte 100, and byte 104 is needed"):
         LocalStore(tmp_path).read_into("a", 90, [memoryview(bytearray(15))])
 
 

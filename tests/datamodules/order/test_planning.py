@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,66 +9,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.letters import Letters
 from megabase.datamodules.index.segments import Segments
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.order.packing import Piece, Tape
+from megabase.datamodules.order.packing import Piece
 from megabase.datamodules.order.planning import plan_windows
 from megabase.datamodules.order.windows import PACKED, WindowPlan
 from megabase.datamodules.prepare.splits import Splits
+from tests.datamodules.order.made import Made, made
 
 
 def letters_of(plan: WindowPlan, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Letters in each window."""
     return plan.count_letters(*plan.locate(ids))
-
-
-class Made(SimpleNamespace):
-    """One row of `made`."""
-
-    def __init__(self, bases: bytes, split: str = "train", **more: Any) -> None:
-        super().__init__(
-            **{
-                "record": "r",
-                "source": "s.fa",
-                "start": 0,
-                "intervals": (),
-                "bases": bases,
-                "split": split,
-                **more,
-            }
-        )
-
-
-def made(rows: Sequence[Made]) -> Segments:
-    """Segments of rows given outright."""
-    gaps = [Alphabet.named("dna").gaps(np.frombuffer(row.bases, np.uint8)) for row in rows]
-    intervals = [np.array(row.intervals, np.int64).reshape(-1, 2) for row in rows]
-    zeros = np.zeros(len(rows), np.int64)
-
-    def names(name: str) -> np.ndarray:
-        return np.array([getattr(row, name) for row in rows], object)
-
-    return Segments(
-        record=names("record"),
-        source=names("source"),
-        split=names("split"),
-        start=np.array([row.start for row in rows], np.int64),
-        length=np.array([len(row.bases) for row in rows], np.int64),
-        shard=names("record"),
-        offset=zeros,
-        line_bases=zeros,
-        line_bytes=zeros,
-        crc32=zeros.astype(np.uint32),
-        blocks=np.zeros(0, np.uint32),
-        block_bounds=np.zeros(len(rows) + 1, np.int64),
-        gaps=np.concatenate(gaps),
-        gap_bounds=np.cumsum([0, *map(len, gaps)]),
-        intervals=np.concatenate(intervals),
-        interval_bounds=np.cumsum([0, *map(len, intervals)]),
-    )
 
 
 def naive_windows(
@@ -100,7 +51,7 @@ def listed(plan: WindowPlan) -> list[tuple[int, int]]:
     stride=st.none() | st.integers(1, 900),
 )
 @settings(max_examples=80, deadline=None)
-def test_the_plan_is_what_looking_at_every_base_finds(
+def test_plan_equals_a_search_over_every_base(
     gappy_shards: ShardIndex, split: str, length: int, min_real: float, stride: int | None
 ) -> None:
     expected = naive_windows(gappy_shards, split, length, min_real, stride)
@@ -115,16 +66,6 @@ def test_the_plan_is_what_looking_at_every_base_finds(
 
 
 records = st.lists(st.text(alphabet="ACgtNN", max_size=40).map(str.encode), min_size=1, max_size=6)
-
-
-@given(texts=records, data=st.data())
-def test_letters_of_any_part_of_any_row(texts: list[bytes], data: st.DataObject) -> None:
-    letters = Letters(made([Made(text) for text in texts]))
-    row = data.draw(st.integers(0, len(texts) - 1))
-    start = data.draw(st.integers(0, len(texts[row])))
-    length = data.draw(st.integers(0, len(texts[row]) - start))
-    found = letters.count(np.array([row]), np.array([start]), length)
-    assert found.tolist() == [length - texts[row][start : start + length].count(b"N")]
 
 
 def test_no_base_of_one_split_is_in_another_s_windows(gappy_shards: ShardIndex) -> None:
@@ -279,51 +220,6 @@ def test_a_human_sized_plan_needs_little_memory(stride: int, least: int, most: i
     assert letters_of(plan, some).sum() > 0.999 * 1024 * len(some)
 
 
-@given(texts=records, length=st.integers(1, 60), groups=st.integers(1, 3))
-def test_a_tape_is_the_short_records_with_separators(texts: list[bytes], length: int, groups: int) -> None:
-    short = [Made(text[: length - 1] or b"A"[: length - 1]) for text in texts]
-    short = [row for row in short if row.bases]
-    assume(short)
-    segments = made(short)
-    members = [np.arange(len(short))[part::groups] for part in range(groups)]
-    expected = b"".join(
-        joined + b"_" * (-len(joined) % length)
-        for joined in (b"|".join(short[row].bases for row in rows) for rows in members)
-    )
-    tape = Tape(Letters(segments), segments.length, members, length)
-    assert tape.windows[:, 1].sum() * length == len(expected)
-    seen = bytearray(b"_" * len(expected))
-    for start in range(0, len(expected), length):
-        window = expected[start : start + length]
-        for piece in tape.pieces(start):
-            assert piece.at >= 0 and piece.at + piece.length <= length
-            bases = short[piece.row].bases[piece.start : piece.start + piece.length]
-            assert len(bases) == piece.length > 0
-            seen[start + piece.at : start + piece.at + piece.length] = bases
-        for at in tape.separators(start):
-            seen[start + at] = ord("|")
-        assert tape.count(np.array([start])).tolist() == [sum(byte in b"ACgt" for byte in window)]
-    assert seen == expected
-
-
-def test_packing_takes_what_is_too_short_and_nothing_else() -> None:
-    segments = made([Made(b"A" * size) for size in (3, 10, 2, 4, 25)])
-    plan = plan_windows(segments, "train", 10, pack=True)
-    assert listed(plan) == [(1, 0), (4, 0), (4, 10), (PACKED, 0)]  # a second one would hold 1 base
-    assert letters_of(plan, np.arange(4)).tolist() == [10, 10, 10, 8]
-    assert plan.left_out == 0
-    without = plan_windows(segments, "train", 10)
-    assert listed(without) == listed(plan)[:3]
-    assert without.left_out == 9
-
-
-def test_the_last_window_of_a_tape_must_be_real_enough() -> None:
-    segments = made([Made(b"A" * 9), Made(b"A" * 9)])
-    assert listed(plan_windows(segments, "train", 10, 0.9, pack=True)) == [(PACKED, 0), (PACKED, 10)]
-    segments = made([Made(b"A" * 9), Made(b"A" * 8)])
-    assert listed(plan_windows(segments, "train", 10, 0.9, pack=True)) == [(PACKED, 0)]
-
-
 GENOMES = [
     Made(b"A" * 30, source="a.fa", record="chr1"),
     Made(b"A" * 30, source="b.fa", record="plasmid"),
@@ -356,10 +252,16 @@ def test_groups_keep_their_bounds_where_windows_are_skipped() -> None:
     [
         (
             {"a.fa": 1, "c.fa": 1},
-            r"data.mixture: 'c.fa' matches nothing .* the input files are 'a.fa', 'b.fa';",
+            r"data.mixture: 'c.fa' matches no record .* the input files are 'a.fa', 'b.fa';",
         ),
-        ({"a.fa": 1, "a.f?": 1, "*": 1}, r"data.mixture: 'a.f\?' matches nothing that no key before it does"),
-        ({"a.fa": 1}, r"data.mixture: nothing matches record 'plasmid' of 'b.fa': give 'b.fa', or '\*'"),
+        (
+            {"a.fa": 1, "a.f?": 1, "*": 1},
+            r"data.mixture: 'a.f\?' matches no record that an earlier key has not taken",
+        ),
+        (
+            {"a.fa": 1},
+            r"data.mixture: no key matches record 'plasmid' of 'b.fa': give a weight to 'b.fa', or to '\*'",
+        ),
         (
             {"scaffold": 1, "*": 1},
             r"split 'train' \(data.mixture 'scaffold'\) has no window of data.length 10: .* has 7 bases",

@@ -188,7 +188,7 @@ def test_text_keeps_its_line_ends(tmp_path: Path) -> None:
     }
 
 
-def test_what_holds_no_sequence_is_passed_over(tmp_path: Path) -> None:
+def test_members_without_a_sequence_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a tar")
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for path, content in (
@@ -221,7 +221,7 @@ def test_what_holds_no_sequence_is_passed_over(tmp_path: Path) -> None:
         ({"a.npy": npy(np.zeros(4, np.int64))}, r"member a.npy: int64 of shape \(4,\): it must be"),
         ({"a.npy": npy(np.array(["A", "C"]))}, "member a.npy: <U1 of shape"),
         ({"a.npy": npy(np.frombuffer(b"ACGT", np.uint8))[:-1]}, "member a.npy: 3 bytes for 4 elements"),
-        ({"a.npy": b"ACGT"}, "member a.npy: not an array of numpy"),
+        ({"a.npy": b"ACGT"}, "member a.npy: not a numpy array"),
         ({"a.npy": npy(np.array([None]))}, "member a.npy: object of shape"),
         ({"a.fa": b"ACGT\n"}, "member a.fa: not FASTA: it must begin with '>'"),
         ({"a.fa": b""}, "member a.fa: not FASTA"),
@@ -245,7 +245,7 @@ def test_what_holds_no_sequence_is_passed_over(tmp_path: Path) -> None:
         ({"a.seq.gz": b"A"}, "member a.seq.gz: a compressed member cannot be read by byte range"),
     ],
 )
-def test_what_cannot_be_read_by_range_is_refused(
+def test_members_that_cannot_be_read_by_range_are_refused(
     tmp_path: Path, members: dict[str, bytes], message: str
 ) -> None:
     put(tmp_path / "a.tar", members)
@@ -287,17 +287,17 @@ def test_a_tar_cut_off_or_damaged_anywhere_is_refused(tmp_path: Path) -> None:
         if kept not in (0, 3 * 512):
             (tmp_path / "a.tar").write_bytes(content[:kept])
             with pytest.raises(
-                DataError, match=r"a\.tar: no tar, cut off or damaged \(.*: copy the file again"
+                DataError, match=r"a\.tar: not a tar, cut off or damaged \(.*: copy the file again"
             ):
                 index(tmp_path)
     for at in (0, 3 * 512):
         broken = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         (tmp_path / "a.tar").write_bytes(broken)
-        with pytest.raises(DataError, match=r"a\.tar: no tar, cut off or damaged"):
+        with pytest.raises(DataError, match=r"a\.tar: not a tar, cut off or damaged"):
             index(tmp_path)
 
 
-def test_directories_and_splits_that_cannot_be(tmp_path: Path) -> None:
+def test_impossible_directories_and_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing: no such directory"):
         index(tmp_path / "missing")
     with pytest.raises(DataError, match=r"no \*\.tar in it"):
@@ -314,7 +314,7 @@ def test_an_index_is_never_overwritten(tmp_path: Path) -> None:
     put(tmp_path / "a.tar", {"x.seq": b"ACGT"})
     index(tmp_path)
     before = (tmp_path / INDEX_NAME).read_bytes()
-    with pytest.raises(DataError, match=r"index\.parquet: exists already: remove it to index the tars anew"):
+    with pytest.raises(DataError, match=r"index\.parquet: exists already: remove it to index the tars again"):
         index(tmp_path)
     assert (tmp_path / INDEX_NAME).read_bytes() == before
     (tmp_path / INDEX_NAME).unlink()

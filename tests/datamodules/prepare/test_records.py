@@ -22,7 +22,6 @@ from megabase.datamodules.prepare.records import (
     check_inputs,
     expand,
     read_file,
-    read_records,
 )
 
 FASTA = b">one first record\nACGTN\nacgt\n\n>two\r\nGG\r\n>three\n"
@@ -35,8 +34,14 @@ BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000
 
 
 def read(*paths: Path, alphabet: str = "dna", field: str = "text") -> list[tuple[str, str, bytes]]:
-    records = read_records(paths, Alphabet.named(alphabet), field=field)
-    return [(record.name, record.description, record.sequence) for record in records]
+    """Every record of every file, as `prepare` reads them."""
+    check_inputs(paths)
+    found, names = [], Names()
+    for path in paths:
+        for record in read_file(path, Alphabet.named(alphabet), field=field):
+            names.add(record.name, record.source, path)
+            found.append((record.name, record.description, record.sequence))
+    return found
 
 
 def put(path: Path, content: bytes) -> Path:
@@ -76,7 +81,7 @@ COMPRESSIONS = {
 }
 
 
-def test_fasta_is_read_as_it_is(tmp_path: Path) -> None:
+def test_fasta_is_read_unchanged(tmp_path: Path) -> None:
     expected = [("one", "first record", b"ACGTNacgt"), ("two", "", b"GG"), ("three", "", b"")]
     assert read(put(tmp_path / "a.fa", FASTA)) == expected
 
@@ -120,7 +125,9 @@ def test_any_bytes_come_back_from_any_compression(
     assert read(path, alphabet="bytes") == [("a.txt", "", b"In " + content)]
 
 
-def test_a_genome(lambda_fasta: Path, lambda_bases: bytes, tmp_path: Path) -> None:
+def test_genome_is_read_from_every_compression(
+    lambda_fasta: Path, lambda_bases: bytes, tmp_path: Path
+) -> None:
     name = "gi|9626243|ref|NC_001416.1|"
     expected = [(name, "Enterobacteria phage lambda, complete genome", lambda_bases)]
     content = gzip.decompress(lambda_fasta.read_bytes())
@@ -138,8 +145,8 @@ def test_a_text_file_is_one_record(tmp_path: Path, suffix: str) -> None:
 
 
 def test_records_are_streamed(tmp_path: Path) -> None:
-    """The first record comes before the second is looked at."""
-    records = read_records([put(tmp_path / "a.fa", b">one\nAC\n>two\n!!\n")], Alphabet.named("dna"))
+    """The first record is returned before the second is read."""
+    records = read_file(put(tmp_path / "a.fa", b">one\nAC\n>two\n!!\n"), Alphabet.named("dna"))
     assert next(records).name == "one"
     with pytest.raises(DataError):
         next(records)
@@ -162,11 +169,11 @@ class Counted(io.FileIO):
 
 
 @pytest.mark.parametrize("form", COMPRESSIONS)
-def test_a_caller_s_opener_sees_every_byte(tmp_path: Path, form: str) -> None:
+def test_opener_of_the_caller_reads_every_byte(tmp_path: Path, form: str) -> None:
     path = put(tmp_path / "a", COMPRESSIONS[form](FASTA * 2))
     file = Counted(path)
     records = read_file(path, Alphabet.named("dna"), lambda _: file)
-    assert sum(1 for _ in records) == 6  # a name met twice is no matter of one file's reader
+    assert sum(1 for _ in records) == 6  # names that occur twice are for the caller to find
     assert file.count == path.stat().st_size
     assert file.closed
 
@@ -201,13 +208,13 @@ def test_a_caller_s_opener_sees_every_byte(tmp_path: Path, form: str) -> None:
         ("none.jsonl", b'{"seq": "A", "n": 1}', "none.jsonl: line 1: no field 'text' .*'seq', 'n'.: .*--field"),
         ("number.jsonl", b'{"text": 3}', "number.jsonl: line 1: field 'text' is int, it must be a string"),
         ("null.jsonl", b'{"text": null}', "null.jsonl: line 1: field 'text' is NoneType, it must be a string"),
-        ("half.jsonl", b'{"text": "\\ud83d"}', "half.jsonl: line 1: field 'text' is no valid text"),
-        ("name.jsonl", b'{"text": "A", "id": "\\ud83d"}', "name.jsonl: line 1: field 'id' is no valid text"),
+        ("half.jsonl", b'{"text": "\\ud83d"}', "half.jsonl: line 1: field 'text' is not valid text"),
+        ("name.jsonl", b'{"text": "A", "id": "\\ud83d"}', "name.jsonl: line 1: field 'id' is not valid text"),
         ("twice.jsonl", b'{"id":1,"text":"A"}\n{"id":"1","text":"A"}', "twice.jsonl: a second record is named '1'"),
         ("odd.jsonl", '{"id":"é","text":"Aé"}'.encode(), "odd.jsonl: record 'é' has 'Ã' at base 2"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read(put(tmp_path / name, content))
     assert "\n" not in str(error.value)
@@ -250,13 +257,13 @@ def test_damaged_compressed_data_is_refused(tmp_path: Path, content: bytes, mess
     assert "\n" not in str(error.value)
 
 
-def test_a_name_met_in_two_files_is_refused(tmp_path: Path) -> None:
+def test_name_in_two_files_is_refused(tmp_path: Path) -> None:
     one, two = put(tmp_path / "1.fa", b">a\nA\n"), put(tmp_path / "2.fa", b">a\nC\n")
     with pytest.raises(DataError, match=r"2\.fa: a second record is named 'a' \(the first is in 1\.fa\)"):
         read(one, two)
 
 
-def test_names_that_differ_are_never_taken_for_one() -> None:
+def test_different_names_are_never_confused() -> None:
     names = Names()
     for number in range(100_000):
         names.add(f"read/{number}", "a.fq", "here")
@@ -265,7 +272,7 @@ def test_names_that_differ_are_never_taken_for_one() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, (1 << 20) - 1, 1 << 20, 2 << 20])
-def test_an_unknown_character_is_found_wherever_it_is(at: int) -> None:
+def test_unknown_character_is_found_at_any_position(at: int) -> None:
     bases = bytearray(b"ACGTN" * ((2 << 20) // 5 + 1))
     alphabet = Alphabet.named("dna")
     check_characters("here", "r", bytes(bases), alphabet)
@@ -290,7 +297,7 @@ def test_just_the_known_characters_pass(alphabet: str) -> None:
 def test_paths_that_are_no_files_are_refused_before_any_is_read(tmp_path: Path) -> None:
     good = put(tmp_path / "a.fa", b">a\nA\n")
     with pytest.raises(DataError, match=r"missing.fa: no such file"):
-        next(read_records([good, tmp_path / "missing.fa"], Alphabet.named("dna")))
+        read(good, tmp_path / "missing.fa")
     with pytest.raises(DataError, match="not a file"):
         read(good, tmp_path)
     with pytest.raises(DataError, match="no input files"):
@@ -317,10 +324,10 @@ def test_patterns_become_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("module", "name"), [(bz2, "bzip2"), (lzma, "xz")])
-def test_other_compressions_are_told(tmp_path: Path, module: Any, name: str) -> None:
+def test_other_compressions_are_refused_by_name(tmp_path: Path, module: Any, name: str) -> None:
     path = tmp_path / "a.fa"
     path.write_bytes(module.compress(b">a\nACGT\n"))
     with pytest.raises(
-        DataError, match=f"a.fa: {name} is not read: decompress it, or use gzip, bgzip or zstd"
+        DataError, match=f"a.fa: {name} is not supported: decompress it, or use gzip, bgzip or zstd"
     ):
         check_inputs([path])

@@ -1,34 +1,31 @@
 """prepare: the same bytes however many processes did it and however often it was killed; and its check."""
 
 import gzip
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index_file import INDEX_NAME
-from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare import unfinished
 from megabase.datamodules.prepare.check import check
-from megabase.datamodules.prepare.foreign import index_tars
 from megabase.datamodules.prepare.run import _units, prepare
 
 LENGTHS = (9000, 5000, 3000, 200, 100, 1)
+
+
 OPTIONS: dict[str, Any] = {"valid": 0.2, "shard_bytes": 4096, "progress": False}
+
 
 BLOCKED = """
 import os, signal, sys, time
@@ -187,7 +184,7 @@ def test_the_number_of_processes_changes_nothing(
     assert f"{total:.1f}/{total:.1f} kB" in capsys.readouterr().err
 
 
-def test_webdataset_meets_every_record_once(fastas: list[Path], tmp_path: Path) -> None:
+def test_webdataset_reads_every_record_of_prepare_once(fastas: list[Path], tmp_path: Path) -> None:
     index = prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
     urls = [str(Path(index.directory) / name) for name in index.sizes]
     found = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -199,7 +196,7 @@ def test_webdataset_meets_every_record_once(fastas: list[Path], tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_killed_prepare_goes_on(
+def test_killed_prepare_continues(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path, jobs: int
 ) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
@@ -214,7 +211,7 @@ def test_a_killed_prepare_goes_on(
     assert not partial.exists()
 
 
-def test_a_prepare_that_stops_at_any_rename_goes_on(
+def test_prepare_killed_at_any_rename_continues(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every file in OUTPUT.partial that matters comes there by a rename."""
@@ -243,7 +240,7 @@ def test_a_prepare_that_stops_at_any_rename_goes_on(
         assert content(output) == undisturbed
 
 
-def test_an_interrupted_prepare_ends_its_workers_and_keeps_what_is_done(
+def test_interrupted_prepare_ends_its_workers_and_keeps_finished_units(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     stopped = Blocked(fastas, tmp_path / "out", 2)
@@ -254,7 +251,7 @@ def test_an_interrupted_prepare_ends_its_workers_and_keeps_what_is_done(
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_a_worker_that_dies_is_told_with_its_file(fastas: list[Path], tmp_path: Path) -> None:
+def test_file_of_a_killed_worker_is_named(fastas: list[Path], tmp_path: Path) -> None:
     died = Blocked(fastas, tmp_path / "out", 2, "die").process
     said = died.communicate(timeout=60)[1]
     assert died.returncode == 1
@@ -263,7 +260,7 @@ def test_a_worker_that_dies_is_told_with_its_file(fastas: list[Path], tmp_path: 
     )
 
 
-def test_two_prepares_at_once_are_refused(
+def test_second_prepare_on_the_same_output_is_refused(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Blocked(fastas, tmp_path / "out", 1)
@@ -284,7 +281,7 @@ def break_second(fastas: list[Path], output: Path) -> bytes:
     return before
 
 
-def test_after_a_bad_file_is_mended_the_rest_is_kept(
+def test_after_a_bad_file_is_corrected_finished_files_are_kept(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     fastas[1].write_bytes(break_second(fastas, tmp_path / "out"))
@@ -302,7 +299,7 @@ def test_shards_that_were_cut_short_are_made_again(
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_another_input_or_other_arguments_do_not_go_on(fastas: list[Path], tmp_path: Path) -> None:
+def test_other_inputs_or_arguments_do_not_continue(fastas: list[Path], tmp_path: Path) -> None:
     fastas[1].write_bytes(break_second(fastas, tmp_path / "out"))
     for options, what in (({"valid": 0.3}, "--valid"), ({"field": "x", "valid": 0.2}, "--field")):
         with pytest.raises(DataError, match=rf"out\.partial: was begun with other arguments \({what}\)"):
@@ -311,12 +308,12 @@ def test_another_input_or_other_arguments_do_not_go_on(fastas: list[Path], tmp_p
         prepare(fastas[1:], tmp_path / "out", jobs=1, **OPTIONS)
     fastas[0].write_bytes(fastas[0].read_bytes() + b">more\nACGT\n")
     with pytest.raises(
-        DataError, match=r"f0.fa: has changed since .*out\.partial: remove that directory to begin anew$"
+        DataError, match=r"f0.fa: has changed since .*out\.partial: remove that directory to start again$"
     ):
         prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
 
 
-def test_a_name_met_in_two_files_is_told_and_can_be_mended(fastas: list[Path], tmp_path: Path) -> None:
+def test_name_in_two_files_is_an_error_that_a_rename_fixes(fastas: list[Path], tmp_path: Path) -> None:
     text = fastas[1].read_text()
     fastas[1].write_text(text.replace(">r1.2", ">r0.1"))
     with pytest.raises(
@@ -328,7 +325,7 @@ def test_a_name_met_in_two_files_is_told_and_can_be_mended(fastas: list[Path], t
     assert len(set(index.segments.source)) == len(LENGTHS)
 
 
-def test_what_is_there_is_never_touched(fastas: list[Path], tmp_path: Path) -> None:
+def test_existing_outputs_are_never_changed(fastas: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="out: exists already"):
         prepare(fastas, tmp_path / "out", **OPTIONS)
@@ -357,79 +354,7 @@ def test_the_slurm_script_passes_arguments_and_exit_code(tmp_path: Path, code: i
     assert done.stdout == "3: --export=ALL megabase prepare a b.fa out --valid 0.1 --jobs 3\n"
 
 
-@pytest.fixture
-def shards(fastas: list[Path], tmp_path: Path) -> ShardIndex:
-    return prepare(fastas, tmp_path / "out", jobs=1, **OPTIONS)
-
-
-def flip(shards: ShardIndex, shard: str, at: int) -> None:
-    with (Path(shards.directory) / shard).open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_the_check_reads_every_base(shards: ShardIndex, jobs: int) -> None:
-    assert check(shards.directory, jobs, progress=False) == 3 * sum(LENGTHS)
-    row = 7
-    flip(
-        shards, shards.segments.shard[row], int(shards.segments.offset[row] + shards.segments.length[row] - 1)
-    )
-    name = shards.segments.record[row]
-    with pytest.raises(DataError, match=rf"{shards.segments.shard[row]}: record '{name}': .*checksum"):
-        check(shards.directory, jobs, progress=False)
-    flip(shards, shards.segments.shard[0], int(shards.segments.offset[0]))
-    with pytest.raises(DataError, match=rf"2 damaged records: .*record '({name}|r0.0)'.*; .*checksum"):
-        check(shards.directory, jobs, progress=False)
-
-
-def test_the_check_finds_members_that_are_elsewhere(shards: ShardIndex) -> None:
-    shard = Path(shards.directory) / shards.segments.shard[0]
-    flip(shards, shard.name, 0)  # the name of a member, then its size
-    with pytest.raises(DataError, match=f"{shard.name}: the tar is damaged"):
-        check(shards.directory, 1, progress=False)
-    flip(shards, shard.name, 0)
-    text = shard.read_bytes()
-    shard.write_bytes(text.replace(b'"record": "r0.0"', b'"record": "r9.9"'))
-    with pytest.raises(DataError, match=rf"{shard.name}: record 'r0.0': member .* is of record 'r9.9'"):
-        check(shards.directory, 1, progress=False)
-    shard.write_bytes(text)
-    path = Path(shards.directory) / INDEX_NAME
-    table = pq.read_table(path)
-    offsets = table.column("offset").to_numpy().copy()
-    offsets[-1] += 600
-    at = table.schema.get_field_index("offset")
-    pq.write_table(table.set_column(at, "offset", [offsets]), path)
-    with pytest.raises(DataError, match=r"record 'r5.2': does not lie in a member"):
-        check(shards.directory, 1, progress=False)
-
-
-def test_the_check_knows_tars_that_others_wrote(lambda_bases: bytes, tmp_path: Path) -> None:
-    lines = b"\n".join(lambda_bases[at : at + 60] for at in range(0, len(lambda_bases), 60))
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
-        writer.write({"__key__": "a", "fa": b">x\n" + lines + b"\n>y\nACGT\n"})
-        writer.write({"__key__": "b", "txt": "acgt\n", "json": {"record": "z", "source": "s"}})
-    index = index_tars(tmp_path, valid=0.1, progress=False)
-    assert check(tmp_path, progress=False) == len(lambda_bases) + 8
-    flip(index, "a.tar", int(index.segments.offset[1]))
-    with pytest.raises(DataError, match=r"a.tar: record 'x': .*checksum"):
-        check(tmp_path, progress=False)
-
-
-def test_the_check_finds_shards_cut_short_or_missing(shards: ShardIndex) -> None:
-    shard = Path(shards.directory) / "shard-00001.tar"
-    os.truncate(shard, shard.stat().st_size - 512)
-    with pytest.raises(DataError, match=r"shard-00001.tar: \d+ bytes, the index says"):
-        check(shards.directory, progress=False)
-    shard.unlink()
-    with pytest.raises(DataError, match=r"shard-00001.tar: the index names this shard but it is not there"):
-        check(shards.directory, progress=False)
-
-
-def test_an_output_that_appears_meanwhile_costs_nothing(
+def test_output_that_appears_meanwhile_keeps_the_finished_work(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
@@ -448,19 +373,11 @@ def test_an_output_that_appears_meanwhile_costs_nothing(
     assert check(prepare(fastas, output, **OPTIONS).directory, progress=False) > 0
 
 
-def test_odd_outputs(fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_may_have_an_unusual_name(
+    fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert check(prepare(fastas, "hg38:v2", **OPTIONS).directory, progress=False) > 0
     for output, message in ((".", "exists already"), ("s3://bucket/out", "written to a local directory")):
         with pytest.raises(DataError, match=message):
             prepare(fastas, output, **OPTIONS)
-
-
-def test_the_check_leaves_other_files_of_a_tar_alone(lambda_bases: bytes, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("._k.json", b"\0\5"), ("k.seq", lambda_bases), ("k.json", b"{}")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    index_tars(tmp_path, progress=False)
-    assert check(tmp_path, progress=False) == len(lambda_bases)

@@ -17,14 +17,14 @@ def test_fractions_come_from_the_end_in_order() -> None:
     assert Splits.parse().of("a", 7) == [Segment("train", 0, 7)]
 
 
-def test_named_records_go_whole_and_the_rest_by_fraction() -> None:
+def test_named_records_are_not_cut_and_others_are_by_fraction() -> None:
     splits = Splits.parse("chr8, chr9", 0.5)
     assert splits.of("chr8", 10) == [Segment("valid", 0, 10)]
     assert splits.of("chr1", 10) == [Segment("train", 0, 5), Segment("test", 5, 5)]
 
 
 def test_chromosomes_may_be_numbers() -> None:
-    assert Splits.parse("1,2", "22").whole == {"1": "valid", "2": "valid", "22": "test"}
+    assert Splits.parse("1,2", "22").records == {"1": "valid", "2": "valid", "22": "test"}
 
 
 @given(
@@ -53,12 +53,12 @@ def test_segments_tile_the_record(length: int, valid: float | None, test: float 
         (" , ", None, "--valid ' , ' names no record"),
     ],
 )
-def test_what_cannot_be_split_is_refused(valid: str, test: str | None, message: str) -> None:
+def test_impossible_splits_are_refused(valid: str, test: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Splits.parse(valid, test)
 
 
-def test_a_named_record_must_be_met() -> None:
+def test_named_record_must_exist() -> None:
     Splits.parse("a").check_names({"a", "b"})
     for value in ("1.5", "0", "b"):
         with pytest.raises(DataError, match=f"--valid '{value}' is neither a fraction between 0 and 1 nor"):

@@ -79,7 +79,7 @@ def test_many_records_have_many_rows_in_order(tmp_path: Path) -> None:
         assert shards[row["shard"]][row["offset"] :][: row["length"]] == b"ACGT"[number % 4 :]
 
 
-def test_what_the_index_does_not_name_is_told(tmp_path: Path) -> None:
+def test_records_without_a_row_are_listed(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 0, DNA) as writer:
         writer.write(Record("empty", "", "a.fa", b""), [])
         writer.write(Record("cut", "", "b.fa", b"ACGT"), [Segment("valid", 1, 2, ((1, 1),))])
@@ -91,7 +91,7 @@ def test_what_the_index_does_not_name_is_told(tmp_path: Path) -> None:
         ShardWriter(tmp_path, 0, DNA, shard_bytes=0)
 
 
-def test_gaps_in_the_index_are_the_data_s(gappy_shards: ShardIndex) -> None:
+def test_gaps_in_the_index_are_those_of_the_bases(gappy_shards: ShardIndex) -> None:
     segments, letters = gappy_shards.segments, b"ACGTacgt"
     for row in range(len(segments)):
         bases = gappy_shards.read(row, 0, int(segments.length[row]))

@@ -43,13 +43,15 @@ def test_contexts_cross_neither_gaps_nor_segments(gappy_shards: ShardIndex, orde
     )
 
 
-def test_blocks_are_joined_without_a_seam(ecoli_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_continue_across_blocks(ecoli_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bits_per_base(ecoli_shards, [3])
     monkeypatch.setattr("megabase.datamodules.report.markov._BLOCK", 100_003)
     assert bits_per_base(ecoli_shards, [3]) == whole
 
 
-def test_a_cap_spreads_what_is_read(ecoli_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_on_bases_spreads_the_sample_evenly(
+    ecoli_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a cap, far fewer bases are read, from the whole split, and the answer stays near."""
     monkeypatch.setattr("megabase.datamodules.report.markov._BLOCK", 10_000)
     read: list[tuple[int, int]] = []
@@ -67,7 +69,7 @@ def test_a_cap_spreads_what_is_read(ecoli_shards: ShardIndex, monkeypatch: pytes
     assert capped[2] == pytest.approx(1.9654, abs=0.01)
 
 
-def test_what_cannot_be_counted_is_refused(ecoli_shards: ShardIndex, tmp_path: Path) -> None:
+def test_orders_that_cannot_be_counted_are_refused(ecoli_shards: ShardIndex, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split 'test' holds no run of 3 letters"):
         bits_per_base(ecoli_shards, [2], score="test")
     with pytest.raises(DataError, match="Markov order 12 with 4 letters"):
@@ -81,7 +83,7 @@ def test_what_cannot_be_counted_is_refused(ecoli_shards: ShardIndex, tmp_path: P
         bits_per_base(text, [3])
 
 
-def test_what_cannot_be_read_is_left_out_if_asked(lambda_fasta: Path, tmp_path: Path) -> None:
+def test_unreadable_bases_are_left_out_on_request(lambda_fasta: Path, tmp_path: Path) -> None:
     index = prepare([lambda_fasta], tmp_path / "shards", valid=0.4, progress=False)
     whole = bits_per_base(index, [2])
     shard = index.directory / index.segments.shard[0]

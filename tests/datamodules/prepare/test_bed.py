@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import Segment
-from megabase.datamodules.prepare.splits import Bed, Interval, Splits
+from megabase.datamodules.prepare.bed import Bed, Interval
+from megabase.datamodules.prepare.splits import Splits
 
 SPLITS = ("train", "valid", "test")
 
@@ -57,7 +58,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_bed_file_is_read(tmp_path: Path) -> None:
+def test_bed_file_is_read(tmp_path: Path) -> None:
     bed = write(
         tmp_path,
         "# made by hand\ntrack name=x\nbrowser position\n\n"
@@ -76,12 +77,12 @@ def test_a_bed_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\t0\t9\ttrain\na\tx\t9\ttrain\n", r"split.bed: line 2: start 'x' is no number"),
-        ("a\t-1\t9\ttrain\n", r"line 1: start '-1' is no number"),
-        ("a\t0\t1e3\ttrain\n", r"line 1: end '1e3' is no number"),
+        ("a\t0\t9\ttrain\na\tx\t9\ttrain\n", r"split.bed: line 2: start 'x' is not a non-negative"),
+        ("a\t-1\t9\ttrain\n", r"line 1: start '-1' is not a non-negative"),
+        ("a\t0\t1e3\ttrain\n", r"line 1: end '1e3' is not a non-negative"),
         ("a\t9\t9\ttrain\n", r"line 1: \[9, 9\) holds no base"),
         ("a\t0\t9\tTrain\n", r"line 1: unknown split 'Train': choose one of train, valid, test"),
-        ("a\t0\t9\n", r"line 1: 'a\\t0\\t9' has not chr, start, end and split with tabs"),
+        ("a\t0\t9\n", r"line 1: 'a\\t0\\t9' is not chr, start, end and split with tabs"),
         ("a 0 9 train\n", r"line 1: .* with tabs between"),
         ("# nothing\n", r"split.bed: holds no interval"),
         (
@@ -94,7 +95,7 @@ def test_a_bed_file_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_split_of_intervals_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_bed_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Splits.parse(intervals=write(tmp_path, text))
 
@@ -106,11 +107,11 @@ def test_intervals_must_fit_the_records(tmp_path: Path) -> None:
         DataError, match=r"split.bed: line 2: \[9, 12\) reaches beyond record 'a' of 11 bases"
     ):
         splits.of("a", 11)
-    with pytest.raises(DataError, match=r"split.bed: line 1: 'a' is no record of the input"):
+    with pytest.raises(DataError, match=r"split.bed: line 1: 'a' is not a record of the input"):
         splits.check_names(["chra"])
 
 
-def test_intervals_go_alone_and_must_be_a_text_file(tmp_path: Path) -> None:
+def test_intervals_exclude_fractions_and_must_be_a_text_file(tmp_path: Path) -> None:
     bed = write(tmp_path, "a\t0\t9\ttrain\n")
     for others in ((0.1, None), (None, "a")):
         with pytest.raises(DataError, match=r"--intervals .*split.bed with --valid or --test"):
@@ -118,5 +119,5 @@ def test_intervals_go_alone_and_must_be_a_text_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none.bed: cannot be read \(No such file"):
         Splits.parse(intervals=tmp_path / "none.bed")
     bed.write_bytes(b"\x1f\x8b\xff")
-    with pytest.raises(DataError, match=r"split.bed: no text"):
+    with pytest.raises(DataError, match=r"split.bed: not text"):
         Splits.parse(intervals=bed)
