@@ -23,7 +23,7 @@ test: $(VENV)/.installed-test
 
 # The tests that take seconds: what to run while working.
 quick: $(VENV)/.installed-test
-	$(PYTEST) $(or $(WORKERS),auto) -m "not slow and not distributed and not slurm" $(TESTS)
+	$(PYTEST) $(or $(WORKERS),$$(nproc)) -m "not slow and not distributed and not slurm" $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
