@@ -4,7 +4,7 @@
 
 Every row is a claim, the figure measured now, and the test that holds it. Runs in two or three minutes on a
 CPU; needs the test extra (transformers). The references (dense attention over the pairs that meet, the walk over
-sorted seats, the ZeRO worker) are those of the tests.
+sorted orders, the ZeRO worker) are those of the tests.
 """
 
 from __future__ import annotations
