@@ -3,10 +3,10 @@
     python -m benchmarks.offload [--dim 768] [--depth 14] [--ranks 2] [--steps 5] [--limits 4,3] [--disk DIR]
         [--json FILE]
 
-Every row is a `megabase train` of its own; only `zero.offload` and `zero.offload_parameters` differ. --limits: GiB of
-memory that all its processes have together, page cache included, by a cgroup of the kernel; needs root. step: seconds,
-median without the first. anonymous: GiB of memory that is in no file, largest sum over the ranks; on a CPU weights,
-activations and gradients are in there as well. A run that needs more than its limit is killed by the kernel.
+Every row is one `megabase train`; only `zero.offload` and `zero.offload_parameters` differ. --limits: GiB of memory for
+all processes of a run together, page cache included, set by a cgroup of the kernel; needs root. step: seconds, median
+without the first. anonymous: GiB of memory that is not mapped from a file, the largest sum over the ranks; on a CPU
+it includes weights, activations and gradients. The kernel kills a run that needs more than its limit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megabase.pipeline.rundir.journal import read
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 256
-# Where the kernel shows its memory controller: the file with the limit, in version 1 and 2 of cgroups.
+# Directory of the memory controller and the file with the limit, in versions 1 and 2 of cgroups.
 CONTROLLERS = [
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
     (Path("/sys/fs/cgroup"), "memory.max"),
@@ -51,7 +51,7 @@ KINDS = {
 
 @dataclass
 class Row:
-    """One training. limit: GiB (0: none). ended: finished, or how not. step: s. anonymous: GiB."""
+    """One training. limit: GiB (0: none). ended: finished, or why not. step: seconds. anonymous: GiB."""
 
     offload: str
     limit: float

@@ -18,6 +18,8 @@ from megabase.pipeline.bench.data_task import DataTask
 from megabase.pipeline.errors import UserError
 
 MIB = 1 << 20
+
+
 OPTIONS = DataOptions(
     lengths="1k,8k",
     contestants="ours,ours-in-order,webdataset,webdataset-shuffled,copy",
@@ -28,20 +30,11 @@ OPTIONS = DataOptions(
     json=None,
     picture=None,
 )
-PEERS = [name for name in readers.CONTESTANTS if not name.startswith("ours") and name != "copy"]
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> readers.Records:
     return DataTask(tmp_path_factory.mktemp("records"), MIB).records(8192)
-
-
-def present(name: str) -> bool:
-    try:
-        version(name.removesuffix("-shuffled").removesuffix("-encoded"))
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 @pytest.mark.slow
@@ -83,70 +76,6 @@ def test_bench_data(tmp_path, capsys):
     again = tmp_path / "again.png"
     assert draw.main([str(path), str(again)]) == 0
     assert again.exists()
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_every_peer_hands_over_all_that_is_left_of_the_epoch(name, records):
-    if not present(name):
-        pytest.skip(f"{name} is not installed")
-    for first in (0, records.count // 2)[: 1 + readers.CONTESTANTS[name].resumes]:
-        left = (records.count - first) * records.length
-        assert sum(readers.CONTESTANTS[name].open(records, first)) == left
-
-
-@pytest.mark.parametrize("read", [readers.webdataset, readers.mosaic, readers.litdata])
-def test_peers_resume_where_they_would_have_gone_on(read, records):
-    try:
-        whole = list(read(shuffled=False)(records, 0))
-    except LeftOut as missing:
-        pytest.skip(str(missing))
-    assert whole == list(records.sequences())
-    assert list(read(shuffled=False)(records, records.count // 2)) == whole[records.count // 2 :]
-    shuffled = list(read(shuffled=True)(records, 0))
-    assert sorted(shuffled) == sorted(whole)
-    assert list(read(shuffled=True)(records, records.count // 2)) == shuffled[records.count // 2 :]
-
-
-def test_ours_is_the_training_order_from_the_step_on(records):
-    module = readers.data_module(records)
-    whole = [batch.samples.tolist() for _, batch in zip(range(4), module.train_dataloader(), strict=False)]
-    module.trainer = readers.at_step(2)
-    resumed = [batch.samples.tolist() for _, batch in zip(range(2), module.train_dataloader(), strict=False)]
-    assert resumed == whole[2:]
-
-
-def test_the_middle_is_between_two_batches():
-    for length in (1, 1000, 8192, 65536, 100_000):
-        records = DataTask(Path(), 4 * MIB).records(length)
-        assert records.count % (2 * records.micro_batch) == 0
-        assert records.count > 0
-        assert data_task.BATCH_TOKENS <= records.micro_batch * length < data_task.BATCH_TOKENS + length
-        assert records.bases <= 4 * MIB
-
-
-def test_all_formats_hold_the_same_letters(records):
-    sequences = list(records.sequences())
-    assert len(set(sequences)) == records.count
-    assert set(b"".join(sequences)) == set(b"ACGT")
-
-
-def test_half_a_format_is_never_read(records):
-    def broken(records: readers.Records, folder: Path) -> None:
-        folder.mkdir()
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        records.written("broken", broken)
-    assert not (records.folder / "broken").exists()
-    assert records.written("broken", lambda records, folder: folder.mkdir()).is_dir()
-
-
-def test_handing_over_another_number_of_bases_is_a_failure():
-    assert list(data_task.read(iter([4, 4, 4]), 8)) == [4]
-    for handed_over in ([4], [4, 5], []):
-        with pytest.raises(LeftOut) as caught:
-            data_task.read(iter(handed_over), 8)
-        assert caught.value.reason.failed
 
 
 def test_a_peer_that_is_missing_is_left_out(monkeypatch, tmp_path, capsys):

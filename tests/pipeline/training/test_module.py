@@ -15,10 +15,7 @@ from megabase.models import Reformer, ReformerConfig
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.ranks.agreement import Agreed
-from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training.module import PretrainModule, learning_rate, refuse_shared_blocks
-from megabase.pipeline.training.recorder import FinishedStep, Recorder
 
 TINY = ReformerConfig(vocab_size=9, dim=8, depth=3, heads=2, layers=["local"])
 
@@ -98,21 +95,3 @@ def test_soft_masked_letters_weigh_less_in_training_and_the_same_in_evaluation(t
     assert nats[0.0] < nats[1.0]
     assert scored[1.0] is None  # the index knew
     assert [scored[w].tolist() for w in (0.5, 0.0)] == [[26, 0], [22, 0]]
-
-
-def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path)
-    run.directory.mkdir()
-    recorder = Recorder(run, 1, None)
-    recorder.open(0)
-    weighted, unread = torch.tensor([0.75, 2.0]).double(), torch.zeros(2).double()
-    recorder.add(FinishedStep(1, torch.tensor(6.0), None, 4, None))
-    recorder.add(FinishedStep(2, torch.tensor(6.0), weighted, 4, None))
-    recorder.add(FinishedStep(3, torch.tensor(0.0), unread, 4, None))
-    for step in (1, 2, 3):
-        recorder.add_samples(Agreed(step, False, False, 0, 0))
-    recorder.flush()
-    recorder.close()
-    rows = list(read(run.directory / "metrics.jsonl"))
-    assert [row["loss"] for row in rows] == [1.5, 8.0, 0.0]
-    assert [row.get("skipped") for row in rows] == [None, 2, None]

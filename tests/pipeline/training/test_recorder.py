@@ -1,0 +1,58 @@
+"""What rank 0 writes to the journal of a run."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from megabase.pipeline.config.load import load
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.ranks.agreement import Agreed
+from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.training.recorder import FinishedStep, Recorder
+
+
+def settings(*more: str, root: Path = Path("/nowhere")) -> RunConfig:
+    run = load(
+        [], ["run.name=x", f"run.root={root}", "data.shards=s", "data.length=8", "data.global_batch=8", *more]
+    )
+    run.model.vocab_size = 9
+    return run
+
+
+def test_the_recorder_finds_the_first_bad_step_and_count_what_was_skipped(tmp_path: Path) -> None:
+    for on_bad, first in (("stop", 2), ("skip", None)):
+        run = settings(f"guard.on_bad={on_bad}", f"run.root={tmp_path}", f"run.name={on_bad}")
+        run.directory.mkdir()
+        recorder = Recorder(run, 1, None)
+        recorder.open(0)
+        for step, nats in enumerate([6.0, math.nan, math.inf, 6.0], 1):
+            norm = 1.0 if math.isfinite(nats) else math.inf
+            recorder.add(FinishedStep(step, torch.tensor(nats), None, 4, norm, math.isfinite(nats)))
+            recorder.add_samples(Agreed(step, False, False, 0, 0))
+        recorder.flush()
+        assert (recorder.trouble and recorder.trouble.step) == first
+        recorder.close()
+        told = list(read(run.directory / "metrics.jsonl"))
+        assert [row["loss"] for row in told] == [1.5, "nan", "inf", 1.5]
+        assert [row.get("skipped_update") for row in told] == [None, *[on_bad == "skip" or None] * 2, None]
+        speeds = [row for row in read(run.directory / "performance.jsonl") if "tokens_per_second" in row]
+        assert [row.get("skipped_updates") for row in speeds] == [2 if on_bad == "skip" else None]
+
+
+def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Path) -> None:
+    run = settings(root=tmp_path)
+    run.directory.mkdir()
+    recorder = Recorder(run, 1, None)
+    recorder.open(0)
+    weighted, unread = torch.tensor([0.75, 2.0]).double(), torch.zeros(2).double()
+    recorder.add(FinishedStep(1, torch.tensor(6.0), None, 4, None))
+    recorder.add(FinishedStep(2, torch.tensor(6.0), weighted, 4, None))
+    recorder.add(FinishedStep(3, torch.tensor(0.0), unread, 4, None))
+    for step in (1, 2, 3):
+        recorder.add_samples(Agreed(step, False, False, 0, 0))
+    recorder.flush()
+    recorder.close()
+    rows = list(read(run.directory / "metrics.jsonl"))
+    assert [row["loss"] for row in rows] == [1.5, 8.0, 0.0]
+    assert [row.get("skipped") for row in rows] == [None, 2, None]
