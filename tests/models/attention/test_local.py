@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megabase.models.attention import full_attention, local_attention
-from megabase.models.attention.kernels.inputs import PairDropout
+from megabase.models.attention import local_attention
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -47,22 +46,12 @@ def test_local_chunks_equal_the_transformers_layer(causal):
     torch.testing.assert_close(out.transpose(1, 2).flatten(2), layer(hidden).hidden_states)
 
 
-@pytest.mark.parametrize("attention", [full_attention, lambda *x, **s: local_attention(*x, window=5, **s)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_padding_changes_nothing_in_full_and_local_attention(attention, causal):
+def test_padding_changes_nothing_for_real_positions(causal):
     q, k, v = (torch.randn(2, 2, 20, 4) for _ in range(3))
     mask = torch.arange(20) < torch.tensor([[20], [13]])
-    out = attention(q, k, v, causal=causal, mask=mask)
-    alone = attention(q[1:, :, :13], k[1:, :, :13], v[1:, :, :13], causal=causal)
+    out = local_attention(q, k, v, window=5, causal=causal, mask=mask)
+    alone = local_attention(q[1:, :, :13], k[1:, :, :13], v[1:, :, :13], window=5, causal=causal)
     torch.testing.assert_close(out[1:, :, :13], alone)
-    torch.testing.assert_close(out[:1], attention(q[:1], k[:1], v[:1], causal=causal))
+    torch.testing.assert_close(out[:1], local_attention(q[:1], k[:1], v[:1], window=5, causal=causal))
     assert not out[1, :, 13:].any()
-
-
-def test_full_attention_drops_the_same_pairs_as_the_sorted_kernel():
-    q, k, v = (torch.randn(2, 2, 20, 4, dtype=torch.float64) for _ in range(3))
-    dropout = PairDropout(0.4, torch.arange(4) * 12345678901)
-    full = full_attention(q, k, v, causal=True, dropout=dropout)
-    local = local_attention(q, k, v, window=20, causal=True, dropout=dropout)
-    torch.testing.assert_close(full, local, atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(full, full_attention(q, k, v, causal=True))
