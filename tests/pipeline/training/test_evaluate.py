@@ -13,6 +13,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.models import Reformer, ReformerConfig, Seeds
 from megabase.models.config import LocalConfig, LSHConfig
 from megabase.models.pretrained import from_pretrained
+from megabase.pipeline.config.schema import RunSettings
 from megabase.pipeline.inference.export import export
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training.evaluate import Score, bits, evaluate, score_batch, scorer
@@ -95,7 +96,7 @@ def test_an_exported_model_gives_the_numbers_of_the_run_it_comes_from(
     assert rows[-1]["step"] == STEPS
     loader = windows(lambda_shards).some_validation(0)
     assert not isinstance(loader, list)
-    result = evaluate(scorer(model, seed=0), loader, CPU)
+    result = evaluate(scorer(model, seed=RunSettings.seed), loader, CPU)
     assert result is not None
     # The run's two ranks batch the windows in another way: sums in another order.
     assert result["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], rel=1e-6)
