@@ -1,1 +1,1 @@
-"""A config becomes an sbatch call."""
+"""SLURM: the sbatch call for a config, and its submission."""

@@ -1,1 +1,1 @@
-"""MLflow as a mirror of the journal."""
+"""Tracking of a run in MLflow, which gets the rows of the journal."""

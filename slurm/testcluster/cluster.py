@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes on one machine, for tests and for trying things.
+"""A real SLURM cluster of two nodes on one machine, for tests and experiments.
 
 As a program:
     python slurm/testcluster/cluster.py start DIR     prints the line that points sbatch and srun at it
@@ -8,12 +8,12 @@ As a context manager:
         job = cluster.submit("--nodes=2", "script.sh")
         cluster.wait(job, {"COMPLETED"}, timeout_s=60)
 
-What is special: one slurmctld and two slurmd (nodes n1 and n2, with CPUS each whatever the machine has).
-Everything they write lies in the directory, ports are free ones and job ids start in a range of their own,
-so several clusters can run side by side. It needs no munge, no cgroups, no accounting and no root (jobs then
-run as the one user there is). A requeued job starts again after REQUEUE_DELAY_S instead of two minutes. A
-node that is set down (`scontrol update NodeName=n2 State=DOWN Reason=test`) loses its jobs and comes back by
-itself. A job in partition `urgent` preempts the others. Tried with SLURM 22.05.
+What is special: one slurmctld and two slurmd, nodes n1 and n2, which report CPUS each, whatever the machine has. All
+their files are in the directory, they listen on free ports, and job ids begin in a range of their own, so several
+clusters can run side by side. It needs no munge, cgroups, accounting or root (without root, jobs run as this user). A
+requeued job starts again after REQUEUE_DELAY_S instead of two minutes. A node that is set down (`scontrol update
+NodeName=n2 State=DOWN Reason=test`) loses its jobs and comes back by itself. A job in partition `urgent` preempts the
+others. Tested with SLURM 22.05.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FINAL_STATES = {
     "DEADLINE",
 }
 
-# The daemons are in sbin, which is not on everybody's PATH.
+# The daemons are in sbin, which may not be on PATH.
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"])
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 
@@ -102,7 +102,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 
 
 class ClusterError(RuntimeError):
-    """The test cluster, or a command or job on it, did not do what it should; the message says what."""
+    """The test cluster, a command or a job on it failed; the message says how."""
 
 
 def unavailable() -> str | None:
@@ -209,7 +209,7 @@ class TestCluster:
         return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env))
 
     def show(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says: {"JobState": "RUNNING", "Restarts": "0", "ExitCode": "0:0", ...}."""
+        """The fields of `scontrol show job`: {"JobState": "RUNNING", "Restarts": "0", "ExitCode": "0:0", ...}."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", str(job))))
 
     def state(self, job: int) -> str:
@@ -250,7 +250,7 @@ class TestCluster:
     def daemons(self) -> Iterator[int]:
         """Process ids of the daemons of this directory that live: those with its config on their command line.
 
-        So they are found, and nobody else is, when their pid files are old or gone.
+        This finds them, and no other process, when their pid files are old or missing.
         """
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -296,7 +296,7 @@ def _configuration(directory: Path) -> str:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
+    """Free ports."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
         for each in sockets:
