@@ -1,6 +1,6 @@
 # make demo     pretrain on a real genome, kill the run, resume it
 # make test     all tests; make quick: those that take seconds
-# make lint     ruff, mypy and the docs
+# make lint     ruff, mypy, the order of imports, and the docs
 # make docs     the site, in build/site
 # make bench    time and memory beside other libraries (DEVICE=cuda on a GPU)
 # Each makes the virtual environment .venv if there is none. PYTHON chooses the interpreter (3.11 or newer).
@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory docs
 
 # The site, in build/site. Nothing is fetched. A broken link or reference is an error (not with --quiet, which hides
