@@ -1,4 +1,4 @@
-"""What the hardware can do: precision, peak speed and memory. Used for the utilisation of a training."""
+"""What the hardware can do: precision, peak speed and memory, from which a run computes its utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import resource
 
 import torch
 
-# FLOP/s of dense matrix products at 16 bits, from the vendors' data sheets, by words of a device's name.
+# Peak FLOP/s of dense matrix products at 16 bits, from the vendors' data sheets. A key matches a GPU whose name has
+# all the key's words; of several such keys the longest counts.
 PEAK_16_BIT = {
     "V100": 125e12,
     "A10": 125e12,
@@ -25,7 +26,7 @@ PEAK_16_BIT = {
 
 
 def precision_of(setting: str) -> str:
-    """The precision that `trainer.precision` selects on this machine: '32', 'bf16' or '16'."""
+    """The precision that a value of `trainer.precision` selects on this machine: '32', 'bf16' or '16'."""
     if setting != "auto":
         return setting
     return "bf16" if torch.cuda.is_available() else "32"

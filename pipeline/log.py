@@ -1,7 +1,7 @@
 """Messages to the user: the logger `megabase` and its children, on stderr. stdout belongs to the results of commands.
 
-`set_up` is for the command line. A program that imports megabase decides itself what becomes of these messages: until
-it does, they are dropped (`megabase/__init__.py` adds a NullHandler).
+Only the command line calls `set_up`. A program that imports megabase sets up logging itself; without that, these
+messages are dropped (`megabase/__init__.py` adds a NullHandler).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# The progress of a training, a line at a time. These lines carry no `megabase: ` before them.
+# The logger of progress lines of a training run. They are printed without the prefix `megabase: `.
 PROGRESS = logging.getLogger("megabase.progress")
 
 
@@ -29,7 +29,7 @@ def console() -> Console:
 class StderrHandler(logging.Handler):
     """Writes each message to stderr at once: as plain lines to a file or pipe, beside a progress bar on a terminal.
 
-    It looks up `sys.stderr` for every message, so it follows a stream that was replaced.
+    It looks up `sys.stderr` for every message, so it also works after another stream has replaced it.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -45,7 +45,7 @@ class StderrHandler(logging.Handler):
 
 
 class Prefixed(logging.Formatter):
-    """`megabase: TEXT`, or `TEXT` alone for lines of progress; a traceback follows where there is one."""
+    """Formats a message as `megabase: TEXT`, and a progress line as `TEXT`. The traceback, if any, follows."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -53,7 +53,7 @@ class Prefixed(logging.Formatter):
 
 
 def set_up() -> None:
-    """Show the messages of `megabase`, from level INFO on, on stderr. A second call changes nothing."""
+    """Show the messages of the logger `megabase`, level INFO and above, on stderr. A second call changes nothing."""
     logger = logging.getLogger("megabase")
     if any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         return

@@ -1,1 +1,1 @@
-r"""The typed tree of every setting \(schema\), its dotted keys \(keys\), and reading and writing it \(load\)."""
+"""Every setting of a run: `schema` defines the typed tree, `keys` its dotted keys, `load` reads and writes it."""

@@ -1,4 +1,4 @@
-"""Settings by their dotted keys, such as `data.length`: as messages name them and as manifests hold them."""
+"""Settings by their dotted keys, such as `data.length`, which messages and manifests use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ def dotted(config: DataclassInstance) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to {"a.b.c": value}. An empty dictionary is a value."""
+    """Flatten nested dictionaries to {"a.b.c": value}. An empty dictionary counts as a value.
+
+    Args:
+        tree: nested dictionaries.
+        prefix: text before every key.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

@@ -1,6 +1,6 @@
 """Reading and writing a run's configuration: defaults, then YAML files from left to right, then KEY=VALUE arguments.
 
-There is no include language: a small file that is merged over another one does that job.
+A file cannot include another one: instead, give both files, and the right one is merged over the left one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
         The configuration, for which `RunConfig.validate` passed.
 
     Raises:
-        UserError: a file is missing or is not YAML; a key is unknown (the closest known one is named); a value has
-            the wrong type; a required key is missing; values do not fit together.
+        UserError: a file is missing or is not YAML; a key is unknown (the message names the closest known one); a value
+            has the wrong type; a required key is missing; values do not fit together.
         DataError: a setting under `data` cannot work.
         ConfigError: a setting under `model` cannot work.
     """
@@ -82,7 +82,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _merge(base: Any, change: Any, source: str) -> Any:
-    """`change` merged over `base`. `source` is the file or argument that an error message names."""
+    """Merge `change` over `base`. `source` is the file or argument that an error message names."""
     try:
         return OmegaConf.merge(base, change)
     except ConfigKeyError as error:
@@ -91,12 +91,12 @@ def _merge(base: Any, change: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         problem = first_line(error)
         if "ListConfig" in problem:
-            problem = f"a list is wanted: '{error.full_key}=[a,b]'"
+            problem = f"must be a list, such as '{error.full_key}=[a,b]'"
         raise UserError(f"{source}: {error.full_key or 'value'}: {problem}") from None
 
 
 def _hint(unknown: str) -> str:
-    """The known key that is closest to an unknown one; without a close one, the names of all sections."""
+    """A hint for an unknown key: the closest known key, or the names of all sections if none is close."""
     known = list(dotted(RunConfig()))
     known += sorted({key.rpartition(".")[0] for key in known})
     close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)

@@ -1,7 +1,8 @@
 """Every setting of a run as one typed tree of dataclasses, with the checks of its values.
 
 `model` is `ReformerConfig` and `data` is `DataConfig`: the packages `models` and `datamodules` document and check their
-own settings. `RunConfig.validate` checks every section, and then what spans sections. `load.py` fills the tree.
+own settings. `RunConfig.validate` checks every section, and then settings of different sections against each other.
+`load.py` fills the tree.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class RunSettings:
     seed: int = 1
 
     def validate(self) -> None:
-        """Raise UserError for a name that cannot be a directory's."""
+        """Raise UserError for a name that cannot name a directory."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"run.name={self.name!r}: use letters, digits, '.', '_' and '-' only")
 
@@ -89,12 +90,13 @@ class TrainerConfig:
         precision: `auto` (bf16 on GPUs, 32 on CPUs), `32`, `bf16` or `16` (GPUs only).
         eval_every_steps: Optimizer steps between evaluations on the validation split. 0: only at the end.
         eval_sequences: Windows of one evaluation, spread evenly over the split. 0: all. The evaluation at the end
-            always takes all.
+            always uses all.
         log_every_steps: Optimizer steps between writes of the journal. Each write reads the losses from the device.
-        max_minutes: This many minutes after its ranks began, a start writes a checkpoint and exits with code 75. 0: no
-            limit. At least one step is trained. Leave time for a step and a checkpoint before the machine's own limit.
+        max_minutes: Time limit of one start, in minutes from when its ranks begin. Then the ranks finish their step
+            (each start trains at least one), write a checkpoint and exit with code 75. 0: no limit. Leave time for a
+            step and a checkpoint before the machine's own limit.
         hang_minutes: If a rank finishes no micro batch, evaluation batch or phase of a checkpoint for this many
-            minutes, it writes its stacks to `logs/` and ends the job. 0: never. Until the first micro batch is
+            minutes, it writes its Python stacks to `logs/` and ends the job. 0: never. Until the first micro batch is
             done, the limit is at least 30 minutes.
     """
 
@@ -176,12 +178,12 @@ class CheckpointConfig:
     """When checkpoints are written, and which are kept. One is always written at the end and on a stop.
 
     Attributes:
-        every_steps: Optimizer steps between checkpoints. 0: none by step.
-        every_minutes: Minutes between checkpoints. 0: none by time.
+        every_steps: Optimizer steps between checkpoints. 0: steps do not count.
+        every_minutes: Minutes between checkpoints. 0: time does not count.
         keep: Number of newest checkpoints to keep.
         keep_every: Checkpoints at multiples of this step number are kept for good. 0: none.
-        keep_best: Number of checkpoints with the lowest validation loss to keep besides, of those evaluated at
-            their own step. 0: none.
+        keep_best: Number of checkpoints with the lowest validation loss to keep in addition. Only a checkpoint
+            whose step was evaluated has a validation loss. 0: none.
         background: Copy the states to host memory and write them while training continues.
     """
 
@@ -193,7 +195,7 @@ class CheckpointConfig:
     background: bool = False
 
     def validate(self) -> None:
-        """Raise UserError for a value out of its range, or a `keep_every` that no checkpoint meets."""
+        """Raise UserError for a value out of its range, or a `keep_every` without checkpoints at its multiples."""
         _require_positive(self, "checkpoint", "keep")
         _require_not_negative(self, "checkpoint", "every_steps", "every_minutes", "keep_every", "keep_best")
         if self.keep_every and not _one_divides_the_other(self.keep_every, self.every_steps):
@@ -203,7 +205,7 @@ class CheckpointConfig:
                 else "set checkpoint.every_steps"
             )
             raise UserError(
-                f"checkpoint.keep_every={self.keep_every}: no checkpoint is due at most of these steps: {way_out}"
+                f"checkpoint.keep_every={self.keep_every}: at most multiples of it, no checkpoint is written: {way_out}"
             )
 
 
@@ -214,10 +216,10 @@ class GuardConfig:
     Attributes:
         on_bad: `stop`: end the run before a checkpoint of the bad step is written, and name its windows. `skip`:
             leave out the update of that step on all ranks and continue; every step then waits for its loss once.
-        spike: A loss has exploded if it is above this many times the median of the last losses and above the loss
-            of guessing. 0: never.
-        window: Number of training steps that count as the last ones.
-        max_skips: The run ends when this many of the last updates were skipped.
+        spike: A loss has exploded if it is above this many times the median loss of the last `window` steps, and
+            above the loss of guessing (the logarithm of the vocabulary's size). 0: never.
+        window: Number of training steps over which `spike` takes the median and `max_skips` counts.
+        max_skips: The run ends when this many updates of the last `window` steps were skipped.
     """
 
     on_bad: str = STOP
@@ -231,12 +233,12 @@ class GuardConfig:
         _require_choice("guard.on_bad", self.on_bad, ON_BAD)
         if self.spike and self.spike <= 1:
             raise UserError(
-                f"guard.spike={self.spike}: a multiple of the usual loss, above 1 (0 switches it off)"
+                f"guard.spike={self.spike}: must be above 1, as a multiple of the usual loss (0 switches it off)"
             )
         if self.max_skips > self.window:
             raise UserError(
-                f"guard.max_skips={self.max_skips}: at most guard.window={self.window}, the steps in which skipped"
-                " updates are counted"
+                f"guard.max_skips={self.max_skips}: must be at most guard.window={self.window}, the number of"
+                " steps in which skipped updates are counted"
             )
 
 
@@ -308,7 +310,7 @@ class RunConfig:
         return (Path(self.run.root) / self.run.name).absolute()
 
     def validate(self) -> None:
-        """Check every section, and then what spans sections.
+        """Check every section, and then settings of different sections against each other.
 
         Raises:
             UserError: a value is out of its range, or settings do not fit together.
@@ -348,18 +350,18 @@ class RunConfig:
     def _check_objective(self) -> None:
         if self.data.objective == CAUSAL and not self.model.causal:
             raise UserError(
-                "data.objective=causal predicts the next base, which a model with model.causal=false sees: "
+                "data.objective=causal predicts the next base, but model.causal=false lets the model see it: "
                 "set model.causal=true, or data.objective=masked"
             )
         if self.data.objective == MASKED and self.model.causal:
             raise UserError(
-                "data.objective=masked predicts masked bases from both sides, but model.causal=true sees one: "
+                "data.objective=masked predicts masked bases from both sides, but model.causal=true hides the right one: "
                 "set model.causal=false, or data.objective=causal"
             )
 
 
 def _require_positive(section: object, prefix: str, *names: str) -> None:
-    """Raise UserError unless these numbers of a section are above zero, or None."""
+    """Raise UserError unless each of these numbers of a section is above zero or None."""
     for name in names:
         value = getattr(section, name)
         if value is not None and value <= 0:

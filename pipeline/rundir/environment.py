@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Versions, git commit of the code, command line, host, hardware, and the attention kernel that runs there."""
+    """Versions, git commit of the code, command line, host, hardware, and the attention kernel for this hardware."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": versions(),

@@ -27,7 +27,8 @@ class Journal:
 
     Args:
         path: the file; made if missing.
-        resume_step: rows up to this step are kept, later ones and an incomplete last line are dropped; 0: none is kept.
+        resume_step: step of the checkpoint that the run resumes from. Rows up to it are kept; later rows and an
+            incomplete last line are dropped. 0: drop all rows.
 
     Attributes:
         path: the file.
@@ -91,14 +92,14 @@ def read(path: Path, having: str = "") -> Iterator[Row]:
 
 
 def restore(path: Path, saved: Path) -> str | None:
-    """Put the rows up to a checkpoint's step back, if the journal has lost or changed any of them.
+    """Restore the rows up to a checkpoint's step, if the journal lacks any of them or has others.
 
     Args:
         path: the journal.
         saved: the copy of the journal in the checkpoint.
 
     Returns:
-        What was wrong: "lacks rows" or "has other rows"; None if nothing was.
+        What was wrong with the journal: "lacks rows" or "has other rows"; None if nothing was wrong.
     """
     rows = saved.read_bytes()
     current = path.read_bytes() if path.exists() else b""
@@ -114,7 +115,7 @@ def has_evaluation(path: Path, step: int) -> bool:
 
 
 class Tail:
-    """Reads a journal that grows: each row once. The file must not be rewritten meanwhile."""
+    """Reads a growing journal and returns each row once. Nothing may rewrite the file meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

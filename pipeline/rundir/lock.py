@@ -1,4 +1,4 @@
-"""One job at a time trains in a run directory, and it must be able to write there."""
+"""The lock of a run directory, so that one job at a time trains in it, and the check that it can be written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def lock_run(directory: Path) -> FileLock:
     except OSError as error:
         raise UserError(_unwritable(directory, error)) from None
     if not lock.supported:
-        logger.warning(f"{directory} is on a file system without locks: nothing keeps a second job out of it")
+        logger.warning(
+            f"{directory} is on a file system without locks: megabase cannot stop a second job from training there"
+        )
     return lock
 
 

@@ -1,4 +1,4 @@
-"""The files of a run directory: one name for each path, used everywhere."""
+"""The paths of the files in a run directory: one property for each, which all other modules use."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunPaths:
 
     @property
     def mlflow(self) -> Path:
-        """Which MLflow run the journal is sent to."""
+        """Names the MLflow run that the journal is sent to."""
         return self.directory / "mlflow.json"
 
     @property
@@ -67,7 +67,7 @@ class RunPaths:
 
     @property
     def stop(self) -> Path:
-        """A file that stops the run, and that keeps it from starting again while it exists."""
+        """A file that a user creates to stop the run. While it exists, the run does not start again."""
         return self.directory / "STOP"
 
     @property
@@ -94,7 +94,7 @@ class RunPaths:
         return self.logs / f"rank-{rank}.stacks.txt"
 
     def bad_step(self, step: int) -> Path:
-        """The windows of a step with bad numbers."""
+        """The windows of a step whose loss or gradient norm was bad."""
         return self.logs / f"bad-step-{step}.json"
 
     def slurm_log(self, job: int | str) -> Path:

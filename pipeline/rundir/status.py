@@ -12,20 +12,20 @@ from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
-# The job script sets this variable to the file in which it wants the status.
+# In this environment variable the job script passes the path of the file to which it wants the status written.
 STATUS_FILE_VARIABLE = "MEGABASE_STATUS_FILE"
 
 
 def write_status(directory: Path, state: str, step: int | None) -> None:
     """Write the state of a run and its step to `status.json`. For rank 0 only.
 
-    A run that was killed leaves "running" behind. An error is printed and not raised.
+    After a run was killed, the file still says "running". An OSError is logged, not raised.
     """
     _write(RunPaths(directory).status, {"state": state, "step": step})
 
 
 def write_launcher_status(state: str, step: int | None, directory: Path | None = None) -> None:
-    """Write the same for the job script, if it set MEGABASE_STATUS_FILE. For rank 0 only.
+    """Write the state and step to the file that MEGABASE_STATUS_FILE names, if it is set. For rank 0 only.
 
     Args:
         state: a state as in `status.json`.

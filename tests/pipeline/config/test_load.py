@@ -1,4 +1,4 @@
-"""The config tree: merging, round trip, and every way to get it wrong."""
+"""Loading a config: merging, round trip, and every kind of bad input."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
         ("data.objective=masked", r"masked bases .* set model\.causal=false, or data\.objective=causal"),
         ("data.objective=mlm", r"data\.objective 'mlm': choose causal or masked"),
         ("data.mask_rate=2", r"data\.mask_rate 2\.0"),
-        ("model.layers=local", r"model\.layers: a list is wanted: 'model\.layers=\[a,b\]'"),
+        ("model.layers=local", r"model\.layers: must be a list, such as 'model\.layers=\[a,b\]'"),
         ("optim.beta1=7", r"optim\.beta1=7\.0: must be at least 0 and below 1"),
         ("optim.min_lr=5", r"optim\.min_lr=5\.0: it is a fraction"),
         ("zzzz.q=1", r"unknown key 'zzzz'; the sections are run, model, data"),

@@ -1,4 +1,4 @@
-"""Every section checks its own values, and the tree what spans sections."""
+"""Every section checks its own values; the tree checks sections against each other."""
 
 from pathlib import Path
 

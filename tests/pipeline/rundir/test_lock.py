@@ -1,4 +1,4 @@
-"""One job at a time in a run directory, which it must be able to write."""
+"""The lock of a run directory, and the check that the directory can be written."""
 
 import errno
 import platform

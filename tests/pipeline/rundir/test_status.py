@@ -13,7 +13,9 @@ def test_the_status_of_a_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 3}
 
 
-def test_the_job_script_gets_it_where_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_is_also_written_to_the_file_that_the_job_script_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MEGABASE_STATUS_FILE", raising=False)
     write_launcher_status("failed", None)
     file = tmp_path / "for-the-job"
@@ -25,7 +27,7 @@ def test_the_job_script_gets_it_where_it_wants(tmp_path: Path, monkeypatch: pyte
     assert json.loads(file.read_text()) == {"state": "again", "step": 7, "checkpoints": checkpoints}
 
 
-def test_a_status_that_cannot_be_written_is_a_message(
+def test_a_status_that_cannot_be_written_is_logged_and_not_raised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_status(tmp_path / "missing", "running", 3)

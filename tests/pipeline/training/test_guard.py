@@ -39,7 +39,7 @@ def rows(losses: Sequence[float]) -> list[Row]:
     ("setting", "message"),
     [
         ("guard.on_bad=panic", "guard.on_bad='panic': choose one of skip, stop"),
-        ("guard.spike=1", "guard.spike=1.0: a multiple of the usual loss, above 1"),
+        ("guard.spike=1", "guard.spike=1.0: must be above 1"),
         ("guard.spike=-3", "guard.spike=-3.0: a multiple"),
         ("guard.window=0", "guard.window=0: must be above zero"),
         ("guard.max_skips=0", "guard.max_skips=0: must be above zero"),
