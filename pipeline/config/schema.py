@@ -355,7 +355,7 @@ class RunConfig:
             )
         if self.data.objective == MASKED and self.model.causal:
             raise UserError(
-                "data.objective=masked predicts masked bases from both sides, but model.causal=true hides the right one: "
+                "data.objective=masked predicts masked bases from both sides, but model.causal=true hides one: "
                 "set model.causal=false, or data.objective=causal"
             )
 

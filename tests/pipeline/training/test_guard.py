@@ -40,10 +40,10 @@ def rows(losses: Sequence[float]) -> list[Row]:
     [
         ("guard.on_bad=panic", "guard.on_bad='panic': choose one of skip, stop"),
         ("guard.spike=1", "guard.spike=1.0: must be above 1"),
-        ("guard.spike=-3", "guard.spike=-3.0: a multiple"),
+        ("guard.spike=-3", "guard.spike=-3.0: must be above 1"),
         ("guard.window=0", "guard.window=0: must be above zero"),
         ("guard.max_skips=0", "guard.max_skips=0: must be above zero"),
-        ("guard.max_skips=200", "guard.max_skips=200: at most guard.window=100"),
+        ("guard.max_skips=200", "guard.max_skips=200: must be at most guard.window=100"),
     ],
 )
 def test_bad_settings_are_named(setting: str, message: str) -> None:
