@@ -9,8 +9,8 @@ of them, so it too holds one round at a time. No weights are kept: besides the s
 of its slots, memory is O(length · d) whatever the number of rounds. Un-sorting is a gather with the inverse
 permutation, never a scatter: sums have one order, and the same input gives the same bits.
 
-What decides the speed on a CPU: torch's softmax is fused, and several times faster than exp, so both passes use it, and
-a factor carries the share of the round in the whole; and masks are sums of clipped distances
+What decides the speed on a CPU: torch's softmax is fused, and several times faster than exp. So both passes use it
+within a round, and multiply by the round's share of the softmax over all rounds. Masks are sums of clipped distances
 (`SortedRound.exclusion`), because comparisons and masked fills of floats cost more than the products themselves.
 """
 
@@ -26,13 +26,13 @@ from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOr
 from megabase.models.attention.kernels.sorted_copies import Layout, SortedRound
 
 EMPTY = -1e28
-"""A log-sum-exp below this is one of excluded scores only: the position attends to nothing."""
+"""A log-sum-exp below this sums excluded scores only: the position attends to nothing."""
 
 GROUP = 1 << 18
 """Scores that exist at once, in elements: they and their keys should stay in a core's caches."""
 
 SORTED = 1 << 18
-"""Elements of one sorted copy that exist at once; the rows (batch × heads) beyond them wait."""
+"""The most elements of one sorted copy, but at least one row. Rows (batch × heads) beyond that are computed later."""
 
 
 def sorted_attention(
@@ -73,7 +73,7 @@ class _SortedAttention(torch.autograd.Function):
 
 
 def _row_groups(q: Tensor) -> Iterator[slice]:
-    """Rows that are computed together."""
+    """Slices of the rows: those of one slice are computed together."""
     rows, length, d = q.shape
     step = max(1, SORTED // (length * d))
     for start in range(0, rows, step):

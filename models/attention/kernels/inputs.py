@@ -35,8 +35,8 @@ class Rule:
         causal: A query attends to no later position.
         once: A key found in several rounds counts once. Otherwise it counts once for each round.
         shared: Queries are keys too (paper, section 2). Every position would attend mostly to itself, so a position
-            attends to itself only if it attends to nothing else: the limit of the references' score of −1e5.
-            Otherwise a position's own key is a key like any other.
+            attends to itself only if it attends to nothing else. (trax and transformers give that pair a score
+            of about −1e5 instead.) If not shared, a position's own key is a key like any other.
     """
 
     reach: int

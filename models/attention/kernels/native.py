@@ -81,11 +81,11 @@ def sort_by_bucket(buckets: Tensor, n_buckets: int, mask: Tensor | None) -> Sort
     """The same as `SortedOrder.by_bucket`, for buckets (rows, rounds, length) in [0, n_buckets), by counting sort."""
     buckets = buckets.to(torch.int32).contiguous()
     rows, rounds, length = buckets.shape
-    hidden = None if mask is None else (~mask).to(torch.int32).contiguous()
+    padding = None if mask is None else (~mask).to(torch.int32).contiguous()
     positions, sorted_buckets = torch.empty_like(buckets), torch.empty_like(buckets)
     sorting = _Sorting(
         buckets=buckets.data_ptr(),
-        hidden=None if hidden is None else hidden.data_ptr(),
+        padding=None if padding is None else padding.data_ptr(),
         positions=positions.data_ptr(),
         sorted_buckets=sorted_buckets.data_ptr(),
         rows=rows,
@@ -113,9 +113,9 @@ class _SortedAttention(torch.autograd.Function):
         q, k, v = _dense(q), None if k is None else _dense(k), _dense(v)
         out = _like(v)
         lse = torch.full((q.shape[0] * q.shape[1], q.shape[2]), EXCLUDED)
-        problem, kept = _problem(q, k, v, out, lse, torch.zeros_like(lse), order, rule, dropout, scale)
+        problem, in_use = _problem(q, k, v, out, lse, torch.zeros_like(lse), order, rule, dropout, scale)
         _call("megabase_forward", problem)
-        del kept
+        del in_use
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.case = order, rule, dropout, scale
         return out.to(v.dtype)
@@ -125,10 +125,10 @@ class _SortedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad = _dense(grads[0] if grads[0].dtype in DTYPES else grads[0].float())
         dq, dk, dv = _like(q), _like(q), _like(v)
-        problem, kept = _problem(q, k, v, out, lse, torch.empty_like(lse), *ctx.case)
+        problem, in_use = _problem(q, k, v, out, lse, torch.empty_like(lse), *ctx.case)
         problem.grad, problem.dq, problem.dk, problem.dv = map(_Tensor.of, (grad, dq, dk, dv))
         _call("megabase_backward", problem)
-        del kept
+        del in_use
         return dq.to(q.dtype), None if k is None else dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
@@ -157,7 +157,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("peak", "total", "positions", "slots", "buckets")),
         *((name, ctypes.c_int64) for name in ("positions_row", "slots_row", "buckets_row")),
         ("real_lengths", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
+        ("dropout_keys", ctypes.c_void_p),
         ("rate", ctypes.c_double),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "rounds", "length", "reach")),
@@ -179,7 +179,7 @@ class _Sorting(ctypes.Structure):
     """`Sorting` of cpp/hashing.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("buckets", "hidden", "positions", "sorted_buckets")),
+        *((name, ctypes.c_void_p) for name in ("buckets", "padding", "positions", "sorted_buckets")),
         *((name, ctypes.c_int32) for name in ("rows", "rounds", "length", "n_buckets", "threads")),
     )
 
@@ -230,12 +230,12 @@ def _problem(
         shared=rule.shared,
         threads=torch.get_num_threads(),
     )
-    kept = [total, positions, slots, buckets, real_lengths]
+    in_use = [total, positions, slots, buckets, real_lengths]
     if dropout is not None:
         keys = dropout.keys.contiguous()
-        problem.keys, problem.rate = keys.data_ptr(), dropout.rate
-        kept.append(keys)
-    return problem, kept
+        problem.dropout_keys, problem.rate = keys.data_ptr(), dropout.rate
+        in_use.append(keys)
+    return problem, in_use
 
 
 def _table(numbers: Tensor) -> Tensor:

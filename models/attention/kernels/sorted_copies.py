@@ -1,6 +1,6 @@
 """What `chunked` computes with: sorted copies of q, k, v in blocks and spans, and which pairs count.
 
-Terms, beside those of `inputs`. A *block* is some neighbouring slots whose queries are computed together. Its *span* is
+Terms, beside those of `inputs`. A *block* is a run of slots whose queries are computed together. Its *span* is
 the slots of the keys that these queries can reach: `before` slots, the block itself, `after` slots. The *ring* of the
 rule `chunk` joins the rounds: the first chunk of a round attends to the last chunk of the round before. So every row
 begins with a copy of that chunk, in `ring` extra slots.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder
-from megabase.models.config import round_up
+from megabase.models.checks import round_up
 
 EXCLUDED = -1e30
 """Score of a pair that does not count: finite, so that a row of them makes no NaN."""
@@ -33,7 +33,7 @@ class Layout:
     def __init__(
         self, order: SortedOrder, rule: Rule, dropout: PairDropout | None, part: slice, dtype: torch.dtype
     ) -> None:
-        """part: the rows; dtype: of scores."""
+        """part: the rows of `order` that are laid out; dtype: the dtype of scores."""
         self.rule, self.dropout, self.dtype = rule, dropout, dtype
         self.positions, self.slots = order.positions[part].long(), order.slots[part].long()
         self.real_lengths = order.real_lengths[part].long()
@@ -57,7 +57,7 @@ class Layout:
         self.number_dtype = torch.float32 if self.length < 1 << 22 else torch.float64
 
     def groups(self, n_scores: int) -> Iterator[slice]:
-        """Blocks, so many at a time that they have about n_scores scores."""
+        """Slices of the blocks, each with about n_scores scores."""
         step = max(1, n_scores // (self.block * self.span))
         for start in range(0, self.n_blocks, step):
             yield slice(start, min(start + step, self.n_blocks))
@@ -121,6 +121,7 @@ class SortedRound:
         high = F.pad(layout.high[:, number] + ring, (ring, tail))
         if ring:
             positions[:, :ring], count = self._ring_chunk()
+            # The first chunk also reaches the real positions of the ring's chunk, which lie just before it.
             first = slice(ring, min(2 * ring, ring + layout.length))
             low[:, first] = torch.where(low[:, first] < high[:, first], ring - count[:, None], high[:, first])
         slots = torch.arange(layout.row_slots, device=layout.device)
@@ -137,7 +138,7 @@ class SortedRound:
     # Sorted copies
 
     def queries(self, x: Tensor, *, hide: bool = False) -> Tensor:
-        """x (rows, length, d) by slot: (n_blocks, block, d). hide: zeros in slots outside the row's own."""
+        """x (rows, length, d) by slot: (n_blocks, block, d). hide: zeros in the slots of the ring and the padding."""
         layout = self.layout
         y = x.reshape(-1, x.shape[-1]).index_select(0, self.sorting)
         if hide:
@@ -239,7 +240,7 @@ class SortedRound:
         return y.as_strided((layout.n_blocks, layout.span), (layout.block, 1))
 
     def _counted_before(self) -> Iterator[Interval]:
-        """For the rule `once`: intervals of slots in which a pair has counted before, so that it does not here."""
+        """For the rule `once`: intervals of slots in which a pair has counted already; it must not count again."""
         layout = self.layout
         chunked = layout.rule.attend == "chunk"
         for other in range(self.number):

@@ -21,24 +21,25 @@
 
 namespace {
 
-// How many rows there are, how many strips and pieces each is cut into, and how many rows are computed at a time (step):
-// few, so that their vectors stay in the shared cache; enough to keep all threads at work.
+// How many rows there are; how many strips, and how many pieces, each row is cut into; how many rows are computed at a
+// time (step): so few that their vectors stay in the shared cache, but enough to give all threads work.
 struct Cut {
     int64_t rows, strips, pieces, step;
 
     Cut(const Problem& p, const Shape& s)
         : rows((int64_t)p.batch * p.heads),
           strips((p.length + s.strip - 1) / s.strip),
-          pieces((p.length + SPREAD - 1) / SPREAD),
+          pieces((p.length + PIECE - 1) / PIECE),
           step(std::min(rows, std::max<int64_t>(1, (8 * p.threads + strips - 1) / strips))) {}
 };
 
-// Go over slots rather than positions: the slot tells whether a position is real.
+// After all rounds: divide the sums by the total weight, and store the log-sum-exp. A position that attends to nothing
+// takes its own value. Visits slots, because only the slot tells whether a position is real.
 void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
     const int32_t* positions = p.positions + row * p.positions_row;
     const char* v_row = row_of(p.v, row, p.heads);
     Buffer<float> value(s.wide_v);
-    for (int64_t slot = begin; slot < std::min<int64_t>(begin + SPREAD, p.length); ++slot) {
+    for (int64_t slot = begin; slot < std::min<int64_t>(begin + PIECE, p.length); ++slot) {
         const int32_t position = positions[slot];
         float* out = floats_at(p.out, row, p.heads, position);
         float &lse = p.peak[row * p.length + position], total = p.total[row * p.length + position];
@@ -56,11 +57,12 @@ void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin
     }
 }
 
+// Before all rounds: store grad · out of every position, and pass the gradient of own values on to v.
 void begin_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
     const int32_t* positions = p.positions + row * p.positions_row;
     const char* grad_row = row_of(p.grad, row, p.heads);
     Buffer<float> grad(s.wide_v);
-    for (int64_t slot = begin; slot < std::min<int64_t>(begin + SPREAD, p.length); ++slot) {
+    for (int64_t slot = begin; slot < std::min<int64_t>(begin + PIECE, p.length); ++slot) {
         const int32_t position = positions[slot];
         const float* out = floats_at(p.out, row, p.heads, position);
         fetch(grad, p.grad, grad_row, position);
@@ -76,7 +78,7 @@ void begin_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin
 void finish_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
     const char* q_row = row_of(p.q, row, p.heads);
     Buffer<float> query(s.wide);
-    for (int64_t position = begin; position < std::min<int64_t>(begin + SPREAD, p.length); ++position) {
+    for (int64_t position = begin; position < std::min<int64_t>(begin + PIECE, p.length); ++position) {
         fetch(query, p.q, q_row, position);
         const Unit unit(query, s.d);
         const float* dk = floats_at(p.dk, row, p.heads, position);
@@ -86,7 +88,7 @@ void finish_backward(const Problem& p, const Shape& s, int64_t row, int64_t begi
     }
 }
 
-// The tasks of some rows, cut along the length in pieces.
+// Add a phase whose tasks are the `pieces` pieces (or strips) of each of the rows from `first_row` on.
 void add_phase(std::vector<Phase<Scratch>>& phases, int64_t first_row, int64_t rows, int64_t pieces,
                std::function<void(int64_t, int64_t, Scratch&)> run) {
     if (pieces > 0)
@@ -104,10 +106,10 @@ void megabase_use_threads(void* parallel) { torch_threads = (Parallel)parallel; 
 void megabase_hash(const Hashing* hashing) {
     const Hashing& h = *hashing;
     const int wide = round_up(h.x.width, PANEL);
-    const int64_t pieces = (h.length + SPREAD - 1) / SPREAD;
+    const int64_t pieces = (h.length + PIECE - 1) / PIECE;
     const std::vector<Phase<HashSpace>> phases{
         {(int64_t)h.batch * h.heads * pieces, [&](int64_t task, HashSpace& space) {
-             hash_positions(h, wide, task / pieces, task % pieces * SPREAD, space);
+             hash_positions(h, wide, task / pieces, task % pieces * PIECE, space);
          }}};
     run_phases(h.threads, phases, wide);
 }
@@ -132,7 +134,7 @@ void megabase_forward(const Problem* problem) {
                 if (!p.window && strip == 0) Strip<false>(p, s, x, row, round, 0, true).run();
             });
         add_phase(phases, row, some, cut.pieces,
-                  [&p, &s](int64_t row, int64_t piece, Scratch&) { finish_forward(p, s, row, piece * SPREAD); });
+                  [&p, &s](int64_t row, int64_t piece, Scratch&) { finish_forward(p, s, row, piece * PIECE); });
     }
     run_phases(p.threads, phases, p, s, false);
 }
@@ -145,7 +147,7 @@ void megabase_backward(const Problem* problem) {
     for (int64_t row = 0; row < cut.rows; row += cut.step) {
         const int64_t some = std::min(cut.step, cut.rows - row);
         add_phase(phases, row, some, cut.pieces,
-                  [&p, &s](int64_t row, int64_t piece, Scratch&) { begin_backward(p, s, row, piece * SPREAD); });
+                  [&p, &s](int64_t row, int64_t piece, Scratch&) { begin_backward(p, s, row, piece * PIECE); });
         for (int round = 0; round < p.rounds; ++round) {
             for (int parity = 0; parity < 2; ++parity)
                 add_phase(phases, row, some, (cut.strips + 1 - parity) / 2,
@@ -159,7 +161,7 @@ void megabase_backward(const Problem* problem) {
         }
         if (!p.k.data)
             add_phase(phases, row, some, cut.pieces,
-                      [&p, &s](int64_t row, int64_t piece, Scratch&) { finish_backward(p, s, row, piece * SPREAD); });
+                      [&p, &s](int64_t row, int64_t piece, Scratch&) { finish_backward(p, s, row, piece * PIECE); });
     }
     run_phases(p.threads, phases, p, s, true);
 }

@@ -22,7 +22,7 @@ struct Hashing {
 // Sorted order from buckets: a stable counting sort.
 struct Sorting {
     const int32_t* buckets;  // (rows, rounds, length), none negative
-    const int32_t* hidden;   // (rows, length): 1 where a position is not real; or null
+    const int32_t* padding;  // (rows, length): 1 where a position is not real; or null
     int32_t *positions, *sorted_buckets;
     int32_t rows, rounds, length, n_buckets, threads;
 };
@@ -35,10 +35,11 @@ struct HashSpace {
     explicit HashSpace(int wide) : x(PANEL * wide), xt(PANEL * wide), products(ROWS * PANEL) {}
 };
 
-// PANEL positions at a time, transposed, so that lanes are positions: no sum or maximum goes across lanes.
+// Hash the positions of a piece, PANEL at a time. They are transposed: lanes are positions, so that no sum or maximum
+// goes across lanes.
 void hash_positions(const Hashing& h, int wide, int64_t row, int64_t begin, HashSpace& space) {
     const char* x_row = row_of(h.x, row, h.heads);
-    const int64_t end = std::min<int64_t>(begin + SPREAD, h.length);
+    const int64_t end = std::min<int64_t>(begin + PIECE, h.length);
     for (int64_t first = begin; first < end; first += PANEL) {
         const int count = std::min<int64_t>(PANEL, end - first);
         for (int i = 0; i < count; ++i) fetch(space.x + i * wide, h.x, x_row, first + i);
@@ -60,7 +61,7 @@ void hash_positions(const Hashing& h, int wide, int64_t row, int64_t begin, Hash
                     for (int i = 0; i < some; ++i)
                         for (int part = 0; part < 2; ++part) {
                             const Floats product = load<Floats>(space.products + i * PANEL + part * LANES);
-                            const Ints now = spread(r + i);
+                            const Ints now = broadcast(r + i);
                             if (r + i == 0) {
                                 most[part] = least[part] = product;
                                 continue;
@@ -92,13 +93,14 @@ struct SortSpace {
     explicit SortSpace(int n_buckets) : starts(n_buckets + 2) {}
 };
 
+// Sort one round of one row; positions that are not real come last.
 void sort_positions(const Sorting& s, int64_t task, SortSpace& space) {
     const int32_t* buckets = s.buckets + task * s.length;
-    const int32_t* hidden = s.hidden ? s.hidden + task / s.rounds * s.length : nullptr;
+    const int32_t* padding = s.padding ? s.padding + task / s.rounds * s.length : nullptr;
     int32_t *positions = s.positions + task * s.length, *sorted_buckets = s.sorted_buckets + task * s.length;
     std::vector<int32_t>& next = space.starts;
     std::fill(next.begin(), next.end(), 0);
-    auto bucket_of = [&](int i) { return hidden && hidden[i] ? s.n_buckets : buckets[i]; };
+    auto bucket_of = [&](int i) { return padding && padding[i] ? s.n_buckets : buckets[i]; };
     for (int i = 0; i < s.length; ++i) ++next[bucket_of(i) + 1];
     for (size_t b = 1; b < next.size(); ++b) next[b] += next[b - 1];
     for (int i = 0; i < s.length; ++i) {

@@ -1,4 +1,4 @@
-// Threads: work in phases, each done when all its tasks are.
+// Threads: work runs in phases. A phase ends when all its tasks have ended.
 
 #pragma once
 
@@ -19,8 +19,8 @@ struct Phase {
     std::function<void(int64_t, Space&)> run;
 };
 
-// GOMP_parallel of the OpenMP that torch has loaded, or null. With threads of our own, two pools would compete: after an
-// operation of torch's, its threads wait for the next one without sleeping.
+// GOMP_parallel of the OpenMP library that torch has loaded, or null. Threads of our own would compete with torch's,
+// which do not sleep while they wait for torch's next operation.
 typedef void (*Parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 Parallel torch_threads = nullptr;
 
@@ -36,6 +36,7 @@ inline void in_parallel(int threads, const std::function<void()>& work) {
     for (auto& thread : others) thread.join();
 }
 
+// Run the phases one after the other, the tasks of each on up to `threads` threads.
 template <class Space, class... Arguments>
 void run_phases(int threads, const std::vector<Phase<Space>>& phases, const Arguments&... arguments) {
     threads = std::max(threads, 1);
@@ -51,6 +52,6 @@ void run_phases(int threads, const std::vector<Phase<Space>>& phases, const Argu
     }
 }
 
-constexpr int SPREAD = 1024;  // positions of a task that goes over them once
+constexpr int PIECE = 1024;  // positions of one task, where every position is visited once
 
 }  // namespace

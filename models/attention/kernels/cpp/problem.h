@@ -22,7 +22,7 @@ struct Problem {
     const int32_t *positions, *slots, *buckets;     // (rows, rounds, length), of SortedOrder; slots only if once
     int64_t positions_row, slots_row, buckets_row;  // elements from row to row, 0 if all rows share a table
     const int32_t* real_lengths;               // (rows)
-    const int64_t* keys;                       // (rows), of dropout, or null
+    const int64_t* dropout_keys;               // (rows), or null: no dropout
     double rate;                               // of dropout
     float scale;                               // of scores, if k is given
     int32_t batch, heads, rounds, length, reach;
@@ -59,22 +59,22 @@ struct Dropout {
     float scale;
 
     Dropout(const Problem& p, int64_t row)
-        : seed((uint64_t)p.keys[row]),
+        : seed((uint64_t)p.dropout_keys[row]),
           least((int32_t)(std::llrint(p.rate * 4294967296.0) - 2147483648ll)),
           scale((float)(1.0 / (1.0 - p.rate))) {}
 
     Floats kept(int32_t query, Ints keys) const {
-        const Bits bits = random_bits<Bits>(seed, spread(random_bits<uint32_t>(seed, query)) ^ (Bits)keys);
-        return choose((Ints)((Ints)bits >= spread(least)), spread(scale), Floats{});
+        const Bits bits = random_bits<Bits>(seed, broadcast(random_bits<uint32_t>(seed, query)) ^ (Bits)keys);
+        return choose((Ints)((Ints)bits >= broadcast(least)), broadcast(scale), Floats{});
     }
 };
 
 // The weight of a position's own value, if it attends to nothing else: 1, or what dropout makes of it.
 inline float self_scale(const Problem& p, int64_t row, int32_t position) {
-    return p.keys ? Dropout(p, row).kept(position, spread(position))[0] : 1.0f;
+    return p.dropout_keys ? Dropout(p, row).kept(position, broadcast(position))[0] : 1.0f;
 }
 
-// key = query · scale, of unit length; inverse = 1 / (mean(query²) + 1e-6), query of d elements.
+// The unit key of a query of d elements is query · scale. inverse = 1 / (mean(query²) + 1e-6).
 struct Unit {
     float scale, inverse;
     Unit(const float* query, int d) : inverse(1.0f / (dot(query, query, d) / d + 1e-6f)) {
@@ -82,8 +82,10 @@ struct Unit {
     }
 };
 
+// The sizes of strips and vectors.
 struct Shape {
-    int before, after, strip, span;
+    int before, after;        // slots before and after a strip that its queries can reach
+    int strip, span;          // slots of a strip; its keys, padded to whole panels
     int d, dv, wide, wide_v;  // widths, and widths padded to whole panels
 
     explicit Shape(const Problem& p) {
@@ -101,8 +103,8 @@ struct Shape {
 struct Scratch {
     Buffer<float> k, v, kt, vt, dk, dv;  // keys of the strip: rows, transposed panels, gradients
     Buffer<float> q, grad, result;       // queries of the block
-    Buffer<float> weights, slopes;       // (BLOCK, span)
-    Buffer<int32_t> where;               // positions of the keys
+    Buffer<float> weights, score_grads;  // (BLOCK, span)
+    Buffer<int32_t> key_positions;       // of the strip
     std::vector<std::unique_ptr<Buffer<int32_t>>> slots, bucket, ring;  // `once`: keys in earlier rounds
     std::vector<int32_t> low, high;      // of the strip's queries, in the strip's keys
 
@@ -117,8 +119,8 @@ struct Scratch {
           grad(backward ? BLOCK * s.wide_v : 0),
           result(BLOCK * std::max(s.wide, s.wide_v)),
           weights(BLOCK * s.span),
-          slopes(backward ? BLOCK * s.span : 0),
-          where(s.span),
+          score_grads(backward ? BLOCK * s.span : 0),
+          key_positions(s.span),
           low(s.strip),
           high(s.strip) {
         for (int r = 0; p.once && r < p.rounds; ++r) {

@@ -22,7 +22,7 @@ struct Strip {
     const int32_t *positions, *buckets;  // of this round
     const char *q_row, *k_row, *v_row, *grad_row;
     int first, last;  // slots of the queries
-    int keys = 0;     // how many, from x.where
+    int keys = 0;     // number of keys; x.key_positions has their positions
 
     Strip(const Problem& p, const Shape& s, Scratch& x, int64_t row, int round, int first, bool in_ring)
         : p(p), s(s), x(x), row(row), round(round), in_ring(in_ring), real(p.real_lengths[row]) {
@@ -52,7 +52,7 @@ struct Strip {
         if (BACKWARD) scatter_gradients();
     }
 
-    // Find the keys' positions, and the interval of keys that every query attends to in this round.
+    // Find the positions of the keys, and the interval of keys that every query attends to in this round.
     void find_keys() {
         int from, to;
         if (in_ring) {
@@ -84,8 +84,8 @@ struct Strip {
             }
         }
         keys = to - from;
-        std::copy_n((in_ring ? positions_of(previous(round)) : positions) + from, keys, (int32_t*)x.where);
-        for (int j = keys; j < round_up(keys, PANEL); ++j) x.where[j] = -1;
+        std::copy_n((in_ring ? positions_of(previous(round)) : positions) + from, keys, (int32_t*)x.key_positions);
+        for (int j = keys; j < round_up(keys, PANEL); ++j) x.key_positions[j] = -1;
     }
 
     // Load the slots and buckets of the keys in earlier rounds (in_ring: in this one too).
@@ -93,7 +93,7 @@ struct Strip {
         for (int r = 0; r < round + in_ring; ++r) {
             const int32_t *slots = slots_of(r), *bucket = buckets_of(r), *before = slots_of(previous(r));
             for (int j = 0; j < keys; ++j) {
-                const int position = x.where[j], slot = slots[position];
+                const int position = x.key_positions[j], slot = slots[position];
                 (*x.slots[r])[j] = p.window ? slot : slot / p.reach;
                 (*x.bucket[r])[j] = bucket[slot];
                 (*x.ring[r])[j] = before[position] >= ring_start() ? -1 : 0;
@@ -101,6 +101,7 @@ struct Strip {
         }
     }
 
+    // Copy the keys and values of the strip into scratch memory, as fp32 and transposed for products.
     void gather_keys() {
         constexpr int AHEAD = 8;
         const Tensor& keys_from = p.k.data ? p.k : p.q;
@@ -109,14 +110,14 @@ struct Strip {
         float* values = BACKWARD ? x.dv : x.v;
         for (int j = 0; j < keys; ++j) {
             if (j + AHEAD < keys) {
-                prefetch(keys_from, k_row, x.where[j + AHEAD]);
-                prefetch(p.v, v_row, x.where[j + AHEAD]);
+                prefetch(keys_from, k_row, x.key_positions[j + AHEAD]);
+                prefetch(p.v, v_row, x.key_positions[j + AHEAD]);
             }
             float* k = x.k + j * s.wide;
-            fetch(k, keys_from, k_row, x.where[j]);
+            fetch(k, keys_from, k_row, x.key_positions[j]);
             const float scale = p.k.data ? p.scale : Unit(k, s.d).scale;
             for (int i = 0; i < s.d; ++i) k[i] *= scale;
-            fetch(values + j * s.wide_v, p.v, v_row, x.where[j]);
+            fetch(values + j * s.wide_v, p.v, v_row, x.key_positions[j]);
         }
         std::memset(x.k + keys * s.wide, 0, 4 * (padded - keys) * s.wide);
         std::memset(values + keys * s.wide_v, 0, 4 * (padded - keys) * s.wide_v);
@@ -162,19 +163,19 @@ struct Strip {
                              x.weights + place, line);
                 if (BACKWARD)
                     tiles<false>(rows, x.grad + from * s.wide_v, s.wide_v, 1,
-                                 x.vt + (int64_t)panel * PANEL * s.wide_v, PANEL, s.dv, x.slopes + place, line);
+                                 x.vt + (int64_t)panel * PANEL * s.wide_v, PANEL, s.dv, x.score_grads + place, line);
             }
             for (int i = from; i < from + rows; ++i) {
                 float* weights = x.weights + i * line - base * PANEL;
                 if (BACKWARD)
-                    score_gradients(start + i, weights, x.slopes + i * line - base * PANEL, begin[g], end[g]);
+                    score_gradients(start + i, weights, x.score_grads + i * line - base * PANEL, begin[g], end[g]);
                 else
                     softmax_weights(start + i, weights, begin[g], end[g], i);
             }
             const int64_t place = from * line + (begin[g] - base) * PANEL;
             const int64_t key = begin[g] * PANEL, steps = (end[g] - begin[g]) * PANEL;
             const int width = BACKWARD ? s.wide : s.wide_v;
-            const float* a = (BACKWARD ? x.slopes : x.weights) + place;
+            const float* a = (BACKWARD ? x.score_grads : x.weights) + place;
             const float* b = (BACKWARD ? x.k + key * s.wide : x.v + key * s.wide_v);
             for (int c = 0; c < width; c += PANEL)
                 tiles<false>(rows, a, line, 1, b + c, width, steps, x.result + from * width + c, width);
@@ -205,7 +206,7 @@ struct Strip {
 
     // Scores of one query -> weights relative to their maximum.
     void softmax_weights(int slot, float* weights, int begin, int end, int i) {
-        Floats high = spread(EXCLUDED);
+        Floats high = broadcast(EXCLUDED);
         const Mask mask(*this, slot);
         for (int panel = begin; panel < end; ++panel)
             for (int half = 0; half < 2; ++half) {
@@ -216,14 +217,14 @@ struct Strip {
             }
         peak[i] = largest(high);
         // If all scores are EXCLUDED, every weight must still become 0.
-        const Floats from = spread(peak[i] <= EXCLUDED ? 0.0f : peak[i]);
+        const Floats from = broadcast(peak[i] <= EXCLUDED ? 0.0f : peak[i]);
         Floats sums{};
         for (int panel = begin; panel < end; ++panel)
             for (int half = 0; half < 2; ++half) {
                 float* at = weights + panel * PANEL + half * LANES;
                 Floats weight = exponential(load<Floats>(at) - from);
                 sums += weight;
-                if (p.keys) weight *= mask.kept(panel * PANEL + half * LANES);
+                if (p.dropout_keys) weight *= mask.kept(panel * PANEL + half * LANES);
                 store(at, weight);
             }
         total[i] = sum(sums);
@@ -232,31 +233,31 @@ struct Strip {
     // Merge the result of one query with those of the rounds before.
     void merge(int position, const float* result, int i) {
         float* out = floats_at(p.out, row, p.heads, position);
-        float &high = p.peak[row * p.length + position], &all = p.total[row * p.length + position];
+        float &old_peak = p.peak[row * p.length + position], &sum = p.total[row * p.length + position];
         if (peak[i] <= EXCLUDED) return;
-        const float top = std::max(high, peak[i]);
-        const float old = high <= EXCLUDED ? 0.0f : std::exp(high - top), now = std::exp(peak[i] - top);
+        const float top = std::max(old_peak, peak[i]);
+        const float old = old_peak <= EXCLUDED ? 0.0f : std::exp(old_peak - top), now = std::exp(peak[i] - top);
         for (int c = 0; c < s.dv; ++c) out[c] = out[c] * old + result[c] * now;
-        all = all * old + total[i] * now;
-        high = top;
+        sum = sum * old + total[i] * now;
+        old_peak = top;
     }
 
     // Scores and products grad · v of one query -> weights, and the gradients of the scores.
-    void score_gradients(int slot, float* weights, float* slopes, int begin, int end) {
+    void score_gradients(int slot, float* weights, float* score_grads, int begin, int end) {
         const int64_t place = row * p.length + positions[slot];
-        const Floats lse = spread(p.peak[place]), pull = spread(p.total[place]);
+        const Floats lse = broadcast(p.peak[place]), delta = broadcast(p.total[place]);
         const Mask mask(*this, slot);
         for (int panel = begin; panel < end; ++panel)
             for (int half = 0; half < 2; ++half) {
                 const int key = panel * PANEL + half * LANES;
                 const Floats weight = exponential(mask.exclude(load<Floats>(weights + key), key) - lse);
-                Floats dropped = weight, product = load<Floats>(slopes + key);
-                if (p.keys) {
+                Floats dropped = weight, product = load<Floats>(score_grads + key);
+                if (p.dropout_keys) {
                     const Floats kept = mask.kept(key);
                     dropped *= kept, product *= kept;
                 }
                 store(weights + key, dropped);
-                store(slopes + key, weight * (product - pull));
+                store(score_grads + key, weight * (product - delta));
             }
     }
 
@@ -278,22 +279,23 @@ struct Strip {
                         tiles<true>(rows, x.weights + place, 1, line, x.grad + from * s.wide_v + c, s.wide_v, steps,
                                     x.dv + key * s.wide_v + c, s.wide_v);
                     for (int c = 0; c < s.wide; c += PANEL)
-                        tiles<true>(rows, x.slopes + place, 1, line, x.q + from * s.wide + c, s.wide, steps,
+                        tiles<true>(rows, x.score_grads + place, 1, line, x.q + from * s.wide + c, s.wide, steps,
                                     x.dk + key * s.wide + c, s.wide);
                 }
             }
         }
     }
 
+    // Add the gradients of the strip's keys and values to those of their positions.
     void scatter_gradients() {
         constexpr int AHEAD = 8;
         float *dk = (float*)row_of(p.dk, row, p.heads), *dv = (float*)row_of(p.dv, row, p.heads);
         for (int j = 0; j < keys; ++j) {
             if (j + AHEAD < keys) {
-                prefetch_floats(p.dk, dk, x.where[j + AHEAD]);
-                prefetch_floats(p.dv, dv, x.where[j + AHEAD]);
+                prefetch_floats(p.dk, dk, x.key_positions[j + AHEAD]);
+                prefetch_floats(p.dv, dv, x.key_positions[j + AHEAD]);
             }
-            float *to = dk + x.where[j] * p.dk.place, *to_v = dv + x.where[j] * p.dv.place;
+            float *to = dk + x.key_positions[j] * p.dk.place, *to_v = dv + x.key_positions[j] * p.dv.place;
             const float scale = p.k.data ? p.scale : 1.0f;  // finish_backward scales to unit length
             for (int c = 0; c < s.d; ++c) to[c] += scale * x.dk[j * s.wide + c];
             for (int c = 0; c < s.dv; ++c) to_v[c] += x.dv[j * s.wide_v + c];
@@ -318,41 +320,41 @@ struct Strip {
             const bool plain = (p.window && (p.causal || !p.shared)) || (!p.window && !p.causal && !p.shared);
             if (plain && !p.once && key >= low && key + LANES <= high) return score;
             const Ints number = count_up() + key;
-            Ints met = (Ints)(number >= spread(low)) & (Ints)(number < spread(high));
+            Ints found = (Ints)(number >= broadcast(low)) & (Ints)(number < broadcast(high));
             if (!plain) {
-                const Ints other = load<Ints>(t.x.where + key);
+                const Ints other = load<Ints>(t.x.key_positions + key);
                 if (!p.window && p.causal)
-                    met &= (Ints)(other < spread(position + !p.shared));
+                    found &= (Ints)(other < broadcast(position + !p.shared));
                 else
-                    met &= (Ints)(other != spread(position));
+                    found &= (Ints)(other != broadcast(position));
             }
-            if (p.once) met &= ~counted_before(key);
-            return choose(met, score, spread(EXCLUDED));
+            if (p.once) found &= ~counted_before(key);
+            return choose(found, score, broadcast(EXCLUDED));
         }
 
         Ints counted_before(int key) const {
             const Problem& p = t.p;
-            Ints met{};
+            Ints found{};
             for (int r = 0; r < t.round + t.in_ring; ++r) {
                 const int own = t.slots_of(r)[position];
                 const Ints slots = load<Ints>(*t.x.slots[r] + key);
                 if (p.window) {
-                    const Ints same = (Ints)(load<Ints>(*t.x.bucket[r] + key) == spread(t.buckets_of(r)[own]));
-                    const Ints back = spread(own) - slots;
-                    const Ints near = (Ints)(back <= spread(p.reach)) & (Ints)(back >= spread(-p.reach));
-                    met |= same & near;
+                    const Ints same = (Ints)(load<Ints>(*t.x.bucket[r] + key) == broadcast(t.buckets_of(r)[own]));
+                    const Ints back = broadcast(own) - slots;
+                    const Ints near = (Ints)(back <= broadcast(p.reach)) & (Ints)(back >= broadcast(-p.reach));
+                    found |= same & near;
                 } else {
                     const int chunk = own / p.reach;
-                    met |= (Ints)(slots == spread(chunk)) | (Ints)(slots == spread(chunk - 1));
+                    found |= (Ints)(slots == broadcast(chunk)) | (Ints)(slots == broadcast(chunk - 1));
                     // In the ring of this round itself the pair is computed now.
-                    if (chunk == 0 && r < t.round) met |= load<Ints>(*t.x.ring[r] + key);
+                    if (chunk == 0 && r < t.round) found |= load<Ints>(*t.x.ring[r] + key);
                 }
             }
-            return met;
+            return found;
         }
 
         Floats kept(int key) const {
-            return Dropout(t.p, t.row).kept(position, load<Ints>(t.x.where + key));
+            return Dropout(t.p, t.row).kept(position, load<Ints>(t.x.key_positions + key));
         }
     };
 };

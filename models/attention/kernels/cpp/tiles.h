@@ -21,7 +21,7 @@ inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, 
         const Floats b0 = load<Floats>(b + t * b_row), b1 = load<Floats>(b + t * b_row + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const Floats x = spread(a[r * a_row + t * a_step]);
+            const Floats x = broadcast(a[r * a_row + t * a_step]);
             acc[r][0] += x * b0;
             acc[r][1] += x * b1;
         }

@@ -38,9 +38,9 @@ inline void store(T* p, V x) {
     std::memcpy(p, &x, sizeof x);
 }
 
-inline Floats spread(float x) { return x - Floats{}; }
-inline Ints spread(int32_t x) { return x - Ints{}; }
-inline Bits spread(uint32_t x) { return x - Bits{}; }
+inline Floats broadcast(float x) { return x - Floats{}; }
+inline Ints broadcast(int32_t x) { return x - Ints{}; }
+inline Bits broadcast(uint32_t x) { return x - Bits{}; }
 
 inline Floats choose(Ints mask, Floats yes, Floats no) {
     return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
@@ -75,15 +75,15 @@ inline float dot(const float* a, const float* b, int n) {
     return total;
 }
 
-// e^x for x <= 88, to 2 units in the last place; exactly 0 below -87, so that hidden pairs weigh nothing.
+// e^x for x <= 88, to 2 units in the last place; exactly 0 below -87, so that excluded pairs have weight 0.
 inline Floats exponential(Floats x) {
     const Floats kept = x;
-    x = larger(x, spread(-87.0f));
-    const Floats magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    x = larger(x, broadcast(-87.0f));
+    const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Floats shifted = x * 1.44269504088896341f + magic;
     const Floats n = shifted - magic;
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = spread(1.9875691500e-4f);
+    Floats p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -91,10 +91,10 @@ inline Floats exponential(Floats x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     const Ints exponent = ((Ints)shifted - (Ints)magic) << 23;
-    return (Floats)(((Ints)p + exponent) & (Ints)(kept >= spread(-87.0f)));
+    return (Floats)(((Ints)p + exponent) & (Ints)(kept >= broadcast(-87.0f)));
 }
 
-// Lanes with the bit STEP set trade places between a and b: a step of a transposition.
+// Swap the lanes of a whose number has the bit STEP with those of b whose number lacks it: one step of a transposition.
 template <int STEP>
 inline void trade(Floats& a, Floats& b) {
     Ints low, high;
@@ -130,6 +130,7 @@ inline void transpose(float* to, const float* from, int stride) {
         }
 }
 
+// Memory for n elements: zeros, aligned to a cache line.
 template <class T>
 struct Buffer {
     T* data = nullptr;

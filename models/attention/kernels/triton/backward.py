@@ -76,8 +76,8 @@ def backward_round(
     blocks = tl.cdiv(length, OWN)
     index = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * OWN
-    past = index * rounds * length
-    history = History(slots + past, low + past, high + past, length)
+    history_start = index * rounds * length
+    history = History(slots + history_start, low + history_start, high + history_start, length)
     count = tl.load(real_lengths + index).to(tl.int32)
     block = Block(
         positions + index * positions_row, positions_round,
@@ -103,7 +103,7 @@ def backward_round(
     one = tl.full((OWN,), 1.0, dtype=tl.float32)
     scale = tl.load(row.scales + position, mask=valid, other=0.0) if UNIT else one
     value = load_rows(row.v, position, valid, D_V, PAD_V)
-    # UNIT: the gradient of a key goes on into its query's, below.
+    # UNIT: a key is made of its query, so this round's gradient of the key becomes one of the query, below.
     acc_k = begin_sums(partial_k, position, valid, FIRST or UNIT, OWN, D, PAD)
     acc_v = begin_sums(partial_v, position, valid, FIRST, OWN, D_V, PAD_V)
     acc_k, acc_v = _add_from_queries(
@@ -160,7 +160,7 @@ def _add_from_queries(
             scores = product(own_key, tl.trans(query)) * LOG2_E
             if UNIT:
                 scores *= own_scale[:, None]
-            slope = product(own_value, tl.trans(grad))
+            grad_scores = product(own_value, tl.trans(grad))
             counts = pair_counts(
                 *(line(other), keys, block, history, WINDOW, CAUSAL, SHARED, ONCE, RING),
                 *((ROUND + 1) % ROUNDS if RING else ROUND, ROUNDS),
@@ -170,10 +170,10 @@ def _add_from_queries(
             if DROPOUT:
                 factor = pair_scale(other.position[None, :], position[:, None], dropout)
                 kept_weights = weights * factor
-                slope = slope * factor
+                grad_scores = grad_scores * factor
             acc_v = add_product(acc_v, kept_weights.to(grad.dtype), grad)
-            slope = weights * (slope - delta[None, :])
-            acc_k = add_product(acc_k, slope.to(query.dtype), query)
+            grad_scores = weights * (grad_scores - delta[None, :])
+            acc_k = add_product(acc_k, grad_scores.to(query.dtype), query)
     return acc_k, acc_v
 
 
@@ -200,17 +200,17 @@ def _add_from_keys(
             if UNIT:
                 scale = tl.load(row.scales + other.position, mask=other_valid, other=0.0)
                 scores *= scale[None, :]
-            slope = product(own_grad, tl.trans(value))
+            grad_scores = product(own_grad, tl.trans(value))
             counts = pair_counts(
                 queries, line(other), block, history, WINDOW, CAUSAL, SHARED, ONCE, RING, ROUND, ROUNDS
             )
             weights = tl.exp2(tl.where(counts, scores - own_lse[:, None], float("-inf")))
             if DROPOUT:
-                slope = slope * pair_scale(position[:, None], other.position[None, :], dropout)
-            slope = weights * (slope - own_delta[:, None])
+                grad_scores = grad_scores * pair_scale(position[:, None], other.position[None, :], dropout)
+            grad_scores = weights * (grad_scores - own_delta[:, None])
             if UNIT:
-                slope *= scale[None, :]
-            acc = add_product(acc, slope.to(key.dtype), key)
+                grad_scores *= scale[None, :]
+            acc = add_product(acc, grad_scores.to(key.dtype), key)
     return acc
 
 
@@ -219,7 +219,7 @@ def output_deltas(
     grad, out, delta, length, grad_row, grad_step, out_row, out_step,
     D_V: tl.constexpr, PAD_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ grad · out for BLOCK positions: what the gradient of every score of a query has subtracted."""
+    """delta = Σ grad · out for BLOCK positions: the gradient of each score of a query subtracts it."""
     blocks = tl.cdiv(length, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     position = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

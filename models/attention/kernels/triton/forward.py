@@ -59,8 +59,8 @@ def forward_round(
     blocks = tl.cdiv(length, OWN)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * OWN
-    past = row * rounds * length
-    history = History(slots + past, low + past, high + past, length)
+    history_start = row * rounds * length
+    history = History(slots + history_start, low + history_start, high + history_start, length)
     count = tl.load(real_lengths + row).to(tl.int32)
     block = Block(
         positions + row * positions_row, positions_round,
@@ -76,8 +76,8 @@ def forward_round(
     position = load_numbers(positions_of_round(block, number), slot, inside)
     query = load_rows(Rows(q + row * q_row, q_step), position, valid, D, PAD)
     acc = begin_sums(partial_out, position, valid, FIRST, OWN, D_V, PAD_V)
-    nothing = tl.full((OWN,), -1e30, dtype=tl.float32)
-    peak = nothing if FIRST else tl.load(lse + position, mask=valid, other=-1e30)
+    no_peak = tl.full((OWN,), -1e30, dtype=tl.float32)
+    peak = no_peak if FIRST else tl.load(lse + position, mask=valid, other=-1e30)
     total = tl.where(peak > -1e29, 1.0, 0.0)
 
     for RING in tl.static_range(1 if WINDOW else 2):
@@ -96,14 +96,14 @@ def forward_round(
                 queries, line(other), block, history, WINDOW, CAUSAL, SHARED, ONCE, RING, ROUND, ROUNDS
             )
             scores = tl.where(counts, scores, float("-inf"))
-            higher = tl.maximum(peak, tl.max(scores, axis=1))
-            fade = tl.exp2(peak - higher)
-            weights = tl.exp2(scores - higher[:, None])
-            total = total * fade + tl.sum(weights, axis=1)
+            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+            shrink = tl.exp2(peak - new_peak)
+            weights = tl.exp2(scores - new_peak[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
             if DROPOUT:
                 weights = weights * pair_scale(position[:, None], other.position[None, :], dropout)
-            acc = add_product(acc * fade[:, None], weights.to(value.dtype), value)
-            peak = higher
+            acc = add_product(acc * shrink[:, None], weights.to(value.dtype), value)
+            peak = new_peak
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)

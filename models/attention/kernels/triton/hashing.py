@@ -82,5 +82,5 @@ def _factor(x, table, width, D: tl.constexpr, PAD: tl.constexpr, HALF: tl.conste
     rotated = product(x, rotation)
     most, place = tl.max(tl.where(exists[None, :], rotated, float("-inf")), axis=1, return_indices=True)
     least, opposite = tl.min(tl.where(exists[None, :], rotated, float("inf")), axis=1, return_indices=True)
-    # NaN may win anywhere: clamp, so that no bucket lies beyond the last one.
+    # With NaN any column may be returned, those of the padding too: clamp to the last bucket.
     return tl.minimum(tl.where(most >= -least, place, opposite + HALF), 2 * HALF - 1)

@@ -30,7 +30,7 @@ from megabase.models.attention.kernels.triton.tiles import BACKWARD, FORWARD, SI
 from megabase.models.gpu import FUSED, padded
 
 PART = 1 << 28
-"""Elements (1 GiB of fp32) that one tensor of partial sums holds at once. Further rows wait."""
+"""The most elements (1 GiB of fp32) of one tensor of partial sums. Rows beyond that are computed later."""
 
 PASS_BLOCK = 64
 """Positions of a program that goes over them once."""
@@ -242,8 +242,8 @@ class Launch:
     def history(self) -> tuple[Tensor, Tensor, Tensor]:
         """For the rule `once`, by position: the slot, and the slots [low, high) that it attends to.
 
-        Each (rows, rounds, length) int32. What follows from the slot has no table: both ends in the rule `chunk`, the
-        end in the causal rule.
+        Each (rows, rounds, length) int32. An end that follows from the slot has no table: both ends with the rule
+        `chunk`, the upper end if causal.
         """
         if not self.rule.once:
             return self.positions, self.positions, self.positions
@@ -261,7 +261,7 @@ class Launch:
         return slots, low, high
 
     def constants(self, number: int, tiles: Tiles) -> dict[str, Any]:
-        """Everything that is compiled in. ROUND and ROUNDS only where the code depends on them."""
+        """The arguments that are compiled in. ROUND and ROUNDS are 0 and 1 unless the code depends on them (`once`)."""
         rule, rounds = self.rule, self.positions.shape[1]
         return {
             "ROUND": number if rule.once else 0,
@@ -288,7 +288,7 @@ class Launch:
 
 
 def _parts(q: Tensor, v: Tensor) -> Iterator[slice]:
-    """Rows that are computed together."""
+    """Slices of the rows: those of one slice are computed together."""
     rows, length, d = q.shape
     step = max(1, PART // (length * max(d, v.shape[-1])))
     for start in range(0, rows, step):

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 class Dropout(NamedTuple):
     """Dropout of the attention weights of one row.
 
-    key: its key; least: hashed bits from here on are kept; kept: the factor of a kept weight.
+    key: the row's key. least: a weight is kept if its hashed bits are at least this. kept: the factor of a kept weight.
     """
 
     key: Any

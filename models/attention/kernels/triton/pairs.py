@@ -164,13 +164,15 @@ def _attends(query, key, reach, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHAR
     """Whether the query attends to the key under the rule, in one round. Differences are compared as unsigned numbers:
     one comparison tells whether they lie in [0, limit]."""
     if WINDOW:
-        ahead = query.slot - key.slot
+        distance = query.slot - key.slot
         if CAUSAL:
-            attends = (query.label == key.label) & (ahead.to(tl.uint32, bitcast=True) <= reach)
+            attends = (query.label == key.label) & (distance.to(tl.uint32, bitcast=True) <= reach)
         else:
-            attends = (query.label == key.label) & ((ahead + reach).to(tl.uint32, bitcast=True) <= 2 * reach)
+            attends = (query.label == key.label) & (
+                (distance + reach).to(tl.uint32, bitcast=True) <= 2 * reach
+            )
         if SHARED:
-            attends = attends & (ahead != 0)
+            attends = attends & (distance != 0)
     else:
         attends = (query.label - key.label).to(tl.uint32, bitcast=True) <= 1
         if CAUSAL:
@@ -208,8 +210,8 @@ def _attended_before(
 
 
 @triton.jit
-def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, BEHIND: tl.constexpr, STEP: tl.constexpr):
-    """The slots [first, last) that the block's slots make pairs with, on the sides named; their own included."""
+def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, STEP: tl.constexpr):
+    """The slots [first, last) that the block's slots make pairs with: their own, and those BEFORE and AFTER them."""
     start, stop, reach, count, buckets = block.start, block.stop, block.reach, block.count, block.buckets
     final = tl.maximum(stop - 1, 0)
     if WINDOW:
@@ -217,14 +219,14 @@ def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, BEHIND: tl.constexp
         if BEFORE:
             bucket = tl.load(buckets + tl.minimum(start, final)).to(tl.int32)
             first -= _neighbours(buckets, bucket, start, reach, count, False, STEP)
-        if BEHIND:
+        if AFTER:
             bucket = tl.load(buckets + final).to(tl.int32)
             last += _neighbours(buckets, bucket, stop, reach, count, True, STEP)
     else:
         first, last = start // reach * reach, (final // reach + 1) * reach
         if BEFORE:
             first = tl.maximum(first - reach, 0)
-        if BEHIND:
+        if AFTER:
             last += reach
         last = tl.minimum(last, count)
     # Empty if no slot of the block holds a real position.
@@ -232,13 +234,13 @@ def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, BEHIND: tl.constexp
 
 
 @triton.jit
-def _neighbours(buckets, bucket, slot, reach, count, BEHIND: tl.constexpr, STEP: tl.constexpr):
-    """How many of the `reach` slots before `slot` (BEHIND: from `slot` on) hold `bucket`. Since slots are sorted, the
+def _neighbours(buckets, bucket, slot, reach, count, AFTER: tl.constexpr, STEP: tl.constexpr):
+    """How many of the `reach` slots before `slot` (AFTER: from `slot` on) hold `bucket`. Since slots are sorted, the
     count tells where the bucket begins or ends."""
     found = tl.zeros((STEP,), dtype=tl.int32)
     for begin in range(0, reach, STEP):
         offset = begin + tl.arange(0, STEP)
-        place = slot + offset if BEHIND else slot - 1 - offset
+        place = slot + offset if AFTER else slot - 1 - offset
         valid = (offset < reach) & (place >= 0) & (place < count)
         found += (valid & (load_numbers(buckets, place, valid) == bucket)).to(tl.int32)
     return tl.sum(found, axis=0)
