@@ -2,8 +2,8 @@
 
     from megabase.models import Reformer, ReformerConfig, Seeds
 
-This package knows no Lightning, no DeepSpeed and no config files. A name is imported when it is first used, so
-`from megabase.models import ReformerConfig` does not import torch.
+This package imports neither Lightning nor DeepSpeed, and reads no config files. A name is imported when it is first
+used, so `from megabase.models import ReformerConfig` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Chance as a function: every random number of a pass follows from (run, step, layer, purpose, sample).
 
-No generator keeps a history: a random number is a counter hashed with a key. The key of a number that belongs to a
-layer (hash rotations) is a hash of (run, step, purpose, layer); that of a number that belongs to a sample (dropout) is
-a hash of these and the sample's id. So numbers are the same on whatever rank, in whatever micro batch, before and
-after a restart, in the forward pass and when the backward pass repeats it, on a CPU and on a GPU.
+No generator keeps a history: a random number is a counter hashed with a key. Numbers of a layer (hash rotations) have
+a key that is a hash of (run, step, purpose, layer). Numbers of a sample (dropout) have a key that is a hash of these
+and of the sample's id. So the numbers are the same on any rank, in any micro batch, before and after a restart, in the
+forward pass and when the backward pass repeats it, on a CPU and on a GPU.
 
 Two hash functions are used: the finaliser of splitmix64 (Steele, Lea & Flood 2014) for keys, and a 32-bit function of
 the same kind (Wellons, "lowbias32") for the numbers.
@@ -77,10 +77,10 @@ class Seeds:
         """One key for each sample.
 
         Args:
-            purpose: of the numbers.
-            layer: that the numbers belong to.
+            purpose: what the numbers are for.
+            layer: the layer that the numbers belong to.
             batch: number of samples.
-            device: of the result.
+            device: the device of the result.
 
         Returns:
             (batch,) int64, for `random_bits` and `dropout`.
@@ -95,7 +95,7 @@ class Seeds:
         else:
             shape = tuple(self.samples.shape)
             raise ValueError(
-                f"Seeds.samples has shape {shape}, but the batch holds {batch} sequences: one id each"
+                f"Seeds.samples has shape {shape}, but the batch holds {batch} sequences: give one id for each"
             )
         return _mix(samples * GOLDEN + self.number(purpose, layer))
 
@@ -125,7 +125,7 @@ def normals(key: int, n: int, device: torch.device | None = None) -> Tensor:
     Args:
         key: 64 bits.
         n: how many numbers.
-        device: of the result; None = CPU.
+        device: the device of the result; None = CPU.
 
     Returns:
         (n,) bf16.
@@ -178,7 +178,7 @@ def _mix(word: Word) -> Word:
 
 
 def _shift(word: Word, bits: int) -> Word:
-    """The 64 bits moved to the right, with zeros from the left: >> alone repeats the sign."""
+    """Shift 64 bits to the right and fill with zeros from the left, where >> alone would repeat the sign bit."""
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 SINGLE_ROTATION = 128
-"""Up to this many buckets, one rotation makes a hash; above, a product of two rotations does (paper, section 2)."""
+"""Up to this many buckets, one rotation makes a hash. Above it, the hashes of two rotations are combined."""
 
 
 class ConfigError(ValueError):
@@ -71,7 +71,9 @@ def build(default: Any, values: Mapping[str, Any], place: str) -> Any:
         name, _, rest = key.partition(".")
         group = is_dataclass(settings.get(name))
         if name not in settings or (rest and not group):
-            raise ConfigError(f"{place}.{key} is a setting that this version does not know: update megabase")
+            raise ConfigError(
+                f"{place}.{key} is a setting that this version does not know: correct its name, or update megabase"
+            )
         if not group:
             settings[name] = value
         elif rest:

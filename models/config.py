@@ -43,12 +43,13 @@ class LSHConfig:
         chunk_length: With `attend: window`, the number of keys of its own bucket that a position attends to in one
             round. With `attend: chunk`, the length of a chunk in sorted order. In positions.
         n_buckets: Buckets of a round: even, and a multiple of 4 above 128. null: `max_length / chunk_length`
-            rounded down to a power of two, or 64 if `max_length` is not set. It never depends on the length of the
-            current sequence, because then later tokens would change what earlier positions attend to.
-        attend: `window`: a position attends to the last `chunk_length` positions of its own bucket, which is
-            strictly causal (not causal: as many on both sides). `chunk`: the paper's rule, own and previous chunk
-            in sorted order; there, later tokens can change what earlier positions attend to.
-        duplicates: A key met in several rounds counts as often as it was met (`average`) or `once`.
+            rounded down to a power of two, or 64 if `max_length` is not set. It does not depend on the length of the
+            current sequence: otherwise later tokens would change what earlier positions attend to.
+        attend: `window`: a position attends to the last `chunk_length` positions of its own bucket, so the layer is
+            strictly causal (in a bidirectional model: to as many on each side). `chunk`: the paper's rule, own and
+            previous chunk in sorted order; with it, later tokens can change what earlier positions attend to.
+        duplicates: `average`: a key that is found in several rounds counts once for each of them. `once`: it counts
+            once.
         dropout: Dropout of attention weights in these layers, in [0, 1). null: the model's `attention_dropout`.
     """
 
@@ -75,8 +76,8 @@ class LocalConfig:
     """Attention among neighbours.
 
     Attributes:
-        window: With `attend: window`, position i attends to i - window + 1 ... i (not causal: as far on both
-            sides). With `attend: chunk`, the length of a chunk. In positions.
+        window: With `attend: window`, position i attends to i - window + 1 ... i (in a bidirectional model: as far
+            on both sides). With `attend: chunk`, the length of a chunk. In positions.
         attend: `window`, or `chunk`: own and previous chunk of `window` positions, as in trax.
         dropout: Dropout of attention weights in these layers, in [0, 1). null: the model's `attention_dropout`.
     """
@@ -94,7 +95,7 @@ class LocalConfig:
 
 @dataclass
 class LinformerConfig:
-    """Attention to learned mixtures of all positions (Wang et al. 2020). Not causal; for one length, `max_length`.
+    """Attention to learned mixtures of all positions (Wang et al. 2020). Not causal; every sequence has `max_length`.
 
     Attributes:
         size: Number of mixtures that a query attends to instead of positions.
@@ -381,7 +382,7 @@ class ReformerConfig:
         if self.conv == 0 and not {"local", "full", "performer"} & set(self.layers):
             raise ConfigError(
                 f"model.positions=rotary does nothing in layers {self.layers} without model.conv: "
-                "take axial or learned positions, or conv=4, or say positions=none"
+                "set model.positions to axial, learned or none, or set model.conv=4"
             )
 
     def _check_length(self, length: int) -> None:

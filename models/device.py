@@ -13,7 +13,7 @@ CACHED = 1 << 16
 
 
 def pieces(length: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Cut work that passes over its numbers several times into slices.
+    """Cut items into slices, for work that passes over the same numbers several times.
 
     Args:
         length: Items.

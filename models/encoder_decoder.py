@@ -1,8 +1,8 @@
 """Sequence to sequence: a bidirectional reversible encoder, and a causal reversible decoder that reads its output.
 
 Every block of the decoder has cross-attention between its attention and its feed-forward branch (as in trax). It reads
-both streams of the encoder's output. Nothing else passes between the two, so activations take the memory of one block
-of each and of the two stacks' outputs, whatever the depths.
+both streams of the encoder's output. Nothing else passes between the two stacks. So at any depth the activations take
+the memory of one block of each stack and of the two stacks' outputs.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class EncoderDecoder(nn.Module):
 
         Args:
             source, tokens: see the class.
-            labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them); −100
-                has no loss.
+            labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them). A
+                label of −100 has no loss.
             seeds: of dropout and hashing.
             weights: (batch, length) float, None = 1.
             source_mask, mask: see the class.

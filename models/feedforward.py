@@ -50,7 +50,7 @@ class FeedForwardBranch(nn.Module):
         return dropout(self.feedforward(x, grad), self.rate, keys)
 
     def new_cache(self, batch: int, call: Call) -> None:
-        """A feed-forward branch treats each token on its own: it needs nothing of the tokens before."""
+        """None: a feed-forward branch treats each token on its own, and needs nothing of the tokens before."""
 
     def read(self, x: Tensor, cache: None, position: int, call: Call) -> Tensor:
         """The branch's output (batch, n, dim) for a block of tokens."""

@@ -4,8 +4,8 @@ Matrix products and convolutions count, a multiply-add as two. Norms, softmax, s
 not. Attention counts the pairs of query and key that its rule allows (or the features or slots that take their place),
 not the further pairs that a kernel may compute.
 
-A training step does 3 times the work of a forward pass, because backward is twice forward: MFU counts that. The
-reversible stack runs forward once more: HFU counts that too.
+A training step does 3 times the work of a forward pass, because the backward pass does twice the work of the
+forward pass: MFU counts that. The reversible stack runs the forward pass once more: HFU counts that too.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from megabase.models.reformer import Body, Reformer
 
 
 class ReadingBranch(Protocol):
-    """A branch that can read a sequence in blocks. AttentionLayer says what a cache promises."""
+    """A branch that can read a sequence in blocks. AttentionLayer lists the properties of a cache."""
 
     def new_cache(self, batch: int, call: Call) -> Any:
         """The cache of `batch` sequences before their first token. Raises ConfigError if the branch has none."""
@@ -75,8 +75,8 @@ def start(
 ) -> State:
     """Make the state before the first token.
 
-    An LSH layer keeps 2 · batch · heads · rounds · buckets · chunk_length · head_dim numbers; on a CPU they take
-    memory as the buckets fill.
+    An LSH layer keeps 2 · batch · heads · rounds · buckets · chunk_length · head_dim numbers. On a CPU the memory of
+    a bucket is taken when the bucket is first used.
 
     Args:
         model: in any mode; there is no dropout.
@@ -88,7 +88,7 @@ def start(
 
     Raises:
         ConfigError: the model cannot generate.
-        ValueError: the source is missing, has another batch, or the model reads none.
+        ValueError: an EncoderDecoder gets no source or one of another batch, or a Reformer gets a source.
     """
     seeds = Seeds() if seeds is None else seeds
     if isinstance(model, Reformer):
@@ -99,21 +99,21 @@ def start(
         got = "no source" if source is None else f"a source of shape {tuple(source.shape)}"
         raise ValueError(f"an EncoderDecoder got {got} for {batch} sequences: give one source for each")
     with torch.no_grad():
-        # In fp32, as the stack has it.
+        # In fp32, as in the stack.
         context = model.encoder.run(source, Call(seeds, mask=source_mask)).float()
     return _start(model.decoder, batch, Call(decoder_seeds(seeds), context=context, context_mask=source_mask))
 
 
 @torch.no_grad()
 def read(model: Reformer | EncoderDecoder, tokens: Tensor, state: State) -> Tensor:
-    """Read tokens, which the state then holds too.
+    """Read tokens and add them to the state.
 
     The first call runs its tokens in parallel, later ones run them one by one.
 
     Args:
-        model: that the state was made for.
+        model: the model that the state was made for.
         tokens: (batch, n) int64, n at least 1.
-        state: of the tokens before; it is changed.
+        state: the state after the tokens before; it is changed.
 
     Returns:
         The logits (batch, vocab) of the token that comes next.
@@ -166,23 +166,23 @@ class Sampling:
 
         Args:
             logits: (batch, vocab).
-            keys: (batch,) int64, of the random numbers.
-            position: of the token to draw.
+            keys: (batch,) int64, the keys of the random numbers (see `Seeds.keys`).
+            position: the position of the token to draw.
 
         Returns:
             (batch,) int64.
         """
         logits = logits.double()
         if self.allowed is not None:
-            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            others[list(self.allowed)] = False
-            logits = logits.masked_fill(others, -torch.inf)
+            forbidden = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            forbidden[list(self.allowed)] = False
+            logits = logits.masked_fill(forbidden, -torch.inf)
         if self.temperature == 0.0:
             return logits.argmax(dim=-1)
         if self.top_k is not None:
             best, ids = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
             logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, best)
-        # Relative to the largest: a temperature so small that quotients overflow then still leaves the largest.
+        # The largest becomes 0, so that it can be drawn even if a small temperature makes the other quotients overflow.
         logits = logits - logits.amax(dim=-1, keepdim=True)
         cumulative = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         counter = torch.tensor(position, dtype=torch.int32, device=logits.device)
@@ -206,7 +206,7 @@ def generate(
     """Draw the tokens that follow a prompt.
 
     The token of row b at position p (prompt included) is a function of (seed, b, p) and of the logits alone. So a
-    generation that is interrupted and continued from its tokens gives the same.
+    generation that is interrupted and continued from its tokens draws the same tokens.
 
     Args:
         model: in any mode; there is no dropout.

@@ -15,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels compute with."""
 
 FUSED = {"enable_fp_fusion": True}
-"""Options of every launch. a · b + c in one step, rounded once: the default up to Triton 3.9 only."""
+"""Options of every launch: a · b + c is computed in one step, rounded once. It is the default up to Triton 3.9."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels. Triton too decides this when it is imported."""

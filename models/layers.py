@@ -98,7 +98,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """mask: (batch, length) bool, True where a token is real; others count as zero. None: all are real."""
+        """Convolve. mask: (batch, length) bool, True where a token is real; others count as zero. None: all are."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
         convolve = fused.convolve if fused.supports(x) else _Convolve.apply

@@ -56,7 +56,7 @@ class AxialPositions(nn.Module):
 
 
 def build_positions(config: ReformerConfig) -> nn.Module | None:
-    """The module whose vectors are added to the embedding, or None for rotary positions and for none."""
+    """The module whose vectors are added to the embedding, or None for the settings `rotary` and `none`."""
     if config.positions == "learned":
         return LearnedPositions(config)
     if config.positions == "axial":
@@ -84,7 +84,7 @@ def rotary(x: Tensor, start: int = 0) -> Tensor:
 def _angles(
     start: int, length: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, d / 2), of every position's angles. All layers need the same: the last ones are cached."""
+    """cos and sin, (length, d / 2), of every position's angles. All layers need the same: the last result is cached."""
     wide = torch.float64 if device.type != "mps" else torch.float32
     with torch.inference_mode(False):
         waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)

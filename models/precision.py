@@ -23,7 +23,7 @@ class Precision:
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restored(self) -> AbstractContextManager[object]:
-        """A context with this state.
+        """A context manager that sets this state.
 
         The cache of cast weights is off: a copy cast under no_grad has no autograd history, and a pass that needs the
         weight's gradient would find that copy in the cache.

@@ -68,7 +68,7 @@ def stored_shapes(model: Reformer) -> dict[str, torch.Size]:
 
 
 def filled(model: Reformer, weights: Mapping[str, Tensor]) -> Reformer:
-    """Make the weights the model's own.
+    """Put weights into a model that has none yet.
 
     Args:
         model: from `empty`.

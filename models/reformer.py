@@ -33,7 +33,7 @@ from megabase.models.reversible import Block, ReversibleStack
 
 
 class Reformer(nn.Module):
-    """A language model. It predicts the next token (config.causal) or masked tokens (else).
+    """A language model. It predicts the next token (config.causal) or masked tokens (otherwise).
 
     Args:
         config: the settings. Weights are drawn from torch's default generator.
@@ -77,8 +77,8 @@ class Reformer(nn.Module):
 
         Args:
             tokens, seeds, mask: see `forward`.
-            labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them); −100
-                has no loss.
+            labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them). A
+                label of −100 has no loss.
             weights: (batch, length) float; None = 1.
 
         Returns:
@@ -134,7 +134,7 @@ class Body(nn.Module):
         return self.run(tokens, call, reverse=reverse)
 
     def run(self, tokens: Tensor, call: Call, *, reverse: bool = True) -> Tensor:
-        """`forward` for a given call."""
+        """Do the same as `forward`, with everything but the tokens in one Call."""
         self.config.validate(tokens.shape[1])
         if call.mask is not None and (call.mask.shape != tokens.shape or call.mask.dtype != torch.bool):
             raise ValueError(
@@ -161,7 +161,7 @@ class Embedding(nn.Module):
         self.positions = build_positions(config)
 
     def forward(self, tokens: Tensor, call: Call, start: int = 0) -> Tensor:
-        """start: the position of the first token."""
+        """Embed the tokens. start: the position of the first one."""
         x = self.tokens(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.shape[1], start)

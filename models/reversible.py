@@ -69,10 +69,10 @@ class Block(nn.Module):
 
 
 class FixedPoint:
-    """Streams as int32 in units of 1 / SCALE. On a GPU each of these is one pass over memory.
+    """Streams as int32 in units of 1 / SCALE. On a GPU each function passes over memory once.
 
-    Where `invalid` is an argument, it is a scalar fp32. It becomes NaN if a number is not finite or beyond ±LIMIT,
-    without a synchronisation with the device.
+    The argument `invalid` is a scalar fp32. It becomes NaN if a number is not finite or beyond ±LIMIT. The host does
+    not wait for the device.
     """
 
     @staticmethod
@@ -185,7 +185,7 @@ class ReversibleStack(nn.Module):
         call = replace(call, context=None)
         if not reverse:
             return _run_with_autograd(self.arithmetic, self.branches, x, context, call)
-        # The anchor makes the output differentiable for the sake of the blocks even where x is not.
+        # The anchor makes the output require a gradient if a block has trainable parameters, even if x requires none.
         trained = any(p.requires_grad for p in self.parameters())
         anchor = torch.empty(0, device=x.device, requires_grad=trained)
         return _Reversible.apply(x, context, anchor, self, call)
@@ -261,9 +261,10 @@ def _accumulates_everywhere(device: torch.device) -> bool:
     """Whether the backward pass that is running fills `.grad` of every parameter.
 
     It does when `backward()` started it without `inputs`; `torch.autograd.grad` and `backward(inputs=...)` fill or
-    return the gradients of some tensors only. Torch has no function that tells. But the backward pass of a reentrant
-    activation checkpoint raises RuntimeError in the second case, for the same reason as this stack, and a nested
-    backward pass inherits the case from the outer one. So this checkpoints a scalar on `device` (0.3 ms).
+    return the gradients of some tensors only. Torch has no function that tells the two cases apart. But the backward
+    pass of a reentrant activation checkpoint raises RuntimeError in the second case, for the same reason as this stack,
+    and a backward pass that runs inside another one is in the same case. So this function checkpoints a scalar on
+    `device` and runs its backward pass (0.3 ms).
     """
     scalar = torch.zeros((), device=device, requires_grad=True)
     with torch.enable_grad():
@@ -286,8 +287,8 @@ def _invert(
 ) -> tuple[Tensor, Tensor]:
     """Invert after = before + branch(source).
 
-    Runs the branch once, with gradients. It leaves its parameters' gradients in their `.grad`, and adds its gradient
-    of the context, a leaf, to that of the context.
+    Runs the branch once, with gradients. Adds the gradients of its parameters, and of the context (a leaf), to their
+    `.grad`.
 
     Args:
         ctx: of the running `_Reversible`.
@@ -300,10 +301,10 @@ def _invert(
     arithmetic: Arithmetic = ctx.stack.arithmetic
     with torch.enable_grad():
         x = arithmetic.decode(source).requires_grad_()
-        # Through a view of its own, a branch's gradients are summed before those of other branches are added.
-        own = None if context is None else context.view_as(context)
+        # Each branch reads a view of its own, so that autograd first sums the gradients within a branch.
+        context_view = None if context is None else context.view_as(context)
         with ctx.precision.restored():
-            y = branch(x, replace(ctx.call, context=own, grad=grad))
+            y = branch(x, replace(ctx.call, context=context_view, grad=grad))
     before = arithmetic.subtract(after, y.detach())
     torch.autograd.backward(y, grad.to(y.dtype))
     assert x.grad is not None
@@ -317,19 +318,19 @@ def _run_with_autograd(
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     older = newer = arithmetic.encode(x.detach(), invalid)
     x = _Rounded.apply(x, newer, arithmetic)
-    # Through views of their own, the gradients of a stream or a branch are summed before others are added: the order
-    # of sums in the reversible pass.
+    # Each reader of a stream or of the context gets a view of its own, so that autograd first sums the gradients within
+    # a reader: that is the order of sums in the reversible pass.
     x_older, x_newer = x.view_as(x), x.view_as(x)
     for branch in branches:
-        own = None if context is None else context.view_as(context)
-        y = branch(x_newer.view_as(x_newer), replace(call, context=own))
+        context_view = None if context is None else context.view_as(context)
+        y = branch(x_newer.view_as(x_newer), replace(call, context=context_view))
         older, newer = newer, arithmetic.add(older, y.detach(), invalid)
         x_older, x_newer = x_newer, _Added.apply(x_older, y, newer, arithmetic)
     return torch.cat((x_older, x_newer), dim=-1) + invalid
 
 
 class _Rounded(torch.autograd.Function):
-    """x as the stream it was encoded to; gradients pass straight through."""
+    """Replace x by the value of the stream that it was encoded to; gradients pass straight through."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stream: Tensor, arithmetic: Arithmetic) -> Tensor:

@@ -1,7 +1,7 @@
-"""Files in the safetensors format: tensors by name, and nothing that can run.
+"""Files in the safetensors format: tensors by name, and no code.
 
-The format's own library reads them. It cannot write them here: it needs all tensors in memory at once. `write` takes
-a tensor in pieces instead, so an export needs no memory for the whole model. A file is the length of its header
+The format's own library reads them. It can write only tensors that are all in memory. `write` takes tensors in pieces
+instead, so an export needs no memory for the whole model. A file is the length of its header
 (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets; strings by name under
 `__metadata__`), and the tensors' bytes without gaps.
 """

@@ -35,7 +35,8 @@ def cross_attention(
     """
     seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     if mask is not None:
-        # Softmax over no key would be NaN: where the source is empty, let all be seen, and zero the result below.
+        # Softmax over no key would be NaN. So queries of a source without real tokens see all of it, and their output
+        # is zeroed below.
         not_empty = mask.any(-1)[:, None, None, None]
         seen = mask[:, None, None] | ~not_empty
     if dropout is None:

@@ -26,7 +26,7 @@ class AttentionLayer(nn.Module, ABC):
     """One kind of attention, with the cache that generation needs.
 
     A cache holds what later tokens need of the tokens that were read. `new_cache` returns an empty one; `read` reads
-    a block of tokens with it. A cache promises:
+    a block of tokens with it. Every cache has these properties:
 
     - Reading a sequence in blocks returns what `forward` returns for the whole sequence, up to rounding.
     - It holds tensors and numbers only: no module, and nothing of a `Call`. So `copy.deepcopy` makes a fork, an
@@ -76,14 +76,14 @@ class AttentionLayer(nn.Module, ABC):
         raise NotImplementedError
 
     def check_causal(self) -> None:
-        """Raise ConfigError unless the layer is causal, as reading in blocks needs."""
+        """Raise ConfigError unless the layer is causal: only then can it read in blocks."""
         if not self.config.causal:
             raise ConfigError(
                 "model.causal=False: a model that sees both sides cannot generate; train one with causal=True"
             )
 
     def no_keys(self, batch: int) -> Tensor:
-        """(batch, heads, 0, d), in the dtype and on the device of this layer's keys."""
+        """An empty tensor (batch, heads, 0, d), in the dtype and on the device of this layer's keys."""
         weight = self.output.weight
         dtype = Precision.current(weight.device).compute_dtype(weight.dtype)
         return weight.new_empty(batch, self.config.heads, 0, self.config.width, dtype=dtype)
@@ -208,9 +208,9 @@ def weight_dropout(
     if not (call.training and rate):
         return None
     keys = call.seeds.keys(purpose, layer, batch, device)
-    # random_bits hashes both halves of a key: an odd multiple that fills both makes the heads' keys differ.
-    heads_apart = torch.arange(heads, device=device) * 0x632BE59BD9B4E019
-    return PairDropout(rate, (keys[:, None] ^ heads_apart).flatten())
+    # Multiples of an odd 64-bit number make the keys of the heads differ in both halves, which random_bits hashes.
+    head_salts = torch.arange(heads, device=device) * 0x632BE59BD9B4E019
+    return PairDropout(rate, (keys[:, None] ^ head_salts).flatten())
 
 
 def attend_to_cached(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

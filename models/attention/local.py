@@ -1,5 +1,5 @@
 """Local attention: queries attend to their neighbours. The kernels of LSH attention compute it, with one round of one
-bucket: nothing is hashed or sorted."""
+bucket: nothing is hashed, and sorting only moves padding to the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def local_attention(
         q: queries (batch, heads, length, d), any length from 1.
         k: keys, of the same shape.
         v: values, of the same shape.
-        window: positions. `attend="window"`: position i attends to i − window + 1 ... i (not causal: to
+        window: positions. `attend="window"`: position i attends to i − window + 1 ... i (not causal: up to
             i + window − 1). `attend="chunk"`: to its own chunk of `window` positions and the one before; where not
             causal, the first chunk attends to the last one, as in trax and transformers.
         causal: whether a query attends to no later position.
@@ -91,9 +91,9 @@ class LocalAttention(SeparateAttention):
 
     def new_cache(self, batch: int, seeds: Seeds) -> LocalCache:
         self.check_causal()
-        local, none = self.config.local, self.no_keys(batch)
+        local, empty = self.config.local, self.no_keys(batch)
         entries = local.window * (2 if local.attend == "chunk" else 1)
-        keys = none.new_zeros(*none.shape[:2], entries, none.shape[3])
+        keys = empty.new_zeros(*empty.shape[:2], entries, empty.shape[3])
         return LocalCache(keys, torch.zeros_like(keys))
 
     def read(self, x: Tensor, near: Tensor, cache: LocalCache, position: int, call: Call) -> Tensor:

@@ -196,10 +196,9 @@ class LSHCache:
 class LSHAttention(AttentionLayer):
     """The layer: query-key and value projections, hashing, attention, output projection.
 
-    It compares content alone: rotary positions do not rotate its query-keys. Otherwise the same content would score
-    differently at every distance, and long-range matching must not do that. (test_learns_to_copy in
-    tests/models/test_reformer.py shows it: with rotary the loss jumps whenever the hash changes, without it falls
-    steadily.)
+    It compares content alone: rotary positions do not rotate its query-keys. They would make the score of the same
+    content depend on its distance, but content must be found at any distance. (test_learns_to_copy in
+    tests/models/test_reformer.py checks this: if query-keys are rotated, the loss jumps whenever the hash changes.)
     """
 
     def __init__(self, config: ReformerConfig, layer: int) -> None:
@@ -244,18 +243,18 @@ class LSHAttention(AttentionLayer):
 
     def new_cache(self, batch: int, seeds: Seeds) -> LSHCache:
         self.check_causal()
-        lsh, none = self.config.lsh, self.no_keys(batch)
+        lsh, empty = self.config.lsh, self.no_keys(batch)
         if lsh.attend != "window":
             raise ConfigError(
                 f"model.lsh.attend={lsh.attend}: later tokens change what earlier ones attend to, so such a model "
                 "cannot generate; train one with attend=window"
             )
         shape = (batch * self.config.heads, lsh.rounds, self.config.buckets, lsh.chunk_length)
-        # Keys and values are not zeroed: memory is then allocated only for buckets that are used (on a CPU).
-        keys = none.new_empty(*shape, self.config.width)
+        # Keys and values are not zeroed: so a CPU takes memory only for the buckets that are used.
+        keys = empty.new_empty(*shape, self.config.width)
         return LSHCache(
-            rotations=self.rotations(seeds, none.device),
-            positions=torch.full(shape, -1, device=none.device),
+            rotations=self.rotations(seeds, empty.device),
+            positions=torch.full(shape, -1, device=empty.device),
             keys=keys,
             values=torch.empty_like(keys),
         )

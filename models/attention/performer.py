@@ -5,7 +5,7 @@ m such directions, attention is φ(q) (Σ φ(k) vᵀ) divided by φ(q) (Σ φ(k)
 
 What is special:
 - Features exist for a chunk of positions at a time. Causal attention keeps the sums over earlier chunks, and computes
-  the pairs within the current chunk one by one. The backward pass computes these sums again from the left, for the
+  the weight of every pair within the current chunk. The backward pass computes these sums again from the left, for the
   gradients of queries, and other sums from the right, for those of keys and values. Memory is O(length · d), plus one
   number for each chunk and feature.
 - Features are in units of the largest that a query sees. So no exponential overflows, whatever the norms, and what a
@@ -95,9 +95,9 @@ class PerformerAttention(SeparateAttention):
 
     def new_cache(self, batch: int, seeds: Seeds) -> PerformerCache:
         self.check_causal()
-        none = self.no_keys(batch)
-        directions = self.directions(seeds, none.device)
-        return PerformerCache(directions, FeatureSums(Features(none, none, directions, None), none))
+        empty = self.no_keys(batch)
+        directions = self.directions(seeds, empty.device)
+        return PerformerCache(directions, FeatureSums(Features(empty, empty, directions, None), empty))
 
     @torch.no_grad()
     def read(self, x: Tensor, near: Tensor, cache: PerformerCache, position: int, call: Call) -> Tensor:

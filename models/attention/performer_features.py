@@ -42,7 +42,7 @@ def draw_directions(heads: int, features: int, d: int, seed: int, device: torch.
         generator = torch.Generator().manual_seed(seed)
         shape = (heads, -(-features // d), d, d)
         q, r = torch.linalg.qr(torch.randn(shape, generator=generator))
-        # Q is uniform over rotations where R's diagonal is positive; as LAPACK leaves it, it is not.
+        # Q is uniformly distributed only if R's diagonal is positive, which LAPACK does not ensure.
         q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
         norms = torch.randn(shape, generator=generator).norm(dim=-1, keepdim=True)
         return (q.mT * norms).flatten(1, 2)[:, :features].contiguous().to(device)

@@ -1,10 +1,11 @@
-"""How the work is shared among programs, and how all kernels of this package load.
+"""How work is divided among programs, and how all kernels of this package load numbers.
 
 A step of a deep, narrow model is bound by the bytes it moves, and torch's operations move each number five to ten times
 where once is enough (a rounding to fixed point takes five operations). Everything is computed in fp32 and rounded once.
 Sums have one order: the same input gives the same bits.
 
-Addresses have 64 bits. What `do_not_specialize` names is not compiled in: a new length needs no new code.
+Addresses have 64 bits. Values of the arguments that `do_not_specialize` names are not compiled in: a new length needs
+no new code.
 """
 
 # Device code has no Python types; host functions have all of theirs.
@@ -21,7 +22,7 @@ BLOCK = 2048
 """Numbers that a program computes at a time."""
 
 PROGRAMS = 1024
-"""Programs that sum the gradient of a weight, at the most: each leaves one row of partial sums."""
+"""The most programs that sum the gradient of a weight. Each writes one row of partial sums."""
 
 
 def block_of_rows(width: int) -> dict[str, int]:

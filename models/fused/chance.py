@@ -71,7 +71,7 @@ def _drop(x: Tensor, rate: float, keys: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["least"])
 def _dropout(x, keys, y, n, least, kept, BLOCK: tl.constexpr):
-    """BLOCK numbers of one sample of n."""
+    """Dropout of BLOCK numbers of one sample, which has n."""
     blocks = tl.cdiv(n, BLOCK)
     sample = tl.program_id(0) // blocks
     place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

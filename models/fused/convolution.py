@@ -17,7 +17,7 @@ from megabase.models.fused.blocks import load, share
 from megabase.models.gpu import FUSED
 
 TOKENS, CHANNELS = 16, 128
-"""Of a tile."""
+"""The size of a tile."""
 
 
 def convolve(x: Tensor, weight: Tensor, before: int) -> Tensor:
@@ -71,7 +71,7 @@ class _Convolve(torch.autograd.Function):
 
 @triton.jit(do_not_specialize=["length", "before"])
 def _convolve(x, weight, y, length, width, before, TAPS: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
-    """T tokens of one sample, C channels."""
+    """Convolve C channels of T tokens of one sample."""
     blocks = tl.cdiv(length, T)
     first = (tl.program_id(0) // blocks).to(tl.int64) * length
     position = tl.program_id(0) % blocks * T + tl.arange(0, T)
@@ -92,24 +92,24 @@ def _convolve_backward(
     x, weight, grad, grad_x, sums, blocks, length, width, before, steps,
     TAPS: tl.constexpr, LINES: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """`steps` times T tokens; sums (programs, TAPS, width): their share of the weight's gradient."""
+    """The gradient of x for `steps` times T tokens. sums (programs, TAPS, width): their share of weight's gradient."""
     channel, line = tl.program_id(1) * C + tl.arange(0, C), tl.arange(0, LINES)
     exists = channel < width
     of_weight = tl.zeros((LINES, C), dtype=tl.float32)
-    each = tl.cdiv(length, T)
+    blocks_of_sample = tl.cdiv(length, T)
     for step in range(steps):
         block = tl.program_id(0) * steps + step
-        first = (block // each).to(tl.int64) * length
-        position = block % each * T + tl.arange(0, T)
+        first = (block // blocks_of_sample).to(tl.int64) * length
+        position = block % blocks_of_sample * T + tl.arange(0, T)
         inside = position < tl.where(block < blocks, length, 0)
         at = (first + position)[:, None] * width + channel[None, :]
-        slope = load(grad, at, inside[:, None] & exists[None, :])
+        grad_y = load(grad, at, inside[:, None] & exists[None, :])
         total = tl.zeros((T, C), dtype=tl.float32)
         for tap in tl.static_range(TAPS):
             source = position + (tap - before)
             valid = (inside & (source >= 0) & (source < length))[:, None] & exists[None, :]
             shifted = load(x, (first + source)[:, None] * width + channel[None, :], valid)
-            of_weight += tl.where(line[:, None] == tap, tl.sum(slope * shifted, axis=0)[None, :], 0.0)
+            of_weight += tl.where(line[:, None] == tap, tl.sum(grad_y * shifted, axis=0)[None, :], 0.0)
             source = position - (tap - before)
             valid = (inside & (source >= 0) & (source < length))[:, None] & exists[None, :]
             shifted = load(grad, (first + source)[:, None] * width + channel[None, :], valid)

@@ -96,7 +96,7 @@ def _norm_backward(
     x, weight, grad, grad_x, sums, rows, width, eps, steps, programs,
     LAYER: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`steps` times ROWS rows; sums (2, programs, width): their share of the gradients of weight and bias."""
+    """The gradient of x for `steps` times ROWS rows. sums (2, programs, width): their share for weight and bias."""
     program, column = tl.program_id(0), tl.arange(0, PAD)
     of_width = column < width
     factor = load(weight, column, of_width)
@@ -106,13 +106,13 @@ def _norm_backward(
         valid = (row < rows)[:, None] & of_width[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
         normal, scale = _normalise(load(x, at, valid), valid, width, eps, LAYER)
-        slope = load(grad, at, valid)
-        of_weight += tl.sum(slope * normal, axis=0)
-        of_bias += tl.sum(slope, axis=0)
-        slope *= factor[None, :]
-        change = slope - normal * (tl.sum(slope * normal, axis=1) / width)[:, None]
+        grad_y = load(grad, at, valid)
+        of_weight += tl.sum(grad_y * normal, axis=0)
+        of_bias += tl.sum(grad_y, axis=0)
+        grad_y *= factor[None, :]
+        change = grad_y - normal * (tl.sum(grad_y * normal, axis=1) / width)[:, None]
         if LAYER:
-            change -= (tl.sum(slope, axis=1) / width)[:, None]
+            change -= (tl.sum(grad_y, axis=1) / width)[:, None]
         tl.store(grad_x + at, (change * scale[:, None]).to(grad_x.dtype.element_ty), mask=valid)
     place = sums + program.to(tl.int64) * width + column
     tl.store(place, of_weight, mask=of_width)

@@ -15,7 +15,7 @@ from megabase.models.gpu import FUSED
 
 
 def add_to_stream(
-    stream: Tensor | None, branch: Tensor, sign: int, scale: float, limit: float, alarm: Tensor | None
+    stream: Tensor | None, branch: Tensor, sign: int, scale: float, limit: float, invalid: Tensor | None
 ) -> Tensor:
     """stream + sign · round(scale · branch): rounds to even, saturates.
 
@@ -25,7 +25,7 @@ def add_to_stream(
         sign: 1 or −1.
         scale: Units of the stream in 1.
         limit: Largest magnitude allowed, of the branch; of the result in units of 1 / scale.
-        alarm: Scalar fp32 that becomes NaN if a number is not within ±limit; None checks nothing.
+        invalid: Scalar fp32 that becomes NaN if a number is not within ±limit; None checks nothing.
 
     Returns:
         int32 of branch's shape.
@@ -36,10 +36,16 @@ def add_to_stream(
     n = branch.numel()
     with torch.cuda.device_of(branch):
         _add_to_stream[(triton.cdiv(n, BLOCK),)](
-            *(branch, branch if stream is None else stream, result, result if alarm is None else alarm, n),
+            *(
+                branch,
+                branch if stream is None else stream,
+                result,
+                result if invalid is None else invalid,
+                n,
+            ),
             *(scale, limit, round(limit * scale)),
             SIGN=0 if stream is None else sign,
-            WATCH=alarm is not None,
+            CHECK=invalid is not None,
             BLOCK=BLOCK,
             **FUSED,
         )
@@ -66,8 +72,8 @@ def _rounded(x):
 
 @triton.jit(do_not_specialize=["edge"])
 def _add_to_stream(
-    branch, stream, result, alarm, n, scale, limit, edge,
-    SIGN: tl.constexpr, WATCH: tl.constexpr, BLOCK: tl.constexpr,
+    branch, stream, result, invalid, n, scale, limit, edge,
+    SIGN: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers. edge: limit in units of the stream."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -80,11 +86,11 @@ def _add_to_stream(
     if SIGN == -1:
         y = tl.load(stream + place, mask=valid, other=0) - y
     tl.store(result + place, y, mask=valid)
-    if WATCH:
+    if CHECK:
         fine = (tl.abs(x) < limit) & (y > -edge) & (y < edge)
         if tl.min(fine.to(tl.int32), axis=0) == 0:
             # Several programs may store here: all of them store NaN.
-            tl.store(alarm, float("nan"))
+            tl.store(invalid, float("nan"))
 
 
 @triton.jit

@@ -9,20 +9,21 @@ name. Some differences remain:
 
 - Hash rotations: megabase derives them from `Seeds`, transformers draws them from torch's generator or `hash_seed`.
   Given the same buckets, LSH layers agree.
-- Dropout has the same rates, but not everywhere the same places: transformers also drops within the feed-forward,
-  after the last norm, and whole rows of axial positions. Without dropout gradients agree as well.
+- Dropout has the same rates, but transformers has it in more places: within the feed-forward, after the last norm, and
+  on whole rows of axial positions. Without dropout the gradients agree as well.
 - Padding: in transformers the first chunk of a round of LSH, or of a bidirectional local layer, attends to the last
   chunk of the padded sequence. In megabase it attends to the last chunk of real tokens. So the models differ where a
   whole chunk is padding.
 - `lm_head.bias`: transformers 4 added it to the logits; 5 (checked with 5.23) has the weight but does not add it.
   megabase adds it (`head_bias`). If it is not zero, logits differ by it, and the conversion warns.
-- Tied heads: a tied head of megabase has no counterpart, because it is twice as wide as the embedding. It becomes a
-  head of its own with the same logits. On the way back it is tied again, unless it was trained apart.
+- Tied heads: the head of transformers reads both streams, so it is twice as wide as the embedding and cannot be tied to
+  it. A tied head of megabase becomes a separate head with the same logits. On the way back it is tied again, unless
+  training has changed it.
 
 Settings that only one side has survive the way there and back. Those of transformers (token ids, names of labels,
 `initializer_range`, ...) are kept on the model that `from_huggingface` returns, though not in its state dict. Those of
-megabase (`loss_chunk`, `residual`, ...) go into transformers' config.json under the key `megabase`; they are used as
-long as they still describe that model.
+megabase (`loss_chunk`, `residual`, ...) go into transformers' config.json under the key `megabase`; they are used if
+the settings of transformers still agree with them.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _warn_of_bias(model: PreTrainedModel, config: ReformerConfig) -> None:
     head = getattr(model, "lm_head", None)
     if config.head_bias and head is not None and head.decoder.bias is None and head.bias.any():
         warnings.warn(
-            f"{type(model).__name__}.lm_head.bias is not zero, and this version of transformers does not add it "
-            "to its logits (version 4 did): they differ by it from those of megabase's Reformer, which does",
+            f"{type(model).__name__}.lm_head.bias is not zero: megabase's Reformer adds it to the logits, this version "
+            "of transformers does not (version 4 did), so the logits of the two models differ by this bias",
             stacklevel=3,
         )

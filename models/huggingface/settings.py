@@ -85,9 +85,9 @@ def to_settings(config: ReformerConfig, kept: Mapping[str, Any], classes: int) -
 
     Args:
         config: of the model.
-        kept: the settings of transformers that the model was converted from, if it was. Where one means the same as
-            `config`, it stays as it is; so do settings that megabase does not have.
-        classes: of a classifier; 0 for a language model.
+        kept: the settings that the model had in transformers, if it was converted from there; else empty. A setting
+            that means the same as `config` keeps its value, and so does one that megabase does not have.
+        classes: number of classes of a classifier; 0 for a language model.
 
     Raises:
         ConfigError: transformers does not have a setting of `config`.

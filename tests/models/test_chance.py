@@ -40,14 +40,14 @@ def test_dropout_of_a_sample_is_the_same_in_any_batch():
     assert not torch.equal(together, other)
 
 
-def test_the_global_generator_is_left_alone():
+def test_dropout_does_not_use_the_global_generator():
     state = torch.get_rng_state()
     dropout(torch.ones(2, 5), 0.5, Seeds().keys(Purpose.FEEDFORWARD, 0, 2, CPU))
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_rate_scale_and_independence(rate):
+def test_dropout_has_its_rate_and_scale_and_draws_are_independent(rate):
     keys = Seeds(samples=torch.arange(64)).keys(Purpose.ATTENTION, 1, 64, CPU)
     y = dropout(torch.ones(64, 4096), rate, keys)
     kept = y > 0
@@ -69,12 +69,12 @@ def test_bits_are_uniform():
 
 
 def test_ids_must_match_the_batch():
-    with pytest.raises(ValueError, match="one id each"):
+    with pytest.raises(ValueError, match="give one id for each"):
         Seeds(samples=torch.arange(3)).keys(Purpose.HASH, 0, 4, CPU)
 
 
 def test_normals_are_normal_and_never_change():
-    """Hash rotations are drawn from them. Their first moments, no correlation, and known values."""
+    """Hash rotations are drawn from them. Checks their first moments, that they do not correlate, and known values."""
     x = normals(123, 1 << 18).double()
     assert x.mean().abs() < 0.01
     assert (x.var() - 1.0).abs() < 0.01
