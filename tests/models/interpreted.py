@@ -17,12 +17,13 @@ import torch
 
 GPU = torch.cuda.is_available()
 HERE = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process can run the kernels."""
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROOT = Path(__file__).parents[2]
 
 
 def run_interpreted(file: str, temporary: Path, *options: str) -> None:
-    """Run the tests of a file with Triton's interpreter and more options of pytest; they must pass."""
+    """Run the tests of a file with Triton's interpreter. They must pass. options: for pytest."""
     command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
         [*command, f"--basetemp={temporary / 'interpreted'}"],

@@ -27,7 +27,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
-def test_a_name_is_one_of_the_valid_ones():
+def test_a_name_must_be_one_of_the_valid_ones():
     check_name("key", "gelu", ("gelu", "relu"))
     with pytest.raises(ConfigError, match=r"key='gelo' is unknown: did you mean 'gelu'\? valid: gelu, relu"):
         check_name("key", "gelo", ("gelu", "relu"))
@@ -47,14 +47,14 @@ def test_numbers_have_limits():
 
 
 @pytest.mark.parametrize("n", [2, 6, SINGLE_ROTATION, SINGLE_ROTATION + 4, 1 << 20])
-def test_keys_can_be_hashed_into_these_buckets(n):
+def test_numbers_of_buckets_that_work(n):
     check_buckets(n, "key")
 
 
 @pytest.mark.parametrize(
     ("n", "instead"), [(0, 2), (-4, 2), (1, 2), (5, 6), (SINGLE_ROTATION + 2, SINGLE_ROTATION + 4)]
 )
-def test_other_buckets_are_refused_with_a_number_that_works(n, instead):
+def test_other_numbers_of_buckets_are_refused_with_one_that_works(n, instead):
     with pytest.raises(ConfigError, match=f"key={n} .*: take {instead}$"):
         check_buckets(n, "key")
     check_buckets(instead, "key")

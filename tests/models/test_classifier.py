@@ -23,7 +23,7 @@ def tokens(batch: int = 2, length: int = 50, seed: int = 0) -> Tensor:
     return torch.randint(5, 9, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def test_mean_ignores_padding():
+def test_classifying_by_the_mean_ignores_padding():
     model = ReformerClassifier(dataclasses.replace(SMALL, causal=False), classes=3).eval()
     x = tokens(length=40)
     mask = torch.arange(40) < torch.tensor([[40], [25]])
@@ -34,7 +34,7 @@ def test_mean_ignores_padding():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_first_token():
+def test_classifying_by_the_first_token_equals_its_formula():
     config = dataclasses.replace(SMALL, causal=False, classifier="first", dropout=0.2)
     model = ReformerClassifier(config, classes=3)
     x = tokens(length=40)

@@ -102,7 +102,7 @@ def test_lengths_that_do_not_fit_are_refused(positions, length, message):
     config.validate(64)
 
 
-def test_rotary_positions_have_no_longest_sequence():
+def test_rotary_positions_do_not_limit_the_length():
     SMALL.validate(65)
 
 
@@ -175,7 +175,7 @@ def test_settings_that_are_missing_have_their_defaults():
         ({"depth": 0}, "model.depth=0"),
     ],
 )
-def test_dictionaries_that_are_no_config_are_refused(values, message):
+def test_dictionaries_with_wrong_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message) as error:
         ReformerConfig.from_dict({"vocab_size": 9} | values)
     assert "\n" not in str(error.value)

@@ -121,7 +121,7 @@ def test_sums_over_blocks_are_fp32_where_the_context_is_bf16():
         assert context.grad.item() == 300
 
 
-def test_a_frozen_encoder_gets_no_gradients_and_the_decoder_the_same():
+def test_freezing_the_encoder_changes_no_gradient_of_the_decoder():
     model = build()
     run(model, reverse=True).backward()
     expected = gradients(model)
@@ -133,7 +133,7 @@ def test_a_frozen_encoder_gets_no_gradients_and_the_decoder_the_same():
         model.zero_grad()
 
 
-def test_a_frozen_decoder_passes_gradients_on():
+def test_a_frozen_decoder_passes_gradients_to_the_encoder():
     model = build()
     run(model, reverse=True).backward()
     expected = gradients(model)
@@ -142,7 +142,7 @@ def test_a_frozen_decoder_passes_gradients_on():
     assert all(torch.equal(p.grad, expected[f"encoder.{n}"]) for n, p in model.encoder.named_parameters())
 
 
-def test_backward_twice_through_one_graph_and_two_forwards_before_one_backward():
+def test_two_backward_passes_through_one_graph_and_two_forward_passes_before_a_backward_pass():
     model = build(dropout=0.1)
     loss = run(model, reverse=True)
     loss.backward(retain_graph=True)
@@ -177,10 +177,10 @@ def test_padding_changes_nothing_for_real_tokens():
     model = build().eval()
     source, tokens, labels, source_mask, mask = batch()
     logits = model(source, tokens, source_mask=source_mask, mask=mask)
-    junk = torch.randint(0, 12, source.shape)
+    random_tokens = torch.randint(0, 12, source.shape)
     other = model(
-        source.where(source_mask, junk),
-        tokens.where(mask, junk[:, :30] % 9),
+        source.where(source_mask, random_tokens),
+        tokens.where(mask, random_tokens[:, :30] % 9),
         source_mask=source_mask,
         mask=mask,
     )

@@ -37,7 +37,7 @@ def test_a_second_pass_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])
-def test_chunks_in_low_precision(precision):
+def test_chunks_equal_one_piece_in_low_precision(precision):
     x = torch.randn(2, 16, 8)
     modules = [feedforward("gelu", 5), feedforward("gelu", 0)]
     if precision == "bf16":

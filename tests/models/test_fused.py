@@ -25,7 +25,7 @@ HALVES = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
 
-interpreted_only_elsewhere = pytest.mark.skipif(not HERE, reason="runs in test_interpreted's process")
+needs_kernels = pytest.mark.skipif(not HERE, reason="runs in test_interpreted's process")
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def gradients(function: Any, tensors: list[Tensor], grad: Tensor) -> list[Tensor
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 class TestStreams:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [1, 100, 5000])
@@ -61,22 +61,22 @@ class TestStreams:
         branch = draw(n, seed=n, dtype=dtype) * 100
         stream = torch.randint(-(2**30), 2**30, (n,), dtype=torch.int32, device=DEVICE)
         encoded = FixedPoint.encode(branch.cpu()).to(DEVICE)
-        alarm = torch.zeros((), device=DEVICE)
-        assert torch.equal(fused.add_to_stream(None, branch, 1, SCALE, LIMIT, alarm), encoded)
-        after = fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
+        invalid = torch.zeros((), device=DEVICE)
+        assert torch.equal(fused.add_to_stream(None, branch, 1, SCALE, LIMIT, invalid), encoded)
+        after = fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, invalid)
         assert torch.equal(after, stream + encoded)
         assert torch.equal(fused.add_to_stream(after, branch, -1, SCALE, LIMIT, None), stream)
         assert torch.equal(fused.decode(stream, 1 / SCALE), stream.float() / SCALE)
         # A stream of 2^30 units is at the limit.
-        assert alarm.isnan() == (after.abs() >= LIMIT * SCALE).any()
+        assert invalid.isnan() == (after.abs() >= LIMIT * SCALE).any()
 
-    def test_round_half_to_even_and_saturate(self):
+    def test_halves_round_to_even_and_large_numbers_saturate(self):
         units = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49, -0.51, 8388607.5, 8388609.0, 1e30, -1e30, 2.0**31]
         x = torch.tensor(units, device=DEVICE, dtype=torch.float64).float() / SCALE
         expected = FixedPoint.encode(x.cpu()).to(DEVICE)
         assert torch.equal(fused.add_to_stream(None, x, 1, SCALE, LIMIT, None), expected)
 
-    def test_wrap_around_and_back(self):
+    def test_subtraction_undoes_an_addition_that_wraps(self):
         stream = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32, device=DEVICE)
         branch = torch.tensor([3.0, -3.0], device=DEVICE)
         after = fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, None)
@@ -86,17 +86,17 @@ class TestStreams:
         ("value", "stream_value"),
         [(0.0, 0), (LIMIT, 0), (-LIMIT, 0), (float("nan"), 0), (float("inf"), 0), (0.0, 2**30)],
     )
-    def test_alarm(self, value, stream_value):
+    def test_invalid_becomes_nan_beyond_the_limit(self, value, stream_value):
         """At the limit, beyond it, or NaN: the same as without a GPU."""
         branch = torch.zeros(3000, device=DEVICE)
         stream = torch.zeros(3000, dtype=torch.int32, device=DEVICE)
         branch[2500], stream[17] = value, stream_value
-        alarm, plain = torch.zeros((), device=DEVICE), torch.zeros(())
-        fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, alarm)
+        invalid, plain = torch.zeros((), device=DEVICE), torch.zeros(())
+        fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, invalid)
         FixedPoint.add(stream.cpu(), branch.cpu(), plain)
-        assert alarm.isnan() == plain.isnan() == bool(value or stream_value)
+        assert invalid.isnan() == plain.isnan() == bool(value or stream_value)
 
-    def test_with_any_default_dtype(self):
+    def test_decoding_does_not_depend_on_the_default_dtype(self):
         stream = torch.tensor([123456789], dtype=torch.int32, device=DEVICE)
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -119,7 +119,7 @@ def test_empty_inputs():
         assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 class TestNorm:
     @pytest.mark.parametrize("layer", [True, False])
     @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 5), (70, 64), (33, 96), (5, 1500)])
@@ -135,11 +135,11 @@ class TestNorm:
                 return F.rms_norm(x, (width,), weight, 1e-6)
             return F.layer_norm(x, (width,), weight, bias, 1e-6)
 
-        def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        def fused_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return fused.norm(x, weight, bias, 1e-6)
 
         tensors = [x, weight, bias] if layer else [x, weight]
-        got = gradients(ours, tensors, grad)
+        got = gradients(fused_norm, tensors, grad)
         expected = gradients(plain, [t.double() for t in tensors], grad)
         assert [t.dtype for t in got] == [dtype, torch.float32, dtype, dtype][: len(got)]
         if width == 1 and layer:
@@ -161,7 +161,7 @@ class TestNorm:
             close(a, b, torch.float32)
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 class TestDropout:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_equals_plain_torch(self, dtype):
@@ -175,7 +175,7 @@ class TestDropout:
             if GPU or dtype != torch.bfloat16:  # the interpreter truncates to bf16 instead of rounding
                 assert torch.equal(a.cpu(), b)
 
-    def test_saves_no_mask(self):
+    def test_keys_are_saved_instead_of_a_mask(self):
         kept = []
         x = draw(2, 64).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -183,14 +183,14 @@ class TestDropout:
         assert kept == [2]
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 class TestRotary:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("d", "start"), [(2, 0), (24, 3), (64, 1000)])
     def test_equals_plain_torch(self, d, start, dtype):
         x = draw(2, 9, 3, d, dtype=dtype).transpose(1, 2)
         grad = draw(2, 3, 9, d, seed=1, dtype=dtype)
-        cos, sin = turns(9, d, start)
+        cos, sin = angles(9, d, start)
 
         def plain(x: Tensor) -> Tensor:
             return rotary(x.cpu().double(), start).to(x.device)
@@ -201,14 +201,14 @@ class TestRotary:
         assert got[0].stride() == x.stride()
 
 
-def turns(length: int, d: int, start: int) -> tuple[Tensor, Tensor]:
+def angles(length: int, d: int, start: int) -> tuple[Tensor, Tensor]:
     """cos and sin as positions.rotary computes them, read from a unit vector that it rotates."""
     unit = torch.cat([torch.ones(length, d // 2), torch.zeros(length, d // 2)], dim=-1).double()
     turned = rotary(unit, start).to(DEVICE, torch.float32)
     return turned[:, : d // 2].contiguous(), turned[:, d // 2 :].contiguous()
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 class TestConvolution:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("taps", "before"), [(1, 0), (3, 2), (4, 3), (5, 2)])
@@ -240,7 +240,7 @@ def hash_counters(counters, keys, result, N: tl.constexpr):
     tl.store(result + place, bits.to(tl.int32, bitcast=True))
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 def test_the_hash_of_the_device_equals_that_of_torch():
     """fused.chance.random_bits mirrors chance.random_bits, for every half of the key and every counter."""
     generator = torch.Generator().manual_seed(0)
@@ -252,7 +252,7 @@ def test_the_hash_of_the_device_equals_that_of_torch():
     assert torch.equal(result.cpu(), random_bits(keys, counters))
 
 
-@interpreted_only_elsewhere
+@needs_kernels
 @pytest.mark.parametrize("key", [0, 5, -1, 2**62 + 987654321])
 def test_normals_equal_plain_torch(key):
     plain = normals(key, 5000)

@@ -1,7 +1,7 @@
-"""Reading with a state equals a pass over the whole sequence; the cost of a state; drawing.
+"""Reading with a state equals a pass over the whole sequence; what a state costs; how tokens are drawn.
 
-Comparisons are in fp64. There the two ways differ by less than the grid of the streams resolves: the logits agree to
-the last digits if a query attends to the same keys, and one key too many or too few shows.
+Comparisons are in fp64. There the two ways differ by less than one unit of the streams. So the logits agree to the last
+digits if every query attends to the same keys, and differ visibly if one key is missing or added.
 """
 
 import copy
@@ -102,7 +102,7 @@ def test_fp32_differs_by_1e_5_at_most(layers, residual, duplicates, prompt):
     torch.testing.assert_close(logits, one_pass(model, x)[:, prompt - 1 :], atol=1e-5, rtol=0)
 
 
-def test_factored_buckets_and_no_convolution():
+def test_reading_in_blocks_with_factored_buckets_and_no_convolution():
     lsh = LSHConfig(rounds=2, chunk_length=3, n_buckets=300)
     model = build(dataclasses.replace(SMALL, conv=0, lsh=lsh))
     x = tokens()
@@ -110,7 +110,7 @@ def test_factored_buckets_and_no_convolution():
     torch.testing.assert_close(logits, one_pass(model, x)[:, 19:], atol=1e-9, rtol=0)
 
 
-def test_a_prompt_longer_than_the_kernels_chunks():
+def test_reading_a_prompt_longer_than_the_kernels_chunks():
     model = build(dataclasses.replace(SMALL, layers=["performer", "lsh", "local"]))
     x = tokens(length=310)
     logits, _ = in_blocks(model, x, 300)
@@ -118,7 +118,7 @@ def test_a_prompt_longer_than_the_kernels_chunks():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
-def test_bf16_is_as_close_as_its_rounding(precision):
+def test_bf16_differs_by_its_rounding(precision):
     model = build(SMALL, torch.bfloat16 if precision == "bf16" else torch.float32)
     x = tokens()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
@@ -207,7 +207,7 @@ def test_a_copied_state_is_a_fork():
     torch.testing.assert_close(torch.stack(rest, 1), one_pass(model, x)[:, 30:], atol=1e-9, rtol=0)
 
 
-def test_there_is_no_dropout_and_no_gradient():
+def test_reading_uses_no_dropout_and_makes_no_graph():
     model = build(dataclasses.replace(SMALL, dropout=0.5, attention_dropout=0.5)).train()
     x = tokens()
     logits, _ = in_blocks(model, x, 20)
@@ -267,7 +267,7 @@ def test_drawing_follows_the_distribution():
     assert_shares(torch.bincount(places.flatten(), minlength=5) / places.numel(), logits.softmax(0))
 
 
-def test_allowed_and_stop():
+def test_generation_draws_allowed_tokens_only_and_repeats_stop():
     model = build(SMALL)
     prompt = tokens(batch=3, length=4)
     found = generate(model, prompt, 50, allowed=[5, 7])

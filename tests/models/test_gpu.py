@@ -35,5 +35,5 @@ def test_without_a_gpu_training_does_not_import_triton():
 @pytest.mark.parametrize(
     ("width", "side"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (8191, 8192), (8192, 8192)]
 )
-def test_a_tile_holds_the_width(width, side):
+def test_the_side_of_a_tile_is_a_power_of_two_that_holds_the_width(width, side):
     assert gpu.padded(width) == side

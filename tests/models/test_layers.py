@@ -23,7 +23,7 @@ def test_norms_add_epsilon_to_the_variance():
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 50])
 def test_the_short_convolution_equals_torchs(length, width, causal):
-    """With its gradients; the second sequence ends in padding, which counts as zero."""
+    """Output and gradients. The second sequence ends in padding, which counts as zero."""
     torch.manual_seed(0)
     convolution = ShortConvolution(6, width, causal=causal).double()
     x = torch.randn(2, length, 6, dtype=torch.float64, requires_grad=True)

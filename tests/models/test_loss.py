@@ -25,18 +25,18 @@ def test_equals_torchs_cross_entropy(chunk, weighted, biased):
     labels = torch.randint(0, 11, (2, 20)).masked_fill(torch.rand(2, 20) < 0.3, -100)
     weights = torch.rand(2, 20) if weighted else None
     bias = torch.randn(11, requires_grad=True) if biased else None
-    ours = linear_cross_entropy(hidden, weight, labels, bias=bias, weights=weights, chunk=chunk)
+    found = linear_cross_entropy(hidden, weight, labels, bias=bias, weights=weights, chunk=chunk)
     plain = plain_loss(hidden, weight, bias, labels, weights)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, plain)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plain)
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     for a, b in zip(
-        torch.autograd.grad(ours / 7, inputs), torch.autograd.grad(plain / 7, inputs), strict=True
+        torch.autograd.grad(found / 7, inputs), torch.autograd.grad(plain / 7, inputs), strict=True
     ):
         torch.testing.assert_close(a, b)
 
 
-def test_gradcheck():
+def test_gradients_equal_finite_differences():
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (5, 4), (5,))]
     labels = torch.tensor([0, 4, -100, 2, 2, 1])
     assert torch.autograd.gradcheck(

@@ -1,4 +1,4 @@
-"""A directory of config.json and model.safetensors becomes the model it was; any other is refused in one line."""
+"""A directory of config.json and model.safetensors is loaded as the model that was saved; others are refused."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_settings_that_do_not_fit_are_refused(out: Path, key: str, value: Any, m
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
-def test_a_config_that_is_none_is_refused(out: Path, content: bytes) -> None:
+def test_a_file_that_holds_no_config_is_refused(out: Path, content: bytes) -> None:
     (out / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         from_pretrained(out)

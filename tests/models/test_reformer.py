@@ -116,7 +116,7 @@ def test_the_pass_is_a_function_of_weights_tokens_and_seeds():
     torch.testing.assert_close(swapped.flip(0), logits, atol=1e-4, rtol=1e-4)
 
 
-def test_weights_come_from_the_default_generator():
+def test_weights_are_drawn_from_the_default_generator():
     torch.manual_seed(3)
     first = Reformer(SMALL).state_dict()
     torch.manual_seed(3)
@@ -133,7 +133,7 @@ def test_a_copy_and_a_state_dict_are_the_same_model():
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 61])
-def test_any_length(length):
+def test_sequences_of_any_length_train(length):
     model = Reformer(SMALL)
     x = tokens(length=length)
     model.loss(x, x, seeds=Seeds()).backward()

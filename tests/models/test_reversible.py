@@ -85,7 +85,7 @@ def test_backward_under_autocast_finds_every_gradient():
     assert_same_bits(*results)
 
 
-def test_two_forwards_before_one_backward_and_accumulation():
+def test_two_forward_passes_may_precede_the_backward_passes():
     torch.manual_seed(0)
     model = Reformer(dataclasses.replace(TINY, depth=3))
     tokens, labels, _ = batch()
@@ -99,7 +99,7 @@ def test_two_forwards_before_one_backward_and_accumulation():
     assert_same_bits(gradients(model), {name: separate[1][name] + grad for name, grad in separate[0].items()})
 
 
-def test_backward_twice_through_one_graph():
+def test_a_second_backward_pass_through_one_graph_gives_the_same_bits():
     model = Reformer(dataclasses.replace(TINY, depth=2))
     loss = run(model, reverse=True)
     loss.backward(retain_graph=True)
@@ -151,7 +151,7 @@ def test_autograd_grad_for_parameters_is_refused():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_input_gradients_of_a_frozen_stack():
+def test_a_frozen_stack_passes_gradients_to_its_input():
     model = Reformer(dataclasses.replace(TINY, depth=2)).eval()
     model.body.stack.requires_grad_(False)
     weight = model.body.embedding.tokens.weight

@@ -1,4 +1,4 @@
-"""Our files are read by the format's library, whole and as written; damaged ones are refused in one line."""
+"""The format's library reads the files of `write` as they were written; damaged files are refused in one line."""
 
 import json
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def test_a_header_with_an_impossible_shape_is_refused(tmp_path: Path, shape: Any
 
 
 @pytest.mark.parametrize("dtype", ["I64", "BOOL", "F8_E4M3", "F4"])
-def test_weights_are_floating_point(tmp_path: Path, dtype: str) -> None:
+def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: str) -> None:
     sizes = {"I64": 8, "BOOL": 1, "F8_E4M3": 1, "F4": 0.5}
     end = int(4 * sizes[dtype])
     header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, end]}}).encode()

@@ -77,7 +77,7 @@ def test_dropout_falls_on_pairs_of_query_and_slot():
     )
 
 
-def test_gradcheck():
+def test_gradients_equal_finite_differences():
     q, k, v = (x[:, :, :6].clone().requires_grad_() for x in inputs())
     e, f = (x.requires_grad_() for x in projections(3, 2, 6))
     mask = torch.arange(6) < torch.tensor([[6], [4]])
@@ -98,7 +98,7 @@ def test_another_length_is_refused():
 @pytest.mark.parametrize(
     ("share", "weights"), [("none", 2 * 2 * 5 * 12), ("heads", 2 * 5 * 12), ("keyvalue", 5 * 12)]
 )
-def test_sharing(share, weights):
+def test_shared_projections_equal_the_formula(share, weights):
     config = ReformerConfig(
         vocab_size=9,
         dim=16,

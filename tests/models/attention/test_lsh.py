@@ -43,9 +43,9 @@ def count_pairs(buckets: Tensor, chunk_length: int, attend: str, causal: bool) -
         else:
             row = buckets[this].tolist()
             for i in range(length):
-                mates = [j for j in order if row[j] == row[i]]
-                place = mates.index(i)
-                for j in mates[max(0, place - chunk_length) : place + chunk_length + 1]:
+                same_bucket = [j for j in order if row[j] == row[i]]
+                place = same_bucket.index(i)
+                for j in same_bucket[max(0, place - chunk_length) : place + chunk_length + 1]:
                     counts[i, j] += 1
     counts.fill_diagonal_(0)
     return counts.tril() if causal else counts
@@ -84,7 +84,7 @@ def test_equals_dense_attention_over_the_pairs_found(attend, causal, duplicates,
     torch.testing.assert_close(out, dense(qk, v, counts), atol=1e-5, rtol=1e-5)
 
 
-def later_changed(attend: str, seed: int) -> tuple[Tensor, list[Tensor]]:
+def outputs_with_other_later_tokens(attend: str, seed: int) -> tuple[Tensor, list[Tensor]]:
     """Outputs at positions 0..39 of a sequence, and of sequences that differ from position 40 on only."""
     qk, v = inputs(length=64, seed=seed)
     other_qk, other_v = inputs(length=96, seed=seed + 1000)
@@ -115,13 +115,13 @@ def later_changed(attend: str, seed: int) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_window_is_strictly_causal(seed):
-    out, others = later_changed("window", seed)
+    out, others = outputs_with_other_later_tokens("window", seed)
     for other in others:
         torch.testing.assert_close(other, out, atol=0, rtol=1e-6)
 
 
 def test_chunk_is_not_strictly_causal():
-    out, others = later_changed("chunk", 0)
+    out, others = outputs_with_other_later_tokens("chunk", 0)
     assert all((other - out).abs().max() > 1e-3 for other in others)
 
 
@@ -231,7 +231,7 @@ def test_more_rounds_approach_full_attention(attend):
 
 @pytest.mark.parametrize("length", [1, 2, 13, 97, 1009])
 @pytest.mark.parametrize("attend", ["window", "chunk"])
-def test_any_length(length, attend):
+def test_sequences_of_any_length_give_finite_numbers(length, attend):
     qk, v = inputs(batch=1, heads=1, length=length, d=4)
     out = lsh_attention(qk, v, rounds=2, chunk_length=16, causal=True, seed=0, attend=attend)
     assert out.shape == v.shape

@@ -32,7 +32,7 @@ def log_features(x: Tensor, directions: Tensor) -> Tensor:
     return x @ directions.to(x.dtype).mT - x.square().sum(-1, keepdim=True) / 2
 
 
-def explicit(
+def written_out(
     q: Tensor, k: Tensor, v: Tensor, directions: Tensor, causal: bool, mask: Tensor | None = None
 ) -> Tensor:
     """Weights of pairs from their features, all (batch, heads, length, length, features) in memory."""
@@ -62,7 +62,7 @@ def test_equals_the_same_features_written_out(causal, masked, length, monkeypatc
     directions = draw_directions(2, 12, 8, 1, CPU)
     mask = masks(length) if masked else None
     ours = performer_attention(*tensors, directions, causal=causal, mask=mask)
-    expected = explicit(*tensors, directions, causal, mask)
+    expected = written_out(*tensors, directions, causal, mask)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     grad = torch.randn_like(expected)
     for a, b in zip(
@@ -72,7 +72,7 @@ def test_equals_the_same_features_written_out(causal, masked, length, monkeypatc
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradcheck(causal, monkeypatch):
+def test_gradients_equal_finite_differences(causal, monkeypatch):
     monkeypatch.setattr(performer_features, "CHUNK", 4)
     tensors = inputs(batch=4, heads=1, length=6, d=2, dtype=torch.float64)
     directions = draw_directions(1, 5, 2, 1, CPU)
@@ -127,7 +127,7 @@ def test_directions_are_normal_and_orthogonal_within_a_block():
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (1.0, 30.0), (30.0, 1.0), (30.0, 0.01)])
 def test_causal_attention_depends_on_nothing_later(before, after):
-    """Whatever the norms: keys of norm 30 are e^-100 of those of norm 1 that may follow in the same chunk."""
+    """At any norm: features of keys of norm 30 are e^-100 of those of norm 1 that may follow in the same chunk."""
     length, start = 300, 140
     q, k, v = inputs(batch=1, length=length, d=16)
     q, k = before * q, before * k
@@ -155,7 +155,7 @@ def test_large_and_small_vectors_side_by_side_equal_the_features_written_out(cau
     q, k = (q * size).detach().requires_grad_(), (k * size.flip(0)).detach().requires_grad_()
     directions = draw_directions(2, 12, 8, 1, CPU)
     ours = performer_attention(q, k, v, directions, causal=causal)
-    expected = explicit(q, k, v, directions, causal)
+    expected = written_out(q, k, v, directions, causal)
     torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
     for a, b in zip(
         torch.autograd.grad(ours.square().sum(), (q, k, v)),
@@ -193,7 +193,7 @@ def test_a_sequence_of_padding_is_zero_and_has_no_gradients(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_low_precision_is_close(causal):
+def test_bf16_differs_by_its_rounding(causal):
     tensors = inputs(length=200, d=16)
     directions = draw_directions(2, 64, 16, 1, CPU)
     exact = performer_attention(*tensors, directions, causal=causal)

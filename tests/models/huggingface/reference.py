@@ -71,7 +71,7 @@ def transformers_model(
     kind: type, layers: list[str], *, dtype: torch.dtype = torch.float64, **changes: Any
 ) -> nn.Module:
     """A model of transformers. Every weight but `lm_head.bias` differs from its initial value. In fp64 for the reason
-    that test_fp32_errors_are_those_of_transformers gives."""
+    that test_fp32_errors_come_from_transformers gives."""
     torch.manual_seed(0)
     settings = SETTINGS | {"attn_layers": layers, "is_decoder": kind is CAUSAL} | changes
     model = kind(transformers.ReformerConfig(**settings)).to(dtype).eval()

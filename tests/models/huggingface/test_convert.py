@@ -55,7 +55,7 @@ def test_logits_are_the_same(kind, layers, activation, same_buckets):
 
 @pytest.mark.parametrize("length", [1, 8, 50, 90])
 @pytest.mark.parametrize("kind", [CAUSAL, MASKED])
-def test_lengths_that_transformers_pads(kind, length, same_buckets):
+def test_logits_are_the_same_at_lengths_that_transformers_pads(kind, length, same_buckets):
     model = transformers_model(kind, MIXED)
     same_buckets(model)
     x = tokens(length=length)
@@ -68,7 +68,7 @@ def test_local_layers_give_the_same_logits_in_fp32():
     torch.testing.assert_close(from_huggingface(model)(tokens()), model(tokens()).logits, atol=1e-4, rtol=0)
 
 
-def test_fp32_errors_are_those_of_transformers(same_buckets):
+def test_fp32_errors_come_from_transformers(same_buckets):
     """transformers scores a position against itself with -1e5, which leaves fp32 two digits of the weights of a
     position that attends to nothing else."""
     model = transformers_model(CAUSAL, MIXED, dtype=torch.float32)
@@ -83,8 +83,8 @@ def test_fp32_errors_are_those_of_transformers(same_buckets):
 
 @pytest.mark.parametrize("kind", [CAUSAL, MASKED, CLASSIFIER])
 @pytest.mark.parametrize("layers", [LOCAL, MIXED], ids="-".join)
-def test_padding_masks_mean_the_same(kind, layers, same_buckets):
-    """As long as the last chunk holds a real token; see megabase/models/huggingface/convert.py."""
+def test_logits_are_the_same_with_padding_masks(kind, layers, same_buckets):
+    """If the last chunk holds a real token; see megabase/models/huggingface/convert.py."""
     model = transformers_model(kind, layers)
     same_buckets(model)
     x = tokens(batch=3)

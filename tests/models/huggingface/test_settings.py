@@ -1,4 +1,4 @@
-"""Settings from transformers' config and back: which are refused, and which count."""
+"""Settings from transformers' config and back: which are refused, and which take effect."""
 
 import dataclasses
 
@@ -73,7 +73,7 @@ def test_settings_that_only_megabase_has_are_refused_by_name(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_settings_changed_in_transformers_count():
+def test_settings_changed_in_transformers_replace_the_saved_ones():
     model = to_huggingface(Reformer(CONFIG))
     assert getattr(model.config, MEGABASE_KEY)["loss_chunk"] == 100
     model.config.num_hashes = 7

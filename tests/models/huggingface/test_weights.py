@@ -22,7 +22,7 @@ from tests.models.huggingface.reference import (
 )
 
 
-def test_a_head_bias_is_kept_and_warned_of():
+def test_a_head_bias_is_kept_with_a_warning():
     """transformers 5 has the parameter but does not add it; megabase adds it and warns."""
     model = transformers_model(CAUSAL, LOCAL)
     without = from_huggingface(model)(tokens())
@@ -37,7 +37,7 @@ def test_a_head_bias_is_kept_and_warned_of():
     assert again.config.to_dict() == model.config.to_dict()
 
 
-def test_a_tied_head_that_was_trained_apart_is_no_longer_tied():
+def test_a_tied_head_that_training_changed_is_no_longer_tied():
     tied = to_huggingface(Reformer(dataclasses.replace(CONFIG, tie_embeddings=True)))
     with torch.no_grad():
         tied.lm_head.decoder.weight[0, 0] += 1
@@ -53,7 +53,7 @@ def test_weights_that_a_reformer_does_not_have_are_refused():
         from_huggingface(adapted)
 
 
-def test_the_files_there_and_back_are_the_same_bytes(tmp_path):
+def test_files_converted_there_and_back_are_the_same_bytes(tmp_path):
     transformers_model(CAUSAL, MIXED, dtype=torch.float32, pad_token_id=1).save_pretrained(tmp_path / "one")
     model = CAUSAL.from_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "two")

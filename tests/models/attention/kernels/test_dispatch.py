@@ -7,7 +7,7 @@ from megabase.models.attention.kernels import dispatch, native
 from megabase.models.config import ConfigError
 
 
-def test_what_auto_chooses():
+def test_auto_chooses_the_fastest_kernel_that_can_run():
     def choice(dtype: torch.dtype, d: int = 64, backend: str = "auto") -> str:
         x = torch.empty(1, 1, 1, d, dtype=dtype)
         return dispatch.choose_backend(x, x, backend)

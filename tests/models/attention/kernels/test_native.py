@@ -24,7 +24,7 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, *case: Any) -> Tensor:
 @needs_native
 @pytest.mark.parametrize("seed", range(200))
 def test_native_equals_reference(seed):
-    # From 120 on of lengths that take several strips, and blocks that end anywhere.
+    # From seed 120 on, sequences take several strips and blocks end anywhere.
     length = random.Random(seed).randint(200, 1100) if seed >= 120 else None
     tensors, *case = random_case(seed, length)
     expected = with_gradients(reference.sorted_attention, tensors, *case)
@@ -43,11 +43,11 @@ def test_native_makes_unit_keys_and_reads_any_layout(seed):
         return lambda q, v: dispatch.sorted_attention(q[None], None, v[None], *case, backend=backend)[0]
 
     expected = with_gradients(kernel("reference"), [q, v])
-    apart = [x.detach().float().mT.contiguous().mT.requires_grad_() for x in (q, v)]
-    heads_inside = [
+    strided_rows = [x.detach().float().mT.contiguous().mT.requires_grad_() for x in (q, v)]
+    heads_within_positions = [
         x.detach().float().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, v)
     ]
-    for tensors in (apart, heads_inside):
+    for tensors in (strided_rows, heads_within_positions):
         for a, b in zip(with_gradients(kernel("native"), tensors), expected, strict=True):
             assert (a.double() - b).norm() <= 2e-5 * max(1.0, b.norm().item())
 
@@ -86,7 +86,7 @@ def test_native_hash_equals_torch(n_buckets, d, dtype, monkeypatch):
     assert torch.equal(hashed[:, :, :, 700:701], native.rotate_and_hash(x[:, :, 700:701], rotations))
     monkeypatch.setattr(native, "available", lambda: False)
     expected = rotate_and_hash(x, rotations)
-    # Those whose largest and second largest coordinates are as good as equal may fall to either side.
+    # A vector whose two largest coordinates differ by less than rounding may get either bucket.
     assert (hashed == expected).float().mean() > 0.9995
     assert hashed.unique().numel() > min(n_buckets, 1500) / 2
 

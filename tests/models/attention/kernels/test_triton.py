@@ -47,40 +47,40 @@ class Case:
     """A random problem: q, k, v in a dtype, a sorted order, a rule, dropout."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        chance = random.Random(seed)
+        rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
-        rows, rounds = chance.randint(1, 2), chance.choice([1, 2, 3])
-        length = chance.choice(LENGTHS)
-        d, d_v = chance.choice(WIDTHS)
+        rows, rounds = rng.randint(1, 2), rng.choice([1, 2, 3])
+        length = rng.choice(LENGTHS)
+        d, d_v = rng.choice(WIDTHS)
         q, k, v = (torch.randn(rows, length, width, generator=generator) for width in (d, d, d_v))
         self.tensors: list[Tensor | None] = [x.to(DEVICE, dtype) for x in (q * d**-0.5, k, v)]
-        mask = torch.rand(rows, length, generator=generator) < 0.7 if chance.random() < 0.4 else None
-        local = rounds == 1 and chance.random() < 0.5
-        n_buckets = 1 if local else chance.choice([1, 3, 8])
+        mask = torch.rand(rows, length, generator=generator) < 0.7 if rng.random() < 0.4 else None
+        local = rounds == 1 and rng.random() < 0.5
+        n_buckets = 1 if local else rng.choice([1, 3, 8])
         buckets = torch.randint(0, n_buckets, (rows, rounds, length), generator=generator)
         order = SortedOrder.by_bucket(buckets.to(DEVICE), None if mask is None else mask.to(DEVICE))
         if local and mask is None:
             order = SortedOrder.identity(rows, length, DEVICE)
         rule = Rule(
-            reach=chance.choice([1, 2, 5, 16, 40, 70, 300]),
-            attend=chance.choice(["window", "chunk"]),
-            causal=chance.random() < 0.5,
-            once=not local and chance.random() < 0.5,
-            shared=not local and chance.random() < 0.8,
+            reach=rng.choice([1, 2, 5, 16, 40, 70, 300]),
+            attend=rng.choice(["window", "chunk"]),
+            causal=rng.random() < 0.5,
+            once=not local and rng.random() < 0.5,
+            shared=not local and rng.random() < 0.8,
         )
         keys = torch.randint(-(2**62), 2**62, (rows,), generator=generator).to(DEVICE)
-        self.rest = order, rule, PairDropout(0.3, keys) if chance.random() < 0.3 else None
+        self.rest = order, rule, PairDropout(0.3, keys) if rng.random() < 0.3 else None
         self.grad = torch.randn(rows, length, d_v, generator=generator).to(DEVICE, dtype)
-        if chance.random() < 0.4:
+        if rng.random() < 0.4:
             # Keys are unit queries.
             self.tensors[0], self.tensors[1] = q.to(DEVICE, dtype), None
 
-    def run(self, meet: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def run(self, attention: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
         """out and the gradients of q, k, v, computed in a dtype."""
         tensors = [
             x if x is None else x.to(dtype or x.dtype, copy=True).requires_grad_() for x in self.tensors
         ]
-        out = meet(*tensors, *self.rest)
+        out = attention(*tensors, *self.rest)
         given = [x for x in tensors if x is not None]
         return [out.detach(), *torch.autograd.grad(out, given, self.grad.to(out.dtype))]
 
@@ -147,7 +147,7 @@ class TestSortedAttention:
         for a, b in zip(case.run(kernels.sorted_attention), together, strict=True):
             assert torch.equal(a, b)
 
-    def test_tables_of_any_integers(self):
+    def test_tables_may_have_any_integer_dtype(self):
         case = Case(2, torch.float32)
         order, *rest = case.rest
         short = case.run(kernels.sorted_attention)
@@ -252,7 +252,7 @@ class TestHashing:
             kernels.rotate_and_hash(x, rotations), kernels.rotate_and_hash(together, rotations)
         )
 
-    def test_nan_has_a_slot(self):
+    def test_every_position_gets_a_slot_even_if_it_is_nan(self):
         x, rotations = self.draw(6, 24, torch.float32)
         x[0, 0, :50] = float("nan")
         positions = kernels.sort_by_hash(x, rotations).positions.long()
@@ -261,12 +261,12 @@ class TestHashing:
         )
 
 
-# Compiled for a GPU that this machine need not have.
+# Compiled for an H100, on any machine that has Triton's NVIDIA backend.
 
 H100_SHARED = 232448
 """Bytes of shared memory that a program may have."""
 
-AHEAD = {
+COMPILED = {
     "plain-64": ("bfloat16", 64, {}),
     "plain-128": ("bfloat16", 128, {}),
     "half-32": ("float16", 32, {}),
@@ -282,7 +282,7 @@ AHEAD = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AHEAD)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles(name):
     """For compute capability 9.0, every kernel compiles, fits, and uses tensor cores; the main case hardly spills."""
     done = subprocess.run(
@@ -344,7 +344,7 @@ def compile_ahead(name: str) -> None:
     triton.JITFunction.run = compile_only
     kernels.supports = lambda q, v: True
     kernels.available = lambda: True
-    dtype, d, options = AHEAD[name]
+    dtype, d, options = COMPILED[name]
     rounds, rows, length = options.get("rounds", 3), 2, 256
     q, k, v = (torch.randn(rows, length, d).to(getattr(torch, dtype)).requires_grad_() for _ in range(3))
     order = SortedOrder.by_bucket(torch.randint(0, 4, (rows, rounds, length)))
