@@ -140,13 +140,15 @@ class SequenceDataModule(pl.LightningDataModule):
             prefetch_factor=self.config.prefetch if self.config.workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_prepare_reader,
+            multiprocessing_context="fork" if self.config.workers else None,
         )
 
 
 class _Loader(DataLoader[Batch]):
     """Blocks stop signals while its readers start, so that none reaches a reader before `_prepare_reader` has run.
 
-    A signal that the rank receives meanwhile is delivered to it right afterwards.
+    The readers must be forked, whatever the default start method is: they inherit the blocked signals, and the rank is
+    their parent, with which they end. A signal that the rank receives meanwhile is delivered to it right afterwards.
     """
 
     def __iter__(self) -> Any:

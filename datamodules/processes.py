@@ -39,7 +39,8 @@ def end_with_parent(parent: int | None = None) -> None:
     only checks once that the parent still runs. May be called between fork and exec (`preexec_fn`).
 
     Args:
-        parent: process id of the parent; None in a process of `multiprocessing`, which knows it.
+        parent: process id of the parent; None in a process of `multiprocessing` that was forked or spawned. A process
+            of a fork server is not a child of the process that asked for it, and ends at once.
     """
     if parent is None:
         process = multiprocessing.parent_process()

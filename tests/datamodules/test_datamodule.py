@@ -1,6 +1,7 @@
 """What every rank sees: the loaders against the order they must follow, inside and outside a trainer."""
 
 import logging
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -37,6 +38,19 @@ def test_workers_change_nothing(gappy_shards: ShardIndex, loader: str, objective
     alone, shared = (module(gappy_shards, workers=workers, **settings) for workers in (0, 2))
     for _, one, two in zip(range(7), getattr(alone, loader)(), getattr(shared, loader)(), strict=False):
         assert same(one, two)
+
+
+def test_readers_are_forked_whatever_the_default_start_method_is(
+    lambda_shards: ShardIndex,
+) -> None:
+    """Python 3.14 has another default; readers of a fork server are not children of the rank, and would end."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        read = take(module(lambda_shards, workers=2), 2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert all(map(same, read, take(module(lambda_shards), 2)))
 
 
 def test_stop_signal_during_the_start_of_readers_ends_none(
