@@ -19,9 +19,9 @@ from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.training.guard import Trouble
 
-# Windows that a message names at most.
+# The most windows that a message names.
 SHOWN = 3
-# A micro batch stands out if its loss is above so many times the median of its step.
+# A micro batch stands out if its loss is above this multiple of the median of its step.
 OUTLIER = 2.0
 
 
@@ -36,7 +36,7 @@ def report(
         config: of the run.
         trouble: the step, and what is bad there.
         ranks: that train on different windows.
-        nats: of each of this rank's micro batches in the step.
+        nats: of each micro batch of this rank in the step.
         batches: what the run trains on.
 
     Returns:
@@ -87,7 +87,7 @@ def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[s
 
 
 def _outliers(nats: list[list[float]]) -> set[tuple[int, int]]:
-    """(rank, micro batch) of those whose nats are not finite; if all are finite, of those far above the others."""
+    """(rank, micro batch) of the micro batches whose nats are not finite; if all are, of those far above the median."""
     known = {(rank, turn): loss for rank, losses in enumerate(nats) for turn, loss in enumerate(losses)}
     broken = {place for place, loss in known.items() if not math.isfinite(loss)}
     if broken or not known:
@@ -100,11 +100,13 @@ def _describe(windows: list[dict[str, Any]], all_stand_out: bool) -> str:
     """The first windows that stand out, or the first of all, as a part of a sentence."""
     chosen = [window for window in windows if window.get("stands_out")]
     if not chosen:
-        start = "what was read then: "
+        start = "windows of this step: "
     elif all_stand_out:
-        start = "every micro batch shows it, so the weights may have been bad before; what was read then: "
+        start = (
+            "every micro batch of this step is bad, so the weights may have been bad before it; its windows: "
+        )
     else:
-        start = "the loss stands out in what was read from "
+        start = "the loss stands out in "
     named = []
     for window in (chosen or windows)[:SHOWN]:
         places = ", ".join(
@@ -116,13 +118,13 @@ def _describe(windows: list[dict[str, Any]], all_stand_out: bool) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> str:
-    """Write the file; returns a note on it, or on why it could not be written, as the end of a sentence."""
+    """Write the file; returns the end of a sentence that names the file, or says why it cannot be written."""
     try:
         path.parent.mkdir(exist_ok=True)
         publish_json(path, content)
     except OSError as error:  # a full disk must not hide the message about bad numbers
         return f" ({path} cannot be written: {first_line(error)})"
-    return f"; all in {path}"
+    return f"; all are in {path}"
 
 
 def _number(value: float) -> float | str:

@@ -17,7 +17,7 @@ from megabase.datamodules.config import SKIP
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.errors import RunError
+from megabase.pipeline.errors import RESUME_HINT, RunError
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
@@ -56,7 +56,7 @@ class TrainingCallback(pl.Callback):
 
     Attributes:
         step: optimizer steps done.
-        stopped_early: training has ended with something left to do.
+        stopped_early: training has stopped before the run is finished.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TrainingCallback(pl.Callback):
         self._world = groups.world
         self._stop = stop
         self._agreement = Agreement(groups.world)
-        # On rank 0 only, as everything that is written is.
+        # Only rank 0 writes the journal and prints.
         self._recorder = Recorder(config, groups.world.size, mirror) if groups.world.rank == 0 else None
         self._saved_at = time.monotonic()
         self._idle_since = 0.0
@@ -84,7 +84,7 @@ class TrainingCallback(pl.Callback):
     # -- Lightning's hooks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Open the journal; make up for an evaluation that the start before did not finish."""
+        """Open the journal; run the evaluation that the previous start did not finish, if there is one."""
         assert isinstance(trainer.strategy, ZeroStrategy)
         self._saver = Saver(
             self._config,
@@ -97,7 +97,7 @@ class TrainingCallback(pl.Callback):
         self._open_journal()
         set_collective_timeouts(self._config.trainer.hang_minutes)
         if any(self._world.gather(bool(self._stop))):
-            # A request during start-up. There is nothing to save: training has not begun.
+            # A stop was requested during start-up. There is nothing to save, because training has not begun.
             self._end(trainer, stopped_early=True, report_stop=True)
             return
         if self._recorder:
@@ -106,7 +106,7 @@ class TrainingCallback(pl.Callback):
             self._end(trainer, stopped_early=True, report_stop=True)
         elif self.step >= self._config.trainer.max_steps:
             self._end(trainer, stopped_early=False)
-        # Set now, so that a limit that is shorter than the start-up leaves time for a step.
+        # Set only now, so that even with a limit shorter than the start-up at least one step is trained.
         self._stop.minutes = self._config.trainer.max_minutes
 
     def on_train_batch_start(
@@ -119,7 +119,7 @@ class TrainingCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        """After the last micro batch of an optimizer step, do what is to be done between steps."""
+        """After the last micro batch of an optimizer step, do what is due between two steps."""
         if trainer.global_step != self.step:
             self.step = trainer.global_step
             self._between_steps(trainer)
@@ -149,7 +149,7 @@ class TrainingCallback(pl.Callback):
             self._carry_out(decide_after_broken_evaluation(situation), trainer)
 
     def _carry_out(self, decision: Decision, trainer: pl.Trainer) -> None:
-        """Do everything that a decision says but the evaluation."""
+        """Carry out a decision, except for its evaluation."""
         if decision.report_stop:
             self._report_stop()
         if decision.advance:
@@ -162,7 +162,7 @@ class TrainingCallback(pl.Callback):
             self._end(trainer, stopped_early=decision.stopped_early)
 
     def _end(self, trainer: pl.Trainer, *, stopped_early: bool, report_stop: bool = False) -> None:
-        """Have Lightning train no further."""
+        """Tell Lightning to stop training."""
         if report_stop:
             self._report_stop()
         self.stopped_early = stopped_early
@@ -175,7 +175,7 @@ class TrainingCallback(pl.Callback):
     # -- what the ranks know
 
     def _agree(self, trainer: pl.Trainer, due: Due) -> list[Agreed | None]:
-        """Exchange what this rank knows of the step; returns what all ranks now know."""
+        """Exchange what this rank knows of the step; returns what the ranks have agreed on by now."""
         agreed = [self._finish_step(trainer)]
         if must_settle(due, agreed[0]):
             agreed.append(self._settle())
@@ -219,7 +219,7 @@ class TrainingCallback(pl.Callback):
         return bool(minutes) and time.monotonic() - self._saved_at > minutes * 60
 
     def _settle(self) -> Agreed | None:
-        """Complete the journal up to this step and learn what was agreed about it.
+        """Complete the journal up to this step; returns what the ranks agreed about it.
 
         Called before anything is published that depends on the journal.
 
@@ -234,9 +234,8 @@ class TrainingCallback(pl.Callback):
             trouble = self._recorder.trouble
         if trouble := self._world.broadcast(trouble):
             raise RunError(
-                f"{trouble.text}: stopped before a checkpoint of it was written; {self._report_windows(trouble)}. The"
-                " same command goes on from the last good checkpoint, or begins where there is none, and comes to the"
-                f" same numbers: {trouble.way_out}"
+                f"{trouble.text}: stopped before a checkpoint of it was written; {self._report_windows(trouble)};"
+                f" {RESUME_HINT}, and meets the same numbers unless a setting is changed: {trouble.way_out}"
             )
         return agreed
 
@@ -269,7 +268,7 @@ class TrainingCallback(pl.Callback):
         self._world.check(error)
 
     def _lacks_evaluation(self) -> bool:
-        """Whether the checkpoint that training resumed from was to be evaluated and was not."""
+        """Whether an evaluation is due at the step that training resumed from, and the journal has none."""
         if not self.step or not due_at(self.step, self._config, self._data.has_validation).evaluation:
             return False
         found = self._recorder is not None and has_evaluation(self._paths.metrics, self.step)
@@ -311,7 +310,7 @@ class TrainingCallback(pl.Callback):
         return not stopped
 
     def _save(self, trainer: pl.Trainer, *, final: bool) -> None:
-        """Write a checkpoint of this step. A final one is published on return, one in the background only begun."""
+        """Write a checkpoint of this step. With `checkpoint.background` only begin it, unless it is final."""
         self._publish()
         watchdog.beat("writing a checkpoint", self.step)
         self._saver.begin(trainer, self.step, must=final)

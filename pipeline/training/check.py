@@ -1,4 +1,4 @@
-"""Everything about a training that can be found wrong before a process is started or a job is submitted."""
+"""The checks of a training that can be made before a process is started or a job is submitted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def check(config: RunConfig, ranks: int) -> None:
         ConfigError: `model.*` cannot work.
     """
     config.validate()
-    if is_rank_zero():  # one rank alone: the file may come or go between two looks
+    if (
+        is_rank_zero()
+    ):  # one rank decides for all: a STOP file may appear or vanish between the looks of two ranks
         _check_run_directory(config)
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
     passthrough.check(config)
@@ -62,7 +64,7 @@ def _check_run_directory(config: RunConfig) -> None:
 
 
 def _check_newest_checkpoint(config: RunConfig, ranks: int, index: ShardIndex) -> None:
-    """Raise UserError if the newest checkpoint is of another model or other data. A damaged one is `choose`'s task."""
+    """Raise UserError if the newest checkpoint is of another model or other data. `choose` handles a damaged one."""
     for path in list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
         with suppress(Damaged, OSError):
             manifest = read_manifest(path)

@@ -14,7 +14,7 @@ from megabase.pipeline.ranks.agreement import Agreed
 
 @dataclass(frozen=True)
 class Due:
-    """What the number of a step alone asks for.
+    """What is due after a step. It follows from the number of the step alone.
 
     Attributes:
         last: the step is the last one, `trainer.max_steps`.
@@ -40,7 +40,7 @@ def due_at(step: int, config: RunConfig, has_validation: bool) -> Due:
 def must_settle(due: Due, previous: Agreed | None) -> bool:
     """Whether the ranks must agree about this step now, instead of one step later as usual.
 
-    They must before anything is published that depends on the journal being complete and the numbers being good.
+    They must before they publish anything that depends on a complete journal and on good numbers.
 
     Args:
         due: at this step.
@@ -73,7 +73,7 @@ def situation_of(due: Due, agreed: list[Agreed | None], advanced: int | None) ->
     Args:
         due: at this step.
         agreed: about the step before, and about this step if `must_settle`.
-        advanced: parts of the checkpoint being written that are done with (`Saver.advanced`); None: none is written.
+        advanced: `Saver.advanced`; None if no checkpoint is being written.
     """
     known = [each for each in agreed if each is not None]
     return Situation(
@@ -93,11 +93,10 @@ class Decision:
         advance: do the next part of the checkpoint that is being written.
         publish: wait until the checkpoint that is being written is published.
         save: write a checkpoint of this step.
-        final: the run ends with that checkpoint: it must be published before `save` is done, and a full disk is an
-            error.
+        final: that checkpoint is the last of this start: wait until it is published; a full disk is an error.
         evaluate: evaluate on the validation split.
-        end: train no further.
-        stopped_early: the run ends with something left to do.
+        end: stop training.
+        stopped_early: training stops before the run is finished.
     """
 
     report_stop: bool = False
@@ -127,7 +126,7 @@ def decide(situation: Situation) -> Decision:
 def decide_after_broken_evaluation(situation: Situation) -> Decision:
     """What remains to do when the ranks agreed to stop during the evaluation that `decide` asked for.
 
-    The next start makes up for the evaluation. It needs a checkpoint of this step, published.
+    The next start evaluates this step again. For that, a checkpoint of this step must be published.
     """
     before = decide(situation)
     return Decision(
@@ -141,5 +140,5 @@ def decide_after_broken_evaluation(situation: Situation) -> Decision:
 
 
 def _divides(every: int, step: int) -> bool:
-    """Whether something is due at `step` that is due every so many steps; 0: never."""
+    """Whether something that is due every `every` steps is due at `step`; 0: never."""
     return bool(every) and step % every == 0

@@ -19,7 +19,7 @@ from megabase.models import Reformer, Seeds
 
 
 class Score(NamedTuple):
-    """Of one batch: the sum of nats over its scored bases, their number, and the windows that could not be read.
+    """The score of one batch: sum of nats over its scored bases, number of these bases, number of windows not read.
 
     Each is a scalar tensor on the model's device.
     """
@@ -47,7 +47,7 @@ def evaluate(
     Args:
         score: scores one batch as it comes from the loader.
         loader: this rank's batches, each window of the split in one batch of one rank.
-        device: of the sums; where `score` returns its tensors.
+        device: of the sums: the device of the tensors that `score` returns.
         group: the ranks to sum over, each of which calls this function; None: this process alone.
         stop: called before each batch; if it returns true, the evaluation ends. Every rank must get the same answer.
 

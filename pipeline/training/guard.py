@@ -1,14 +1,14 @@
 """Bad numbers: found at the step where they occur, and kept out of checkpoints. `bad_windows.py` finds their windows.
 
-Bad are a loss or gradient norm that is not finite, and a loss that explodes. `History` decides it from the rows of the
-journal alone, so a resumed run decides as the uninterrupted run did.
+Bad numbers are a loss or gradient norm that is not finite, and a loss that explodes. `History` judges them by the rows
+of the journal alone, so a resumed run decides as the uninterrupted run did.
 
-`guard.on_bad=stop` reads nothing more from the device: rows are judged when they are written, and always before a
-checkpoint is. With `guard.on_bad=skip` every rank reads the loss of a step, summed over ranks, before the last backward
-pass of the step. If the loss is bad, the rank turns its gradients into NaN. DeepSpeed skips an update whose gradients
-are not finite, on every rank and in every ZeRO stage, and leaves weights, moments and the step count unchanged. So
-there is one way to skip an update, whatever was wrong. Stage 0 in fp32 is the exception: there DeepSpeed steps a plain
-optimizer, and `zero.adamw.PlainAdamW` skips.
+With `guard.on_bad=stop` nothing more is read from the device: rows are judged when they are written, and always before
+a checkpoint is. With `guard.on_bad=skip` every rank reads the loss of a step, that of all ranks, before the last
+backward pass of the step. If the loss is bad, the rank turns its gradients into NaN. DeepSpeed skips an update whose
+gradients are not finite, on every rank and in every ZeRO stage, and leaves weights, moments and the step count
+unchanged. So there is one way to skip an update, whatever was wrong. Stage 0 in fp32 is the exception: there DeepSpeed
+steps a plain optimizer, and `zero.adamw.PlainAdamW` skips.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 
-# Losses before it that are needed to call a loss exploded.
+# A loss can count as exploded only if at least this many losses before it are known.
 LEAST_LOSSES = 8
-# fp16 halves its loss scale when a gradient overflows. It starts at 2^32 or less, so after so many skipped updates in
-# a row the scale is not the reason.
+# fp16 halves its loss scale when a gradient overflows. The scale starts at 2^32 or less, so after this many skipped
+# updates in a row it cannot be the reason.
 MOST_SCALINGS = 40
 
 
@@ -64,7 +64,7 @@ class History:
     def __init__(self, config: RunConfig, rows: Iterable[Row] = ()) -> None:
         self._guard = config.guard
         self._half = precision_of(config.trainer.precision) == "16"
-        self._guess = math.log(config.model.vocab_size or 1)
+        self._loss_of_guessing = math.log(config.model.vocab_size or 1)
         # Losses; None for a step whose update was skipped.
         self._recent: deque[float | None] = deque(maxlen=config.guard.window)
         self._scalings = 0  # updates in a row that fp16 skipped to lower its loss scale
@@ -81,22 +81,22 @@ class History:
             self._recent.append(None if skipped else float(row["loss"]))
 
     def bad_loss(self, loss: float) -> str:
-        """What is wrong with the next loss (nats per base), as "is ..."; empty if nothing is."""
+        """What is wrong with the next loss (nats per base), such as "is nan"; empty if nothing is wrong."""
         if not math.isfinite(loss):
             return f"is {loss}"
         known = [before for before in self._recent if before is not None]
         if not self._guard.spike or len(known) < LEAST_LOSSES:
             return ""
         usual = statistics.median(known)
-        # A loss below that of guessing has not exploded, even if it rises from 0.001 to 0.01.
-        if loss <= max(self._guard.spike * usual, self._guess):
+        # A loss below that of guessing is no explosion, even if it rises from 0.001 to 0.01.
+        if loss <= max(self._guard.spike * usual, self._loss_of_guessing):
             return ""
         return (
             f"is {loss:.4g}, more than guard.spike={self._guard.spike:g} times the median {usual:.4g} of the"
             f" {len(known)} before it"
         )
 
-    def skipped_for(self, step: int, loss: float, applied: bool) -> str:
+    def why_skipped(self, step: int, loss: float, applied: bool) -> str:
         """Why the update of the next step was skipped.
 
         Args:
@@ -119,7 +119,7 @@ class History:
         Args:
             row: of the journal, with `step` and `loss` (nats per base). It gets `grad_norm`, or `skipped_update` or
                 `loss_scale_skip` if there was no update.
-            grad_norm: a number, or a tensor that is read now; None: not known.
+            grad_norm: a number, or a tensor that is read now; None if it is not known.
             applied: whether DeepSpeed made the update; it skips one whose gradients are not finite.
 
         Returns:
@@ -127,7 +127,7 @@ class History:
         """
         step, bad = row["step"], self.bad_loss(row["loss"])
         trouble = None
-        if self.skipped_for(step, row["loss"], applied):
+        if self.why_skipped(step, row["loss"], applied):
             row["skipped_update"] = True
         elif not applied and self._half and not bad:
             row["loss_scale_skip"] = True
@@ -170,10 +170,10 @@ class Guard:
     def __init__(self, config: RunConfig) -> None:
         self.skips = config.guard.on_bad == SKIP
         self._config = config
-        # Used if updates are skipped: every rank then reads all losses. If not, only rank 0 judges them (`Recorder`).
+        # Used only if updates are skipped, when every rank reads all losses. Otherwise rank 0 judges them (`Recorder`).
         self._history = History(config)
         self._loss = math.nan
-        # Nats of each micro batch of the last steps, on the device. A bad step is known to all ranks that many steps
+        # Nats of each micro batch of the last steps, on the device. Ranks learn of a bad step up to this many steps
         # later: rank 0 writes rows every `log_every_steps`, and each agreement takes a step.
         self._steps: deque[tuple[int, Tensor]] = deque(maxlen=config.trainer.log_every_steps + 3)
 
@@ -182,7 +182,7 @@ class Guard:
         self._history = History(self._config, rows)
 
     def is_bad(self, loss: float) -> bool:
-        """Whether the update of the step under way must be skipped for its `loss`, which is that of all ranks."""
+        """Whether the update of the step under way must be skipped because of its `loss` (of all ranks)."""
         self._loss = loss
         return bool(self._history.bad_loss(loss))
 
@@ -200,7 +200,7 @@ class Guard:
         self._steps.append((step, torch.stack(micro_nats)))
         if not self.skips:
             return ""
-        reason = self._history.skipped_for(step, self._loss, applied)
+        reason = self._history.why_skipped(step, self._loss, applied)
         self._history.add({"loss": self._loss, "skipped_update": bool(reason)})
         return reason
 

@@ -33,20 +33,20 @@ class PretrainModule(pl.LightningModule):
 
     The differentiated loss is the sum of nats over the scored bases of the micro batch, divided by the number of scored
     bases in the whole global batch: every base has the same weight, whatever its rank, micro batch or window. The
-    divisor is that number also where letters have other weights (`data.softmask_weight`) or windows that cannot be read
-    are skipped: the index gives it, so that ranks need not exchange anything.
+    divisor comes from the index, so ranks need not exchange it. It stays the same if letters have other weights
+    (`data.softmask_weight`) or windows that cannot be read are skipped.
 
     Args:
         config: of the run; `model.vocab_size` is set.
-        data_ranks: ranks that train on different windows, over which gradients are averaged.
+        data_ranks: number of ranks that train on different windows. Gradients are averaged over them.
 
     Attributes:
         step_nats: sum of nats of this rank in the optimizer step under way; fp32 scalar on the device.
         micro_nats: the same for each micro batch of the step.
         step_scored: (2,) fp64 on the device, the weight of this rank's labels and the number of its skipped windows;
-            None where `step_targets` tells that already.
+            None if every label weighs 1 and no window is skipped: then `step_targets` is that weight.
         step_samples: ids of the windows that this rank has trained on in the step.
-        step_targets: labels in the global batch.
+        step_targets: number of labels in the global batch.
         guard: judges the numbers of each step.
     """
 
@@ -86,11 +86,11 @@ class PretrainModule(pl.LightningModule):
         self.micro_nats.append(nats.detach())
         self.step_targets = batch.targets
         if self.config.data.uneven:
-            here = scored(wide, batch.skipped)
-            self.step_scored = here if self.step_scored is None else self.step_scored + here
-        # DeepSpeed averages gradients over ranks, and Lightning divides the loss by the micro batches of a step.
-        averaged = self._data_ranks * self.trainer.accumulate_grad_batches
-        loss = nats * (averaged / max(batch.targets, 1))
+            micro_scored = scored(wide, batch.skipped)
+            self.step_scored = micro_scored if self.step_scored is None else self.step_scored + micro_scored
+        # Undo that DeepSpeed averages gradients over ranks, and Lightning the loss over the micro batches of a step.
+        micro_batches = self._data_ranks * self.trainer.accumulate_grad_batches
+        loss = nats * (micro_batches / max(batch.targets, 1))
         if self.guard.skips and self._is_last_micro_batch():
             total, _ = step_loss(*self.totals(), self.step_targets)
             if self.guard.is_bad(total):
@@ -179,8 +179,8 @@ class PretrainModule(pl.LightningModule):
 def refuse_shared_blocks(model: nn.Module, stage: int) -> None:
     """Raise UserError if two blocks of a reversible stack use one parameter and ZeRO cannot handle that.
 
-    Stage 2 reduces a gradient when it comes for the first time in a backward pass and stops at the second;
-    stage 3 silently keeps one of them.
+    The backward pass produces two gradients of such a parameter. Stage 2 reduces the first and fails at the second;
+    stage 3 silently keeps only one of them.
     """
     if stage < 2:
         return
@@ -202,7 +202,7 @@ def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
     Args:
         step: number of the step, from 0.
         optim: the cosine falls from `optim.lr` to `optim.min_lr * optim.lr`.
-        max_steps: the step at which it gets there.
+        max_steps: the step at which the cosine reaches its end.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

@@ -17,8 +17,8 @@ from megabase.pipeline.tracking.mirror import Mirror
 logger = logging.getLogger(__name__)
 
 # How a start ends, in status.json, and what MLflow calls it.
-# again: stopped at a checkpoint, to be started again. stopped: the same, but because of a STOP file, so that no job
-# script starts it again. failed: another start would fail in the same way. crashed: another start may succeed.
+# again: stopped at a checkpoint, to be started again. stopped: the same, but by a STOP file, so the job script does
+# not start it again. failed: another start would fail in the same way. crashed: another start may succeed.
 MLFLOW_STATUS = {
     "finished": "FINISHED",
     "again": "KILLED",
@@ -84,5 +84,5 @@ def conclude(
         seconds = MLFLOW_FLUSH_AFTER_FAILURE_S if failure else MLFLOW_FLUSH_S
         if not mirror.finish(MLFLOW_STATUS[outcome.state], seconds):
             logger.warning(
-                "MLflow has not taken everything; the journal has it, and the same command sends the rest"
+                "MLflow has not received everything: the journal has the rest, and the same command sends it"
             )

@@ -49,7 +49,7 @@ def loss_curve(directory: Path) -> Path | None:
         axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("bits per base")
-    # The axis leaves out the first steps: they would flatten the rest of the curve.
+    # The y-axis does not cover the losses of the first steps, which would flatten the rest of the curve.
     tail = [value for _, value in train[len(train) // 20 :]] + [value for _, value in valid]
     axes.set_ylim(min(tail) - 0.02, max(2.05, min(max(tail), 2.3)))
     axes.set_title(f"{directory.name}: bits per base")

@@ -16,7 +16,7 @@ class ProgressLine:
     Args:
         max_steps: the last step of the run.
         start: optimizer steps done already.
-        every_s: without a terminal, seconds between two lines at least.
+        every_s: without a terminal, the least seconds between two lines.
     """
 
     def __init__(self, max_steps: int, start: int, every_s: float = 10.0) -> None:
@@ -52,7 +52,7 @@ class ProgressLine:
             self.print(f"step {step}/{self._max_steps}  {text}  {left} left")
 
     def print(self, text: str) -> None:
-        """Print one line, above the bar where there is one."""
+        """Print one line, above the bar if there is one."""
         PROGRESS.info(text)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What rank 0 writes down of a run while it trains, and shows: journal, speed, progress line, loss curve."""
+"""What rank 0 records and shows while a run trains: journal, speed, progress line, loss curve."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from megabase.pipeline.checkpoint.saver import Saved
-from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.errors import first_line
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import Journal, Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.evaluate import bits
-from megabase.pipeline.training.guard import SKIP, History, Trouble, step_loss
+from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve
 from megabase.pipeline.training.progress import ProgressLine
@@ -37,7 +37,7 @@ class FinishedStep:
         weights: see `guard.step_loss`.
         targets: number of labels in the global batch.
         grad_norm: global norm of the gradients before clipping: a number, a tensor, or None if it is not known.
-        applied: whether DeepSpeed made the update. It drops one whose gradients are not finite.
+        applied: whether DeepSpeed made the update. It skips one whose gradients are not finite.
         samples: hash of the samples that all ranks consumed (`hash_samples`); None until the ranks have agreed on it.
     """
 
@@ -59,7 +59,7 @@ class Recorder:
         mirror: started once the journal is open; None: the run is not tracked.
 
     Attributes:
-        trouble: why training must end before another checkpoint is published; None: nothing is wrong.
+        trouble: why training must end before another checkpoint is published; None if nothing is wrong.
     """
 
     def __init__(self, config: RunConfig, ranks: int, mirror: Mirror | None) -> None:
@@ -84,11 +84,11 @@ class Recorder:
                 f" {step}: the rows between are lost, training goes on"
             )
         self._history = History(self._config, read(self._journal.path))
-        # The record of speed keeps all rows: what happened before a restart has happened.
+        # performance.jsonl keeps all rows: a step that is trained twice took its time twice.
         self._performance = Journal(self._paths.performance, sys.maxsize)
         self._performance.append([{"step": step, "time": time.time(), "started": True}])
         if self._mirror:
-            self._mirror.start()  # now that the rows to drop are dropped
+            self._mirror.start()  # only now: MLflow must not get rows that the journal drops
         self._progress = ProgressLine(self._config.trainer.max_steps, step)
         self._speed.restart()
 

@@ -1,4 +1,4 @@
-"""Where a start of a run continues: the newest good checkpoint, or step 0; and what the run directory then holds."""
+"""Where a start of a run continues (the newest good checkpoint, or step 0), and what it writes before it trains."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
             complete_environment(config.trainer.nodes, devices)
             check(config, config.trainer.nodes * devices)
         except BaseException:
-            # Not in the run directory, which may be another job's.
+            # Only the launcher's status: the run directory may belong to another job.
             if is_rank_zero():
                 write_launcher_status("failed", None)
             raise
@@ -70,7 +70,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
 
 
 def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
-    """One rank: meet the others, train, leave; returns its exit code."""
+    """Run one rank: join the process group, train, leave it; returns the exit code."""
     rendezvous.start()
     groups = Groups.create()
     world = groups.world
@@ -112,7 +112,7 @@ def _locked(directory: Path, world: Group) -> Iterator[None]:
 def fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> str:
     """Train until the end or until the ranks agree to stop.
 
-    However training ends, the status files and MLflow get to know it.
+    However training ends, the outcome is written to the status files and to MLflow.
 
     Args:
         config: of the run, checked.
@@ -144,7 +144,7 @@ def _set_up_and_fit(
     mirror: Mirror | None,
     outcome: Outcome,
 ) -> None:
-    """Choose a checkpoint, build everything, train; `outcome` follows how far that has come."""
+    """Choose a checkpoint, build everything, train; keeps `outcome` up to date."""
     from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.training.callback import TrainingCallback
     from megabase.pipeline.training.module import PretrainModule

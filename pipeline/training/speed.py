@@ -43,9 +43,9 @@ class Speed:
         """The figures since the last measurement, for `performance.jsonl`; starts the next measurement.
 
         Returns:
-            tokens_per_second of all ranks, and tokens_per_second_per_device; model_tflops per device, what the model
-            needs with a backward pass of twice the forward pass, and hardware_tflops, what is computed (a reversible
-            model computes the forward pass twice); mfu and hfu, the same as shares of the device's peak, if its data
+            tokens_per_second of all ranks; tokens_per_second_per_device; model_tflops per device, counted as one
+            forward pass and a backward pass of twice its cost; hardware_tflops per device, with the forward pass that
+            a reversible model computes again; mfu and hfu, these two as shares of the device's peak, if its data
             sheet is known; peak_memory_bytes of rank 0; data_wait, the share of time spent waiting for batches.
         """
         seconds = max(time.monotonic() - self._since, 1e-9)

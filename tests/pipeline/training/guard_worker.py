@@ -35,7 +35,7 @@ from megabase.pipeline.training.guard import LEAST_LOSSES
 from megabase.pipeline.training.module import PretrainModule
 from megabase.pipeline.zero.checkpoint_engine import DIRECTORY
 
-# The first step at which a loss can have exploded, and one that no checkpoint is due at.
+# BAD: a step at which a loss can count as exploded and no checkpoint is due. SAVED: steps between checkpoints.
 BAD, STEPS, SAVED = LEAST_LOSSES + 2, LEAST_LOSSES + 4, LEAST_LOSSES // 2
 SETTINGS = [
     "data.length=256",
@@ -61,9 +61,16 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Case:
-    """how: loss, infinite, gradient, spike: what goes wrong; undone: nothing, but the update is taken back by hand.
+    """One training.
 
-    rank, turn: the micro batch. steps: of the journal. of: the case of which this one is a resumed copy.
+    Attributes:
+        how: what goes wrong: loss (NaN), infinite (loss), gradient (infinite) or spike (a large loss). undone: nothing
+            goes wrong, but this worker restores what the update changed.
+        rank: of the bad micro batch.
+        turn: number of the bad micro batch in its step.
+        steps: the bad ones, as numbered in the journal.
+        settings: besides SETTINGS.
+        of: the case of which this one is a resumed copy; empty for none.
     """
 
     how: str
@@ -101,7 +108,7 @@ CASES |= {
 
 
 class _Spoiled(torch.autograd.Function):
-    """A value that is as it was, and a gradient that is not."""
+    """Returns its input, and an infinite gradient."""
 
     @staticmethod
     def forward(context: Any, value: Tensor) -> Tensor:
@@ -113,7 +120,7 @@ class _Spoiled(torch.autograd.Function):
 
 
 class Poisoned(PretrainModule):
-    """The module of a case; it notes which of its steps changed no weight and no state."""
+    """The module of a case; `unchanged` lists the steps that changed no weight and no state."""
 
     case: Case
     last: Poisoned
@@ -128,10 +135,10 @@ class Poisoned(PretrainModule):
     def configure_model(self) -> None:
         super().configure_model()
         assert self.model is not None
-        whole = self.model.loss
+        original = self.model.loss
 
         def loss(*arguments: Any, **settings: Any) -> Tensor:
-            return self._spoil(whole(*arguments, **settings))
+            return self._spoil(original(*arguments, **settings))
 
         self.model.loss = loss  # type: ignore[method-assign]
 
@@ -155,7 +162,7 @@ class Poisoned(PretrainModule):
         return [value.detach() for value in (*weights, *inner.state, *states) if isinstance(value, Tensor)]
 
     def whole(self) -> list[Tensor]:
-        """The parameters that are whole on this rank: under stage 3 small ones may be, beside its part of them."""
+        """The parameters that are complete on this rank: in stage 3 small ones may be, besides this rank's part."""
         return [parameter.data for parameter in self.engine.module.parameters() if parameter.data.numel()]
 
     @property
@@ -169,7 +176,7 @@ class Poisoned(PretrainModule):
             self._whole = [tensor.clone() for tensor in self.whole()]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        if self.micro_nats:  # forgotten at the end of a step
+        if self.micro_nats:  # cleared at the end of a step
             return
         after = self.tensors()
         if self.case.how == "undone" and self.global_step in self.case.steps:
@@ -181,7 +188,7 @@ class Poisoned(PretrainModule):
 
 
 def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[str, Any]:
-    """Train a case; what is known of it on all ranks."""
+    """Train a case; returns how it ended, and what each rank knows about it."""
     settings = [f"data.shards={shards}", f"run.root={root}", f"run.name={name}", *SETTINGS, *case.settings]
     config = load([], settings)
     check(config, groups.world.size)
@@ -213,9 +220,10 @@ def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[
 
 
 def _refused(engine: Any, which: str, root: Path) -> str:
-    """Why this rank does not write its files of a checkpoint when a rank has one NaN; empty: it does.
+    """Why this rank refuses to write its files of a checkpoint when one rank has a NaN; empty if it writes them.
 
-    which: the NaN's place, the fp32 weights or a moment; none if empty. In stage 0 rank 0 has it, which alone writes.
+    which: where the NaN is, in the fp32 weights or in a moment; empty: there is none. In stage 0 rank 0 has the NaN,
+    because only rank 0 writes; in other stages rank 1.
     """
     spoiled = dist.get_rank() == (engine.zero_optimization_stage() > 0)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)

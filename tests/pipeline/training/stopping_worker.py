@@ -1,4 +1,4 @@
-"""A training of two ranks in which rank 1, and only it, is told to stop at a chosen moment, several times.
+"""A training of two ranks in which only rank 1 gets signals to stop, at a chosen moment.
 
 As `python stopping_worker.py MOMENT KEY=VALUE...` this process supervises; its ranks run the same file. MOMENT:
 startup (while the model is built), checkpoint (while step-N.partial is there), evaluation (after its first batch).
@@ -21,8 +21,8 @@ from megabase.pipeline.training import callback
 from megabase.pipeline.training.module import PretrainModule
 
 
-def tell() -> None:
-    """To this process, as a SLURM that is in a hurry does."""
+def signal_self() -> None:
+    """Send three signals to this process at once, as SLURM may."""
     for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), signum)
 
@@ -37,20 +37,21 @@ def before(function: Callable[..., Any], action: Callable[..., None]) -> Callabl
 
 def during_checkpoint(partial: Path, *_: Any) -> None:
     assert partial.name.endswith(".partial") and partial.is_dir()
-    tell()
+    signal_self()
 
 
 def during_evaluation(*arguments: Any, stop: Callable[[], bool], **more: Any) -> Any:
-    asked = []
+    calls = 0
 
-    def asks() -> bool:
-        asked.append(1)
-        if len(asked) == 2:
-            tell()
+    def stop_after_signals() -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal_self()
         answer: bool = stop()
         return answer
 
-    return evaluate(*arguments, stop=asks, **more)
+    return evaluate(*arguments, stop=stop_after_signals, **more)
 
 
 evaluate = callback.evaluate
@@ -58,7 +59,7 @@ evaluate = callback.evaluate
 
 def arrange(moment: str) -> None:
     if moment == "startup":
-        PretrainModule.configure_model = before(PretrainModule.configure_model, lambda _: tell())
+        PretrainModule.configure_model = before(PretrainModule.configure_model, lambda _: signal_self())
     elif moment == "checkpoint":
         publish.collect_files = before(publish.collect_files, during_checkpoint)
     elif moment == "evaluation":

@@ -27,7 +27,7 @@ AUGMENTED = [
 
 @pytest.fixture
 def damaged_shards(tmp_path: Path) -> Path:
-    """Lambda with a base changed in its training part, and one in its validation part, of two blocks each at least."""
+    """Phage lambda with one base changed in each split. Each split has at least two blocks of checksums."""
     index = prepare([DATA / "lambda_phage.fna.gz"], tmp_path / "shards", valid="0.4", progress=False)
     shard = index.directory / index.segments.shard[0]
     content = bytearray(shard.read_bytes())
@@ -39,7 +39,9 @@ def damaged_shards(tmp_path: Path) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_one_rank_and_two_see_and_skip_the_same(damaged_shards: Path, tmp_path: Path, start_job) -> None:
+def test_one_rank_and_two_train_on_and_skip_the_same_windows(
+    damaged_shards: Path, tmp_path: Path, start_job
+) -> None:
     runs = []
     for ranks, micro_batch in ((2, 2), (1, 8)):
         more = [*AUGMENTED, f"trainer.devices={ranks}", f"data.micro_batch={micro_batch}"]

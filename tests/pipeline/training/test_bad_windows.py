@@ -1,4 +1,4 @@
-"""The windows of a bad step are named as each rank has read them."""
+"""The report on a bad step names the windows that each rank read."""
 
 import itertools
 import json
@@ -28,16 +28,16 @@ def settings(*more: str, root: Path = Path("/nowhere")) -> RunConfig:
 
 
 class Others:
-    """Stands for a Group on rank 0 of several."""
+    """Replaces the Group of several ranks, on rank 0. gathered: the value of each rank."""
 
     rank = 0
 
-    def __init__(self, told: list[list[float]]) -> None:
-        self.told, self.size = told, len(told)
+    def __init__(self, gathered: list[list[float]]) -> None:
+        self.gathered, self.size = gathered, len(gathered)
 
     def gather(self, value: Any) -> list[Any]:
-        assert repr(value) == repr(self.told[0])
-        return self.told
+        assert repr(value) == repr(self.gathered[0])
+        return self.gathered
 
     def broadcast(self, value: Any) -> Any:
         return value
@@ -73,12 +73,12 @@ def test_a_report_names_the_windows_that_each_rank_read(
         TrainBatches(data.training_windows(), Place(rank, ranks, 2), 1, turns, step - 1)
         for rank in range(ranks)
     ]
-    said = report(run, Trouble(step, "the loss"), Others(nats), nats[0], loaders[0])  # type: ignore[arg-type]
+    message = report(run, Trouble(step, "the loss"), Others(nats), nats[0], loaders[0])  # type: ignore[arg-type]
 
     path = run.directory / "logs" / f"bad-step-{step}.json"
-    told = json.loads(path.read_text())
-    assert told["step"] == step and told["why"] == "the loss"
-    windows = told["windows"]
+    content = json.loads(path.read_text())
+    assert content["step"] == step and content["why"] == "the loss"
+    windows = content["windows"]
     assert [window["stands_out"] for window in windows] == [True] * 2 + [False] * 6
     alphabet = Alphabet.named("dna")
     for rank, turn in itertools.product(range(ranks), range(turns)):
@@ -97,23 +97,25 @@ def test_a_report_names_the_windows_that_each_rank_read(
             ]
             assert alphabet.encode(np.concatenate(pieces)).tolist() == read_then.tolist()
     first = windows[0]["places"][0]
-    assert f"window {windows[0]['sample']} ({first['record']}:{first['start']}-{first['end']}" in said
-    assert said.startswith("the loss stands out in what was read from ") and said.endswith(f"all in {path}")
+    assert f"window {windows[0]['sample']} ({first['record']}:{first['start']}-{first['end']}" in message
+    assert message.startswith("the loss stands out in window ") and message.endswith(f"all are in {path}")
 
 
-def test_a_report_says_what_it_cannot_tell(genome: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_report_without_file_or_outliers_says_so(
+    genome: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
     run = settings(f"data.shards={genome[0]}", "data.micro_batch=2", f"run.root={tmp_path}")
     data = SequenceDataModule(run.data, 1)
     batches = TrainBatches(data.training_windows(), Place(0, 2, 2), 1, 2)
 
-    def said(nats: list[list[float]]) -> str:
+    def message_for(nats: list[list[float]]) -> str:
         return report(run, Trouble(3, "the loss"), Others(nats), nats[0], batches)  # type: ignore[arg-type]
 
-    assert "cannot be written" in said([[5.0, 5.0], [5.0, 5.0]])  # the run directory is not there
+    assert "cannot be written" in message_for([[5.0, 5.0], [5.0, 5.0]])  # there is no run directory
     run.directory.mkdir()
-    unknown = said([[5.0, 5.0], [5.0, 5.0]])
-    assert unknown.startswith("what was read then: window ") and " and 5 more; all in " in unknown
-    assert said([[5.0, 5.0], [11.0, 5.0]]).startswith("the loss stands out in what was read from")
-    assert said([[math.nan] * 2] * 2).startswith(
-        "every micro batch shows it, so the weights may have been bad"
+    no_outlier = message_for([[5.0, 5.0], [5.0, 5.0]])
+    assert no_outlier.startswith("windows of this step: window ") and " and 5 more; all are in " in no_outlier
+    assert message_for([[5.0, 5.0], [11.0, 5.0]]).startswith("the loss stands out in window ")
+    assert message_for([[math.nan] * 2] * 2).startswith(
+        "every micro batch of this step is bad, so the weights may have been bad"
     )

@@ -1,4 +1,4 @@
-"""What is done between two optimizer steps, for every situation that differs."""
+"""What is done between two optimizer steps, in every situation."""
 
 from itertools import product
 
@@ -84,7 +84,7 @@ def test_when_the_ranks_must_agree_at_once(due: Due, previous: Agreed | None, ex
         ([agreed(save=True), agreed()], None, Situation(NOTHING, save=True)),
         # No checkpoint is being written: progress means nothing.
         ([agreed(progress=2)], None, Situation(NOTHING)),
-        # One is being written: all ranks must be further than they have advanced.
+        # One is being written: it advances when all ranks have finished more parts than it has advanced.
         ([agreed(progress=0)], 0, Situation(NOTHING)),
         ([agreed(progress=1)], 0, Situation(NOTHING, advance=True)),
         ([agreed(progress=1)], 1, Situation(NOTHING)),

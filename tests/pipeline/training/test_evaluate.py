@@ -98,7 +98,7 @@ def test_an_exported_model_gives_the_numbers_of_the_run_it_comes_from(
     assert not isinstance(loader, list)
     result = evaluate(scorer(model, seed=RunSettings.seed), loader, CPU)
     assert result is not None
-    # The run's two ranks batch the windows in another way: sums in another order.
+    # The run's two ranks batch the windows differently, so sums are formed in another order.
     assert result["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], rel=1e-6)
     assert result["valid_bases"] == rows[-1]["valid_bases"]
 

@@ -1,4 +1,4 @@
-"""Bad numbers: which are, what a run does about them, and that they touch no weight, no moment and no checkpoint."""
+"""Bad numbers: which numbers are bad, what a run does then, and that no weight, moment or checkpoint gets them."""
 
 import json
 import math
@@ -58,14 +58,14 @@ def test_what_is_bad_about_a_loss() -> None:
         f"is 6.01, more than guard.spike=3 times the median 2 of the {LEAST_LOSSES} before it"
     )
     assert history.bad_loss(math.nan) == "is nan" and history.bad_loss(-math.inf) == "is -inf"
-    # Few are known; the data is learnt by heart, and guessing would still be worse; it is switched off.
+    # Not bad: too few losses are known; the loss rises, but stays below that of guessing; the check is switched off.
     assert not History(settings(), rows([2.0] * (LEAST_LOSSES - 1))).bad_loss(1e9)
     learnt = History(settings(), rows([1e-4] * LEAST_LOSSES))
     assert not learnt.bad_loss(GUESS) and learnt.bad_loss(GUESS * 1.01)
     assert not History(settings("guard.spike=0"), rows([2.0] * 50)).bad_loss(1e9)
 
 
-def test_one_loss_out_of_line_and_skipped_ones_do_not_move_the_median() -> None:
+def test_one_outlier_and_skipped_losses_do_not_move_the_median() -> None:
     history = History(settings("guard.window=10"), rows([2.0] * LEAST_LOSSES + [5.9]))
     skipped = {"step": 99, "loss": "inf", "skipped_update": True}
     history.add(skipped)
@@ -78,20 +78,20 @@ def test_one_loss_out_of_line_and_skipped_ones_do_not_move_the_median() -> None:
     at=st.integers(0, 60),
 )
 def test_a_resumed_run_judges_as_the_uninterrupted_one(losses: list[float], window: int, at: int) -> None:
-    """After `at` steps it knows no more than what the journal's lines say."""
+    """After `at` steps, the resumed run knows only what the journal's lines say."""
     run = settings(f"guard.window={window}", "guard.on_bad=skip", "guard.max_skips=10")
-    whole, told = History(run), []
+    whole, journal = History(run), []
     resumed: History | None = None
     for step, loss in enumerate(losses, 1):
         if step == at + 1:
-            resumed = History(run, [json.loads(line) for line in told])
+            resumed = History(run, [json.loads(line) for line in journal])
         row, again = {"step": step, "loss": loss}, {"step": step, "loss": loss}
         applied = not whole.bad_loss(loss)
         trouble = whole.judge(row, 1.0, applied)
         if resumed:
             assert resumed.judge(again, 1.0, applied) == trouble and repr(again) == repr(row)
             assert resumed.skipped == whole.skipped
-        told.append(json.dumps(row | {"loss": loss if math.isfinite(loss) else repr(loss)}))
+        journal.append(json.dumps(row | {"loss": loss if math.isfinite(loss) else repr(loss)}))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_a_step_becomes(
         assert ("guard.on_bad=skip" in found.way_out) == (on_bad == "stop")
 
 
-def test_skipping_too_often_ends_the_run_and_now_and_then_does_not() -> None:
+def test_too_many_skipped_updates_end_the_run_and_a_few_do_not() -> None:
     run = settings("guard.on_bad=skip", "guard.window=10", "guard.max_skips=2")
     history = History(run)
     for step in range(1, 100):
@@ -136,11 +136,13 @@ def test_skipping_too_often_ends_the_run_and_now_and_then_does_not() -> None:
 
 
 @pytest.mark.parametrize("on_bad", ["stop", "skip"])
-def test_gradients_that_no_loss_scale_helps_end_an_fp16_run(on_bad: str) -> None:
+def test_gradients_that_overflow_at_every_loss_scale_end_an_fp16_run(on_bad: str) -> None:
     history = History(settings("trainer.precision=16", f"guard.on_bad={on_bad}"))
     lost = [history.judge({"step": step, "loss": 2.0}, math.inf, applied=False) for step in range(1, 40)]
     assert lost == [None] * 39
-    assert history.judge({"step": 40, "loss": 2.0}, 1.0, applied=True) is None  # one that works: all is well
+    assert (
+        history.judge({"step": 40, "loss": 2.0}, 1.0, applied=True) is None
+    )  # a good update starts the count anew
     found = [history.judge({"step": step, "loss": 2.0}, math.inf, applied=False) for step in range(41, 81)]
     assert found[:-1] == [None] * 39 and found[-1] is not None
     assert (
@@ -184,20 +186,22 @@ def test_a_skipped_update_leaves_every_state_as_if_it_had_been_taken_back(
     poisoned: tuple[Path, dict[str, dict[str, Any]]], name: str
 ) -> None:
     root, results = poisoned
-    twin = f"{name.rpartition('-')[0]}-undone"
-    found, expected = results[name], results[twin]
+    reference = f"{name.rpartition('-')[0]}-undone"
+    found, expected = results[name], results[reference]
     assert found["ended"] == expected["ended"] == "finished"
     for rank, other in zip(found["ranks"], expected["ranks"], strict=True):
         assert rank["unchanged"] == [BAD] and rank["finite"]
         assert rank["digest"] == other["digest"]
-    told, twins = (list(read(root / run / "metrics.jsonl")) for run in (name, twin))
-    assert told[BAD - 1].pop("skipped_update") is True and "grad_norm" not in told[BAD - 1]
-    assert [row for row in told if row["step"] != BAD] == [row for row in twins if row["step"] != BAD]
+    rows, others = (list(read(root / run / "metrics.jsonl")) for run in (name, reference))
+    assert rows[BAD - 1].pop("skipped_update") is True and "grad_norm" not in rows[BAD - 1]
+    assert [row for row in rows if row["step"] != BAD] == [row for row in others if row["step"] != BAD]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_gradient_norm_is_told_in_every_stage(poisoned: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+def test_the_journal_has_the_gradient_norm_in_every_stage(
+    poisoned: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
     norms = [
         [row["grad_norm"] for row in read(poisoned[0] / f"{stage}-undone" / "metrics.jsonl") if "loss" in row]
         for stage in range(4)
@@ -213,7 +217,7 @@ def test_a_run_that_is_resumed_before_a_skipped_step_skips_it_again(
     poisoned: tuple[Path, dict[str, dict[str, Any]]],
 ) -> None:
     root, results = poisoned
-    # It was an explosion, which one only sees who knows the losses before it.
+    # The loss exploded, which can only be judged by the losses before it: these were read from the journal.
     assert SAVED < LEAST_LOSSES
     assert (root / "resumed/metrics.jsonl").read_bytes() == (root / "2-spike/metrics.jsonl").read_bytes()
     assert results["resumed"]["ranks"] == results["2-spike"]["ranks"]
@@ -226,7 +230,7 @@ def test_bad_numbers_end_a_run_before_a_checkpoint_of_them(
 ) -> None:
     root, results = poisoned
     at_once, soon, often = (results[name] for name in ("stopped-at-a-checkpoint", "stopped-soon", "too-many"))
-    # Stage 0 has applied it: the checkpoint that was due then would have been poisoned.
+    # Stage 0 has applied the bad update: a checkpoint of this step would have bad numbers in it.
     assert at_once["ended"].startswith(
         f"the gradient norm of step {2 * SAVED} is nan: stopped before a checkpoint"
     )
@@ -237,9 +241,9 @@ def test_bad_numbers_end_a_run_before_a_checkpoint_of_them(
     assert soon["ended"].startswith(f"the loss of step {BAD} is nan")
     assert "guard.on_bad=skip leaves such updates out" in soon["ended"]
     assert BAD < soon["step"] <= BAD + 3
-    told = json.loads((root / "stopped-soon" / "logs" / f"bad-step-{BAD}.json").read_text())
-    culprits = {(w["rank"], w["micro_batch"]) for w in told["windows"] if w["stands_out"]}
-    assert culprits == {(1, 0)} and len(told["windows"]) == 8
+    report = json.loads((root / "stopped-soon" / "logs" / f"bad-step-{BAD}.json").read_text())
+    culprits = {(w["rank"], w["micro_batch"]) for w in report["windows"] if w["stands_out"]}
+    assert culprits == {(1, 0)} and len(report["windows"]) == 8
 
     assert f"2 of the last {BAD + 1} updates were skipped (guard.max_skips=2)" in often["ended"]
     assert all(rank["unchanged"][:2] == [BAD, BAD + 1] for rank in often["ranks"])

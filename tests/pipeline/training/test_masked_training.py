@@ -1,4 +1,4 @@
-"""Masked bases, and the layers that see both sides, trained for real."""
+"""Real trainings on masked bases, with the layers that attend to both sides."""
 
 from pathlib import Path
 

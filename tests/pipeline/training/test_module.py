@@ -93,5 +93,5 @@ def test_soft_masked_letters_weigh_less_in_training_and_the_same_in_evaluation(t
         assert sums["nats"].item() == pytest.approx(nats[1.0]) and sums["bases"] == 15
     assert nats[0.5] == pytest.approx((nats[1.0] + nats[0.0]) / 2)
     assert nats[0.0] < nats[1.0]
-    assert scored[1.0] is None  # the index knew
+    assert scored[1.0] is None  # the index gives the number of labels
     assert [scored[w].tolist() for w in (0.5, 0.0)] == [[26, 0], [22, 0]]

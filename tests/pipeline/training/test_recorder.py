@@ -20,7 +20,7 @@ def settings(*more: str, root: Path = Path("/nowhere")) -> RunConfig:
     return run
 
 
-def test_the_recorder_finds_the_first_bad_step_and_count_what_was_skipped(tmp_path: Path) -> None:
+def test_the_recorder_finds_the_first_bad_step_and_counts_skipped_updates(tmp_path: Path) -> None:
     for on_bad, first in (("stop", 2), ("skip", None)):
         run = settings(f"guard.on_bad={on_bad}", f"run.root={tmp_path}", f"run.name={on_bad}")
         run.directory.mkdir()
@@ -33,9 +33,9 @@ def test_the_recorder_finds_the_first_bad_step_and_count_what_was_skipped(tmp_pa
         recorder.flush()
         assert (recorder.trouble and recorder.trouble.step) == first
         recorder.close()
-        told = list(read(run.directory / "metrics.jsonl"))
-        assert [row["loss"] for row in told] == [1.5, "nan", "inf", 1.5]
-        assert [row.get("skipped_update") for row in told] == [None, *[on_bad == "skip" or None] * 2, None]
+        rows = list(read(run.directory / "metrics.jsonl"))
+        assert [row["loss"] for row in rows] == [1.5, "nan", "inf", 1.5]
+        assert [row.get("skipped_update") for row in rows] == [None, *[on_bad == "skip" or None] * 2, None]
         speeds = [row for row in read(run.directory / "performance.jsonl") if "tokens_per_second" in row]
         assert [row.get("skipped_updates") for row in speeds] == [2 if on_bad == "skip" else None]
 

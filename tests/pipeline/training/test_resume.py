@@ -44,7 +44,7 @@ def assert_same_states(run: Path, other: Path) -> None:
     [(0, []), (1, ["trainer.precision=bf16"]), (3, ["checkpoint.background=true"])],
     ids=["0", "1-bf16", "3-background"],
 )
-def test_killed_and_resumed_is_the_run_that_would_have_been(
+def test_killed_and_resumed_gives_the_bytes_of_the_undisturbed_run(
     tmp_path: Path, lambda_shards: Path, start_job: Start, stage: int, more: list[str]
 ) -> None:
     settings = [f"zero.stage={stage}", "trainer.max_steps=16", *more]
@@ -77,10 +77,10 @@ def test_states_and_weights_on_a_disk_come_back_as_they_were(
         "train", *train_settings(lambda_shards, tmp_path, "killed", "tracking.enabled=false", *on_disk)
     )
     killed.until(lambda: len(training_rows(tmp_path / "killed")) >= 7)
-    # Of both ranks, and each has more than one sub-group: weights, gradients, moments, and the weights of the device.
+    # Both ranks have mapped files, of several sub-groups each: weights, gradients, moments, and the device's weights.
     mapped = [mappings(child, disk) for child in killed.children()]
     assert len(mapped) == 2 and all(len(of_rank) >= 10 for of_rank in mapped)
-    assert not list(disk.iterdir())  # no names: nothing stays, however a rank ends
+    assert not list(disk.iterdir())  # the files have no names, so nothing stays however a rank ends
     killed.kill()
     killed.wait()
     output = finish(start_job, lambda_shards, tmp_path, "killed", *on_disk)
@@ -97,12 +97,12 @@ def mappings(process: int, directory: Path) -> set[str]:
     return {line.split(maxsplit=5)[5] for line in lines if f" {directory}/" in line}
 
 
-# Up to which step, on how many ranks, in which stage, with which micro batch.
+# Parts of a run: last step, ranks, ZeRO stage, micro batch.
 CHAIN = [(3, 4, 3, 3), (6, 2, 1, 3), (9, 1, 0, 4), (12, 3, 3, 1), (15, 2, 2, 6)]
 
 
 def moved(root: Path, shards: Path, precision: str) -> tuple[list[Row], list[Row]]:
-    """Training rows of a run that nothing moved, and of one that went on along CHAIN."""
+    """Training rows of a run that stayed on two ranks, and of one that resumed along CHAIN."""
     batch = ["data.global_batch=12", "trainer.eval_every_steps=0", "checkpoint.every_steps=0"]
     batch += [f"trainer.precision={precision}", "tracking.enabled=false"]
 

@@ -1,4 +1,4 @@
-"""Training for real: two DeepSpeed ranks, killed, stopped and resumed; the run must not notice."""
+"""Real trainings of two DeepSpeed ranks: killed, stopped and resumed, a run gives the same bytes."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_the_journal_proves_what_every_rank_consumed(undisturbed: Path, lambda_s
         assert int(row["samples"], 16) == hash_samples(ids) % 2**64
 
 
-def test_evaluations_stand_beside_the_markov_ladder(undisturbed: Path) -> None:
+def test_rows_of_evaluations_have_the_markov_models(undisturbed: Path) -> None:
     rows = [row for row in read(undisturbed / "metrics.jsonl") if "valid_loss" in row]
     assert [row["step"] for row in rows] == [10, 20, 30, STEPS]
     for row in rows:
@@ -121,7 +121,7 @@ def test_one_mlflow_run_with_continuous_steps_across_the_kill(disturbed: Path) -
     assert found[0].data.params["model.dim"] == "32"
 
 
-def test_a_second_job_is_refused_and_a_stop_is_heard_at_any_pace(
+def test_a_second_job_is_refused_and_a_signal_stops_a_run_that_saves_at_every_step(
     runs: Path, lambda_shards: Path, start_job
 ) -> None:
     # A checkpoint and an evaluation after every step, and reader processes that get the signal as well.
@@ -138,12 +138,12 @@ def test_a_second_job_is_refused_and_a_stop_is_heard_at_any_pace(
     first.until(lambda: len(training_rows(runs / "locked")) >= 1)
     code, output = start_job("train", *settings).wait()
     assert code == 2 and "another job is training" in output
-    # To every process of the job, twice: as good as once to one of them.
+    # Signals to every process of the job, twice: they stop it as one signal to one process does.
     for _ in range(2):
         os.killpg(first.pid, signal.SIGTERM)
     code, output = first.wait()
     assert code == EXIT_AGAIN, output
-    # SIGUSR1: the supervisor had been quicker to pass its own on.
+    # SIGUSR1 if the supervisor's own signal reached the rank first.
     assert "stopping: SIGTERM" in output or "stopping: SIGUSR1" in output
     assert "the same command goes on" in output
 
@@ -164,19 +164,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
     assert list((runs / "wild" / "checkpoints").iterdir()) == []
 
 
-def test_why_a_run_ends_is_said_before_mlflow_is_waited_for(
+def test_a_run_prints_why_it_ends_before_it_waits_for_mlflow(
     runs: Path, lambda_shards: Path, start_job
 ) -> None:
-    """The other rank has left long before a server that never answers is given up, and the supervisor waits 10 s."""
+    """The server never answers. Rank 0 must give up before the supervisor kills it, 10 s after the other rank exits."""
     with socket.socket() as hole:
         hole.bind(("127.0.0.1", 0))
         hole.listen()
         uri = f"tracking.uri=http://127.0.0.1:{hole.getsockname()[1]}"
         wild = ["optim.lr=1e30", "optim.clip=0", uri]
-        code, output = start_job("train", *train_settings(lambda_shards, runs, "unheard", *wild)).wait()
+        code, output = start_job("train", *train_settings(lambda_shards, runs, "unanswered", *wild)).wait()
     assert code == 1, output
     assert output.count("megabase: the loss of step") == 1 and "ended by SIGKILL" not in output
-    assert json.loads((runs / "unheard" / "status.json").read_text())["state"] == "failed"
+    assert json.loads((runs / "unanswered" / "status.json").read_text())["state"] == "failed"
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
@@ -191,7 +191,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
 
 
 def test_losses_follow_the_golden_curve(undisturbed: Path) -> None:
-    """Numerics do not change unawares. Renew with the run's own values, in a commit that says why."""
+    """Numerics must not change by accident. Renew the file with the run's own values in a commit that says why."""
     golden = json.loads((Path(__file__).parents[2] / "golden" / "lambda.json").read_text())
     assert [row["loss"] for row in training_rows(undisturbed)] == pytest.approx(golden, rel=2e-3)
 
@@ -207,5 +207,5 @@ def test_a_rank_that_dies_takes_the_job_down(runs: Path, lambda_shards: Path, st
     os.kill(children[1], signal.SIGKILL)
     code, output = job.wait()
     assert code == 1 and "rank 1 was ended by SIGKILL" in output
-    assert "Traceback" not in output  # of rank 0, whose connection broke
+    assert "Traceback" not in output  # rank 0, whose connection broke, prints none
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
