@@ -13,7 +13,7 @@ from rich.table import Table
 
 # Two spaces between columns, and nothing else.
 PLAIN: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
-# Wider than any row, so that rich wraps nothing.
+# Columns of characters, more than any row has, so that rich wraps nothing.
 _UNLIMITED = 100_000
 
 

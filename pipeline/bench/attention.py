@@ -56,7 +56,7 @@ def run(options: AttentionOptions) -> int:
     """Measure, print the table, and write the files that the options name.
 
     Returns:
-        The exit code: 1 if one of ours failed.
+        The exit code: 1 if a contestant of megabase failed, else 0.
 
     Raises:
         UserError: an option is wrong.

@@ -23,7 +23,7 @@ from megabase.pipeline.bench.options import DTYPES
 
 BACKENDS = ("reference", "chunked", "native", "triton")
 FEATURES = 256
-"""Of our Performer attention; also the slots of our Linformer attention."""
+"""Number of features of our Performer attention, and of slots of our Linformer attention."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class AttentionTask:
         return call
 
     def tiny(self, name: str) -> Call:
-        """A call at a few chunks."""
+        """A call at the length of four chunks."""
         return self.prepare(name, 4 * self.chunk, 0)
 
 
@@ -165,6 +165,6 @@ CONTESTANTS = {contestant.entry.name: contestant for contestant in _contestants(
 
 
 def default_contestants(device: str) -> list[str]:
-    """Ours and its peers; on a GPU both of torch's fast exact kernels."""
+    """megabase and its peers; on a GPU two of torch's exact kernels, flash and cuDNN."""
     exact = ["sdpa-flash", "sdpa-cudnn"] if device == "cuda" else ["sdpa"]
     return [OURS, *exact, "transformers", "reformer-pytorch", "performer-pytorch"]

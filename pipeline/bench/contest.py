@@ -1,8 +1,8 @@
 """Which contestant runs when, and how often. Pure: `lab.py` runs and measures the calls.
 
 At every size each contestant first makes a probe: one call whose memory is measured. Then all contestants take turns,
-so that other load on the machine affects all of them alike; each round begins with another one. A contestant that would
-take too long or too much memory at a size, judged by the smaller sizes, is left out there, and the reason is kept.
+so that other load on the machine affects all of them alike; each round begins with another contestant. If the smaller
+sizes show that a contestant would take too long or too much memory at a size, it is left out there, with a reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OURS = "ours"
 """The contestant that the others are compared with. Names of our other contestants begin with it."""
 
 LEAST_REPEATS = 3
-"""Timed calls at least, if there are any: fewer have no meaningful spread."""
+"""The least number of timed calls, if there are any: fewer have no meaningful spread."""
 
 
 WARM_UP = 0
@@ -91,7 +91,7 @@ class Point:
 
     @property
     def seconds(self) -> float | None:
-        """The median of the samples, or the probe's time where nothing else was timed."""
+        """The median of the samples; the probe's time if nothing else was timed."""
         if self.samples:
             return statistics.median(self.samples)
         return None if self.probe is None else self.probe.seconds
@@ -116,7 +116,7 @@ class Lab(Protocol):
         """Seconds of one call, on inputs drawn with this seed."""
 
     def free_bytes(self) -> int | None:
-        """Memory that a probe may take; None: an attempt to take too much does no harm."""
+        """Bytes that a probe may take; None: no limit, because running out of memory does no harm."""
 
 
 def hold(
@@ -158,7 +158,7 @@ def probe(entry: Entry, size: int, before: Sequence[Point], lab: Lab, budget: Bu
     try:
         foresee(entry, size, before, budget, lab.free_bytes())
         point.probe = lab.probe(entry.name, size, budget.seconds)
-        # The first guess may have been low, or there was none.
+        # `foresee` may have expected less, or had no smaller size to judge by.
         if point.probe.seconds > 2 * budget.seconds:
             raise LeftOut(too_slow(point.probe.seconds))
     except LeftOut as error:
@@ -190,7 +190,7 @@ def too_slow(seconds: float) -> Reason:
 
 
 def out_of_memory(text: str = "out of memory") -> Reason:
-    """The reason of a contestant with too little memory at this size, and so at larger ones."""
+    """The reason of a contestant that has too little memory at this size, and therefore at larger ones."""
     return Reason(text, for_good=True, memory=True)
 
 
@@ -217,7 +217,7 @@ def repeats_of(budget: Budget, seconds: float) -> int:
 
 
 def schedule(repeats: dict[str, int]) -> Iterator[tuple[int, str]]:
-    """Yield (round, name): each contestant once a round until its repeats are done, each round beginning one further.
+    """Yield (round, name): each contestant once a round until its repeats are done. Who begins changes with the round.
 
     Round 0 warms up; the timed rounds are 1 to `repeats`.
     """

@@ -25,12 +25,12 @@ from megabase.pipeline.bench.units import memory
 from megabase.pipeline.errors import UserError
 
 COPIES = 4
-"""Copies of the records that are on the disk at most: FASTA or the formats of the peers, beside the shards."""
+"""The most copies of the records on the disk at a time: the shards, and FASTA or the formats of the peers."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The options of the command; None: the default. mebibytes: of records of each length. directory: for them."""
+    """The options of the command; None: the default. mebibytes: of records, for each length. directory: for them."""
 
     lengths: str
     contestants: str | None
@@ -46,7 +46,7 @@ def run(options: DataOptions) -> int:
     """Measure reading and resuming, print the tables, and write the files that the options name.
 
     Returns:
-        The exit code: 1 if one of ours failed.
+        The exit code: 1 if a contestant of megabase failed, else 0.
 
     Raises:
         UserError: an option is wrong.

@@ -19,7 +19,7 @@ from megabase.pipeline.bench.readers import CONTESTANTS, Records
 LENGTH, RESUME = "length", "resume"
 
 BATCH_TOKENS = 128 << 10
-"""Tokens of a batch at least: a batch has as many sequences as that takes."""
+"""The least number of tokens of a batch, which decides how many sequences it has."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DataTask:
 
     Attributes:
         folder: directory of the records.
-        bases: about so many in the records of every length.
+        bases: number of bases in the records of every length, about.
         along: LENGTH to read all records, RESUME to read the first batch in the middle of them.
     """
 
@@ -53,7 +53,7 @@ class DataTask:
 
 
 def read(opened: Iterator[int], bases: int) -> Iterator[int]:
-    """Read so many bases from a loader, and return the loader. Raises LeftOut if it yields another number."""
+    """Read `bases` bases from a loader and return the loader. Raises LeftOut if it yields another number of them."""
     taken = 0
     for handed_over in opened:
         taken += handed_over

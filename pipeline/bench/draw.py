@@ -89,7 +89,7 @@ def model(result: Json, path: Path) -> None:
 
 
 def data(result: Json, path: Path) -> None:
-    """Bars of what is read a second, and of the time to the first batch after resuming, logarithmic."""
+    """Bars of the tokens read a second, and of the time to the first batch after resuming; logarithmic."""
     figure = Figure(figsize=(14, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[9, 7])
     tokens_of = {int(length): count for length, count in result["tokens"].items()}
@@ -109,18 +109,18 @@ def data(result: Json, path: Path) -> None:
 
 
 def log_bars(axes: Axes, result: Json, what: Bars, heading: str) -> None:
-    """Bars whose heights lie orders of magnitude apart."""
+    """Bars on a logarithmic axis."""
     axes.set_yscale("log")
     bars(axes, result, what)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.12)  # room for the values above the bars
+    axes.set_ylim(low, high * (high / low) ** 0.12)  # space for the values above the bars
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(heading, loc="left", fontsize=11)
 
 
 @dataclass
 class End:
-    """Where a line ends (in fractions of the axes once known), and what is written there."""
+    """The end of a line, in data coordinates at first and then in fractions of the axes, and its label."""
 
     x: float
     y: float
@@ -170,13 +170,13 @@ def unit_of(values: Sequence[float]) -> tuple[float, str]:
 
 
 def label_of(label: str, points: Sequence[Json], last: int) -> str:
-    """The contestant's name, and why it ends where it does."""
+    """The contestant's name and, if its line ends early, why."""
     reason = next((p["left_out"] for p in points if p["size"] > last and p["left_out"]), None)
     return label if reason is None else f"{label}\n({reason.split(' (')[0].split(':')[0]})"
 
 
 def scales(axes: Axes, along: str, what: str, sizes: Sequence[int]) -> None:
-    """Ticks that read as lengths, seconds and bytes: powers of 10 for time, of 2 for memory."""
+    """Set scales and ticks of both axes: powers of 2 for lengths and memory, of 10 for time; depth is linear."""
     if along != "depth":
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=10 if what == "seconds" else 2)
@@ -195,7 +195,7 @@ def scales(axes: Axes, along: str, what: str, sizes: Sequence[int]) -> None:
 
 
 def name_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Labels in a column right of the axes, in the order of the lines' ends, none over another."""
+    """Write labels in a column right of the axes, in the order of the lines' ends, so that none overlap."""
     to_axes = axes.transScale + axes.transLimits
     axes.autoscale_view()
     for end in ends:
@@ -225,12 +225,12 @@ def name_ends(axes: Axes, ends: Sequence[End]) -> None:
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Centres as near to the wanted ones as a single pass gets, in their order, without overlaps of `heights`."""
+    """Centres near the wanted ones, in the same order, so far apart that labels of these heights do not overlap."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     places = list(wanted)
     for below, above in pairwise(order):
         places[above] = max(places[above], places[below] + (heights[below] + heights[above]) / 2)
-    # What was pushed up is moved back down together, by half of what the top one had to move.
+    # The first pass only moves labels up. Move all of them down by half of what the top one was moved.
     if order:
         excess = (places[order[-1]] - wanted[order[-1]]) / 2
         places = [place - excess for place in places]
@@ -250,7 +250,7 @@ def speed_bars(axes: Axes, result: Json) -> None:
     """Tokens a second of a training step."""
     bars(axes, result, Bars("length", lambda point: point["size"] / point["seconds"], rounded))
     names = axes.get_legend_handles_labels()[1]
-    axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.07 * len(names)))  # room for the legend
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.07 * len(names)))  # space for the legend
     axes.set_title("speed (tokens/s, more is better)", loc="left", fontsize=11)
     if names:
         axes.legend(frameon=False, fontsize=9, loc="upper left")
@@ -287,7 +287,7 @@ def style(name: str, result: Json) -> tuple[str, str]:
 
 
 def title(figure: Figure, result: Json, text: str) -> None:
-    """What was measured, and on what."""
+    """Write above the figure what was measured, and on which machine."""
     machine = result["machine"]
     if "gpu" in machine:
         on = machine["gpu"]

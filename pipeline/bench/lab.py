@@ -3,7 +3,7 @@
 Time. CPU: the host's clock. GPU: events around the call, then a synchronisation. The inputs of each call are drawn
 before it and are not timed.
 
-Memory is the most that a call holds beyond what there was before its inputs were made. GPU: the allocator's peak. CPU:
+Memory is the peak during a call minus what was in use before its inputs were made. GPU: the allocator's peak. CPU:
 the peak resident memory of a new process for each contestant and size, so that memory freed by another call does not
 count. The process is forked from a server that has imported the libraries and computed nothing. It first makes a tiny
 call of the same kind, so that code pages and thread pools do not count. Its allocator returns every large block when it
@@ -45,7 +45,7 @@ M_MMAP_THRESHOLD, BLOCK = -3, 128 << 10
 """glibc option and value: larger blocks are mapped one by one. Setting it stops glibc from changing it by itself."""
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
-"""Words by which a RuntimeError of torch's allocators and libraries means too little memory."""
+"""Parts of messages of a RuntimeError that mean too little memory, from torch's allocators and libraries."""
 
 
 class Task(Protocol):
@@ -90,9 +90,11 @@ class CpuLab:
             answer = ours.recv()
         except EOFError:
             process.join()
-            if process.exitcode == -signal.SIGKILL:  # the kernel's, when memory runs out nevertheless
+            if process.exitcode == -signal.SIGKILL:  # the kernel kills it if memory runs out nevertheless
                 raise LeftOut(out_of_memory()) from None
-            raise LeftOut(Reason(f"failed: its process ended with {process.exitcode}", failed=True)) from None
+            raise LeftOut(
+                Reason(f"failed: its process ended with code {process.exitcode}", failed=True)
+            ) from None
         finally:
             process.kill()
             process.join()
@@ -109,7 +111,7 @@ class CpuLab:
 
 
 class GpuLab:
-    """Calls on the current CUDA device."""
+    """Runs calls on the current CUDA device."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -179,13 +181,13 @@ def _measure(connection: Connection, task: Task, name: str, size: int, threads: 
         with reasons():
             task.tiny(name)()
             _return_freed_memory()
-            me = psutil.Process().memory_info()
-            resource.setrlimit(resource.RLIMIT_AS, (me.vms + free_bytes, resource.RLIM_INFINITY))
+            before = psutil.Process().memory_info()
+            resource.setrlimit(resource.RLIMIT_AS, (before.vms + free_bytes, resource.RLIM_INFINITY))
             call = task.prepare(name, size, 0)
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-            answer = Probe(seconds, max(0, _peak_resident() - me.rss))
+            answer = Probe(seconds, max(0, _peak_resident() - before.rss))
     except LeftOut as error:
         answer = error.reason
     connection.send(answer)

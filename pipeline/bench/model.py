@@ -67,7 +67,7 @@ def run(options: ModelOptions) -> int:
     """Measure over lengths, then over depths at the shortest length; print the tables and write the files.
 
     Returns:
-        The exit code: 1 if one of ours failed.
+        The exit code: 1 if a contestant of megabase failed, else 0.
 
     Raises:
         UserError: an option is wrong.

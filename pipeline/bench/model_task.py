@@ -22,7 +22,7 @@ from megabase.pipeline.bench.contest import OURS, Call, Entry, LeftOut
 from megabase.pipeline.bench.options import DTYPES
 
 VOCABULARY = 16
-"""Token ids: few, as a genome's."""
+"""Number of token ids: few, as for a genome."""
 
 LEARNING_RATE = 1e-4
 
@@ -31,9 +31,9 @@ ORDINARY = f"{OURS}-ordinary"
 
 @dataclass(frozen=True)
 class ModelTask:
-    """The work: everything but the contestant and what varies. along: the field that a size stands for.
+    """The work: everything but the contestant and the size.
 
-    dtype: a key of DTYPES; device: cpu or cuda.
+    along: the field that a size sets, length or depth. dtype: a key of DTYPES. device: cpu or cuda.
     """
 
     dim: int
@@ -48,7 +48,7 @@ class ModelTask:
     vocab_size: int = VOCABULARY
 
     def prepare(self, name: str, size: int, seed: int) -> Call:
-        """One training step of a contestant, `along` being `size`. Raises LeftOut."""
+        """One training step of a contestant at `size`. Raises LeftOut."""
         task = self.at(size)
         generator = torch.Generator(self.device).manual_seed(seed)
         tokens = torch.randint(task.vocab_size, (1, task.length + 1), generator=generator, device=self.device)
@@ -64,7 +64,7 @@ class ModelTask:
         return step
 
     def at(self, size: int) -> ModelTask:
-        """The task whose `along` is `size`."""
+        """The task in which the field `along` is `size`."""
         varied: dict[str, Any] = {self.along: size}
         return replace(self, **varied)
 
@@ -78,7 +78,7 @@ class ModelTask:
 
 
 def with_states(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer after a step with zero gradients: its states exist."""
+    """The optimizer after a step with zero gradients, so that its states exist."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

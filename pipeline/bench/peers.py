@@ -35,7 +35,7 @@ Forward = Callable[[], Tensor]
 
 
 class AttentionSize(Protocol):
-    """The size of an attention layer. chunk: positions of a chunk; rounds: of hashing."""
+    """The size of an attention layer. chunk: positions in a chunk. rounds: of hashing."""
 
     @property
     def heads(self) -> int: ...
@@ -48,7 +48,7 @@ class AttentionSize(Protocol):
 
 
 class ModelSize(Protocol):
-    """The size of a model and of its input. chunk: positions of a chunk; rounds: of hashing; length: tokens."""
+    """The size of a model and its input. chunk: positions in a chunk. rounds: of hashing. length: tokens."""
 
     @property
     def dim(self) -> int: ...
@@ -82,7 +82,7 @@ def load(module: str) -> Any:
 
 
 def sdpa(task: AttentionSize, draw: Callable[[], Tensor], kernel: str | None) -> tuple[Forward, list[Tensor]]:
-    """torch's scaled_dot_product_attention, causal, of separate queries, keys and values; kernel None: its choice."""
+    """torch's scaled_dot_product_attention, causal, of separate queries, keys and values. kernel None: any."""
     q, k, v = draw(), draw(), draw()
 
     def forward() -> Tensor:

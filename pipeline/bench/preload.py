@@ -7,5 +7,5 @@ from megabase.pipeline.bench import attention_task, model_task, peers
 __all__ = ["attention_task", "model_task"]
 
 for _module in peers.MODULES:
-    with suppress(Exception):  # a peer that is missing or broken is reported when it is to run
+    with suppress(Exception):  # a peer that is missing or broken is reported when its turn comes
         peers.load(_module)

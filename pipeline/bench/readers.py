@@ -1,9 +1,9 @@
 """The loaders that `megabase bench data` compares, each reading the same records in its own format.
 
-A contestant starts at the n-th sequence of an epoch and yields the number of bases of each thing that it reads. Ours
-yields training batches: checked, encoded, with what labels are made of. The peers yield the bytes of records, neither
-encoded nor collated: that is their fastest way, and less work than ours. `encoded` adds the work that their user has to
-add. All read in one process, from the page cache, and check what they check by default.
+A contestant starts at the n-th sequence of an epoch and yields the number of bases of each batch or record that it
+reads. Ours reads training batches: checked, encoded and collated. The peers read the bytes of records, neither encoded
+nor collated: that is their fastest way, and less work than ours. `encoded` adds the work that their user has to add for
+training. All read in one process, from the page cache, with their default checks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Records:
 
     @property
     def bases(self) -> int:
-        """Of all records."""
+        """Number of bases in all records together."""
         return self.count * self.length
 
     @property
@@ -107,9 +107,9 @@ Open = Callable[[Records, int], Iterator[int]]
 
 @dataclass(frozen=True)
 class Contestant:
-    """open: (records, number of the first sequence) -> bases of each thing handed over, from there on.
+    """open: (records, number of the first sequence) -> number of bases of each batch or record from there on.
 
-    resumes: whether it can start elsewhere than at 0.
+    resumes: whether it can start at another sequence than the first.
     """
 
     entry: Entry
@@ -140,7 +140,7 @@ def ours_in_order(records: Records, first: int) -> Iterator[int]:
 
 
 def data_module(records: Records) -> SequenceDataModule:
-    """Ours, on these records, reading in this process."""
+    """Our data module on these records, reading in this process."""
     config = DataConfig(
         shards=str(records.shards),
         length=records.length,
@@ -157,7 +157,7 @@ def at_step(step: int) -> Any:
 
 
 def sizes(loader: Any) -> Iterator[int]:
-    """Tokens of each batch."""
+    """Number of tokens of each batch."""
     return (batch.tokens.numel() for batch in loader)
 
 
@@ -166,12 +166,12 @@ Read = Callable[[Records, int], Iterator[bytes]]
 
 
 def raw(read: Read) -> Open:
-    """The records as they are read."""
+    """A contestant that only reads records."""
     return lambda records, first: map(len, read(records, first))
 
 
 def encoded(read: Read) -> Open:
-    """Records encoded and collated as our batches are: a byte a token, looked up by bytes.translate."""
+    """A contestant that also encodes and collates records as our batches are: one byte for a token."""
     table = Alphabet.named("dna").table.astype(np.uint8).tobytes()
 
     def open_at(records: Records, first: int) -> Iterator[int]:
@@ -186,7 +186,7 @@ def encoded(read: Read) -> Open:
 
 
 def webdataset(shuffled: bool) -> Read:
-    """WebDataset over the same tars, undecoded. It keeps no place: resuming reads what comes before."""
+    """WebDataset over the same tars, undecoded. It saves no position: to resume, it reads all records before."""
 
     def read(records: Records, first: int) -> Iterator[bytes]:
         library = load("webdataset", "webdataset")
@@ -267,7 +267,7 @@ def write_litdata(records: Records, folder: Path) -> None:
 
 
 def copy(records: Records, first: int) -> Iterator[int]:
-    """numpy.copyto of as many bytes, from memory to memory, both touched before: the floor."""
+    """numpy.copyto of as many bytes, from memory to memory, both in use before: the lower bound of any reading."""
     source = np.full(records.bases, ord("A"), np.uint8)
     target = source.copy()
 

@@ -27,7 +27,7 @@ def attention_table(result: Result) -> None:
 
 
 def fastest_exact(result: Result) -> list[str]:
-    """Where several of torch's exact kernels ran: which was faster, at every length."""
+    """A line for each length at which several of torch's exact kernels ran: the fastest of them."""
     points = [p for p in result.points["length"] if p.contestant.startswith("sdpa") and p.samples]
     lines = []
     for size in dict.fromkeys(point.size for point in points):
@@ -64,7 +64,7 @@ def model_tables(result: Result) -> None:
 
 
 def data_tables(result: Result) -> None:
-    """Print what is read a second, and the time to the first batch after resuming."""
+    """Print how many tokens are read a second, and the time to the first batch after resuming."""
     mebibytes = result.settings["bases"] >> 20
     batches = ", ".join(f"{n} × {length:,}" for length, n in result.settings["micro_batch"].items())
     show(

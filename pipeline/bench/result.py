@@ -27,7 +27,7 @@ class Result:
     """The result of a benchmark. settings: of the task. labels: of the contestants, by name. points: by what varies.
 
     parameters: of the contestants. states_bytes: of our weights, gradients and optimizer states, by depth.
-    tokens: that a call reads, by length, where that is not the length. packages: whose versions matter.
+    tokens: that a call reads, by length; empty if it reads `length` tokens. packages: their versions are recorded.
     """
 
     benchmark: str
@@ -47,12 +47,12 @@ class Result:
         self.points.setdefault(along, []).extend(points)
 
     def exit_code(self) -> int:
-        """1 if one of ours failed where it should have run."""
+        """1 if a contestant of megabase failed that should have run, else 0."""
         ours = [p for points in self.points.values() for p in points if p.contestant.startswith(OURS)]
         return int(any(point.left_out is not None and point.left_out.failed for point in ours))
 
     def as_json(self) -> Json:
-        """Everything, as plain values. Seconds, bytes, tokens."""
+        """Everything as plain values, in seconds, bytes and tokens."""
         return {
             "benchmark": self.benchmark,
             "date": self.date,
@@ -93,7 +93,7 @@ def described() -> Json:
 
 
 def machine(device: str) -> Json:
-    """The machine: processor, cores, threads of torch, memory; on a GPU also that."""
+    """The machine: processor, cores, threads of torch, memory in bytes; on a GPU its name and memory as well."""
     found: Json = {
         "processor": described()["processor"],
         "cores": described()["cpus"],
@@ -108,7 +108,7 @@ def machine(device: str) -> Json:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python, megabase and `packages`."""
+    """Versions of Python, megabase and `packages`, and of CUDA if torch has it."""
     found = {name: described()["versions"][name] for name in ("python", "megabase")}
     for package in packages:
         try:

@@ -72,7 +72,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--mebibytes", type=int, metavar="N", default=64, help="of records, for each length (default: 64)"
     )
     parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="where they are made (default: a temporary one)"
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="where the records are written (default: a temporary one)",
     )
 
 
@@ -85,7 +88,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         help="longest time of a call; a contestant that takes longer is left out (default: 40 to 60; 5 on a GPU)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every sample, and a picture beside it"
+        "--json", type=Path, metavar="FILE", help="write every measured time, and a picture beside it"
     )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="write the picture here")
 
@@ -109,5 +112,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the benchmark itself, by name."""
+    """The options of one benchmark, by name, without those that choose it."""
     return {name: value for name, value in vars(options).items() if name not in ("command", "benchmark")}

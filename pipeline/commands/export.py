@@ -23,8 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=["safetensors", "huggingface"],
         default="safetensors",
-        help="safetensors (the default): in pieces, in little memory; huggingface: for transformers, where the"
-        " model maps; takes memory for three of the model",
+        help="safetensors (the default): in pieces, in little memory; huggingface: for transformers, if"
+        " the model can be converted; needs three times the memory of the model",
     )
     parser.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint (default: the newest that verifies)"

@@ -61,7 +61,9 @@ def _check(options: argparse.Namespace) -> int:
         raise UserError(f"prepare --check {options.inputs[0]} ...: give one directory of shards, no inputs")
     splits = splits_of(options)
     if any(splits[name] is not None for name in ("valid", "test", "intervals")):
-        raise UserError("prepare --check compares shards with their checksums: give no splits with it")
+        raise UserError(
+            "prepare --check compares shards with their checksums: leave out --valid, --test, --intervals"
+        )
     bases = check(options.output, jobs=options.jobs, progress=sys.stderr.isatty())
-    print(f"{options.output}: {bases:,} bases as they were written")
+    print(f"{options.output}: {bases:,} bases match their checksums")
     return 0

@@ -1,7 +1,7 @@
 """From a config to an sbatch call, and its submission.
 
-`call_for` and `sbatch_call` are pure; `submit` runs what they return. How the job stops and goes on is written in
-`slurm/train.sbatch`.
+`call_for` and `sbatch_call` are pure; `submit` runs the call that they return. `slurm/train.sbatch` describes how the
+job stops and continues.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def sbatch_call(
         name: of the job.
         nodes: that the job gets.
         tasks_per_node: ranks on each node.
-        gpus_per_node: 0 requests none.
+        gpus_per_node: GPUs on each node; 0 requests none.
         run_dir: the job's log is `logs/slurm-JOBID.out` in it, one file for all starts of the job.
         directory: working directory of the job; relative paths in its arguments and configs start there.
         script: the job script.
         arguments: of the script.
 
     Raises:
-        UserError: sbatch, or training under it, cannot use a setting.
+        UserError: sbatch, or training in its job, cannot use a setting.
     """
     limit = _time_limit(slurm)
     _check_options(slurm, name)
@@ -133,7 +133,9 @@ def submit(call: Sequence[str], run_dir: Path) -> int:
 
 def _check_options(slurm: SlurmConfig, name: str) -> None:
     if name in ("bash", "interactive"):
-        raise UserError(f"run.name={name}: Lightning takes a job of this name for a terminal; choose another")
+        raise UserError(
+            f"run.name={name}: Lightning trains only one rank in a job of this name, as in a terminal; choose another"
+        )
     for option in slurm.extra:
         if not option.startswith("-"):
             raise UserError(
@@ -159,8 +161,8 @@ def _time_limit(slurm: SlurmConfig) -> int | None:
 def _job_environment() -> dict[str, str]:
     """The environment for sbatch, which the job inherits.
 
-    Without the variables of a job that this process may run in itself; with this interpreter's directory first on
-    PATH, so that the job runs the `megabase` that submitted it, whether its environment is activated or not.
+    If this process itself runs in a job, the variables of that job are left out. The directory of this interpreter is
+    first on PATH, so that the job runs the `megabase` that submitted it even if its environment is not activated.
     """
     environment = {
         key: value
@@ -172,7 +174,7 @@ def _job_environment() -> dict[str, str]:
 
 
 def _seconds(time: str) -> int:
-    """A time limit in seconds. YAML reads an unquoted 24:00:00 as its number of seconds, 86400."""
+    """A time limit in seconds. YAML reads an unquoted 24:00:00 as 86400, so a bare number is one of seconds."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):)?(\d+)", time)
     if not match or (match[2] and int(match[4]) > 59):
         raise UserError(f"slurm.time={time!r}: write HH:MM:SS or D-HH:MM:SS")

@@ -2,9 +2,9 @@
 
 Training writes the journal and never calls MLflow. This thread reads the journal and sends new rows. If the server is
 slow or down, it tries again after growing pauses and delays nothing else; once the server answers, it sends all rows
-that are missing. After a restart the same MLflow run is continued (its id is in `mlflow.json`). Rows that MLflow has
-already are not sent again: training has computed them again with the same values. (A run that is resumed with another
-`optim.*` computes other values: then the journal has the new ones and MLflow the old ones.)
+that are missing. After a restart the same MLflow run is continued (its id is in `mlflow.json`). Rows of steps that
+MLflow has already are not sent again, because a resumed run computes the same values. (A run that is resumed with
+another `optim.*` computes other values: then the journal has the new ones and MLflow the old ones.)
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Mirror:
         """Send the rest and set the run's status (FINISHED, FAILED or KILLED).
 
         Returns:
-            Whether everything was sent within `timeout_s`. What was not is in the journal, and the next start of
-            the run sends it.
+            Whether everything was sent within `timeout_s`. The journal has the rest, and the next start of the run
+            sends it.
         """
         self._status = status
         self._finish.set()
@@ -105,7 +105,7 @@ class Mirror:
         if not self._warned:
             logger.warning(
                 f"MLflow at {self._uri} does not take metrics ({type(error).__name__});"
-                " training goes on, the journal keeps them (tracking.enabled=false: no MLflow)"
+                " training goes on, the journal keeps them (to train without MLflow: tracking.enabled=false)"
             )
             self._warned = True
 
@@ -136,10 +136,10 @@ class Mirror:
         return MlflowClient(tracking_uri=self._uri)
 
     def _open_run(self, client: Any) -> str:
-        """Find or create the MLflow run and set it to RUNNING; returns its id. May be killed at any moment.
+        """Find or create the MLflow run and set it to RUNNING; returns its id.
 
-        A key is written to `mlflow.json` before MLflow gets it as a tag. So a run that was created just before this
-        process was killed is found again by that tag, even though its id was not written down.
+        The process may be killed at any moment here. So a key is written to `mlflow.json` before MLflow gets it as a
+        tag: a run that was just created is found again by that tag, even if its id has not been written yet.
         """
         known = self._known()
         experiment_id = self._experiment(client)
@@ -156,7 +156,7 @@ class Mirror:
         return run_id
 
     def _known(self) -> dict[str, Any]:
-        """The content of `mlflow.json` if it is about this server and experiment; else a new key, which is saved."""
+        """The content of `mlflow.json` if it names this server and experiment; else a new content, which is saved."""
         about = {"uri": self._uri, "experiment": self._config.tracking.experiment}
         try:
             known: dict[str, Any] = json.loads(self._paths.mlflow.read_text())
@@ -190,9 +190,8 @@ class Mirror:
         from mlflow.entities import Param, RunTag
 
         tree = dataclasses.asdict(self._config)
-        tree["data"]["mixture"] = json.dumps(
-            tree["data"]["mixture"]
-        )  # its keys are patterns, which MLflow does not accept as names
+        # The keys of the mixture are patterns, which MLflow does not accept as names of parameters.
+        tree["data"]["mixture"] = json.dumps(tree["data"]["mixture"])
         settings = {key: str(value)[:PARAM_LENGTH] for key, value in flatten(tree).items()}
         new = [Param(key, value) for key, value in settings.items() if key not in known]
         changed = [
@@ -214,7 +213,7 @@ class Mirror:
         }
 
     def _send(self, client: Any) -> None:
-        """Send the queue, the oldest step first. What is sent leaves it: an error loses and repeats nothing."""
+        """Send the queue, the oldest step first. A sent entry leaves it, so an error loses and repeats none."""
         from mlflow.entities import Metric
 
         self._queue = [entry for entry in self._queue if entry[2] > self._sent.get(entry[0], -1)]
@@ -231,7 +230,7 @@ class Mirror:
 
 
 def _metrics(row: Row) -> list[tuple[str, float]]:
-    """(name, value) of each metric in a row of a journal. Hashes of samples are none, and MLflow has its own time."""
+    """(name, value) of each metric in a row of a journal. Steps, times and hashes of samples are not metrics."""
     return [
         (name, float(value))
         for name, value in row.items()

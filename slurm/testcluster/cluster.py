@@ -106,7 +106,7 @@ class ClusterError(RuntimeError):
 
 
 def unavailable() -> str | None:
-    """Why no test cluster can be started on this machine, in one line; None where it can."""
+    """Why no test cluster can be started on this machine, in one line; None if one can."""
     missing = [program for program in _PROGRAMS if not shutil.which(program, path=_SEARCH_PATH)]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian, Ubuntu: apt-get install slurm-wlm)"
@@ -121,11 +121,11 @@ class TestCluster:
             cannot hold; from the methods: see there.
     """
 
-    __test__ = False  # the name is for people; pytest need not collect it
+    __test__ = False  # pytest would collect a class of this name
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
-        # slurmstepd's sockets lie under it, and a socket's path has at most 107 bytes.
+        # slurmstepd's sockets are in it, and the path of a socket has at most 107 bytes.
         if not re.fullmatch(r"[\w./+@~-]{1,75}", str(self.directory), re.ASCII):
             raise ClusterError(
                 f"{self.directory}: choose a directory whose path has at most 75 characters,"
@@ -139,7 +139,7 @@ class TestCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's environment, pointed at this cluster and freed from any job that we may be in."""
+        """The variables of this process, with this cluster's SLURM_CONF, without those of a job it may run in."""
         foreign = ("SLURM_", "SRUN_", "SBATCH_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         return kept | {"SLURM_CONF": str(self.config)}
@@ -170,7 +170,7 @@ class TestCluster:
             raise ClusterError(f"{error}\n{self._logs()}") from None
 
     def stop(self) -> None:
-        """Cancel every job, then end the daemons of this directory and no others; fine if there are none."""
+        """Cancel every job, then end the daemons of this directory and no others. There may be none."""
         if self.config.exists() and any(self.daemons()) and "is UP" in self._try("scontrol", "ping"):
             self.clear()
         for signum in (signal.SIGTERM, signal.SIGKILL):
@@ -193,7 +193,7 @@ class TestCluster:
         """Run a SLURM client here; `env` is added to `environment`. Returns its stdout.
 
         Raises:
-            ClusterError: it left with another code than 0; the message has its stderr.
+            ClusterError: its exit code is not 0; the message has its stderr.
         """
         done = subprocess.run(
             command, cwd=cwd, env=self.environment | dict(env or {}), capture_output=True, text=True
@@ -248,9 +248,9 @@ class TestCluster:
         until(lambda: not self._try("squeue", "--noheader"), STOP_TIMEOUT_S)
 
     def daemons(self) -> Iterator[int]:
-        """Process ids of the daemons of this directory that live: those with its config on their command line.
+        """Process ids of the daemons of this directory that run. They have its config on their command line.
 
-        This finds them, and no other process, when their pid files are old or missing.
+        So they are found, and no other process, even if pid files are old or missing.
         """
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -259,8 +259,8 @@ class TestCluster:
 
     def _daemon(self, program: str, *arguments: str) -> None:
         path = shutil.which(program, path=_SEARCH_PATH)
-        assert path is not None  # `start` asked `unavailable`
-        # The path of the config on its command line is what `daemons` knows it by.
+        assert path is not None  # checked by `start`
+        # `daemons` finds it by the path of the config on its command line.
         self.run(path, "-f", str(self.config), *arguments)
 
     def _idle(self) -> bool:
@@ -268,7 +268,7 @@ class TestCluster:
         return set(states) == {f"{node}:idle" for node in NODES}
 
     def _try(self, *command: str) -> str:
-        """`run`, but "" where it fails: the controller may not be up yet, or no more."""
+        """As `run`, but returns "" if the command fails: the controller may not run yet, or no longer."""
         try:
             return self.run(*command)
         except ClusterError:
@@ -296,7 +296,7 @@ def _configuration(directory: Path) -> str:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Free ports."""
+    """Different TCP ports that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
         for each in sockets:
@@ -305,7 +305,7 @@ def _free_ports(number: int) -> list[int]:
 
 
 def until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Ask every 0.1 s until `condition` holds; False if it does not within `timeout_s` seconds."""
+    """Check every 0.1 s until `condition` holds; returns whether it did within `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The names that users type: they do not change without this test changing."""
+"""The names that users type: a change of one fails here, so it cannot happen by accident."""
 
 import argparse
 import subprocess
@@ -133,19 +133,19 @@ def test_keys() -> None:
     assert set(KEYS) <= set(dotted(RunConfig()))
 
 
-def test_settings_are_told_from_files(tmp_path) -> None:
+def test_settings_are_distinguished_from_files(tmp_path) -> None:
     odd = tmp_path / "lr=1.yaml"
     odd.touch()
     assert split_settings(["a.yaml", str(odd), "optim.lr=1"]) == (["a.yaml", str(odd)], ["optim.lr=1"])
 
 
-def test_signals_are_heard_before_the_heavy_libraries_load() -> None:
+def test_signals_are_handled_before_the_heavy_libraries_load() -> None:
     program = (
         "import signal, sys\n"
         "from megabase.pipeline import cli\n"
-        "from megabase.pipeline.ranks import stop as preemption\n"
+        "from megabase.pipeline.ranks import stop\n"
         "def listen(self): print('heavy' if 'torch' in sys.modules else 'light'); sys.exit()\n"
-        "preemption.StopRequest.listen = listen\n"
+        "stop.StopRequest.listen = listen\n"
         "cli.main(['train', 'x=1'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

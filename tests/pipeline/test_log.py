@@ -1,4 +1,4 @@
-"""Messages: on stderr, each once, a line each; stdout is for results."""
+"""Messages go to stderr, each once and on one line; stdout is for results."""
 
 import json
 import logging
@@ -49,12 +49,12 @@ def test_on_a_terminal_a_long_message_stays_one_line(
     assert f"megabase: {path} cannot be [read]" in capsys.readouterr().err.splitlines()
 
 
-def test_a_program_that_imports_megabase_hears_nothing_unless_it_asks() -> None:
-    program = "import logging, megabase; logging.getLogger('megabase.models').warning('said')"
-    asked = f"import logging; logging.basicConfig(); {program}"
-    for code, shown in ((program, False), (asked, True)):
+def test_a_program_that_imports_megabase_gets_messages_only_if_it_sets_up_logging() -> None:
+    program = "import logging, megabase; logging.getLogger('megabase.models').warning('shown')"
+    with_handler = f"import logging; logging.basicConfig(); {program}"
+    for code, expected in ((program, False), (with_handler, True)):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert ("said" in done.stderr) is shown and not done.stdout and done.returncode == 0
+        assert ("shown" in done.stderr) is expected and not done.stdout and done.returncode == 0
 
 
 def test_messages_work_while_the_interpreter_shuts_down() -> None:
@@ -73,7 +73,7 @@ def test_messages_work_while_the_interpreter_shuts_down() -> None:
 
 @pytest.fixture
 def run_with_broken_checkpoint(undisturbed: Path, tmp_path: Path) -> Path:
-    """A finished run whose newest checkpoint is broken: commands have something to say about it."""
+    """A finished run whose newest checkpoint is broken, so that commands print a message about it."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -104,7 +104,7 @@ def test_stdout_of_commands_that_read_sequences_holds_results_only(
     first, *splits = capsys.readouterr().out.splitlines()
     assert first == f"{shards}: 1 records in 1 shards" and len(splits) == 1
     assert cli.main(["prepare", "--check", shards]) == 0
-    assert capsys.readouterr().out == f"{shards}: 48,502 bases as they were written\n"
+    assert capsys.readouterr().out == f"{shards}: 48,502 bases match their checksums\n"
     (tmp_path / "shards" / "index.parquet").unlink()
     assert cli.main(["index", shards]) == 0
     assert capsys.readouterr().out.splitlines() == [first, *splits]

@@ -1,4 +1,4 @@
-"""`megabase submit` on a real SLURM: the job runs, and what SLURM refuses is passed on."""
+"""`megabase submit` on a real SLURM: the job runs, and the message of a refusal is printed."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture(autouse=True)
 def no_check_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check has its own tests; these runs have no shards."""
+    """Replaces the check of a training: it has its own tests, and these runs have no shards."""
     monkeypatch.setattr(check, "check", lambda config, ranks: None)
 
 
@@ -50,7 +50,7 @@ def test_a_submitted_run_runs(
     assert lines <= set(log.read_text().splitlines())
 
 
-def test_what_slurm_refuses_is_passed_on(
+def test_the_message_of_a_refusal_is_printed(
     cluster: TestCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "environ", cluster.environment)

@@ -1,4 +1,4 @@
-"""The test cluster: it comes up, runs jobs on two nodes, tells what went wrong, and leaves nothing behind."""
+"""The test cluster starts, runs jobs on two nodes, reports errors, and leaves nothing behind."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ needs_slurm = pytest.mark.skipif(unavailable() is not None, reason=f"no SLURM: {
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that ended and waits to be collected does not."""
+    """Whether the process runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -29,7 +29,7 @@ def job_script(directory: Path, body: str) -> str:
     return str(script)
 
 
-def test_a_machine_without_slurm_is_told_what_is_missing(
+def test_without_slurm_the_error_names_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "_SEARCH_PATH", str(tmp_path))
@@ -65,14 +65,14 @@ def test_a_job_runs_on_both_nodes(cluster: TestCluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_waiting_tells_how_a_job_ended_instead(cluster: TestCluster, tmp_path: Path) -> None:
+def test_waiting_for_a_job_that_fails_raises_with_its_log(cluster: TestCluster, tmp_path: Path) -> None:
     job = cluster.submit(job_script(tmp_path, "echo the reason; exit 3"), cwd=tmp_path)
     with pytest.raises(ClusterError, match=r"(?s)FAILED \(exit code 3:0.*not COMPLETED.*the reason"):
         cluster.wait(job, {"COMPLETED"}, timeout_s=30)
 
 
 @pytest.mark.slurm
-def test_waiting_ends(cluster: TestCluster, tmp_path: Path) -> None:
+def test_waiting_ends_after_its_timeout(cluster: TestCluster, tmp_path: Path) -> None:
     job = cluster.submit(job_script(tmp_path, "sleep 1000"), cwd=tmp_path)
     with pytest.raises(ClusterError, match="not COMPLETED"):
         cluster.wait(job, {"COMPLETED"}, timeout_s=0.3)
@@ -88,7 +88,7 @@ def test_a_refused_command_raises_with_what_slurm_says(cluster: TestCluster) -> 
 
 @needs_slurm
 @pytest.mark.slurm
-def test_two_clusters_do_not_meet_and_stop_ends_its_own_only(tmp_path: Path) -> None:
+def test_two_clusters_run_side_by_side_and_stop_ends_only_its_own(tmp_path: Path) -> None:
     first, second = TestCluster(tmp_path / "a"), TestCluster(tmp_path / "b")
     with first:
         with second:
@@ -135,7 +135,7 @@ def test_stop_finds_the_daemons_of_a_directory_that_is_gone(tmp_path: Path) -> N
 def test_a_failed_start_shows_the_logs_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # A node that the controller knows but nobody serves.
+    # A node in the configuration for which no slurmd runs.
     configuration: Callable[[Path], str] = module._configuration
     monkeypatch.setattr(
         module,

@@ -1,7 +1,8 @@
-"""slurm/train.sbatch on a real SLURM: signals reach the tasks, jobs go on when they should and only then.
+"""slurm/train.sbatch on a real SLURM: signals reach the tasks, and jobs are requeued when they should be, only then.
 
-`megabase` is a small program here that follows a plan: for each start of the job (SLURM_RESTART_COUNT) and
-each rank, what to wait for, what to say in the status file, how to leave. What it saw it writes to records/.
+Here, `megabase` is a small program that follows a plan. For each start of the job (SLURM_RESTART_COUNT) and each rank,
+the plan says what to wait for, what to write to the status file and how to exit. The program writes to records/ which
+arguments, variables and signals it got.
 """
 
 import json
@@ -36,7 +37,7 @@ def write():
 
 
 def agreed():
-    # The ranks of a training leave when each has come to the step at which all stop.
+    # As in a training: the ranks exit when all of them have got the signal.
     return caught and all(each.exists() and json.loads(each.read_text())["caught"] for each in records)
 
 
@@ -55,8 +56,8 @@ if "checkpoint" in part:
     (home / f"run \u00fc/checkpoints/step-{part['checkpoint']}").mkdir(parents=True, exist_ok=True)
 if state := part.get("state"):
     status = pathlib.Path(os.environ["MEGABASE_STATUS_FILE"])
-    said = {"state": state, "step": 7, "checkpoints": str(home / "run \u00fc/checkpoints")}
-    status.with_suffix(".new").write_text(json.dumps(said) + "\\n")
+    content = {"state": state, "step": 7, "checkpoints": str(home / "run \u00fc/checkpoints")}
+    status.with_suffix(".new").write_text(json.dumps(content) + "\\n")
     status.with_suffix(".new").rename(status)
 time.sleep(part.get("lingers", 0))
 sys.exit(part.get("code", 0))
@@ -95,18 +96,18 @@ class Job:
             },
         )
 
-    def listens(self) -> None:
+    def wait_for_handlers(self) -> None:
         """Wait until the tasks of the first start have their signal handlers."""
         files = [self.home / f"records/0-{rank}.json" for rank in self.ranks]
         assert until(lambda: all(file.exists() for file in files), 30), self.log()
 
     def record(self, start: int, rank: int) -> dict[str, Any]:
-        """What a task saw."""
+        """What a task wrote to records/."""
         record: dict[str, Any] = json.loads((self.home / f"records/{start}-{rank}.json").read_text())
         return record
 
     def caught(self, start: int) -> list[list[str]]:
-        """The signals that each rank got."""
+        """The signals that each rank got in a start."""
         return [self.record(start, rank)["caught"] for rank in self.ranks]
 
     def ends(self, state: str, *, restarts: int, code: str = "0:0", timeout_s: float = 60) -> None:
@@ -114,7 +115,7 @@ class Job:
         self.cluster.wait(self.id, {state}, timeout_s)
         shown = self.cluster.show(self.id)
         assert (shown["Restarts"], shown["ExitCode"]) == (str(restarts), code), self.log()
-        # Nothing of the protocol stays beside the log.
+        # No file of the protocol stays beside the log.
         assert not [*self.home.glob("*status*"), *self.home.glob("*failures*")]
 
     def log(self) -> str:
@@ -123,7 +124,7 @@ class Job:
 
 @pytest.fixture
 def start(cluster: TestCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Submit a plan; what a failed test leaves running does not take the nodes from the next."""
+    """Submits a plan. At the end all jobs are cancelled, so that a failed test leaves the nodes to the next one."""
     yield lambda plan, *options, **more: Job(cluster, tmp_path, plan, *options, **more)
     cluster.clear()
 
@@ -133,7 +134,7 @@ def test_a_signal_stops_both_tasks_and_the_job_goes_on(
 ) -> None:
     stops = {"waits": True}
     job = start([[{**stops, "state": "again", "code": 75}, stops], [DONE, {}]], f"--cpus-per-task={CPUS}")
-    job.listens()
+    job.wait_for_handlers()
     cluster.signal(job.id, "USR1")
     job.ends("COMPLETED", restarts=1)
 
@@ -144,7 +145,7 @@ def test_a_signal_stops_both_tasks_and_the_job_goes_on(
         env = record["env"]
         assert record["argv"] == ["train", "a b.yaml", "run.name=x"]
         assert record["cwd"] == str(job.home)
-        # What Lightning's SLURMEnvironment and our ranks go by.
+        # The variables that Lightning's SLURMEnvironment and our ranks read.
         assert env["SLURM_PROCID"] == env["SLURM_NODEID"] == str(rank)
         assert env["SLURM_LOCALID"] == "0"
         assert env["SLURM_NTASKS"] == env["SLURM_NNODES"] == "2"
@@ -152,7 +153,7 @@ def test_a_signal_stops_both_tasks_and_the_job_goes_on(
         assert env["SLURM_JOB_NAME"] == "megabase"
         assert "SLURM_STEP_ID" in env
         assert env["OMP_NUM_THREADS"] == env["SLURM_CPUS_PER_TASK"] == str(CPUS)
-        # The nodes' names do not resolve here: their address stands in. The port is the job's at every start.
+        # The nodes' names do not resolve here, so the address is used. The port is the same at every start of the job.
         assert env["MASTER_ADDR"] == "127.0.0.1"
         assert env["MASTER_PORT"] == str(15000 + job.id % 17000)
     log = job.log()
@@ -161,7 +162,7 @@ def test_a_signal_stops_both_tasks_and_the_job_goes_on(
 
 
 def test_a_killed_task_hides_nothing_and_restarts_have_a_limit(start: Callable[..., Job]) -> None:
-    # Rank 1 leaves first and srun kills rank 0, which has said "again" but not left: srun's code is not 75.
+    # Rank 1 exits first. srun kills rank 0, which has written "again" but not exited: srun's code is not 75.
     plan = [[{"state": "again", "lingers": 60}, {"code": 75, "lingers": 0.5}]] * 2
     job = start(plan)
     job.ends("FAILED", restarts=1, code="75:0")
@@ -169,15 +170,15 @@ def test_a_killed_task_hides_nothing_and_restarts_have_a_limit(start: Callable[.
 
 
 def test_a_failure_ends_the_job(start: Callable[..., Job]) -> None:
-    # srun kills rank 1 and leaves with 143; the job's code is that of a failure all the same.
+    # srun kills rank 1 and exits with 143; the exit code of the job is still that of the failed rank.
     job = start([[{"code": 1, "state": "failed"}, {"waits": True}]])
     job.ends("FAILED", restarts=0, code="1:0")
     assert "ended with code 1 (failed); not started again" in job.log()
 
 
 def test_a_crash_after_a_checkpoint_starts_the_job_again_but_not_forever(start: Callable[..., Job]) -> None:
-    # Killed after a checkpoint, once more after a newer one, then twice at the same place: the second before it could
-    # say anything.
+    # Killed after a checkpoint; crashed after a newer one; crashed twice without a new one, the second time before it
+    # wrote a status.
     plan = [
         [{"state": "running", "checkpoint": 10, "code": 137}],
         [{"state": "crashed", "checkpoint": 20, "code": 1}],
@@ -191,11 +192,11 @@ def test_a_crash_after_a_checkpoint_starts_the_job_again_but_not_forever(start: 
     assert "ended with code 1, 3 times after the checkpoint of step 20 (MEGABASE_MAX_FAILURES=2)" in log
 
 
-def test_a_stop_file_and_a_failure_that_would_come_again_end_the_job(
+def test_a_stop_file_and_a_failure_that_would_repeat_end_the_job(
     cluster: TestCluster, tmp_path: Path
 ) -> None:
-    said = {
-        "stopped": "a STOP file in the run directory stopped it: not started again",
+    messages = {
+        "stopped": "a STOP file in the run directory stopped training: not started again",
         "failed": "ended with code 1 (failed); not started again",
     }
     jobs = {}
@@ -204,7 +205,7 @@ def test_a_stop_file_and_a_failure_that_would_come_again_end_the_job(
         jobs[state] = Job(cluster, tmp_path / state, [[{"state": state, "checkpoint": 10, "code": code}]])
     for state, code in (("stopped", 75), ("failed", 1)):
         jobs[state].ends("FAILED", restarts=0, code=f"{code}:0")
-        assert said[state] in jobs[state].log()
+        assert messages[state] in jobs[state].log()
     cluster.clear()
 
 
@@ -229,19 +230,19 @@ def test_a_rank_that_dies_alone_ends_the_others_and_the_job(start: Callable[...,
     assert job.cluster.show(job.id)["Restarts"] == "0"
 
 
-def test_finished_stays_finished_when_a_rank_fails_to_leave(start: Callable[..., Job]) -> None:
+def test_finished_stays_finished_when_a_rank_fails_at_exit(start: Callable[..., Job]) -> None:
     job = start([[DONE, {"code": 139, "lingers": 0.5}]])
     job.ends("COMPLETED", restarts=0)
-    assert "srun left with code" in job.log()
+    assert "srun exited with code" in job.log()
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: TestCluster, start: Callable[..., Job]) -> None:
     stops = {"waits": True, "handles": ["SIGTERM"], "code": 75, "state": "again"}
     job = start([[stops], [DONE]])
-    job.listens()
+    job.wait_for_handlers()
     cluster.run("scancel", str(job.id))
     cluster.wait(job.id, {"CANCELLED"}, timeout_s=30)
-    # Its checkpoint was made, and a requeue would have been possible.
+    # It stopped at a checkpoint and could have been requeued.
     assert job.caught(0) == [["SIGTERM"]]
     assert "no requeue from here" in job.log()
 
@@ -250,16 +251,16 @@ def test_the_batch_shell_survives_a_signal_to_everything(
     cluster: TestCluster, start: Callable[..., Job]
 ) -> None:
     job = start([[{"waits": True, "code": 75, "state": "again"}], [DONE]])
-    job.listens()
+    job.wait_for_handlers()
     cluster.run("scancel", "--full", "--signal=USR1", str(job.id))
     job.ends("COMPLETED", restarts=1)
 
 
 def test_a_preempted_job_goes_on(cluster: TestCluster, start: Callable[..., Job]) -> None:
-    # Rank 1 leaves first; srun then ends the other, which is still at it and gets its SIGTERM a second time.
+    # Rank 1 exits first. srun then ends rank 0, which is still working and gets SIGTERM a second time.
     stops = {"waits": True, "handles": ["SIGTERM"], "code": 75}
     job = start([[{**stops, "state": "again", "lingers": 1}, stops], [DONE, {}]])
-    job.listens()
+    job.wait_for_handlers()
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=job.home)
     cluster.wait(urgent, {"COMPLETED"}, timeout_s=30)
     job.ends("COMPLETED", restarts=1)
@@ -268,19 +269,19 @@ def test_a_preempted_job_goes_on(cluster: TestCluster, start: Callable[..., Job]
 
 def test_a_lost_node_starts_the_job_again(cluster: TestCluster, start: Callable[..., Job]) -> None:
     job = start([[{"waits": True}, {"waits": True}], [DONE, {}]])
-    job.listens()
+    job.wait_for_handlers()
     cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.ends("COMPLETED", restarts=1)
 
 
 @pytest.mark.slow
 def test_time_limits(cluster: TestCluster, tmp_path: Path) -> None:
-    """SLURM looks at limits every half minute, so these two jobs wait side by side."""
+    """SLURM checks limits every half minute, so these two jobs wait at the same time."""
     stops = {"waits": True, "code": 75, "state": "again"}
     plans: dict[str, tuple[list[list[dict[str, Any]]], str]] = {
-        # Told ahead of the limit.
+        # SIGUSR1 before the limit.
         "ahead": ([[stops], [DONE]], "--signal=USR1@60"),
-        # Never told: the limit's SIGTERM is the first word, and the checkpoint is done before SIGKILL.
+        # No SIGUSR1: SIGTERM at the limit is the first signal, and the checkpoint is complete before SIGKILL.
         "late": ([[{**stops, "handles": ["SIGTERM"]}], [DONE]], "--signal=USR1@0"),
     }
     jobs = {}

@@ -1,4 +1,4 @@
-"""Training on a real SLURM, on two nodes: told to stop, killed, queued again, and finished as if nothing had been."""
+"""Training on a real SLURM, on two nodes: stopped by a signal, killed, requeued each time, and exact to the end."""
 
 import json
 import os
@@ -51,22 +51,22 @@ def test_a_two_node_job_is_signalled_killed_and_finishes_the_same_run(
     before = process_of(run, 1)
     cluster.signal(job, "USR1")
 
-    # The second start: a rank dies of what nobody catches, as when a node has no memory left.
-    def went_on() -> bool:
+    # In the second start a rank is killed by a signal that it cannot catch, as when a node runs out of memory.
+    def has_resumed() -> bool:
         return process_of(run, 1) != before and len(training_rows(run)) >= 18
 
-    assert until(went_on, 240), output.read_text()
+    assert until(has_resumed, 240), output.read_text()
     os.kill(process_of(run, 1), signal.SIGKILL)
     cluster.wait(job, {"COMPLETED"}, 400)
 
     assert cluster.show(job)["Restarts"] == "2"
     log = output.read_text()
     assert "checkpointed; back in the queue (restart 1" in log
-    # "crashed" where rank 0 came to see its connection break before srun ended it.
+    # "crashed" if rank 0 noticed its broken connection before srun killed it.
     assert re.search(r"ended with code \d+ \((running|crashed)\); back in the queue \(restart 2", log), log
     assert log.count("resuming nodes from") == 2
     assert [row["step"] for row in training_rows(run)] == list(range(1, STEPS + 1))
-    # One node with two ranks or two nodes with one each, interrupted and killed or not: the same bytes.
+    # The undisturbed run has two ranks on one node; this one, two nodes of one rank, was interrupted: the same bytes.
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     assert (run / "submit.sbatch").read_text().startswith("#!/bin/bash\n# sbatch --parsable")
     assert find_damage(run / "checkpoints" / f"step-{STEPS}") is None

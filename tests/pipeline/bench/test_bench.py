@@ -44,12 +44,12 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, tmp_p
 
 
 def installed(names: list[str], outcome: dict[str, Any]) -> list[str]:
-    """The contestants whose package is there."""
+    """The contestants whose package is installed."""
     return [name for name in names if outcome["versions"].get(name) != "not installed"]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON of a benchmark, after what every one of them must have."""
+    """The JSON of a benchmark, after checks of what every one must have."""
     outcome = json.loads(path.read_text())
     assert outcome["machine"]["memory_bytes"] > 0
     assert outcome["machine"]["threads"] >= 1

@@ -16,7 +16,7 @@ MIB = 2**20
 
 
 class FakeLab:
-    """Contestants whose time and memory are formulas. Raises what `stops` says."""
+    """Contestants whose time and memory are formulas. stops: (name, size) -> the reason why its probe fails."""
 
     def __init__(
         self, seconds: dict[str, Any], *, free: int | None = None, stops: dict | None = None
@@ -50,7 +50,7 @@ A, B = Entry("a", "A"), Entry("b", "B", growth=2.0)
 
 
 @given(st.dictionaries(st.sampled_from("abcde"), st.integers(0, 6)))
-def test_schedule_gives_everybody_its_turns_and_one_to_warm_up(repeats):
+def test_schedule_gives_every_contestant_its_turns_and_one_to_warm_up(repeats):
     turns = list(contest.schedule(repeats))
     for name, count in repeats.items():
         rounds = [turn for turn, who in turns if who == name]
@@ -58,7 +58,7 @@ def test_schedule_gives_everybody_its_turns_and_one_to_warm_up(repeats):
     assert [turn for turn, _ in turns] == sorted(turn for turn, _ in turns)
 
 
-def test_each_round_begins_with_another_one():
+def test_each_round_begins_with_another_contestant():
     turns = list(contest.schedule({"a": 2, "b": 2, "c": 2}))
     assert [name for _, name in turns] == [*"abc", *"bca", *"cab"]
 
@@ -80,25 +80,25 @@ def test_time_that_does_not_fit_is_foreseen_by_growth():
     assert not [call for call in fake.calls if call[1] == "b" and call[2] > 32]
 
 
-def test_memory_that_is_not_there_is_foreseen():
+def test_too_little_memory_is_foreseen():
     points = contest.hold([A], [1024, 2048], FakeLab({"a": linear}, free=1500 * MIB), Budget(99.0, repeats=1))
     assert [p.left_out and p.left_out.text for p in points] == [None, "out of memory (~2 GiB)"]
 
 
-def test_what_ran_out_of_memory_is_not_tried_again():
+def test_a_contestant_that_ran_out_of_memory_is_not_tried_at_larger_sizes():
     fake = FakeLab({"a": linear}, stops={("a", 2): contest.out_of_memory()})
     points = contest.hold([A], [1, 2, 4], fake, Budget(99.0, repeats=1))
     assert [p.left_out and p.left_out.text for p in points] == [None, "out of memory", "out of memory"]
     assert ("probe", "a", 4, 0) not in fake.calls
 
 
-def test_what_is_no_matter_of_size_is_tried_again():
+def test_a_contestant_that_cannot_run_at_one_size_is_tried_at_the_next():
     fake = FakeLab({"a": linear}, stops={("a", 2): Reason("takes lengths that are multiples of 4")})
     points = contest.hold([A], [2, 4], fake, Budget(99.0, repeats=1))
     assert [bool(p.samples) for p in points] == [False, True]
 
 
-def test_a_probe_far_over_the_budget_is_the_last():
+def test_a_contestant_whose_probe_is_far_over_the_budget_is_left_out():
     points = contest.hold([A], [5000, 6000], FakeLab({"a": linear}), Budget(1.0, repeats=3))
     assert [p.left_out.text for p in points if p.left_out] == ["too slow (~5.0 s)", "too slow (~6.0 s)"]
 
@@ -115,11 +115,11 @@ def test_no_repeats_means_the_probe_alone():
     assert [p.seconds for p in points] == [0.002, 0.004]
 
 
-def test_climbing_ends_where_it_no_longer_fits():
-    said: list[int] = []
+def test_climbing_ends_at_the_first_size_that_does_not_fit():
+    sizes: list[int] = []
     fake = FakeLab({"a": linear}, stops={("a", 32): contest.out_of_memory()})
-    points = contest.climb(A, 4, fake, Budget(10.0, 0), lambda points: said.append(points[0].size))
-    assert [p.size for p in points] == said == [4, 8, 16, 32]
+    points = contest.climb(A, 4, fake, Budget(10.0, 0), lambda points: sizes.append(points[0].size))
+    assert [p.size for p in points] == sizes == [4, 8, 16, 32]
     assert [p.left_out is None for p in points] == [True, True, True, False]
 
 
@@ -131,5 +131,5 @@ def test_ratio_is_of_medians_at_the_same_size():
     assert contest.ratio(points, points[1], "ours") is None
 
 
-def test_a_reason_survives_the_way_from_another_process():
+def test_a_reason_can_be_sent_from_another_process():
     assert pickle.loads(pickle.dumps(Reason("x", for_good=True))) == Reason("x", for_good=True)

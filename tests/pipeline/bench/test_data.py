@@ -1,4 +1,4 @@
-"""`megabase bench data`: everybody reads everything, resumes where it should, and what is wrong is said first."""
+"""`megabase bench data`: every contestant is measured, one that is missing is left out, bad input is refused first."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_peer_that_is_missing_is_left_out(monkeypatch, tmp_path, capsys):
     assert "not installed" in capsys.readouterr().out
 
 
-def test_memory_that_was_not_measured_foresees_nothing():
+def test_without_measured_memory_only_the_time_is_foreseen():
     before = [contest.Point("a", 1, [1.0], contest.Probe(1.0, None))]
     contest.foresee(contest.Entry("a", "A", 0.0), 1 << 30, before, contest.Budget(2.0, 1), free_bytes=1)
     with pytest.raises(LeftOut) as caught:
@@ -118,7 +118,7 @@ def test_memory_that_was_not_measured_foresees_nothing():
         ({"picture": Path("x.jpg")}, "must end in .png"),
     ],
 )
-def test_bad_input_is_said_before_any_work(wrong, message, tmp_path, monkeypatch):
+def test_bad_input_is_refused_before_any_work(wrong, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(contest, "hold", lambda *_: pytest.fail("worked on bad input"))
     with pytest.raises((UserError, DataError), match=message.replace("?", r"\?")):

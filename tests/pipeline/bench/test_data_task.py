@@ -27,7 +27,7 @@ def test_the_middle_is_between_two_batches():
         assert records.bases <= 4 * MIB
 
 
-def test_handing_over_another_number_of_bases_is_a_failure():
+def test_reading_another_number_of_bases_is_a_failure():
     assert list(data_task.read(iter([4, 4, 4]), 8)) == [4]
     for handed_over in ([4], [4, 5], []):
         with pytest.raises(LeftOut) as caught:

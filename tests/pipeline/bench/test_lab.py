@@ -19,14 +19,14 @@ MIB = 2**20
         (LeftOut("such"), Reason("such")),
     ],
 )
-def test_whatever_goes_wrong_has_a_reason(error, reason):
+def test_every_error_becomes_a_reason(error, reason):
     with pytest.raises(LeftOut) as caught, lab.reasons():
         raise error
     assert caught.value.reason == reason
 
 
 @pytest.mark.slow
-def test_a_process_that_needs_too_much_memory_hears_it_from_the_allocator(monkeypatch):
+def test_a_process_that_needs_too_much_memory_is_stopped_by_the_allocator(monkeypatch):
     monkeypatch.setattr(lab.CpuLab, "free_bytes", lambda self: 50 * MIB)
     task = attention_task.AttentionTask(heads=4, head_dim=64, chunk=64, rounds=4, dtype="fp32", device="cpu")
     with pytest.raises(LeftOut) as caught:

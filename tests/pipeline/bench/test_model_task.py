@@ -1,4 +1,4 @@
-"""The contestants of `megabase bench model` do the same work."""
+"""The contestants of `megabase bench model` have models of the same size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from megabase.pipeline.bench import model_task
 
 
-def test_training_steps_of_all_have_the_same_work():
+def test_the_models_of_all_contestants_have_about_as_many_parameters():
     task = model_task.ModelTask(
         dim=256, depth=6, heads=4, chunk=64, rounds=4, length=4096, dtype="fp32", device="cpu"
     )

@@ -22,7 +22,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> readers.Records:
     return DataTask(tmp_path_factory.mktemp("records"), MIB).records(8192)
 
 
-def present(name: str) -> bool:
+def is_installed(name: str) -> bool:
     try:
         version(name.removesuffix("-shuffled").removesuffix("-encoded"))
     except PackageNotFoundError:
@@ -31,8 +31,8 @@ def present(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_every_peer_hands_over_all_that_is_left_of_the_epoch(name, records):
-    if not present(name):
+def test_every_peer_reads_the_rest_of_the_epoch(name, records):
+    if not is_installed(name):
         pytest.skip(f"{name} is not installed")
     for first in (0, records.count // 2)[: 1 + readers.CONTESTANTS[name].resumes]:
         left = (records.count - first) * records.length
@@ -40,7 +40,7 @@ def test_every_peer_hands_over_all_that_is_left_of_the_epoch(name, records):
 
 
 @pytest.mark.parametrize("read", [readers.webdataset, readers.mosaic, readers.litdata])
-def test_peers_resume_where_they_would_have_gone_on(read, records):
+def test_peers_resume_in_the_order_of_an_uninterrupted_epoch(read, records):
     try:
         whole = list(read(shuffled=False)(records, 0))
     except LeftOut as missing:
@@ -52,7 +52,7 @@ def test_peers_resume_where_they_would_have_gone_on(read, records):
     assert list(read(shuffled=True)(records, records.count // 2)) == shuffled[records.count // 2 :]
 
 
-def test_ours_is_the_training_order_from_the_step_on(records):
+def test_ours_resumes_in_the_training_order(records):
     module = readers.data_module(records)
     whole = [batch.samples.tolist() for _, batch in zip(range(4), module.train_dataloader(), strict=False)]
     module.trainer = readers.at_step(2)

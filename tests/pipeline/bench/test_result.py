@@ -6,7 +6,7 @@ from megabase.pipeline.bench.contest import Point, Reason
 from megabase.pipeline.bench.result import Result
 
 
-def test_one_of_ours_that_fails_is_a_failure():
+def test_the_exit_code_is_1_only_if_a_contestant_of_megabase_failed():
     result = Result("attention", {}, {})
     result.add("length", [Point("transformers", 8, left_out=Reason("failed: x", failed=True))])
     assert result.exit_code() == 0

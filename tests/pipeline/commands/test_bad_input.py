@@ -1,4 +1,4 @@
-"""Everything a user can get wrong ends in one line on stderr and exit code 2, before any process is started."""
+"""Bad input gives one line on stderr and exit code 2, before any process is started."""
 
 import gzip
 from pathlib import Path
@@ -13,7 +13,7 @@ from megabase.pipeline.config.load import load
 from tests.conftest import DATA
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that a bad call prints."""
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
@@ -26,7 +26,7 @@ def train_arguments(shards: Path, root: Path, *more: str) -> list[str]:
 
 
 def test_prepare_no_such_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "none.fa" in complaint(capsys, "prepare", str(tmp_path / "none.fa"), str(tmp_path / "out"))
+    assert "none.fa" in error_of(capsys, "prepare", str(tmp_path / "none.fa"), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_prepare_empty_or_not_fasta(
 ) -> None:
     bad = tmp_path / "bad.fa"
     bad.write_bytes(content)
-    message = complaint(capsys, "prepare", str(bad), str(tmp_path / "out"))
+    message = error_of(capsys, "prepare", str(bad), str(tmp_path / "out"))
     assert says in message and "bad.fa" in message
     assert not (tmp_path / "out").exists()
 
@@ -50,7 +50,7 @@ def test_prepare_empty_or_not_fasta(
 def test_prepare_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "torn.fa.gz"
     bad.write_bytes((DATA / "lambda_phage.fna.gz").read_bytes()[:9000])
-    message = complaint(capsys, "prepare", str(bad), str(tmp_path / "out"))
+    message = error_of(capsys, "prepare", str(bad), str(tmp_path / "out"))
     assert "torn.fa.gz" in message and "truncated" in message
     assert list(tmp_path.iterdir()) == [bad]
 
@@ -59,7 +59,7 @@ def test_prepare_into_something_that_exists(tmp_path: Path, capsys: pytest.Captu
     good = tmp_path / "good.fa"
     good.write_bytes(gzip.decompress((DATA / "lambda_phage.fna.gz").read_bytes()))
     (tmp_path / "out").mkdir()
-    assert "out" in complaint(capsys, "prepare", str(good), str(tmp_path / "out"))
+    assert "out" in error_of(capsys, "prepare", str(good), str(tmp_path / "out"))
 
 
 def test_prepare_into_a_file_or_nowhere_or_without_training_data(
@@ -68,9 +68,9 @@ def test_prepare_into_a_file_or_nowhere_or_without_training_data(
     genome = str(DATA / "lambda_phage.fna.gz")
     taken = tmp_path / "second.fa"
     taken.write_text(">a\nACGT\n")
-    assert "the last argument must be a new directory" in complaint(capsys, "prepare", genome, str(taken))
-    assert "choose another output" in complaint(capsys, "prepare", genome, "/proc/none/shards")
-    everything = complaint(capsys, "prepare", str(taken), str(tmp_path / "out"), "--valid", "a")
+    assert "the last argument must be a new directory" in error_of(capsys, "prepare", genome, str(taken))
+    assert "choose another output" in error_of(capsys, "prepare", genome, "/proc/none/shards")
+    everything = error_of(capsys, "prepare", str(taken), str(tmp_path / "out"), "--valid", "a")
     assert "name every record" in everything
 
 
@@ -87,18 +87,18 @@ def test_prepare_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_no_record_is_long_enough(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = complaint(capsys, *train_arguments(lambda_shards, tmp_path, "data.length=65536"))
+    message = error_of(capsys, *train_arguments(lambda_shards, tmp_path, "data.length=65536"))
     assert "65536" in message or "65,536" in message
 
 
 def test_directory_without_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "index.parquet" in complaint(capsys, *train_arguments(tmp_path, tmp_path))
+    assert "index.parquet" in error_of(capsys, *train_arguments(tmp_path, tmp_path))
 
 
 def test_global_batch_that_ranks_cannot_make(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = complaint(
+    message = error_of(
         capsys,
         *train_arguments(
             lambda_shards, tmp_path, "data.global_batch=6", "data.micro_batch=4", "trainer.devices=2"
@@ -110,18 +110,16 @@ def test_global_batch_that_ranks_cannot_make(
 def test_unknown_key_and_wrong_type(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "did you mean 'optim.lr'" in complaint(
+    assert "did you mean 'optim.lr'" in error_of(
         capsys, *train_arguments(lambda_shards, tmp_path, "optim.rl=1")
     )
-    assert "optim.lr" in complaint(capsys, *train_arguments(lambda_shards, tmp_path, "optim.lr=fast"))
+    assert "optim.lr" in error_of(capsys, *train_arguments(lambda_shards, tmp_path, "optim.lr=fast"))
 
 
 def test_several_nodes_by_hand(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "megabase submit" in complaint(
-        capsys, *train_arguments(lambda_shards, tmp_path, "trainer.nodes=2")
-    )
+    assert "megabase submit" in error_of(capsys, *train_arguments(lambda_shards, tmp_path, "trainer.nodes=2"))
 
 
 def test_resume_with_another_model(
@@ -135,9 +133,9 @@ def test_resume_with_another_model(
     data = ShardIndex.open(lambda_shards).segments.identity
     manifest = manifest_of(then, 5, ranks=1, data=data, alphabet="dna")
     (step / MANIFEST).write_text(manifest.sealed())
-    message = complaint(capsys, *settings, "model.depth=2", "model.lsh.rounds=8")
+    message = error_of(capsys, *settings, "model.depth=2", "model.lsh.rounds=8")
     assert "model.depth: checkpoint 6, config 2; model.lsh.rounds: checkpoint 4, config 8" in message
-    assert "trainer.precision: checkpoint 32, now bf16" in complaint(
+    assert "trainer.precision: checkpoint 32, now bf16" in error_of(
         capsys, *settings, "trainer.precision=bf16"
     )
 
@@ -148,15 +146,15 @@ def test_ranks_that_a_launcher_started_must_be_those_of_the_config(
     settings = train_arguments(lambda_shards, tmp_path, "data.global_batch=12")
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "h"}.items():
         monkeypatch.setenv(name, value)
-    assert "MASTER_PORT not set" in complaint(capsys, *settings)
+    assert "MASTER_PORT not set" in error_of(capsys, *settings)
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert "3 ranks were started" in complaint(capsys, *settings)
+    assert "3 ranks were started" in error_of(capsys, *settings)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name)
     # `srun megabase train`, without what slurm/train.sbatch sets.
     for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID", "SLURM_NODEID"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert "the ranks do not know where to meet" in complaint(capsys, *settings)
+    assert "the ranks do not know where to meet" in error_of(capsys, *settings)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""`megabase submit`: the training is checked first; a dry run prints the call and touches nothing."""
+"""`megabase submit`: the training is checked first; a dry run prints the call and writes nothing."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ from megabase.pipeline.training import check
 SETTINGS = ["run.name=genome", "data.shards=s", "data.length=64", "trainer.nodes=2", "trainer.devices=8"]
 
 
-def test_a_dry_run_prints_a_line_for_the_shell_and_touches_nothing(
+def test_a_dry_run_prints_a_line_for_the_shell_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""A config becomes the right sbatch call, a wrong one is refused in words, sbatch's answer is understood."""
+"""A config becomes the right sbatch call, a bad one is refused with a message, and sbatch's answer is parsed."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ def call(slurm: SlurmConfig | None = None, **changed: Any) -> list[str]:
     return sbatch_call(slurm or SlurmConfig(), **(arguments | changed))
 
 
-def test_the_least_call() -> None:
+def test_the_shortest_call() -> None:
     assert call() == [
         *(
             "sbatch",
@@ -49,7 +49,7 @@ def test_the_least_call() -> None:
     ]
 
 
-def test_the_fullest_call() -> None:
+def test_a_call_with_every_setting() -> None:
     slurm = SlurmConfig(
         partition="gpu",
         account="lab",
@@ -70,7 +70,7 @@ def test_the_fullest_call() -> None:
 
 
 def test_every_setting_reaches_the_call() -> None:
-    """A field that nobody reads would be silently ignored."""
+    """A field without an effect on the call would be ignored silently."""
     changed: dict[str, Any] = {
         "signal_seconds": 61,
         "cpus_per_task": 3,
@@ -94,7 +94,7 @@ def test_a_run_on_cpus_asks_for_no_gpu() -> None:
     assert not [word for word in call(gpus_per_node=0) if word.startswith("--gpu")]
 
 
-def test_a_percent_sign_in_the_run_directory_is_no_pattern() -> None:
+def test_a_percent_sign_in_the_run_directory_is_escaped() -> None:
     assert "--output=/runs/50%%/logs/slurm-%j.out" in call(run_dir=Path("/runs/50%"))
 
 
@@ -117,7 +117,7 @@ def test_a_time_limit_means_the_same_however_yaml_reads_it(
 @pytest.mark.parametrize(
     "time", ["", "soon", "1:2:3", "24:00", "1-12", "24:60:00", "24:00:60", "-1", "1.5", "7\n"]
 )
-def test_a_time_limit_in_other_words_is_refused(time: str) -> None:
+def test_a_time_limit_in_another_format_is_refused(time: str) -> None:
     with pytest.raises(UserError, match="HH:MM:SS"):
         call(SlurmConfig(time=time))
 
@@ -133,12 +133,14 @@ def test_a_time_limit_in_other_words_is_refused(time: str) -> None:
         (SlurmConfig(), {"name": "interactive"}, "choose another"),
     ],
 )
-def test_what_cannot_work_is_refused(slurm: SlurmConfig, changed: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(
+    slurm: SlurmConfig, changed: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         call(slurm, **changed)
 
 
-# -- what sbatch answers: a small program stands in for it
+# -- what sbatch answers; a small program replaces sbatch
 
 
 def fake_sbatch(monkeypatch: pytest.MonkeyPatch, directory: Path, body: str) -> None:
@@ -175,7 +177,9 @@ def test_a_refusal_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_no_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_sbatch_the_message_says_where_to_submit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match="not on PATH"):
@@ -244,5 +248,5 @@ def test_the_number_of_ranks_on_a_node_is_required(tmp_path: Path) -> None:
         call_for(run_config(tmp_path), [], [])
 
 
-def test_the_script_is_sound_bash() -> None:
+def test_the_script_is_valid_bash() -> None:
     assert subprocess.run(["bash", "-n", str(TRAIN_SCRIPT)], capture_output=True, text=True).stderr == ""

@@ -1,4 +1,4 @@
-"""The MLflow mirror against a real server: absent at first, then there; and a restart that sends nothing twice."""
+"""The MLflow mirror against a real server: one that starts late, and one that never starts; a restart of the run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Server:
-    """`mlflow server` on sqlite, started when asked."""
+    """`mlflow server` on sqlite."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -91,7 +91,7 @@ def history(client: MlflowClient, run_id: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
 
 
-def test_a_server_that_comes_late_gets_everything_once_and_in_order(
+def test_a_server_that_starts_late_gets_everything_once_and_in_order(
     tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = settings(tmp_path, server.uri)
@@ -100,11 +100,11 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     journal.append(rows(1, 30))
     mirror = Mirror(run, run.directory).start()
     deadline = time.monotonic() + 60
-    complaint = ""
-    while "training goes on" not in complaint and time.monotonic() < deadline:
+    message = ""
+    while "training goes on" not in message and time.monotonic() < deadline:
         time.sleep(0.1)
-        complaint += capfd.readouterr().err
-    assert "does not take metrics" in complaint and complaint.count("\n") == 1
+        message += capfd.readouterr().err
+    assert "does not take metrics" in message and message.count("\n") == 1
 
     server.start()
     journal.append(rows(31, 2500))  # more than one call takes
@@ -117,12 +117,12 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     assert json.loads(first.data.params["data.mixture"]) == run.data.mixture
     assert history(client, first.info.run_id) == [(row["step"], row["loss"]) for row in rows(1, 2500)]
 
-    # The id of the run was not written down when the process died: its key finds it.
+    # As if the process died before it wrote the id of the MLflow run: the run is found by its key.
     known = json.loads((RunPaths(run.directory).mlflow).read_text())
     (RunPaths(run.directory).mlflow).write_text(json.dumps({**known, "run_id": None}))
     run.optim.lr = 7.0
 
-    # A restart from a checkpoint at step 2000: rows come again, with the same values, and go on.
+    # A restart from a checkpoint at step 2000: the journal gets the later rows again, and then new ones.
     journal = Journal(run.directory / "metrics.jsonl", 2000)
     again = Mirror(run, run.directory).start()
     journal.append(rows(2001, 2600))
@@ -133,7 +133,7 @@ def test_a_server_that_comes_late_gets_everything_once_and_in_order(
     assert second.data.params["optim.lr"] == "0.001" and second.data.tags["changed.optim.lr"] == "7.0"
 
 
-def test_a_server_that_never_comes_costs_only_the_farewell(tmp_path: Path, server: Server) -> None:
+def test_a_server_that_never_starts_delays_only_the_end(tmp_path: Path, server: Server) -> None:
     run = settings(tmp_path, server.uri)
     Journal(run.directory / "metrics.jsonl", 0).append(rows(1, 3))
     mirror = Mirror(run, run.directory).start()
