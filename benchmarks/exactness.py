@@ -32,7 +32,7 @@ from megabase.models import (
 from megabase.models.attention.lsh import hash_buckets, lsh_attention
 from megabase.pipeline.rundir import environment
 from tests.models.attention.test_lsh import count_pairs, dense, inputs, later_changed
-from tests.models.reversing import kept_for_backward
+from tests.models.backward import kept_for_backward
 
 SMALL = ReformerConfig(
     vocab_size=9,

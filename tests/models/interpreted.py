@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 GPU = torch.cuda.is_available()
-HERE = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+CAN_RUN_KERNELS = GPU or os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process can run the kernels."""
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from megabase.models.call import Call
 from megabase.models.chance import Purpose
 from megabase.models.generation import read, start
 from megabase.models.reversible import Block, ReversibleStack
-from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
+from tests.models.backward import assert_same_bits, gradients, kept_for_backward
 
 DECODER = ReformerConfig(
     vocab_size=9,

@@ -14,7 +14,7 @@ from megabase.models.chance import _quantiles, dropout, normals, random_bits
 from megabase.models.layers import _Convolve
 from megabase.models.positions import rotary
 from megabase.models.reversible import LIMIT, SCALE, FixedPoint
-from tests.models.interpreted import DEVICE, GPU, HERE, run_interpreted
+from tests.models.interpreted import CAN_RUN_KERNELS, DEVICE, GPU, run_interpreted
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -25,12 +25,12 @@ HALVES = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
 
-needs_kernels = pytest.mark.skipif(not HERE, reason="runs in test_interpreted's process")
+needs_kernels = pytest.mark.skipif(not CAN_RUN_KERNELS, reason="runs in test_interpreted's process")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(HERE, reason="the kernels run in this process")
+@pytest.mark.skipif(CAN_RUN_KERNELS, reason="the kernels run in this process")
 def test_interpreted(tmp_path):
     run_interpreted(__file__, tmp_path)
 
@@ -106,7 +106,7 @@ class TestStreams:
 
 
 def test_empty_inputs():
-    if not HERE:
+    if not CAN_RUN_KERNELS:
         pytest.skip("runs in test_interpreted's process")
     empty, weight = torch.empty(0, 4, 8, device=DEVICE), draw(8)
     assert fused.add_to_stream(None, empty, 1, SCALE, LIMIT, None).shape == (0, 4, 8)

@@ -11,7 +11,7 @@ from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Se
 from megabase.models.call import Call
 from megabase.models.config import FeedForwardConfig
 from megabase.models.reversible import LIMIT, SCALE, Block, FixedPoint, ReversibleStack
-from tests.models.reversing import assert_same_bits, gradients, kept_for_backward
+from tests.models.backward import assert_same_bits, gradients, kept_for_backward
 
 TINY = ReformerConfig(
     vocab_size=9,

@@ -23,7 +23,7 @@ from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rul
 from megabase.models.attention.kernels.triton import host as kernels
 from megabase.models.attention.lsh import draw_rotations, rotate_and_hash
 from megabase.models.config import ConfigError
-from tests.models.interpreted import DEVICE, GPU, HERE, ROOT, run_interpreted
+from tests.models.interpreted import CAN_RUN_KERNELS, DEVICE, GPU, ROOT, run_interpreted
 
 pytest.importorskip("triton")
 
@@ -36,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(HERE, reason="the kernels run in this process")
+@pytest.mark.skipif(CAN_RUN_KERNELS, reason="the kernels run in this process")
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_interpreted(which, tmp_path):
@@ -101,7 +101,7 @@ def plain(q: Tensor, k: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
 
 
 class TestSortedAttention:
-    __test__ = HERE
+    __test__ = CAN_RUN_KERNELS
 
     @pytest.mark.parametrize("seed", range(20))
     def test_equals_reference(self, seed):
@@ -204,7 +204,7 @@ class TestSortedAttention:
 
 
 class TestHashing:
-    __test__ = HERE
+    __test__ = CAN_RUN_KERNELS
 
     @staticmethod
     def draw(n_buckets: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Rotations]:
