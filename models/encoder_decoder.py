@@ -73,7 +73,7 @@ class EncoderDecoder(nn.Module):
             source, tokens: see the class.
             labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them). A
                 label of −100 has no loss.
-            seeds: of dropout and hashing.
+            seeds: the random numbers of dropout and hashing; None = Seeds().
             weights: (batch, length) float, None = 1.
             source_mask, mask: see the class.
 

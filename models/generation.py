@@ -79,10 +79,10 @@ def start(
     a bucket is taken when the bucket is first used.
 
     Args:
-        model: in any mode; there is no dropout.
+        model: the model, in any mode: dropout is never used.
         batch: number of sequences.
-        seeds: of the hash rotations, for the whole generation. A pass over all tokens with the same seeds gives the
-            same logits.
+        seeds: the seeds of the hash rotations, for the whole generation. A pass over all tokens with the same seeds
+            gives the same logits.
         source: (batch, source length) int64, what an EncoderDecoder reads; a Reformer takes none.
         source_mask: (batch, source length) bool, True where a source token is real; None = all.
 
@@ -209,11 +209,11 @@ def generate(
     generation that is interrupted and continued from its tokens draws the same tokens.
 
     Args:
-        model: in any mode; there is no dropout.
+        model: the model, in any mode: dropout is never used.
         prompt: (batch, n) int64, n at least 1.
         length: how many tokens to draw.
         temperature, top_k, allowed: see Sampling.
-        seed: of hashing and drawing.
+        seed: the seed of hashing and drawing.
         stop: a token id. A sequence that has drawn it repeats it, and the result ends early once all sequences have.
         source: see `start`.
         source_mask: see `start`.

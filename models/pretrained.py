@@ -71,7 +71,7 @@ def filled(model: Reformer, weights: Mapping[str, Tensor]) -> Reformer:
     """Put weights into a model that has none yet.
 
     Args:
-        model: from `empty`.
+        model: a model that `empty` returned.
         weights: named and shaped as `stored_shapes` says; they are not copied.
 
     Returns:

@@ -52,7 +52,7 @@ class Reformer(nn.Module):
 
         Args:
             tokens: (batch, length) int64 in [0, vocab_size).
-            seeds: of dropout and hashing; None = Seeds().
+            seeds: the random numbers of dropout and hashing; None = Seeds().
             mask: (batch, length) bool, True where a token is real; None = all are.
 
         Returns:

@@ -150,7 +150,7 @@ class ReversibleStack(nn.Module):
     """Blocks over two residual streams.
 
     Args:
-        blocks: in the order in which they run.
+        blocks: the blocks, in the order in which they run.
         residual: `fixed` (int32, exact) or `float` (fp32, drifts).
     """
 
@@ -207,7 +207,7 @@ class ReversibleStack(nn.Module):
 def _advance(
     arithmetic: Arithmetic, branches: Iterable[Callable[[Tensor], Tensor]], x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the branches. Returns the two streams, the one written last second, and `invalid` (see FixedPoint)."""
+    """Run the branches. Returns the older stream, the one that was written last, and `invalid` (see FixedPoint)."""
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     older = newer = arithmetic.encode(x, invalid)
     for branch in branches:
@@ -291,7 +291,7 @@ def _invert(
     `.grad`.
 
     Args:
-        ctx: of the running `_Reversible`.
+        ctx: the context of the `_Reversible` that is running.
         after, source: the two streams (batch, length, dim).
         grad, grad_source: their gradients.
 
@@ -314,7 +314,7 @@ def _invert(
 def _run_with_autograd(
     arithmetic: Arithmetic, branches: Iterable[Branch], x: Tensor, context: Tensor | None, call: Call
 ) -> Tensor:
-    """The stack through ordinary autograd. Each stream exists twice: encoded, and as the float that autograd sees."""
+    """The stack through ordinary autograd. Each stream exists twice: encoded, and as a float for autograd."""
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     older = newer = arithmetic.encode(x.detach(), invalid)
     x = _Rounded.apply(x, newer, arithmetic)

@@ -36,8 +36,8 @@ def write(
 
     Args:
         path: must not exist.
-        shapes: of all tensors, by name, in the order of the file.
-        dtype: of all tensors in the file.
+        shapes: the shapes of all tensors, by name, in the order of the file.
+        dtype: the dtype of all tensors in the file.
         read: called with one name after the other; returns the tensor's elements in order, as flat pieces of any size.
         metadata: strings by name, for the header.
 

@@ -28,7 +28,7 @@ def cross_attention(
         q: (batch, heads, length, d).
         k, v: (batch, heads, source length, d).
         mask: (batch, source length) bool, True where the source is real. A source without a real token gives zeros.
-        dropout: of attention weights, for rows = batch × heads.
+        dropout: dropout of attention weights; it has batch × heads rows.
 
     Returns:
         (batch, heads, length, d).
@@ -64,7 +64,7 @@ class CrossAttentionBranch(nn.Module):
     Queries and keys have no positions: content alone is compared.
 
     Args:
-        config: of the decoder.
+        config: the settings of the decoder.
         layer: number of the block.
         width: channels of the context, which is normalised already.
     """

@@ -34,7 +34,7 @@ def full_attention(
         causal: whether a query attends to no later position.
         mask: (batch, length) bool, True where a position is real. Nothing attends to the others, and their output is
             zero.
-        dropout: of attention weights, for rows = batch × heads.
+        dropout: dropout of attention weights; it has batch × heads rows.
 
     Returns:
         (batch, heads, length, d).
@@ -62,7 +62,7 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: Pa
         k, v: (batch, heads, source length, d).
         seen: bool that broadcasts to (batch, heads, length, source length), True where a query attends to a key;
             every query attends to at least one.
-        dropout: for rows = batch × heads.
+        dropout: dropout of attention weights; it has batch × heads rows.
 
     Returns:
         (batch, heads, length, d) in v's dtype.

@@ -51,7 +51,7 @@ class AttentionLayer(nn.Module, ABC):
 
         Args:
             batch: number of sequences.
-            seeds: of every pass that will use the cache.
+            seeds: the seeds of every pass that will use the cache.
 
         Raises:
             ConfigError: this kind of attention, or these settings, cannot read a sequence in blocks.
@@ -66,8 +66,8 @@ class AttentionLayer(nn.Module, ABC):
 
         Args:
             x, near: (batch, n, dim), of the block.
-            cache: from this layer's `new_cache`.
-            position: of the block's first token, which is the number of tokens that were read before.
+            cache: a cache that this layer's `new_cache` returned.
+            position: the position of the block's first token: how many tokens were read before.
             call: with the seeds that the cache was made with.
 
         Returns:

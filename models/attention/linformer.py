@@ -39,7 +39,7 @@ def linformer_attention(
         to_values: F, shaped like E; None: E is used for values too.
         mask: (batch, length) bool, True where a position is real. Others add nothing to any slot, and their output is
             zero.
-        dropout: of attention weights, for rows = batch × heads.
+        dropout: dropout of attention weights; it has batch × heads rows.
 
     Returns:
         (batch, heads, length, d).

@@ -40,7 +40,7 @@ def local_attention(
         attend: `window` or `chunk`.
         mask: (batch, length) bool, True where a position is real. Others do not count as neighbours, and their output
             is zero.
-        dropout: of attention weights, for rows = batch × heads.
+        dropout: dropout of attention weights; it has batch × heads rows.
         backend: as in lsh_attention.
 
     Returns:

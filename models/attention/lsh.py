@@ -52,7 +52,7 @@ def lsh_attention(
     Args:
         qk: queries, which are keys too, (batch, heads, length, head_dim), any float dtype, any length from 1.
         v: values, (batch, heads, length, head_dim), whose head_dim may differ.
-        rounds: of hashing.
+        rounds: number of rounds of hashing.
         chunk_length: positions. `attend="window"`: in every round, a position finds the last `chunk_length`
             positions of its own bucket (not causal: as many on both sides); the result depends on nothing later.
             `attend="chunk"`: the sorted sequence (by bucket, then position) is cut into chunks of this length; a
@@ -62,7 +62,7 @@ def lsh_attention(
         attend: `window` or `chunk`.
         duplicates: `average` weighs a key by the number of rounds in which it was found; `once` makes the result
             exactly softmax over the union of the keys found.
-        n_buckets: of a round, even (a multiple of 4 above 128); None = 64, whatever the length.
+        n_buckets: number of buckets of a round, even (a multiple of 4 above 128); None = 64 at any length.
         mask: (batch, length) bool, True where a position is real. The others change nothing for the real ones, and
             their output is zero.
         buckets: (batch, heads, rounds, length) integers from 0 on, to use instead of hashing.
@@ -99,9 +99,9 @@ def hash_buckets(x: Tensor, *, rounds: int, n_buckets: int, seed: int) -> Tensor
 
     Args:
         x: (batch, heads, length, d).
-        rounds: of hashing.
-        n_buckets: of a round, even (a multiple of 4 above 128).
-        seed: the hash is a function of it, of heads, d and n_buckets.
+        rounds: number of rounds of hashing.
+        n_buckets: number of buckets of a round, even (a multiple of 4 above 128).
+        seed: the hash is a function of (seed, heads, d, n_buckets, round).
 
     Returns:
         (batch, heads, rounds, length) int32 in [0, n_buckets).
@@ -133,7 +133,7 @@ class LSHCache:
     """The last `chunk_length` entries of every bucket, in any order.
 
     Attributes:
-        rotations: of the hash.
+        rotations: the rotations that hash query-keys.
         positions: (rows, rounds, buckets, chunk_length) int64, rows = batch × heads; −1 where the cache has no entry.
         keys, values: (rows, rounds, buckets, chunk_length, d).
     """
@@ -166,8 +166,8 @@ class LSHCache:
 
         Args:
             qk, v: (rows, d).
-            buckets: (rows, rounds), of the query-key.
-            position: of the query.
+            buckets: (rows, rounds), the buckets of the query-key.
+            position: the position of the query.
             once: whether a key found in several rounds counts once.
 
         Returns:

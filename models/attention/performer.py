@@ -8,8 +8,9 @@ What is special:
   the weight of every pair within the current chunk. The backward pass computes these sums again from the left, for the
   gradients of queries, and other sums from the right, for those of keys and values. Memory is O(length · d), plus one
   number for each chunk and feature.
-- Features are in units of the largest that a query sees. So no exponential overflows, whatever the norms, and what a
-  query sees is never lost. The units depend on nothing later than the query: causal attention is strictly causal.
+- Features are divided by the largest one among the keys that a query attends to (their unit). So no exponential
+  overflows at any norm, and the largest never underflows. Units depend on nothing later than the query: causal
+  attention is strictly causal.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _attend_from_left(
     """Causal attention, chunk by chunk.
 
     Args:
-        features: of queries and keys.
+        features: the features of queries and keys.
         v: (batch, heads, length, d).
         sums: over all positions before; afterwards they include these.
 

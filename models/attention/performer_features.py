@@ -76,7 +76,7 @@ class Features:
         return self.q.new_empty(shape, dtype=self.wide)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, see `_product`."""
+        """a @ b in the dtype of products (see `_product`)."""
         return _product(self.narrow, a, b)
 
     def of_queries(self, part: slice) -> Tensor:

@@ -84,7 +84,7 @@ def to_settings(config: ReformerConfig, kept: Mapping[str, Any], classes: int) -
     """The settings of transformers for a model of megabase.
 
     Args:
-        config: of the model.
+        config: the settings of the model.
         kept: the settings that the model had in transformers, if it was converted from there; else empty. A setting
             that means the same as `config` keeps its value, and so does one that megabase does not have.
         classes: number of classes of a classifier; 0 for a language model.
@@ -117,7 +117,7 @@ def check_convertible(config: ReformerConfig) -> None:
     ):
         if matters and value not in known:
             raise ConfigError(
-                f"model.{key}={value} has no counterpart in transformers' Reformer, which knows only "
+                f"model.{key}={value} has no counterpart in transformers' Reformer, which has only "
                 f"{' and '.join(map(str, known))}: only a model trained with that can be converted"
             )
 

@@ -14,7 +14,7 @@ def weight_names(config: ReformerConfig, *, classifies: bool) -> dict[str, str]:
     """The name of every weight in megabase -> its name in transformers.
 
     Args:
-        config: of the model.
+        config: the settings of the model.
         classifies: whether it is a classifier; else it is a language model.
     """
     tokens = "reformer.embeddings.word_embeddings.weight"

@@ -74,7 +74,8 @@ void begin_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin
     }
 }
 
-// Through key = query · scale(query): dq += scale · (dk − query · (query · dk) / (d · (mean(query²) + 1e-6))).
+// If keys are unit queries, key = query · scale(query), add the gradients of keys to those of queries:
+// dq += scale · (dk − query · (query · dk) / (d · (mean(query²) + 1e-6))).
 void finish_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
     const char* q_row = row_of(p.q, row, p.heads);
     Buffer<float> query(s.wide);

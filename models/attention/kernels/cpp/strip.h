@@ -9,7 +9,8 @@
 
 namespace {
 
-// One strip of one round of one row. in_ring: the pairs of the row's first chunk with the ring's chunk instead.
+// One strip of one round of one row. in_ring: instead of the strip's queries, those of the row's first chunk, and as
+// their keys the last chunk of the round before (rule `chunk`).
 template <bool BACKWARD>
 struct Strip {
     const Problem& p;
@@ -315,6 +316,7 @@ struct Strip {
               high(t.x.high[slot - t.first]),
               slot(slot) {}
 
+        // The scores of the keys, LANES from `key` on; EXCLUDED for those that the query does not attend to.
         Floats exclude(Floats score, int key) const {
             const Problem& p = t.p;
             const bool plain = (p.window && (p.causal || !p.shared)) || (!p.window && !p.causal && !p.shared);
@@ -332,6 +334,7 @@ struct Strip {
             return choose(found, score, broadcast(EXCLUDED));
         }
 
+        // Which keys, LANES from `key` on, counted for this query in an earlier round (rule `once`).
         Ints counted_before(int key) const {
             const Problem& p = t.p;
             Ints found{};
@@ -346,13 +349,14 @@ struct Strip {
                 } else {
                     const int chunk = own / p.reach;
                     found |= (Ints)(slots == broadcast(chunk)) | (Ints)(slots == broadcast(chunk - 1));
-                    // In the ring of this round itself the pair is computed now.
+                    // Not in this round: the pairs of its own ring are those that are computed now.
                     if (chunk == 0 && r < t.round) found |= load<Ints>(*t.x.ring[r] + key);
                 }
             }
             return found;
         }
 
+        // The factors of dropout for the keys, LANES from `key` on.
         Floats kept(int key) const {
             return Dropout(t.p, t.row).kept(position, load<Ints>(t.x.key_positions + key));
         }

@@ -1,4 +1,4 @@
-// Tensors of Python's side: strided, in one of three dtypes, read as fp32.
+// The tensors that Python passes: strided, in one of three dtypes, read as fp32.
 
 #pragma once
 
@@ -49,7 +49,7 @@ inline float* floats_at(const Tensor& t, int64_t row, int heads, int64_t positio
     return (float*)row_of(t, row, heads) + position * t.place;
 }
 
-// Element i of a vector at `position`.
+// Copy the vector at `position` to `to`, as fp32.
 inline void fetch(float* to, const Tensor& t, const char* row, int64_t position) {
     if (t.dtype == FLOAT32) {
         std::memcpy(to, row + position * t.place * 4, 4 * t.width);

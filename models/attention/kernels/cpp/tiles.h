@@ -32,6 +32,7 @@ inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, 
     }
 }
 
+// `tile` for a number of rows that is known only at run time, from 1 to ROWS.
 template <bool ADD>
 inline void tiles(int rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int64_t steps,
                   float* c, int64_t c_row) {

@@ -1,4 +1,4 @@
-// Vectors of the machine's width (GCC's and Clang's own), what is computed with them, and memory for them.
+// Vectors of the machine's width (extensions of GCC and Clang), functions of vectors, and memory for them.
 
 #pragma once
 
@@ -119,7 +119,7 @@ inline void trade_all(Floats* x) {
     if constexpr (2 * STEP < LANES) trade_all<2 * STEP>(x);
 }
 
-// A panel (PANEL, stride) as (stride, PANEL); stride a multiple of PANEL.
+// Transpose a panel (PANEL, stride) to (stride, PANEL). stride is a multiple of PANEL.
 inline void transpose(float* to, const float* from, int stride) {
     for (int i = 0; i < stride; i += LANES)
         for (int r = 0; r < PANEL; r += LANES) {
