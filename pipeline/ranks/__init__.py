@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, meet, exchange decisions, report errors, are watched and stop."""
+"""The processes of a run: starting, rendezvous, groups, shared decisions, error reports, watchdog and stopping."""

@@ -1,8 +1,8 @@
 """Decisions that all ranks take at the same step, without synchronising the device.
 
 At the end of step s every rank starts a small all-reduce on the host (gloo), and reads the result of step s-1, which
-has long arrived. So all ranks know the same at the same step, and none waits for another. The same message sums up
-hashes of the samples that each rank consumed, for the journal.
+has usually arrived by then. So all ranks take the same decision at the same step, without waiting for each other. The
+same message sums up hashes of the samples that each rank consumed, for the journal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megabase.pipeline.ranks.groups import Group
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know of one finished step.
+    """What all ranks agreed on for one finished step.
 
     Attributes:
         step: number of the step, from 1.
@@ -56,9 +56,10 @@ class Agreement:
         """Send this rank's part for `step`; the arguments are the fields of `Agreed`.
 
         Returns:
-            What was agreed about the step before; None at the first call and after `settle`.
+            The agreement on the step of the call before; None at the first call and after `settle`.
         """
         previous = self.settle()
+        # The smallest progress of all ranks, from sums: how many ranks have reached 1, and how many 2.
         sent = [int(stop), int(save), int(progress > 0), int(progress > 1), samples, int(trouble)]
         counters = torch.tensor(sent, dtype=torch.int64)
         self._pending = (step, counters, self._world.sum_async(counters))
@@ -71,8 +72,8 @@ class Agreement:
         step, counters, work = self._pending
         work.wait()
         self._pending = None
-        stop, save, written, named, samples, trouble = counters.tolist()
-        progress = (written == self._world.size) + (named == self._world.size)
+        stop, save, written, published, samples, trouble = counters.tolist()
+        progress = (written == self._world.size) + (published == self._world.size)
         return Agreed(step, stop > 0, save > 0, progress, samples % 2**64, trouble > 0)
 
 

@@ -1,8 +1,8 @@
 """The environment variables of a rank: torchrun's, or SLURM's.
 
-`megabase train` starts in one of three ways, and each ends with torchrun's variables set:
+Ranks of `megabase train` start in one of three ways. In each, torchrun's variables are set in the end:
 
-- by hand: the process starts one rank per device itself (`supervisor.py`);
+- from a shell: the process starts one rank per device (`supervisor.py`);
 - by `srun`, one task per device: `complete_environment` derives the variables from SLURM's;
 - by torchrun, or anything else that sets RANK and WORLD_SIZE.
 """
@@ -34,7 +34,8 @@ def is_rank() -> bool:
     """Whether a launcher started this process as one rank: torchrun's variables are set, or it is a SLURM task."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
-    # A shell of salloc or sbatch has SLURM_PROCID too, but no step of its own, or one of a single task.
+    # A shell of salloc or sbatch has SLURM_PROCID too, but it is in no step, or in a step of a single task. A step of a
+    # single task is a rank only if MASTER_ADDR is set, which slurm/train.sbatch does.
     return _step_tasks() > 1 or ("SLURM_STEP_ID" in os.environ and "MASTER_ADDR" in os.environ)
 
 
@@ -73,7 +74,7 @@ def rank_name() -> str | None:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is rank 0, task 0 of a SLURM step, or no rank at all: messages and files are its job."""
+    """Whether this process prints messages and writes files: rank 0, task 0 of a SLURM step, or not a rank."""
     return int(rank_name() or 0) == 0
 
 

@@ -1,7 +1,7 @@
-"""How a rank that fails reports why, once for the run, and how a rank exits.
+"""How a failing rank reports its error, so that a run reports each error once, and how a rank exits.
 
-Ranks often find the same error. Then rank 0 reports it, and the others report nothing. A rank that fails alone reports
-the error under its own name. When a rank has died, all others find their connections broken: one line each.
+Often all ranks fail with the same error. Then rank 0 reports it, and the others report nothing. A rank that fails alone
+reports its error with its rank and host. After a rank has died, each other rank loses its connection and prints a line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 REPORT_WAIT_S = 2.0
 # The key that rank 0 sets in the store when it has reported why it fails.
 _REPORTED = "rank 0 has reported why it fails"
-# How gloo and NCCL report that a peer has left.
+# How gloo and NCCL report that another rank's process has ended.
 _PEER_LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|remote process exited|socket.*closed", re.IGNORECASE
 )
@@ -66,7 +66,7 @@ def report_failure(error: BaseException) -> None:
         line = ("" if is_rank_zero() else name) + " ".join(str(error).split())
     elif isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
         problem = f"lost the connection to another rank ({first_line(error)})"
-        line = f"{name}{problem}: see that rank's own lines, or its node's log"
+        line = f"{name}{problem}: look for that rank's own messages, or in its node's log"
     else:
         traceback.print_exception(error)
     if line:
@@ -81,9 +81,8 @@ def report_failure(error: BaseException) -> None:
 def _rank_zero_reports() -> bool:
     """Wait up to REPORT_WAIT_S seconds for rank 0's report; returns whether it came."""
     store = rendezvous.store()
-    if (
-        store is None
-    ):  # the ranks have not met; if rank 0 fails as well, the launcher ends this process meanwhile
+    if store is None:
+        # The ranks have not met yet. If rank 0 fails as well, the launcher ends this process during this sleep.
         time.sleep(REPORT_WAIT_S)
         return False
     try:

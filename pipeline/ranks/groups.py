@@ -47,15 +47,15 @@ class Group:
         return values
 
     def sum_async(self, counters: torch.Tensor) -> dist.Work:
-        """Start to sum `counters` (int64, on the host) over the ranks, in place; wait for the returned work."""
+        """Start to sum `counters` (int64, on the host) over the ranks, in place; `wait()` on the result for the sum."""
         return dist.all_reduce(counters, group=self.handle, async_op=True)
 
     def check(self, error: str | None, *, temporary: bool = False) -> None:
         """Raise RunError on every rank if any rank passes an error.
 
         Args:
-            error: what is wrong on this rank; None: nothing.
-            temporary: of the RunError: another start may succeed.
+            error: what is wrong on this rank; None if nothing is.
+            temporary: whether another start may succeed (`RunError.temporary`).
         """
         errors = [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(error)) if text]
         if errors:
@@ -67,11 +67,11 @@ class Groups:
     """The groups that this process belongs to.
 
     Attributes:
-        world: every process of the run. Its size counts processes: who writes files of a checkpoint, who must agree on
-            a decision, who is waited for. A manifest's `ranks` is this size.
-        data: the processes that train on different windows. Its size counts windows: micro batches of a step, a rank's
-            share of a batch, the average of gradients. Today every process trains on windows of its own, so that it
-            equals `world`. When several ranks share one sequence, `data` is the smaller one.
+        world: every process of the run. Use its size to count processes: those that write files of a checkpoint, take
+            part in a decision or wait at a barrier. A manifest's `ranks` is this size.
+        data: the processes that train on different windows. Use its size to divide windows: for the micro batches of a
+            step, a rank's share of a batch and the average of gradients. Today every process trains on its own
+            windows, so `data` equals `world`. If several ranks shared one sequence, `data` would be smaller.
     """
 
     world: Group

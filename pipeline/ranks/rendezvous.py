@@ -1,4 +1,4 @@
-"""How ranks find each other: they meet at a TCP store, and make torch's process group.
+"""The rendezvous of the ranks: they connect to a TCP store and make torch's process group.
 
 The group is made before Lightning's Trainer, so that ranks can agree on a checkpoint before anything is built.
 """
@@ -30,7 +30,7 @@ _store: dist.Store | None = None
 
 
 def is_started() -> bool:
-    """Whether this process has called `start`: it must end with `failure.exit_rank`."""
+    """Whether this process has called `start`. If so, it must exit through `failure.exit_rank`."""
     return _started
 
 
@@ -65,15 +65,15 @@ def _meet(rank: int, size: int) -> dist.Store:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     minutes = f"{MEETING_TIMEOUT.total_seconds() / 60:g} minutes"
     store = dist.PrefixStore(f"megabase/{_attempt()}", _connect(rank, place, minutes))
-    arrivals = [f"rank {each}" for each in range(size)]
+    arrivals = [f"rank {number}" for number in range(size)]
     store.set(arrivals[rank], platform.node())
     try:
         store.wait(arrivals, MEETING_TIMEOUT)
     except dist.DistError:
-        missing = [each for each in arrivals if not store.check([each])]
+        missing = [name for name in arrivals if not store.check([name])]
         named = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise RunError(
-            f"{named} of {size} did not come to {place} within {minutes}: look in the log for why they ended, and"
+            f"{named} of {size} did not connect to {place} within {minutes}: look in the log for why they ended, and"
             f" whether their nodes reach {place}"
         ) from None
     return store
@@ -81,7 +81,7 @@ def _meet(rank: int, size: int) -> dist.Store:
 
 def _connect(rank: int, place: str, minutes: str) -> dist.Store:
     """Open the store on rank 0, or connect to it. place, minutes: address and timeout, for the message."""
-    # torchrun hosts the store itself, and the same one for all its restarts.
+    # torchrun hosts the store in its agent, one store for all restarts of the ranks.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return dist.TCPStore(
@@ -93,11 +93,11 @@ def _connect(rank: int, place: str, minutes: str) -> dist.Store:
         )
     except dist.DistError as error:
         problem = (
-            f"rank {rank} on {platform.node()} cannot {'open' if rank == 0 else 'reach'} the meeting place {place}"
-            f" within {minutes} ({first_line(error)}). Is the address that of rank 0's node, the port free there and"
-            " open between nodes, and did rank 0 start?"
+            f"rank {rank} on {platform.node()} cannot {'open' if rank == 0 else 'reach'} the store at {place}"
+            f" within {minutes} ({first_line(error)}). Check that the address is that of rank 0's node, that the port"
+            " is free there and open between nodes, and that rank 0 started"
         )
-        if rank:  # rank 0, whose message counts for all, does not know this
+        if rank:  # rank 0 reports errors for all ranks, but does not have this one
             logger.error(problem)
         raise RunError(problem) from None
 

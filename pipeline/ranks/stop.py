@@ -18,19 +18,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # Exit code of `megabase train` when it has written a checkpoint and should be started again (EX_TEMPFAIL).
 EXIT_AGAIN = 75
-# Exit code after a second Ctrl-C, as of any program that SIGINT ends.
+# Exit code after a second Ctrl-C: 128 + SIGINT, as for any program that SIGINT ends.
 INTERRUPTED = 130
 # Seconds between two checks for the STOP file: each is a request to the file server.
 POLL_S = 1.0
 
 
 class StopRequest:
-    """A flag: true once something requested to stop. Further requests change nothing, but a second Ctrl-C interrupts.
+    """A flag: true after the first request to stop. Later requests change nothing, but a second Ctrl-C interrupts.
 
     Attributes:
         reason: what set the flag first: a signal's name, the STOP file's path or the setting `trainer.max_minutes`.
-        by_person: whether there is a STOP file: then no job script should start the run again.
-        minutes: time limit after which the flag is set, from the construction of this object; 0: none. Needs `watch`.
+        by_person: whether the STOP file exists. Then no job script should start the run again.
+        minutes: time limit, counted from the construction of this object, at which `watch` sets the flag; 0: none.
     """
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class StopRequest:
         """Handle SIGTERM, SIGUSR1 and SIGINT of this process, from now until it ends; returns itself."""
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._handle)
-        # A supervisor starts its ranks with these signals blocked: one that came meanwhile is delivered now.
+        # A supervisor starts its ranks with these signals blocked: a signal that arrived meanwhile is delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def watch(self, file: Path) -> None:
         """Check about once a second for a STOP file, and for the time limit `minutes`.
 
-        Call it on one rank; the ranks agree on what it finds. A thread does it, so that a slow file server delays no
-        step.
+        Call it on one rank; `agreement.py` passes the request to the others. A thread does it, so that a slow file
+        server does not delay a step.
         """
         threading.Thread(target=self._watch, args=(file,), name="stop", daemon=True).start()
 
@@ -62,7 +62,7 @@ class StopRequest:
 
     def _watch(self, file: Path) -> None:
         while not self.by_person:
-            with suppress(OSError):  # an error of the file server is no request to stop
+            with suppress(OSError):  # an error of the file server is not a request to stop
                 self.by_person = file.exists()
             if self.by_person:
                 self.reason = self.reason or str(file)

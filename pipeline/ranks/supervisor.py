@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds that the other ranks have to exit after one has failed; then they are killed.
 GRACE_S = 10.0
-# Seconds to wait for a killed process: one that waits for a dead disk ends only when the disk responds.
+# Seconds to wait for a killed process: while it waits for a disk that does not respond, it does not end.
 KILLED_WAIT_S = 30.0
 
 
@@ -34,8 +34,10 @@ def megabase_command(*arguments: str) -> list[str]:
     found megabase in the working directory (`python -m` in a source tree), the new process must find it there, too.
     """
     root = Path(megabase.__file__).resolve().parents[1]
-    from_here = not sys.flags.safe_path and Path(sys.path[0] or ".").resolve() == root == Path.cwd().resolve()
-    return [sys.executable, *([] if from_here else ["-P"]), "-m", "megabase.pipeline.cli", *arguments]
+    in_source_tree = (
+        not sys.flags.safe_path and Path(sys.path[0] or ".").resolve() == root == Path.cwd().resolve()
+    )
+    return [sys.executable, *([] if in_source_tree else ["-P"]), "-m", "megabase.pipeline.cli", *arguments]
 
 
 def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
@@ -83,7 +85,7 @@ def _start(command: Sequence[str], ranks: int) -> list[subprocess.Popen[bytes]]:
         "MASTER_PORT": str(free_port()),
         "GROUP_RANK": "0",
     }
-    threads = max(1, (len(os.sched_getaffinity(0))) // ranks)
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     # A rank unblocks the stop signals when it has its handlers (`StopRequest.listen`).
     with signals_blocked(STOP_SIGNALS):

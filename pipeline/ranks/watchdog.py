@@ -3,12 +3,12 @@
 The main thread calls `beat` (two stores, no system call) after every micro batch, batch of an evaluation and phase of a
 checkpoint. A thread of each rank checks about once a second. After `hang_minutes` without a beat it writes the Python
 stacks of all threads to `logs/rank-R.stacks.txt` and ends the process with code 1; the launcher then ends the other
-ranks. If C code holds Python's lock, this thread cannot run either: then a thread of `faulthandler`, which needs no
-lock, does the same. Every HEARTBEAT_S seconds the thread also writes `logs/rank-R.heartbeat`, which shows without a
+ranks. If C code holds the GIL, this thread cannot run: then a thread of `faulthandler`, which does not need the GIL,
+does the same. Every HEARTBEAT_S seconds the thread also writes `logs/rank-R.heartbeat`, which shows without a
 debugger how far each rank is.
 
-The rule looks at one rank alone. Ranks that wait in a collective for the one that hangs have no beats either, so each
-writes its stacks: one shows where it hangs, the others show the collective.
+Each rank watches only itself. Ranks that wait in a collective for a rank that hangs do not beat either, so all of them
+write their stacks: those of the rank that hangs show where, those of the others show the collective.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 
 from megabase.pipeline.rundir.paths import RunPaths
 
-# Least minutes without a beat that count as a hang before the first micro batch: imports and compilers are slow.
+# Until the first micro batch is done, the limit is at least this many minutes: imports and compilation are slow.
 START_MINUTES = 30.0
 HEARTBEAT_S = 10.0
-# Seconds between writing the stacks and the end of the process, in which other ranks can write theirs.
+# Seconds between writing the stacks and the end of the process: the other ranks write theirs meanwhile.
 LINGER_S = 3.0
-# Writing stacks to a dead disk may hang as well: after this many seconds faulthandler ends the process.
+# If writing the stacks hangs as well, faulthandler ends the process after this many seconds.
 LAST_RESORT_S = 30.0
 # Size of a heartbeat: each overwrites the one before in a single write.
 _HEARTBEAT_BYTES = 512
@@ -43,7 +43,7 @@ class _Activity:
 
     Attributes:
         beats: how many times it has reported.
-        doing: what it does since then, in a few words.
+        doing: what it is doing since then, in a few words.
         step: optimizer steps done.
         training: whether the first micro batch is done.
     """
@@ -99,7 +99,7 @@ class Watchdog:
                 self._stacks = os.open(self._stacks_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             self._print(
-                f"cannot write in {paths.logs} ({error.strerror}); if this rank hangs, stderr gets its stacks"
+                f"cannot write in {paths.logs} ({error.strerror}); if this rank hangs, its stacks go to stderr"
             )
 
     def start(self) -> Watchdog:
@@ -127,9 +127,8 @@ class Watchdog:
                 limit = 60 * (self._minutes if _activity.training else max(self._minutes, START_MINUTES))
                 if now - since > limit:
                     self._end(now - since)
-                with suppress(
-                    RuntimeError
-                ):  # no thread can be started at this moment; the next check tries again
+                # If no thread can be started at this moment, the next check tries again.
+                with suppress(RuntimeError):
                     faulthandler.dump_traceback_later(limit, exit=True, file=self._stacks)
             if now - wrote >= HEARTBEAT_S:
                 self._write_heartbeat(now - since)
@@ -157,7 +156,7 @@ class Watchdog:
         os._exit(1)
 
     def _write_heartbeat(self, silent: float) -> None:
-        """Overwrite the heartbeat file in one write, as others may be reading it."""
+        """Overwrite the heartbeat file in one write, because a reader may have it open."""
         if self._heartbeat < 0:
             return
         now = time.time()
@@ -177,6 +176,6 @@ class Watchdog:
             self._heartbeat = -1
 
     def _print(self, text: str) -> None:
-        # Not with sys.stderr: the thread that hangs may hold its lock.
+        # Not through sys.stderr: the thread that hangs may hold the lock of that stream.
         with suppress(OSError):
             os.write(2, f"megabase: {text}\n".encode())

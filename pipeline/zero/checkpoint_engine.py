@@ -3,10 +3,10 @@
 - Every file is hashed while it is written, and synced to disk: no file is read back for its checksum.
 - With `background`, `save` copies the states to host memory and returns; a thread writes them while training goes
   on. The buffers are kept for the next checkpoint: this mode costs host memory for a copy of the states.
-- A file with numbers that are not finite is not written. Each tensor is checked first, on its device or, in the
-  background, in its copy.
+- A file with numbers that are not finite is not written. Each tensor is checked first: on its device or, with
+  `background`, in its copy.
 - DeepSpeed's ranks wait for each other at barriers while saving, so nothing here raises an error before `result`: a
-  rank that left alone would make the others wait.
+  rank that raised alone would leave the others at the barrier.
 - No code from a file is executed: files are read with `weights_only`, which accepts tensors, plain containers and the
   few classes named in `ALLOWED`.
 """
@@ -27,7 +27,7 @@ from typing import IO, Any, TypeVar
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, on import, that it fell back to it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns on import that it uses the CPU
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -51,7 +51,7 @@ class Written:
     """What one rank wrote.
 
     Attributes:
-        files: {path: {size in bytes, sha256}}.
+        files: {path: {"size": bytes, "sha256": hexadecimal digits}}.
         error: why not all files could be written; None if they were.
     """
 
@@ -76,7 +76,7 @@ class Storage(CheckpointEngine):
         return all(future.done() for future in self._pending)
 
     def result(self) -> Written:
-        """Wait until the files of the current checkpoint are written; returns them. Then the next may begin."""
+        """Wait until the files of the current checkpoint are written, and return them. Then the next one may begin."""
         for future in self._pending:
             future.result()
         written, self._written, self._pending = self._written, Written(), []
@@ -102,7 +102,7 @@ class Storage(CheckpointEngine):
         self._pending.append(self.run(lambda: self._write(state, Path(path))))
 
     def run(self, work: Callable[[], T]) -> Future[T]:
-        """Call `work` after the files so far are written: now, or in the background on the writer's thread."""
+        """Call `work` after all files so far are written: now or, with `background`, on the writer's thread."""
         if self._writer:
             return self._writer.submit(work)
         future: Future[T] = Future()
@@ -129,13 +129,17 @@ class Storage(CheckpointEngine):
             with HashingFile(path) as file:
                 torch.save(state, file)  # type: ignore[arg-type]
             self._written.files[path] = {"size": file.size, "sha256": file.digest()}
-        except Exception as error:  # of any kind: the other ranks must receive it and not wait
-            # torch raises its own error for a file that could not be written; the cause is more useful.
+        except Exception as error:  # any error: the other ranks must receive it, or they would wait
+            # torch raises an error of its own if a file cannot be written; the OSError behind it says why.
             self._written.error = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 class HashingFile:
-    """A new file that is hashed while it is written, and synced to disk when it is closed. size: bytes so far."""
+    """A new file that is hashed while it is written, and synced to disk when it is closed.
+
+    Attributes:
+        size: bytes written so far.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("wb")
@@ -168,7 +172,7 @@ class HashingFile:
 
 
 class Snapshots:
-    """Copies of states in host memory, in buffers that the next checkpoint uses again.
+    """Copies states to host memory, into buffers that the next checkpoint reuses.
 
     Tensors that share a storage share it in the copy, as `torch.save` wants it. On a machine with GPUs the buffers
     are pinned.
@@ -180,7 +184,7 @@ class Snapshots:
         self._copied: dict[tuple[str, int], torch.UntypedStorage] = {}
 
     def rewind(self) -> None:
-        """Free the buffers for new copies: the last copies are not needed any more."""
+        """Let the next copies overwrite the last ones, which must not be used any more."""
         self._used = 0
 
     def take(self, state: Any) -> Any:
@@ -223,13 +227,15 @@ class Snapshots:
 
 
 def finite(state: Any) -> bool:
-    """Whether all numbers in nested dictionaries, lists and tuples of tensors are finite. Reads each device once."""
-    seen: dict[torch.device, list[torch.Tensor]] = {}
+    """Whether all numbers in nested dictionaries, lists and tuples of tensors are finite. One read from each device."""
+    extremes: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in _tensors(state):
         if tensor.is_floating_point() and tensor.numel():
-            # No mask as large as the tensor: NaN makes minimum and maximum NaN, an infinity is one of them.
-            seen.setdefault(tensor.device, []).append(torch.stack(torch.aminmax(tensor.detach())).float())
-    return all(bool(torch.stack(ends).isfinite().all()) for ends in seen.values())
+            # Minimum and maximum show it without a mask as large as the tensor: a NaN makes both NaN, and an infinity
+            # is one of the two.
+            both = torch.stack(torch.aminmax(tensor.detach())).float()
+            extremes.setdefault(tensor.device, []).append(both)
+    return all(bool(torch.stack(values).isfinite().all()) for values in extremes.values())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -251,7 +257,7 @@ def load(path: Path, *, mmap: bool = False) -> Any:
         mmap: map tensors from the file; otherwise they are read into host memory.
 
     Raises:
-        RunError: it is incomplete, or holds an object that only code from the file could make.
+        RunError: it is incomplete, or holds an object of a class that is not in `ALLOWED`.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED):

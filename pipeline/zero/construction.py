@@ -12,16 +12,16 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 from torch.nn import Module
 
-# glibc's malloc_trim returns free memory to the system. Without it, the memory of the full layers, freed between the
-# parts that stay, would add up to that of the full model.
+# glibc's malloc_trim returns freed memory to the system. Without it the process would keep the freed memory of every
+# full layer, because parts that stay lie between, and would need as much memory as the full model.
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
 
 class Sharded(deepspeed.zero.Init):
     """Within this context, the parameters of a module are sharded as soon as its __init__ is done.
 
-    deepspeed.zero.Init makes every new tensor in the run's precision, also random numbers and what is computed from
-    them. Here weights are computed in fp32 and rounded once, as without sharding.
+    deepspeed.zero.Init makes every new tensor in the run's precision, including random numbers and results computed
+    from them. Here weights are computed in fp32 and rounded once, as without sharding.
     """
 
     def __init__(self, config_dict_or_path: object) -> None:

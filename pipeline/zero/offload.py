@@ -2,7 +2,7 @@
 
 DeepSpeed offloads to host memory, as with `cpu`; its tensors there are then moved into files that are mapped into
 memory. When memory is short, the kernel writes their pages to the disk and reads them back on use. AdamW, the check for
-bad numbers and checkpoints work on these tensors as on any other.
+bad numbers and the checkpoints use these tensors like any others.
 
 DeepSpeed's own offload to a disk is not used. It does not check the results of its reads and writes (0.19.8), so a full
 disk, or gradients of a part of a parameter that does not begin at a multiple of 512 bytes, give wrong numbers without
@@ -31,8 +31,8 @@ def map_from_files(engine: Any, zero: ZeroConfig) -> None:
 
     Args:
         engine: a new DeepSpeedEngine of stage 3.
-        zero: with its `offload`, AdamW's states, fp32 weights and fp32 gradients are moved; with `offload_parameters`
-            the weights that forward computes with.
+        zero: if `offload` is nvme, AdamW's states, fp32 weights and fp32 gradients are moved; if `offload_parameters`
+            is nvme, the weights that the forward pass uses.
 
     Raises:
         RunError: on every rank, if the disk of one of them has no space.
@@ -45,14 +45,14 @@ def map_from_files(engine: Any, zero: ZeroConfig) -> None:
     try:
         for number, weights in enumerate(optimizer.fp32_partitioned_groups_flat):
             if states:
-                weights.data = _in_file(directory, weights.detach())
-                weights.grad = _in_file(directory, weights.grad)
-                # Otherwise AdamW would allocate them in memory, at its first step.
-                moments = {moment: _file(directory, weights) for moment in MOMENTS}
+                weights.data = _copy_in_file(directory, weights.detach())
+                weights.grad = _copy_in_file(directory, weights.grad)
+                # Made here, because AdamW would allocate them in memory at its first step.
+                moments = {moment: _zeros_in_file(directory, weights) for moment in MOMENTS}
                 optimizer.state[weights] = {"step": torch.tensor(0.0)} | moments
             if parameters:
                 flat = optimizer.fp16_partitioned_groups_flat[number]
-                flat.data = _in_file(directory, flat.detach())
+                flat.data = _copy_in_file(directory, flat.detach())
                 optimizer._unflatten_partitioned_parameters(number)
         if parameters:
             optimizer.param_groups_fp16_flat_cpu_memory.clear()
@@ -61,13 +61,15 @@ def map_from_files(engine: Any, zero: ZeroConfig) -> None:
     Group.of_all_ranks().check(error)
 
 
-def _in_file(directory: Path, tensor: Tensor) -> Tensor:
+def _copy_in_file(directory: Path, tensor: Tensor) -> Tensor:
     """A copy of a contiguous tensor, mapped from a file of its own."""
-    return _file(directory, tensor).copy_(tensor)
+    return _zeros_in_file(directory, tensor).copy_(tensor)
 
 
-def _file(directory: Path, like: Tensor) -> Tensor:
-    """Zeros, mapped from a new file. It is unlinked at once: its space is freed however this process ends.
+def _zeros_in_file(directory: Path, like: Tensor) -> Tensor:
+    """Zeros of the shape and dtype of `like`, mapped from a new file.
+
+    The file is unlinked at once, so its space is freed however this process ends.
 
     Raises:
         OSError: the disk has no space.

@@ -1,4 +1,4 @@
-"""The full shape of a parameter: under ZeRO stage 3 a parameter is an empty placeholder with its shape as attribute."""
+"""The full shape of a parameter: ZeRO stage 3 replaces it by an empty placeholder, with that shape in an attribute."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import nn
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, or that of all its parts together if ZeRO stage 3 has cut it."""
+    """The shape of a parameter as if it were not sharded, in any ZeRO stage."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def full_size(parameter: nn.Parameter) -> int:
-    """The number of elements of a parameter, or that of all its parts together if ZeRO stage 3 has cut it."""
+    """The number of elements of a parameter as if it were not sharded, in any ZeRO stage."""
     return full_shape(parameter).numel()

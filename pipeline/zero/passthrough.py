@@ -1,8 +1,8 @@
 """Checking the keys that `zero.deepspeed` passes on to DeepSpeed, before a process is started.
 
-DeepSpeed ignores a key that it does not know, and a key that another setting decides would be set twice: both are
-errors of one line here. DeepSpeed itself shows which keys it knows (`recording.py`). It takes seconds to import, so it
-is imported only if `zero.deepspeed` has keys.
+DeepSpeed ignores a key that it does not know, and a key that another setting decides would be set twice: here both are
+errors. DeepSpeed itself shows which keys it knows (`recording.py`). It takes seconds to import, so it is imported only
+if `zero.deepspeed` has keys.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def _check_keys(config: RunConfig) -> None:
     own = own_settings(config)
     for section, value in given.items():
         if isinstance(own.get(section), dict) and not isinstance(value, dict):
-            raise UserError(f"zero.deepspeed.{section}={value!r}: it holds keys and values")
+            raise UserError(f"zero.deepspeed.{section}={value!r}: must hold keys and values")
         _check_with_deepspeed(section, merged(own, {section: value}))
 
 
 def _refuse_reserved(key: str) -> None:
     """Raise UserError for a dotted key of DeepSpeed that `zero.deepspeed` must not set."""
-    for start in _beginnings(_first_name(key)):
+    for start in _prefixes(_main_name(key)):
         if start in OURS:
             raise UserError(f"zero.deepspeed.{key} is decided by another setting: use {OURS[start]}")
         if start in REFUSED:
@@ -59,8 +59,8 @@ def _refuse_reserved(key: str) -> None:
 
 def _refuse_without_effect(key: str, config: RunConfig) -> None:
     """Raise UserError for a dotted key of DeepSpeed that has no effect in this run."""
-    name, own = _first_name(key), own_settings(config)
-    # Where a key begins so: whether it has an effect, and what it needs.
+    name, own = _main_name(key), own_settings(config)
+    # {prefix of keys: (whether they have an effect in this run, the setting that they need)}.
     needed = {
         "fp16": ("fp16" in own, "trainer.precision=16"),
         "bf16": ("bf16" in own, "trainer.precision=bf16"),
@@ -71,7 +71,7 @@ def _refuse_without_effect(key: str, config: RunConfig) -> None:
     }
     if name.rpartition(".")[2].startswith("stage3_"):
         needed[name] = (config.zero.stage == 3, "zero.stage=3")
-    for start in _beginnings(name):
+    for start in _prefixes(name):
         effective, setting = needed.get(start, (True, ""))
         if not effective:
             raise UserError(
@@ -79,14 +79,14 @@ def _refuse_without_effect(key: str, config: RunConfig) -> None:
             )
 
 
-def _beginnings(key: str) -> list[str]:
+def _prefixes(key: str) -> list[str]:
     """["a", "a.b", "a.b.c"] of "a.b.c"."""
     parts = key.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
-def _first_name(key: str) -> str:
-    """A dotted key by the first of the names that DeepSpeed accepts for it, if it has several."""
+def _main_name(key: str) -> str:
+    """The name under which OURS and REFUSED list a dotted key, for which DeepSpeed may accept a second name."""
     parts = key.split(".")
     if parts[0] == ZERO and len(parts) > 1:
         parts[1] = _aliases().get(parts[1], parts[1])
@@ -94,7 +94,7 @@ def _first_name(key: str) -> str:
 
 
 def _aliases() -> dict[str, str]:
-    """Second names that DeepSpeed accepts for keys of its ZeRO section, with the first ones."""
+    """{second name: main name (pydantic's alias)} of the keys in DeepSpeed's ZeRO section that have two names."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields.items()
@@ -103,7 +103,9 @@ def _aliases() -> dict[str, str]:
 
 def _import_quietly() -> None:
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it falls back to it
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # otherwise DeepSpeed warns on import that it uses the CPU
     import deepspeed
 
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
@@ -120,14 +122,13 @@ def _check_with_deepspeed(section: str, configuration: dict[str, Any]) -> None:
         DeepSpeedConfig(recorded)
     except ValidationError as error:
         raise _validation_error(section, error) from None
-    except (
-        Exception
-    ) as error:  # DeepSpeed raises assertions, its own and Python's errors, with messages for the user
+    except Exception as error:
+        # DeepSpeed raises AssertionError, other errors of Python and its own, with messages for the user.
         raise UserError(f"{place}: {first_line(error)}") from None
     if section not in recorded.read:
         raise _unknown(place, recorded.read)
     value = dict.__getitem__(recorded, section)
-    # If no key of a section was read, pydantic took the section as one value and has checked its keys above.
+    # If no key in the section was read, pydantic took the section as one value, and has checked its keys above.
     if isinstance(value, RecordingDict) and value.read and (unread := value.unread()):
         raise _unknown(f"{place}.{unread[0]}", value.read)
 
@@ -145,7 +146,7 @@ def _validation_error(section: str, error: Any) -> UserError:
 
 
 def _unknown(key: str, known: set[str]) -> UserError:
-    """The error for a key that DeepSpeed does not know; `known` are the keys that it does know in that section."""
+    """The error for a key that DeepSpeed does not know; `known` are the keys that it knows in that section."""
     name = key.rpartition(".")[2]
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}?" if close else "see https://www.deepspeed.ai/docs/config-json"
@@ -157,12 +158,12 @@ def _known_keys(title: str, path: tuple[int | str, ...]) -> set[str]:
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
     from pydantic import BaseModel
 
-    waiting: list[type[BaseModel]] = [DeepSpeedConfigModel]
+    unvisited: list[type[BaseModel]] = [DeepSpeedConfigModel]
     models = {}
-    while waiting:
-        model = waiting.pop()
+    while unvisited:
+        model = unvisited.pop()
         models[model.__name__] = model
-        waiting += model.__subclasses__()
+        unvisited += model.__subclasses__()
     found: Any = models.get(title)
     for part in path:
         kinds = [found.model_fields[str(part)].annotation] if found and part in found.model_fields else []

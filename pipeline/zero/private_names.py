@@ -1,8 +1,9 @@
-"""Every name of DeepSpeed, Lightning and torch that this package uses and that they do not promise to keep.
+"""Every private name of DeepSpeed, Lightning and torch that this package uses.
 
-These names begin with an underscore, or lie in internal modules, or are attributes that no documentation mentions. A
-new version may rename them without notice. tests/pipeline/zero/test_private_names.py looks each of them up in the
-installed versions and fails with the name that is gone, and it fails for a private name that is not listed here.
+A private name begins with an underscore, or lies in an internal module, or is an attribute that no documentation
+mentions. A new version may rename it without notice. tests/pipeline/zero/test_private_names.py looks each of them up
+in the installed versions and fails with the name that is gone. It also fails if this package uses a private name that
+is not listed here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _C10D = "torch.distributed.distributed_c10d"
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A name that a library does not promise.
+    """A name that a library may change without notice.
 
     Attributes:
         owner: the module or class that defines or uses it, dotted.
@@ -36,12 +37,12 @@ class PrivateName:
 PRIVATE_NAMES = tuple(
     PrivateName(*row)
     for row in (
-        # adamw.py, checkpoint_engine.py: what the engine expects of us.
-        (_ENGINE, "overflow", "the engine asks a plain optimizer by this name whether it dropped the update"),
+        # adamw.py, checkpoint_engine.py: names by which the engine finds our optimizer's results and our storage.
+        (_ENGINE, "overflow", "the engine reads this of a plain optimizer: whether it dropped the update"),
         (
             _ENGINE,
             "_global_grad_norm",
-            "the engine asks a plain optimizer by this name for its gradient norm",
+            "the engine reads this of a plain optimizer: its gradient norm",
         ),
         (_ENGINE, "checkpoint_engine", "replaced by ours, which hashes files and writes in the background"),
         (
@@ -52,7 +53,7 @@ PRIVATE_NAMES = tuple(
         (
             "deepspeed.runtime.checkpoint_engine.checkpoint_engine",
             "CheckpointCommitInfo",
-            "argument of the engine's calls of it",
+            "argument with which the engine calls a CheckpointEngine",
         ),
         # checkpoint_engine.py: classes of objects in DeepSpeed's files, which `weights_only` must accept.
         ("deepspeed.utils.tensor_fragment", "fragment_address", "object in DeepSpeed's files"),
@@ -61,7 +62,7 @@ PRIVATE_NAMES = tuple(
         ("deepspeed.runtime.zero.config", "ZeroStageEnum", "object in DeepSpeed's files"),
         # construction.py, parameters.py: parameters under stage 3.
         (_PARTITION, "DeepSpeedTensorOverride", "new tensors keep fp32 while a model is built"),
-        (f"{_PARTITION}.Init", "tensor_overrides", "likewise"),
+        (f"{_PARTITION}.Init", "tensor_overrides", "takes DeepSpeedTensorOverride"),
         (f"{_PARTITION}.Init", "_post_init_method", "casts a layer's weights when its __init__ is done"),
         (_PARTITION, "ds_id", "marks a parameter that is sharded already"),
         (_PARTITION, "ds_shape", "full shape of a sharded parameter"),
@@ -75,9 +76,13 @@ PRIVATE_NAMES = tuple(
         (
             _STAGE_3,
             "_unflatten_partitioned_parameters",
-            "parameters follow their vector into the mapped file",
+            "makes parameters views of their vector in the mapped file",
         ),
-        (_STAGE_3, "_reassign_or_swap_out_partitioned_parameters", "forward sees weights that were loaded"),
+        (
+            _STAGE_3,
+            "_reassign_or_swap_out_partitioned_parameters",
+            "makes the forward pass use weights that were loaded",
+        ),
         (_STAGE_1_2, "bit16_groups", "parameters of each group"),
         (_STAGE_1_2, "single_partition_of_fp32_groups", "this rank's part of a group's fp32 weights"),
         (_STAGE_3, "checkpoint_event_prologue", "must run before states are loaded"),
@@ -87,31 +92,55 @@ PRIVATE_NAMES = tuple(
             "_hp_mapping",
             "which elements of a parameter a rank keeps",
         ),
-        ("deepspeed.utils.tensor_fragment", "lp_fragment_address", "likewise: where in the parameter"),
-        ("deepspeed.utils.tensor_fragment", "hp_fragment_address", "likewise: where in the rank's vector"),
-        (_ENGINE, "_optimizer_has_ckpt_event_prologue", "whether the optimizer has the two above"),
-        (_ENGINE, "param_names", "names of parameters, as checkpoints have them"),
+        (
+            "deepspeed.utils.tensor_fragment",
+            "lp_fragment_address",
+            "where they begin in the parameter",
+        ),
+        (
+            "deepspeed.utils.tensor_fragment",
+            "hp_fragment_address",
+            "where they begin in the rank's vector",
+        ),
+        (
+            _ENGINE,
+            "_optimizer_has_ckpt_event_prologue",
+            "whether checkpoint_event_prologue and _epilogue exist",
+        ),
+        (_ENGINE, "param_names", "names of parameters, the same as in checkpoints"),
         (_ENGINE, "global_samples", "counter that a checkpoint restores"),
         (_ENGINE, "global_steps", "counter that a checkpoint restores"),
         (_ENGINE, "skipped_steps", "counter that a checkpoint restores"),
-        # passthrough.py, settings.py: what DeepSpeed reads of its configuration.
-        ("deepspeed.runtime.config", "DeepSpeedConfig", "reads a configuration that records its keys"),
+        # passthrough.py, settings.py: how DeepSpeed reads its configuration.
+        (
+            "deepspeed.runtime.config",
+            "DeepSpeedConfig",
+            "reads a RecordingDict, which shows the keys that it knows",
+        ),
         (
             "deepspeed.runtime.config_utils",
             "DeepSpeedConfigModel",
-            "its subclasses name the keys of a section",
+            "base class of all sections; their fields are the keys",
         ),
-        ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig", "second names of keys"),
+        ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig", "its fields have both names of a key"),
         (_ENGINE, "_config", "the settings that an engine uses"),
-        (_ENGINE, "zero_config", "likewise: its ZeRO section"),
+        (_ENGINE, "zero_config", "the ZeRO section of these settings"),
         # strategy.py.
-        (_ENGINE, "_copy_recovery_script", "rank 0 would copy a script that `megabase export` replaces"),
+        (
+            _ENGINE,
+            "_copy_recovery_script",
+            "replaced by nothing: rank 0 would copy a script",
+        ),
         (
             "deepspeed.runtime.fp16.loss_scaler",
             "raise_error_at_min_scale",
-            "a step at the least loss scale is skipped",
+            "set to False: an overflow at the least loss scale skips the step instead of raising",
         ),
-        ("deepspeed.ops", "__compatible_ops__", "keeps DeepSpeed from compiling an all-reduce for CPUs"),
+        (
+            "deepspeed.ops",
+            "__compatible_ops__",
+            "changed to keep DeepSpeed from compiling an all-reduce for CPUs",
+        ),
         ("deepspeed.utils.logging", "logger", "its level is raised to errors"),
         (
             "pytorch_lightning.strategies.deepspeed.DeepSpeedStrategy",
@@ -121,16 +150,16 @@ PRIVATE_NAMES = tuple(
         (
             "pytorch_lightning.strategies.deepspeed.DeepSpeedStrategy",
             "_setup_model_and_optimizer",
-            "makes the engine; ours checks and changes it",
+            "overridden: makes the engine, then checks and changes it",
         ),
         (_SIGNALS, "_SignalConnector", "base class of one that handles no signals"),
         (f"{_SIGNALS}._SignalConnector", "register_signal_handlers", "overridden by one that does nothing"),
-        (f"{_SIGNALS}._SignalConnector", "received_sigterm", "must exist for the loops"),
+        (f"{_SIGNALS}._SignalConnector", "received_sigterm", "Lightning's loops read it"),
         (_TRAINER, "_signal_connector", "replaced by one that handles no signals"),
         (
             "pytorch_lightning.loops.training_epoch_loop._TrainingEpochLoop",
             "_broadcast_sigterm_tensor",
-            "would synchronise the ranks before every batch",
+            "replaced by nothing: it would synchronise the ranks before every batch",
         ),
         (
             "pytorch_lightning.loops.fit_loop._FitLoop",
@@ -139,7 +168,7 @@ PRIVATE_NAMES = tuple(
         ),
         # timeouts.py.
         (_C10D, "_world", "lists every process group"),
-        (f"{_C10D}._World", "pg_map", "likewise"),
+        (f"{_C10D}._World", "pg_map", "its keys are the process groups"),
         (_C10D, "_set_pg_timeout", "changes the timeout of an existing group"),
     )
 )

@@ -1,7 +1,7 @@
 """A dictionary that records which of its keys are read: this shows which keys DeepSpeed knows.
 
-DeepSpeed ignores a key that it does not know, and publishes no list of its keys. So it reads a configuration of this
-kind, and every key that it did not read is unknown. So megabase keeps no list that could become outdated.
+DeepSpeed ignores a key that it does not know, and publishes no list of its keys. So megabase gives it a configuration
+of this type: DeepSpeed does not know a key that it has not read. megabase needs no list that could become outdated.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class RecordingDict(dict[str, Any]):
-    """A dictionary that records every key that is read, present or not; so do the dictionaries in it.
+    """A dictionary that records every key that is read, present or not. Nested dictionaries record their own keys.
 
     Attributes:
-        read: these keys.
+        read: the keys that were read so far.
     """
 
     def __init__(self, content: dict[str, Any]) -> None:
@@ -44,5 +44,5 @@ class RecordingDict(dict[str, Any]):
         return self
 
     def unread(self) -> list[str]:
-        """The keys that it has and that were never read, sorted."""
+        """The keys of this dictionary that were never read, sorted."""
         return sorted(set(dict.keys(self)) - self.read)

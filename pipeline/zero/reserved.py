@@ -1,4 +1,5 @@
-"""DeepSpeed's keys that `zero.deepspeed` must not set: a setting of megabase decides them, or they are refused."""
+"""DeepSpeed's keys that `zero.deepspeed` must not set: a setting of megabase decides them, or they would break
+a guarantee or do nothing."""
 
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ OURS = {
     f"{ZERO}.cpu_offload_param": "zero.offload_parameters",
     f"{ZERO}.cpu_offload_use_pin_memory": f"zero.deepspeed.{ZERO}.offload_optimizer.pin_memory",
 }
-_ADAM = "the optimizer is torch's AdamW, the same numbers on every device"
+_ADAM = "the optimizer is torch's AdamW, which computes the same numbers on every device"
 _MASTER = "weights and AdamW's states are kept in fp32"
-_CHECKPOINT = "megabase cannot read a checkpoint with the layout of states that it makes"
-_DISK = "files on the disk are mapped into host memory, see docs/zero.md"
+_CHECKPOINT = "it changes the layout of states in a checkpoint, which megabase could not read then"
+_DISK = "megabase offloads to a disk through files that are mapped into host memory, see docs/zero.md"
 _MODEL = "megabase does not split models that way"
 _DATA = "the windows of a step are a function of run.seed alone"
 _NO_EFFECT = "it has no effect in megabase"
@@ -44,14 +45,14 @@ REFUSED = {
     "gradient_allreduce_op": "the loss is scaled for gradients that are averaged over the ranks",
     "managed_gradient_accumulation": "steps are counted by DeepSpeed's accumulation",
     "disable_allgather": "every rank needs the updated weights",
-    "fp16.auto_cast": "inputs are tokens",
+    "fp16.auto_cast": "inputs are token numbers, which must stay integers",
     "fp16.fp16_master_weights_and_grads": _MASTER,
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "bf16.check_grad_overflow": "guard.on_bad finds and skips bad steps with it",
     f"{ZERO}.overlap_comm": "the order of reductions would depend on timing, and a resumed run would not be exact",
-    f"{ZERO}.contiguous_gradients": "reductions need it",
-    f"{ZERO}.compute_grad_norm": "optim.clip and the journal need it",
+    f"{ZERO}.contiguous_gradients": "reductions need contiguous gradients",
+    f"{ZERO}.compute_grad_norm": "optim.clip and the journal need the norm",
     f"{ZERO}.elastic_checkpoint": _CHECKPOINT,
     f"{ZERO}.legacy_stage1": _CHECKPOINT,
     f"{ZERO}.load_from_fp32_weights": _CHECKPOINT,
@@ -86,7 +87,7 @@ REFUSED = {
     "expert_parallel": _MODEL,
     "use_data_before_expert_parallelism": _MODEL,
     "pipeline": _MODEL,
-    "progressive_layer_drop": "a model has all its layers at every step",
+    "progressive_layer_drop": "every step uses all layers of a model",
     "hybrid_engine": _NO_EFFECT,
     "autotuning": _NO_EFFECT,
     "compile": _NO_EFFECT,

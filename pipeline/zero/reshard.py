@@ -1,10 +1,9 @@
 """Resuming on another number of ranks or in another ZeRO stage, without converting the checkpoint first.
 
-A new engine knows which elements of which parameter each of its ranks keeps. Each rank reads only these elements from
-the files of the ranks that wrote the checkpoint (`states.py`). Below stage 3 it passes them to DeepSpeed as if it had
-saved them itself; in stage 3 it copies them into the tensors where DeepSpeed keeps them. So nothing is written, and no
-rank waits for a conversion. The numbers are the same bits. Afterwards, only the order in which ranks sum up gradients
-differs.
+A new engine knows which elements of which parameters each rank keeps. A rank reads only its own elements from the files
+of the ranks that wrote the checkpoint (`states.py`). Below stage 3 it passes them to DeepSpeed in the form in which
+DeepSpeed saves them; in stage 3 it copies them into DeepSpeed's tensors. So nothing is written, and no rank waits for a
+conversion. Weights and states keep their bits. Afterwards, only the order in which the ranks sum up gradients differs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from megabase.pipeline.zero.states import MOMENTS, WEIGHTS, Shards
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of a parameter, kept from element `offset` on in a vector of this rank."""
+    """Elements [start, stop) of a parameter. In their vector on this rank they begin at element `offset`."""
 
     name: str
     start: int
@@ -33,7 +32,7 @@ class Fragment:
     offset: int
 
 
-# What DeepSpeed keeps on this rank: for each vector its size and its fragments.
+# The vectors that DeepSpeed keeps on this rank: for each its size and its fragments.
 Layout = list[tuple[int, list[Fragment]]]
 
 
@@ -41,7 +40,7 @@ def reshard(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> dict[str, Any]
     """Load a rank's part of a checkpoint into a new engine. All ranks call it.
 
     Args:
-        engine: a new engine, of any number of ranks and any stage.
+        engine: a new engine; its number of ranks and its stage may differ from the checkpoint's.
         shards: the checkpoint.
 
     Returns:
@@ -57,7 +56,7 @@ def reshard(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> dict[str, Any]
     stage = engine.zero_optimization_stage()
     if stage < 3:
         _load_weights(engine, shards)
-    load = {0: _load_whole, 1: _load_partitioned, 2: _load_partitioned, 3: _load_sharded}[stage]
+    load = {0: _load_unsharded, 1: _load_partitioned, 2: _load_partitioned, 3: _load_sharded}[stage]
     load(engine, shards)
     if prologue:
         engine.optimizer.checkpoint_event_epilogue()
@@ -81,14 +80,15 @@ def _load_weights(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
         parameter.copy_(shards.read(name).view_as(parameter))
 
 
-def _load_whole(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
+def _load_unsharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
     """Stage 0: every rank keeps all states, one vector per parameter."""
     optimizer = engine.optimizer
-    groups = optimizer.param_groups
-    if hasattr(optimizer, "fp16_groups"):  # 16 bits: groups of the weights that the fp32 ones belong to
+    if hasattr(
+        optimizer, "fp16_groups"
+    ):  # at 16 bits the model's weights, each with an fp32 weight in `fp32_groups`
         named = [list(_named(engine, group)) for group in optimizer.fp16_groups]
     else:
-        named = [list(_named(engine, group["params"])) for group in groups]
+        named = [list(_named(engine, group["params"])) for group in optimizer.param_groups]
 
     def read(name: str, what: str) -> Tensor:
         return shards.read(name, what).view(shards.shapes[name])
@@ -111,10 +111,12 @@ def _load_partitioned(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None
     for group, vector in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         fragments = []
         for name, parameter in _named(engine, group):
-            if (kept := parameter._hp_mapping) is not None:
-                start = kept.lp_fragment_address.start
-                stop = start + kept.lp_fragment_address.numel
-                fragments.append(Fragment(name, start, stop, kept.hp_fragment_address.start))
+            if (
+                mapping := parameter._hp_mapping
+            ) is not None:  # None: this rank keeps nothing of the parameter
+                start = mapping.lp_fragment_address.start
+                stop = start + mapping.lp_fragment_address.numel
+                fragments.append(Fragment(name, start, stop, mapping.hp_fragment_address.start))
         layout.append((vector.numel(), fragments))
     saved = optimizer.state_dict() | _scale(shards)
     states = saved["base_optimizer_state"]
@@ -146,15 +148,16 @@ def _load_sharded(engine: deepspeed.DeepSpeedEngine, shards: Shards) -> None:
         weights = optimizer.fp32_partitioned_groups_flat[number]
         weights.data.copy_(_vector(shards, vector, WEIGHTS))
         if state := _state(shards, partial(_vector, shards, vector)):
-            held = optimizer.state[weights]
+            own = optimizer.state[weights]
             for what in MOMENTS:
                 value = state[what]
-                held[what] = held[what].copy_(value) if what in held else value.to(weights.device)
-            held["step"] = state["step"]
+                own[what] = own[what].copy_(value) if what in own else value.to(weights.device)
+            own["step"] = state["step"]
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
 
 
 def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Tensor:
+    """The content of one vector of this rank, read from a checkpoint; zeros between and behind the fragments."""
     size, fragments = vector
     flat = torch.zeros(size)
     for part in fragments:
@@ -164,7 +167,7 @@ def _vector(shards: Shards, vector: tuple[int, list[Fragment]], what: str) -> Te
 
 
 def _state(shards: Shards, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """AdamW's state of a tensor, with the moments that `read` returns; empty before AdamW's first step."""
+    """AdamW's state of a tensor, with the moments that `read` returns. Empty before AdamW's first step."""
     if not shards.optimizer_step:
         return {}
     return {"step": torch.tensor(shards.optimizer_step)} | {what: read(what) for what in MOMENTS}
@@ -176,11 +179,12 @@ def _numbered(states: Iterable[dict[str, Tensor]]) -> dict[int, dict[str, Tensor
 
 
 def _scale(shards: Shards) -> dict[str, Any]:
-    """The loss scale of fp16. From a checkpoint of stage 0, which has other keys for it, it starts again."""
+    """The fp16 loss scale. A checkpoint of stage 0 has other keys for it: empty then, and the scale starts again."""
     return shards.scaler if shards.layout.stage else {}
 
 
 def _named(
     engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]
 ) -> Iterator[tuple[str, Any]]:
+    """(name in the engine's module, parameter) of each parameter."""
     return ((engine.param_names[parameter], parameter) for parameter in parameters)

@@ -1,6 +1,6 @@
 """From `zero.*`, `optim.clip` and `trainer.precision` to a DeepSpeed configuration.
 
-`passthrough.py` checks what `zero.deepspeed` adds to it. Imports no DeepSpeed, which takes seconds.
+`passthrough.py` checks what `zero.deepspeed` adds to it. This module does not import DeepSpeed, which takes seconds.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def own_settings(config: RunConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "contiguous_gradients": True,
-        # With overlap the order of reductions depends on timing; without it, on the program alone: exact resume.
+        # With overlap, the order of reductions would depend on timing, and a resume would not be exact.
         "overlap_comm": False,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
     if config.zero.stage == 3:
-        # Small layers stay unsharded on every rank: sharding them would cost more than it saves.
+        # Parameters with fewer elements than the threshold stay gathered: sharding them would cost more than it saves.
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 10_000}
     offloads = {"offload_optimizer": config.zero.offload, "offload_param": config.zero.offload_parameters}
     for key, device in offloads.items():
         if device != NONE:
-            # Memory that is to be mapped from files (`offload.py`) cannot be pinned.
+            # Host memory that `offload.py` will map from files cannot be pinned.
             zero[key] = {"device": CPU, "pin_memory": device == CPU and torch.cuda.is_available()}
     own = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
@@ -58,20 +58,21 @@ def own_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`change` over `base`, section by section, as a new dictionary."""
+    """A new dictionary: `change` merged over `base`, section by section."""
     result = dict(base)
     for key, value in change.items():
-        below = base.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        old = base.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
 def layout_options(settings: dict[str, Any]) -> tuple[Any, ...]:
     """The settings that decide, in addition to ranks and stage, where in a checkpoint's files a parameter lies.
 
+    If they differ between two runs, DeepSpeed cannot load the checkpoint of one into the other.
+
     Args:
-        settings: of a run, by their dotted keys, as manifests hold them. If these options differ between two runs,
-            DeepSpeed cannot load the checkpoint of one into the other.
+        settings: all settings of a run, by their dotted keys, as in a manifest.
     """
     keys = ("round_robin_gradients", "sub_group_size")
     return tuple(settings.get(f"zero.deepspeed.{ZERO}.{key}") for key in keys)
@@ -81,22 +82,23 @@ def check_engine(engine: Any, config: RunConfig) -> None:
     """Compare the settings that a DeepSpeed engine uses with those of the run.
 
     Raises:
-        UserError: they differ, perhaps because another version of DeepSpeed reads its configuration differently; the
-            message names each difference.
+        UserError: they differ, for example because another version of DeepSpeed reads its configuration differently.
+            The message names each difference.
     """
     zero = engine._config.zero_config
     devices = [part.device if part else "none" for part in (zero.offload_optimizer, zero.offload_param)]
-    host = {NONE: NONE, CPU: CPU, NVME: CPU}
+    # With nvme, DeepSpeed offloads to host memory as well, which `offload.py` maps from files.
+    in_engine = {NONE: NONE, CPU: CPU, NVME: CPU}
     accumulated = engine.gradient_accumulation_steps() * engine.train_micro_batch_size_per_gpu()
-    sixteen = "bf16" if engine.bfloat16_enabled() else "16" if engine.fp16_enabled() else "32"
-    # The engine's value and the run's.
+    precision = "bf16" if engine.bfloat16_enabled() else "16" if engine.fp16_enabled() else "32"
+    # {setting: (the engine's value, the run's value)}.
     values = {
         "zero.stage": (int(engine.zero_optimization_stage()), config.zero.stage),
-        "zero.offload": (str(devices[0]), host[config.zero.offload]),
-        "zero.offload_parameters": (str(devices[1]), host[config.zero.offload_parameters]),
+        "zero.offload": (str(devices[0]), in_engine[config.zero.offload]),
+        "zero.offload_parameters": (str(devices[1]), in_engine[config.zero.offload_parameters]),
         "optim.clip": (float(engine.gradient_clipping()), float(config.optim.clip)),
         "data.global_batch": (accumulated * engine.dp_world_size, config.data.global_batch),
-        "trainer.precision": (sixteen, precision_of(config.trainer.precision)),
+        "trainer.precision": (precision, precision_of(config.trainer.precision)),
         f"{ZERO}.overlap_comm": (zero.overlap_comm, False),
     }
     differences = [
@@ -105,7 +107,7 @@ def check_engine(engine: Any, config: RunConfig) -> None:
         if used != expected
     ]
     if differences:
-        raise UserError(f"DeepSpeed did not take its configuration: {'; '.join(differences)}")
+        raise UserError(f"DeepSpeed uses other settings than the run's: {'; '.join(differences)}")
 
 
 def check_nvme_path(zero: ZeroConfig) -> None:

@@ -8,8 +8,8 @@ The file of a rank holds long vectors without names. The ZeRO stage decides wher
 - 3: each parameter is padded and cut into as many equal parts as there are ranks. The parts of a rank, one behind the
   other, are a vector. A group may have several vectors (DeepSpeed's sub-groups).
 
-Files are mapped into memory, and each is opened when a part of it is read: reading costs only the pages that hold that
-part, whatever the size of the model. No DeepSpeed engine is needed.
+A file is mapped into memory when a part of it is first read. Reading loads only the pages that hold the part, whatever
+the size of the model. No DeepSpeed engine is needed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SavedLayout:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of a flattened parameter: in the file of `rank`, from element `offset` of a vector."""
+    """Elements [start, stop) of a flattened parameter. In their vector in the file of `rank` they begin at `offset`."""
 
     rank: int
     offset: int
@@ -60,7 +60,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: number of its vector, and first element in it; in stage 3, in each rank's part of it."""
+    """Where a parameter begins: at element `offset` of vector number `vector`.
+
+    In stages 1 and 2 the element is one of the full vector, before it is cut. In stage 3 the offset is the same in the
+    vector of every rank.
+    """
 
     vector: int
     offset: int
@@ -73,12 +77,12 @@ class Shards:
     Attributes:
         path: the checkpoint's directory.
         layout: how its states are laid out.
-        client: all of the model's file but weights and optimizer: Lightning's loops and DeepSpeed's counters.
-        names: of stored parameters, in the order of the optimizer; as the trained module, `PretrainModule`, names them.
-        shapes: {name: shape} of stored parameters.
-        shared: {name that is not stored: name under which its data is stored}, for tied weights.
+        client: the model's file without weights and optimizer: Lightning's loops and DeepSpeed's counters.
+        names: names of the stored parameters in the trained module, `PretrainModule`, in the order of the optimizer.
+        shapes: {name: shape} of the stored parameters.
+        shared: {name that is not stored: name of the stored parameter with the same data}, for tied weights.
         scaler: rank 0's state of the fp16 loss scale. DeepSpeed's keys for it differ between stage 0 and the others.
-        optimizer_step: AdamW's `step`; at 0 AdamW has no states.
+        optimizer_step: AdamW's `step`. At 0, AdamW has no states.
     """
 
     path: Path
@@ -108,7 +112,7 @@ class Shards:
         client = {key: value for key, value in content.items() if key not in ("module", "optimizer")}
         shards = cls(path, layout, client)
         if layout.stage == 0:
-            shards._describe_whole(model, content)
+            shards._describe_unsharded(model, content)
         else:
             shards._describe_sharded(model)
         return shards
@@ -154,42 +158,44 @@ class Shards:
         place, size = self._places[name], self.shapes[name].numel()
         if self.layout.stage == 3:
             return _cut(place.offset, size, self.layout.ranks)
-        # All parts are equally long, but the last rank's is stored without the padding.
-        part = len(self._file(0).vector(place.vector, WEIGHTS)) if self._spread else place.offset + size
+        # All parts have rank 0's length; only the last rank's may be shorter, because it is stored without the padding.
+        part = (
+            len(self._file(0).vector(place.vector, WEIGHTS)) if self._vectors_are_cut else place.offset + size
+        )
         return _consecutive(place.offset, size, part)
 
     @property
-    def _spread(self) -> bool:
+    def _vectors_are_cut(self) -> bool:
         return self.layout.stage > 0 and self.layout.ranks > 1
 
     def _file(self, rank: int) -> RankFile:
         if rank not in self._files:
             prefix = "bf16_" if self.layout.precision == "bf16" else ""
             name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            self._files[rank] = _sharded(self.path / DIRECTORY / name, self.layout)
+            self._files[rank] = _sharded_file(self.path / DIRECTORY / name, self.layout)
         return self._files[rank]
 
-    def _describe_whole(self, model: Path, content: dict[str, Any]) -> None:
-        """Stage 0."""
+    def _describe_unsharded(self, model: Path, content: dict[str, Any]) -> None:
+        """Fill in names, shapes, places and counters from the content of the model's file, in stage 0."""
         weights = _get(content, model, "module")
         groups = _get(content, model, "parameters")
         self.names = tuple(name for group in groups for name in group)
-        self._files[0] = _whole(model, content, self.names)
+        self._files[0] = _unsharded_file(model, content, self.names)
         for number, name in enumerate(self.names):
             self.shapes[name] = _get(weights, model, name).shape
             self._places[name] = Place(number, 0)
-        known = {_address(weights[name]): name for name in self.names}
+        stored = {_address(weights[name]): name for name in self.names}
         self.shared = {
-            name: known[_address(tensor)]
+            name: stored[_address(tensor)]
             for name, tensor in weights.items()
-            if name not in self.shapes and _address(tensor) in known
+            if name not in self.shapes and _address(tensor) in stored
         }
         optimizer = _get(content, model, "optimizer")
         self.scaler = {key: value for key, value in optimizer.items() if not isinstance(value, (dict, list))}
         self.optimizer_step = self._files[0].step
 
     def _describe_sharded(self, model: Path) -> None:
-        """Stages 1 to 3."""
+        """Fill in names, shapes, places and counters from the files of the model and of rank 0, in stages 1 to 3."""
         first = self._file(0)
         paddings = first.content.get("param_alignment_paddings")
         for number, group in enumerate(_get(self.client, model, "param_shapes")):
@@ -216,7 +222,7 @@ class RankFile:
 
     Attributes:
         path: the file.
-        content: all of it.
+        content: its content, without DeepSpeed's outer dictionary in stages 1 to 3.
         weights: fp32 weights by number of the vector. In stage 0, a vector is one parameter.
         states: AdamW's states by number of the vector.
     """
@@ -227,7 +233,7 @@ class RankFile:
     states: Any
 
     def vector(self, number: int, what: str) -> Tensor:
-        """One vector, mapped from the file: its elements are read when they are used."""
+        """One vector, flattened. It is mapped from the file: its elements are read when they are used."""
         if what == WEIGHTS:
             found: Tensor = _get(self.weights, self.path, number)
         elif what in MOMENTS:
@@ -242,8 +248,8 @@ class RankFile:
         return float(_get(self.states, self.path, 0, "step")) if self.states else 0.0
 
 
-def _sharded(path: Path, layout: SavedLayout) -> RankFile:
-    """A file of stages 1 to 3. Raises RunError unless it has the stage and number of ranks of `layout`."""
+def _sharded_file(path: Path, layout: SavedLayout) -> RankFile:
+    """Open a rank's file of stages 1 to 3. Raises RunError unless it has the stage and number of ranks of `layout`."""
     content = _get(_load(path), path, "optimizer_state_dict")
     stage, counts = int(_get(content, path, "zero_stage")), _get(content, path, "partition_count")
     ranks = max(counts) if isinstance(counts, list) else counts
@@ -263,8 +269,8 @@ def _sharded(path: Path, layout: SavedLayout) -> RankFile:
     )
 
 
-def _whole(path: Path, content: dict[str, Any], names: tuple[str, ...]) -> RankFile:
-    """The file of stage 0. At 16 bits, the fp32 weights are stored with the optimizer's states."""
+def _unsharded_file(path: Path, content: dict[str, Any], names: tuple[str, ...]) -> RankFile:
+    """Weights and states of the only file of stage 0. At 16 bits, the fp32 weights are with the optimizer's states."""
     optimizer = _get(content, path, "optimizer")
     if "fp32_groups" in optimizer:
         weights = [weight for group in optimizer["fp32_groups"] for weight in group]
@@ -276,7 +282,7 @@ def _whole(path: Path, content: dict[str, Any], names: tuple[str, ...]) -> RankF
 
 
 def _consecutive(offset: int, size: int, part: int) -> Iterator[Piece]:
-    """Elements [offset, offset + size) of a vector that is cut every `part` elements."""
+    """The pieces of elements [offset, offset + size) of a vector that is cut every `part` elements."""
     end = offset + size
     for rank in range(offset // part, -(-end // part)):
         first, last = max(offset, rank * part), min(end, (rank + 1) * part)
@@ -284,7 +290,7 @@ def _consecutive(offset: int, size: int, part: int) -> Iterator[Piece]:
 
 
 def _cut(offset: int, size: int, ranks: int) -> Iterator[Piece]:
-    """A parameter of `size` elements that is cut into `ranks` equal parts, each at `offset` of its rank's vector."""
+    """The pieces of a parameter that is cut into `ranks` equal parts, each at `offset` of its rank's vector."""
     part = -(-size // ranks)
     for rank in range(-(-size // part)):
         yield Piece(rank, offset, rank * part, min((rank + 1) * part, size))
@@ -305,7 +311,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _get(content: Any, path: Path, *keys: str | int) -> Any:
-    """`content[keys[0]][keys[1]]...`. Raises RunError if there is no such value."""
+    """`content[keys[0]][keys[1]]...`. Raises RunError if there is no such value, or if it is None."""
     for key in keys:
         try:
             content = content[key]
@@ -317,5 +323,5 @@ def _get(content: Any, path: Path, *keys: str | int) -> Any:
 
 
 def _address(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor's data lies in memory: tied weights have the same address."""
+    """Where a tensor's data lies in memory. Tied weights have the same address."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset()

@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO under Lightning, on GPUs with NCCL and on CPUs with gloo: one strategy, the same code.
 
-Lightning's DeepSpeedStrategy accepts CUDA devices only; the three methods that refuse a CPU are overridden here. Two
-more things are changed. The loss of an accumulated step is divided by the number of micro batches once (Lightning and
-DeepSpeed would each do it). And nothing handles signals or synchronises the device between steps (`quiet`): the ranks
-agree to stop between steps.
+Lightning's DeepSpeedStrategy accepts CUDA devices only; its methods that refuse a CPU are overridden here. Two more
+things are changed. Only Lightning divides the loss of a micro batch by the number of micro batches of a step; DeepSpeed
+would divide it again. And `quiet` removes Lightning's handling of signals, which synchronises the device before each
+batch: `ranks/agreement.py` makes the ranks stop together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, on import, that it fell back to it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns on import that it uses the CPU
 
 import deepspeed
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
@@ -47,15 +47,15 @@ LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 class ZeroStrategy(DeepSpeedStrategy):
     """`zero.*` and `optim.clip` of a run as a Lightning strategy.
 
-    Expects a process group (`rendezvous.start`) and the torchrun variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
+    Requires a process group (`rendezvous.start`) and the torchrun variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT in the environment.
 
     Args:
         config: the run.
-        saved: layout of the checkpoint that the Trainer resumes from; None if it resumes from none.
+        saved: layout of the checkpoint that the Trainer resumes from; None if it does not resume.
 
     Attributes:
-        storage: writes and reads this rank's files of checkpoints.
+        storage: writes and reads this rank's checkpoint files.
     """
 
     def __init__(self, config: RunConfig, saved: SavedLayout | None = None) -> None:
@@ -70,7 +70,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._saved = saved
 
     def setup_environment(self) -> None:
-        # DDPStrategy's: DeepSpeedStrategy's only adds that it refuses CPUs.
+        # Calls DDPStrategy's method: DeepSpeedStrategy's does the same, but refuses CPUs.
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -132,18 +132,18 @@ class ZeroStrategy(DeepSpeedStrategy):
             client = reshard(engine, Shards.open(path, saved))
         else:
             _, client = engine.load_checkpoint(str(path), tag=DIRECTORY, load_lr_scheduler_states=False)
-        skip_steps_at_least_scale(engine)  # a checkpoint brings a scaler of its own
+        skip_steps_at_least_scale(engine)  # again, because loading replaces the loss scaler
         _set_batch_counters(client, engine.gradient_accumulation_steps())
         return client
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        # Lightning has divided the loss by the micro batches of the step already.
+        # scale_wrt_gas=False: Lightning has already divided the loss by the number of micro batches of the step.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for every rank. On CPUs without a device id, which gloo does not accept."""
+        """Wait for every rank. On CPUs no device id is passed, because gloo does not accept one."""
         if self.root_device.type == "cpu":
             if dist.is_initialized():
                 dist.barrier()
@@ -162,7 +162,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 def skip_steps_at_least_scale(engine: deepspeed.DeepSpeedEngine) -> None:
     """fp16 under ZeRO: let DeepSpeed skip a step with an overflow at the least loss scale as well.
 
-    It would raise an error that names neither step nor windows. `guard.History` ends a run with too many such steps.
+    DeepSpeed would raise an error that names neither the step nor its windows. `training/guard.py` ends a run with too
+    many such steps.
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
@@ -172,19 +173,19 @@ def skip_steps_at_least_scale(engine: deepspeed.DeepSpeedEngine) -> None:
 def start_deepspeed() -> None:
     """Make DeepSpeed use the process group of `rendezvous.start`."""
     if not torch.cuda.is_available():
-        # DeepSpeed would compile a shared-memory all-reduce now, which takes a minute and needs a compiler on every
-        # node. gloo does this well enough.
+        # Otherwise DeepSpeed would now compile an all-reduce over shared memory, which takes a minute and needs a
+        # compiler on every node. gloo's is fast enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=STARTING_TIMEOUT)
 
 
 def quiet(trainer: pl.Trainer) -> pl.Trainer:
-    """Remove from a Trainer what handles signals and what synchronises the ranks before every batch; returns it.
+    """Remove Lightning's signal handlers and its synchronisation before every batch from a Trainer; returns it.
 
-    Lightning's handlers checkpoint and communicate inside the signal frame, each rank at its own step, and its
-    epoch loop reads a broadcast flag back from the device for each batch. `ranks/stop.py` and `ranks/agreement.py`
-    replace both.
+    Lightning's handlers write checkpoints and communicate inside the signal handler, each rank at its own step. Its
+    epoch loop broadcasts a flag for each batch and reads it back from the device. `ranks/stop.py` and
+    `ranks/agreement.py` replace both.
     """
 
     class NoSignals(_SignalConnector):
@@ -199,7 +200,7 @@ def quiet(trainer: pl.Trainer) -> pl.Trainer:
 
 
 def _set_batch_counters(client: dict[str, Any], accumulation: int) -> None:
-    """Make Lightning count micro batches as if every step so far had had `accumulation` of them."""
+    """Set Lightning's counts of micro batches as if every step so far had used `accumulation` of them."""
     batches = client["global_step"] * accumulation
     for progress in client["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
         if isinstance(progress, dict):

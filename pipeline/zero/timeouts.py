@@ -1,4 +1,4 @@
-"""How long collectives wait."""
+"""The timeouts of collectives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def set_collective_timeouts(hang_minutes: float) -> None:
     timeout, which is 10 minutes for NCCL.
 
     Args:
-        hang_minutes: `trainer.hang_minutes`. 0, no watchdog: collectives wait for a day.
+        hang_minutes: `trainer.hang_minutes`. 0: there is no watchdog, and collectives wait for a day.
     """
     minutes = max(hang_minutes, START_MINUTES) + MARGIN_MINUTES if hang_minutes else _WITHOUT_WATCHDOG_MINUTES
     for group in list(dist.distributed_c10d._world.pg_map):

@@ -12,7 +12,7 @@ from megabase.pipeline.ranks.failure import exit_rank, report_failure
 
 
 def main(failing: str) -> None:
-    """failing: `all` ranks find the same error, rank 0 last; or rank `1` alone, while rank 0 continues."""
+    """Fail on `all` ranks with the same error, rank 0 last, or on rank `1` only, while rank 0 continues."""
     rendezvous.start()
     if failing == "1" and is_rank_zero():
         time.sleep(60)

@@ -27,7 +27,7 @@ SLURM = {
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of a launcher, and none stays that a test sets."""
+    """Remove the variables of every launcher before a test, and restore them after it."""
     for name in [*SLURM, "SLURM_NTASKS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"]:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
@@ -38,7 +38,7 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_a_process_without_launcher_is_no_rank_and_has_the_job_of_rank_0() -> None:
+def test_a_process_without_launcher_is_not_a_rank_but_acts_as_rank_0() -> None:
     assert not is_rank() and is_rank_zero() and rank_name() is None
 
 
@@ -50,12 +50,14 @@ def test_a_task_of_a_slurm_step_gets_torchruns_variables(monkeypatch: pytest.Mon
     assert [os.environ[name] for name in names] == ["3", "4", "1", "1"]
 
 
-def test_a_shell_of_salloc_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_of_salloc_is_not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
     assert not is_rank()
 
 
-def test_ranks_need_a_meeting_place_and_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_need_a_master_address_and_the_configured_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     set_all(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2"})
     assert is_rank() and is_rank_zero()
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT not set"):

@@ -1,4 +1,4 @@
-"""Ranks that fail: one line says why, whichever rank knows."""
+"""A run whose ranks fail reports the error once, from all ranks or from one."""
 
 import platform
 

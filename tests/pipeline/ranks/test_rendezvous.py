@@ -1,4 +1,4 @@
-"""How ranks find each other, and what is reported when one is missing."""
+"""The rendezvous of the ranks, and the messages when a rank is missing."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_missing_ranks_are_named() -> None:
             process.kill()
         assert results[rank].startswith("RunError"), printed[rank]
     assert time.monotonic() - began < 90
-    assert f"rank 1, rank 2 of 3 did not come to 127.0.0.1:{ports[0]} within 0.05 minutes" in results[0]
-    assert f"cannot reach the meeting place 127.0.0.1:{ports[1]} within 0.05 minutes" in results[1]
+    assert f"rank 1, rank 2 of 3 did not connect to 127.0.0.1:{ports[0]} within 0.05 minutes" in results[0]
+    assert f"cannot reach the store at 127.0.0.1:{ports[1]} within 0.05 minutes" in results[1]
     # The command line lets rank 0 alone report errors.
     assert "megabase: rank 1 on" in printed[1]

@@ -60,7 +60,7 @@ def wait_for(stop: StopRequest) -> str:
     return stop.reason
 
 
-def test_a_stop_file_sets_the_flag_for_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_file_sets_the_flag_and_by_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_module, "POLL_S", 0.01)
     stop = StopRequest()
     stop.watch(tmp_path / "STOP")
@@ -83,7 +83,7 @@ def test_a_stop_file_after_a_signal_counts_as_well(tmp_path: Path, monkeypatch: 
     assert (stop.reason, stop.by_person) == ("SIGUSR1", True)
 
 
-def test_a_time_limit_sets_the_flag_but_not_for_a_person(
+def test_a_time_limit_sets_the_flag_but_not_by_person(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stop_module, "POLL_S", 0.01)

@@ -1,4 +1,4 @@
-"""Ranks of one machine as processes: they end together, and with the exit code that tells why."""
+"""Ranks of one machine as processes: they end together, and the exit code says why."""
 
 import os
 import signal

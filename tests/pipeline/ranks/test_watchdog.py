@@ -67,7 +67,7 @@ def test_a_hang_writes_stacks_and_ends_the_process(tmp_path: Path, hang: str) ->
     assert str(stacks) in line and "raise trainer.hang_minutes=0.01" in line
 
 
-def test_a_hang_in_code_that_holds_python_s_lock_as_well(tmp_path: Path) -> None:
+def test_a_hang_that_holds_the_gil_ends_the_process_as_well(tmp_path: Path) -> None:
     done = run(tmp_path, "watchdog.beat('training', 7)\ntime.sleep(0.3)\nholds_the_lock_forever()")
     assert done.returncode == 1, done
     assert "in holds_the_lock_forever" in (tmp_path / "logs" / "rank-3.stacks.txt").read_text()

@@ -7,7 +7,7 @@ import torch
 from megabase.pipeline.zero.adamw import PlainAdamW
 
 
-def test_it_measures_the_norm_and_drops_an_update_only_if_set_to() -> None:
+def test_it_measures_the_norm_and_drops_an_update_only_if_drops_is_set() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     adam = PlainAdamW([weight], lr=0.1)
 

@@ -1,4 +1,4 @@
-"""A checkpoint's files: hashed as written, copied before training goes on, and never run."""
+"""A checkpoint's files: hashed while written, copied before training continues, and loaded without executing code."""
 
 import errno
 import hashlib

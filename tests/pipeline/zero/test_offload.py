@@ -10,13 +10,13 @@ import torch
 from megabase.pipeline.config.schema import ZeroConfig
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks.groups import Group
-from megabase.pipeline.zero.offload import _file, _in_file, map_from_files
+from megabase.pipeline.zero.offload import _copy_in_file, _zeros_in_file, map_from_files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mapped_tensor_equals_the_original(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.randn(5, 7).to(dtype)
-    held = _in_file(tmp_path, tensor)
+    held = _copy_in_file(tmp_path, tensor)
     assert torch.equal(held, tensor) and held.dtype == dtype
     held[2, 3] = 9
     assert held[2, 3] == 9 and tensor[2, 3] != 9
@@ -28,7 +28,7 @@ def test_a_mapped_tensor_equals_the_original(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_an_empty_tensor_needs_no_file(tmp_path: Path) -> None:
-    assert _file(tmp_path, torch.empty(0)).shape == (0,)
+    assert _zeros_in_file(tmp_path, torch.empty(0)).shape == (0,)
 
 
 def test_a_full_disk_is_an_error_on_all_ranks_and_leaves_no_file(tmp_path: Path, ranks: Group) -> None:

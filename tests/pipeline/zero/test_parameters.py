@@ -6,7 +6,7 @@ from torch import nn
 from megabase.pipeline.zero.parameters import full_shape, full_size
 
 
-def test_a_placeholder_of_stage_3_has_its_full_shape_beside_it() -> None:
+def test_the_full_shape_of_a_placeholder_of_stage_3_is_that_of_its_attribute() -> None:
     weight = nn.Parameter(torch.zeros(2, 3))
     assert full_shape(weight) == (2, 3) and full_size(weight) == 6
     placeholder = nn.Parameter(torch.empty(0))

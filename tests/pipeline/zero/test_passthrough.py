@@ -1,4 +1,4 @@
-"""Keys for DeepSpeed: what passes, and one line for what does not."""
+"""Keys for DeepSpeed: which are passed on, and the message for each that is refused."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_thresholds_of_stage_3_may_be_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "ours"),
+    ("setting", "decided_by"),
     [
         (f"{KEY}.train_batch_size=8", "data.global_batch"),
         (f"{KEY}.train_micro_batch_size_per_gpu=8", "data.micro_batch"),
@@ -104,9 +104,9 @@ def test_thresholds_of_stage_3_may_be_set() -> None:
         (f"{ZERO}.cpu_offload=true", "zero.offload"),
     ],
 )
-def test_a_key_that_a_setting_decides_names_that_setting(setting: str, ours: str) -> None:
+def test_a_key_that_a_setting_decides_names_that_setting(setting: str, decided_by: str) -> None:
     message = error_of(setting)
-    assert setting.partition("=")[0] in message and ours in message.split(": use ")[1]
+    assert setting.partition("=")[0] in message and decided_by in message.split(": use ")[1]
 
 
 def test_every_key_of_our_configuration_is_reserved_or_a_default() -> None:

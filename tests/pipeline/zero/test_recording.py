@@ -14,7 +14,7 @@ def test_every_way_to_read_a_key_is_recorded() -> None:
     assert recorded.unread() == ["g"] and recorded["d"].unread() == ["f"]
 
 
-def test_unpacking_reads_and_a_copy_records_in_the_same_place() -> None:
+def test_unpacking_reads_every_key_and_a_copy_is_the_same_dictionary() -> None:
     recorded = RecordingDict({"a": 1, "b": 2})
     assert (lambda **settings: settings)(**recorded) == {"a": 1, "b": 2}
     assert recorded.unread() == []

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 
 class Odd(nn.Module):
-    """Sizes that no number of ranks divides, among them one smaller than RANKS; a tied weight; a frozen order."""
+    """A model with a tied weight and with sizes that RANKS does not divide, one of them smaller than RANKS."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def write_manifest(checkpoint: Path, stage: int, ranks: int, precision: str = "3
 
 
 def train_and_save(checkpoint: Path, stage: int, precision: str, more: dict[str, Any]) -> dict[str, Any]:
-    """On each rank: two steps under DeepSpeed, a checkpoint, and what the engine says it holds."""
+    """On each rank, train two steps under DeepSpeed and write a checkpoint; returns the engine's states."""
     import deepspeed
 
     torch.manual_seed(5)

@@ -39,7 +39,7 @@ def test_losses_and_weights_equal_the_single_process(
     sharded = results[f"{stage}-{accumulation}-{precision}-{clip}"]
     of_loss, of_weights = TOLERANCE[precision]
     if precision == "bf16" and clip:
-        # Smaller steps: which weights round to another value, and what is hashed anew, shows more.
+        # Steps are smaller, so a weight that rounds to another value, or a changed hash, differs relatively more.
         of_loss, of_weights = 1.5e-2, 0.3
     assert sharded["losses"] == pytest.approx(alone["losses"], abs=of_loss)
     before = {name: p.detach() for name, p in Trained().named_parameters()}
@@ -49,13 +49,13 @@ def test_losses_and_weights_equal_the_single_process(
         start = before[name].bfloat16().float() if precision == "bf16" else before[name]
         moved = (there - start).abs().max()
         assert moved > 0, name
-        # The last bit of a weight as it is kept: a short run may move one by little more.
+        # About the last bit of the largest weight as it is stored: a short run may move a weight by little more.
         rounding = there.abs().max() * (2**-8 if (stage, precision) == (0, "bf16") else 2**-23)
         assert (here - there).abs().max() <= of_weights * moved + rounding, name
 
 
 @pytest.mark.parametrize(("stage", "precision", "offload"), OFFLOADS)
-def test_offloaded_states_train_and_resume_as_others_do(
+def test_offload_changes_no_loss_and_a_resume_repeats_the_losses(
     results: dict[str, Any], stage: int, precision: str, offload: str
 ) -> None:
     losses = results[f"{stage}-{precision}-{offload}"]
@@ -64,7 +64,9 @@ def test_offloaded_states_train_and_resume_as_others_do(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_fp16_finds_its_scale_and_takes_it_over(results: dict[str, Any], stage: int) -> None:
+def test_fp16_halves_its_scale_after_an_overflow_and_a_resume_keeps_it(
+    results: dict[str, Any], stage: int
+) -> None:
     found = results[f"half-{stage}"]
     assert found["skipped"] == 1
     scales = found["scales"]
@@ -75,7 +77,7 @@ def test_fp16_finds_its_scale_and_takes_it_over(results: dict[str, Any], stage: 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_fp16_leaves_steps_out_at_its_least_scale_for_the_guard_to_see(
+def test_fp16_skips_overflowing_steps_at_its_least_scale_and_raises_nothing(
     results: dict[str, Any], stage: int
 ) -> None:
     assert (results[f"half-{stage}"]["lost"], results[f"half-{stage}"]["least"]) == (12, 1.0)
@@ -85,5 +87,5 @@ def test_fp16_leaves_steps_out_at_its_least_scale_for_the_guard_to_see(
 def test_a_model_is_sharded_while_it_is_built(results: dict[str, Any], precision: str) -> None:
     built = results[f"built-{precision}"]
     assert built["different"] == []
-    # A rank's half, one layer, and what the allocator keeps.
+    # Half the model, which this rank keeps, one full layer, and free memory that the allocator keeps.
     assert built["peak"] < 0.75 * built["bytes"]

@@ -1,7 +1,8 @@
 """One rank of test_zero.py: trains the same small Reformer under every ZeRO stage, and once without DeepSpeed.
 
 Writes to the file of its argument, as JSON, for each case the losses of all steps (mean over ranks) and the
-weights after them. SGD, because Adam's first steps turn a rounding of a gradient near zero into a whole step.
+weights after them. SGD, because Adam's first steps would turn the rounding error of a gradient near zero into a full
+step.
 
 Then, with AdamW: states that are offloaded and resumed from a checkpoint, fp16 with an overflow, and the construction
 of a model under stage 3.
@@ -80,14 +81,14 @@ class Trained(nn.Module):
         self.reformer = build()
 
     def forward(self, step: int, rows: slice, reverse: bool = True) -> torch.Tensor:
-        """Nats of some rows of a step's global batch, as a share of its mean."""
+        """The nats of some rows of a step's global batch, divided by the number of labels in the full batch."""
         tokens, labels, samples = (part[rows] for part in batch(step))
         hidden = self.reformer.body(tokens, seeds=Seeds(run=3, step=step, samples=samples), reverse=reverse)
         return self.reformer.head(hidden, labels) / (BATCH * (LENGTH - 1))
 
 
 def alone(precision: str, clip: float) -> dict[str, Any]:
-    """The twin: one process, ordinary autograd, plain SGD on fp32 weights; forward and backward in `precision`."""
+    """The reference: one process, ordinary autograd, SGD on fp32 weights, forward and backward in `precision`."""
     model = Trained().train()
     if precision == "bf16":
         model = model.bfloat16()
@@ -158,13 +159,13 @@ def sharded(stage: int, accumulation: int, precision: str, clip: float) -> dict[
 
 @dataclass
 class Started:
-    """An engine with AdamW, and how it trains: each rank two sequences to a step."""
+    """An engine with AdamW. In each step every rank trains on two sequences."""
 
     engine: Any
 
     @classmethod
     def of(cls, stage: int, precision: str, **zero: Any) -> Started:
-        """Build it; under stage 3 sharded from the start, as the pipeline does."""
+        """Build the engine. Under stage 3 its model is sharded while it is built, as in the pipeline."""
         import deepspeed
 
         from megabase.pipeline.zero.construction import Sharded
@@ -198,7 +199,7 @@ class Started:
         )
 
     def train(self, steps: range, overflow_at: int = -1) -> list[float]:
-        """Losses of `steps`; the gradient of one of them is made infinite on the last rank."""
+        """Train `steps` and return their losses. In step `overflow_at` the last rank's gradients are made infinite."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         share = BATCH // ranks
         losses = []
@@ -229,7 +230,7 @@ def shared_directory() -> str:
 
 
 def offloaded(stage: int, precision: str, offload: str) -> dict[str, Any]:
-    """Five steps without offload; with; and with, but the last two by another engine from a checkpoint."""
+    """Losses of five steps: without offload, with offload, and with offload resumed after step 3 in a new engine."""
     cpu = {"device": "cpu", "pin_memory": False}
     zero: dict[str, Any] = {"offload_optimizer": cpu}
     if "parameters" in offload:
@@ -247,9 +248,9 @@ def offloaded(stage: int, precision: str, offload: str) -> dict[str, Any]:
 
 
 def half(stage: int) -> dict[str, Any]:
-    """Six steps in fp16, the fourth of which overflows on one rank: losses and scales; and resumed after it.
+    """Losses and loss scales of fp16: six steps, the fourth of which overflows, and the sixth from a checkpoint.
 
-    lost: steps left out of twelve whose gradients all overflow, more than there are halvings of the scale.
+    Then twelve steps that all overflow, more than the scale can be halved. `lost` counts those that were skipped.
     """
     from megabase.pipeline.zero.strategy import skip_steps_at_least_scale
 
@@ -280,7 +281,7 @@ def half(stage: int) -> dict[str, Any]:
 
 
 class Peak(threading.Thread):
-    """Measures the most memory that this process had, above what it has now, in bytes."""
+    """Measures the peak memory of this process above its memory at construction, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -292,22 +293,24 @@ class Peak(threading.Thread):
             self._most = max(self._most, anonymous())
 
     def stop(self) -> int:
-        """The most until now."""
+        """Stop measuring and return the peak."""
         self._done.set()
         self.join()
         return max(self._most, anonymous()) - self._before
 
 
 def anonymous() -> int:
-    """Memory of this process that is no file's, in bytes."""
+    """Memory of this process that is not mapped from files, in bytes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) * 1024
 
 
 def built(precision: str) -> dict[str, Any]:
-    """A deep model built sharded: its bytes in fp32, the peak, and the names of weights that differ from another's.
+    """Build a deep model sharded and unsharded, from the same seed.
 
-    The other is built unsharded, as under the lower stages.
+    Returns:
+        `bytes` of its weights in fp32, `peak` bytes while the sharded one is built, and the names of weights that are
+        `different` in the two.
     """
     import deepspeed
 
@@ -318,7 +321,7 @@ def built(precision: str) -> dict[str, Any]:
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
     with Sharded(config):
-        Reformer(ReformerConfig(vocab_size=9))  # what the first use of the libraries keeps is not the model's
+        Reformer(ReformerConfig(vocab_size=9))  # memory that the libraries keep on first use must not count
     peak = Peak()
     peak.start()
     torch.manual_seed(5)
@@ -330,10 +333,10 @@ def built(precision: str) -> dict[str, Any]:
     if precision == "bf16":
         full = full.bfloat16()
     different = []
-    for (name, here), there in zip(sharded_model.named_parameters(), full.parameters(), strict=True):
-        assert here.numel() == 0, name
-        with deepspeed.zero.GatheredParameters([here]):
-            if here.dtype != there.dtype or not torch.equal(here, there):
+    for (name, part), expected in zip(sharded_model.named_parameters(), full.parameters(), strict=True):
+        assert part.numel() == 0, name
+        with deepspeed.zero.GatheredParameters([part]):
+            if part.dtype != expected.dtype or not torch.equal(part, expected):
                 different.append(name)
     return {"bytes": sum(p.numel() * 4 for p in full.parameters()), "peak": most, "different": different}
 
@@ -348,13 +351,13 @@ def main(output: str) -> None:
     rendezvous.start()
     strategy.start_deepspeed()
     results = {f"built-{precision}": built(precision) for precision in PRECISIONS}
-    for twin in itertools.product(PRECISIONS, CLIPS):
-        results["-".join(map(str, ["alone", *twin]))] = alone(*twin)
+    for reference in itertools.product(PRECISIONS, CLIPS):
+        results["-".join(map(str, ["alone", *reference]))] = alone(*reference)
     for case in itertools.product(STAGES, ACCUMULATIONS, PRECISIONS, CLIPS):
         results["-".join(map(str, case))] = sharded(*case)
     for kept in OFFLOADS:
         results["-".join(map(str, kept))] = offloaded(*kept)
-    # DeepSpeed refuses fp16 where it is slow; right it is on every CPU.
+    # DeepSpeed refuses fp16 on CPUs on which it is slow. Its results are right on every CPU.
     get_accelerator().is_fp16_supported = lambda: True
     for stage in STAGES:
         results[f"half-{stage}"] = half(stage)
