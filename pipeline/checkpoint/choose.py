@@ -1,7 +1,7 @@
-"""Which checkpoint of a run is used: one rule (`newest_intact`) for resuming, for readers, and for the list.
+"""Choosing a checkpoint of a run: one rule (`newest_intact`) for resuming, for readers, and for the list.
 
-A run that resumes sets damaged checkpoints aside. A reader (export) renames nothing, because the run may be training,
-and expects checkpoints to disappear meanwhile. Imports nothing heavy.
+A run that resumes renames damaged checkpoints. A reader (export) renames nothing, because the run may be training, and
+expects that the run deletes checkpoints meanwhile. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
 D = TypeVar("D")
-# How often a reader looks for checkpoints again when all that it found were deleted before it could check them.
+# How often a reader lists the checkpoints, if each time all of them are deleted before it has checked them.
 ATTEMPTS = 5
 
 
 def newest_intact(
     candidates: Iterable[C], damage_of: Callable[[C], D | None], pass_over: Callable[[C, D], None]
 ) -> C | None:
-    """The rule: the newest checkpoint without damage.
+    """The newest checkpoint without damage; None if all are damaged. A damaged one is passed over.
 
-    A damaged one is passed over. One that cannot be judged (it cannot be read, or a newer megabase wrote it) ends the
-    search by an error, or is chosen if `damage_of` finds no damage in it: an older one is never used in its place.
+    A checkpoint that cannot be judged (it cannot be read, or a newer megabase wrote it) is not damaged, and no older
+    one is used in its place. For it, `damage_of` either raises an error, which ends the search, or returns None, so
+    that it is chosen.
 
     Args:
         candidates: checkpoints, newest first.
-        damage_of: returns what is wrong with one, or None.
-        pass_over: called with each damaged one and its damage.
+        damage_of: returns what is wrong with a checkpoint, or None.
+        pass_over: called with each damaged checkpoint and its damage.
     """
     for candidate in candidates:
         damage = damage_of(candidate)
@@ -58,15 +59,15 @@ def newest_intact(
 def choose_to_resume(checkpoints: Path, world: Group) -> tuple[Path, Manifest] | None:
     """The newest intact checkpoint and its manifest; None if there never was one. All ranks get the same answer.
 
-    The ranks share the reading. A damaged checkpoint is renamed to `step-N.broken` and named in a warning.
+    Each rank checks a part of the files. A damaged checkpoint is renamed to `step-N.broken` and named in a warning.
 
     Args:
         checkpoints: directory of the run's checkpoints.
         world: every process of the run; all of them call it.
 
     Raises:
-        RunError: a rank cannot read what another rank can, or reading fails for another reason than the content.
-            Nothing is renamed then: the file system needs attention.
+        RunError: a rank cannot read a file, or finds damage that rank 0 does not find, or a damaged checkpoint cannot
+            be renamed: the file system needs attention.
         UserError: there are checkpoints, but none is intact; or a newer megabase wrote one.
     """
 
@@ -105,7 +106,7 @@ def choose_to_read(run: Path, step: int | None, check: Callable[[Manifest], None
         check: called with a manifest before the checkpoint's files are read; may raise an error of its own.
 
     Raises:
-        UserError: it is no run directory, or has no such checkpoint, or none that is intact.
+        UserError: `run` is not a run directory, or has no such checkpoint, or no intact one.
         RunError: a checkpoint cannot be read, or all were deleted before they could be checked.
     """
     for _ in range(ATTEMPTS):
@@ -117,25 +118,27 @@ def choose_to_read(run: Path, step: int | None, check: Callable[[Manifest], None
                 if step is None:
                     logger.warning(f"{damaged[-1]}; trying the one before")
 
+        # With a step, older checkpoints are checked only if that one is damaged, to name an intact one in the error.
         candidates = [path for path in _candidates(run, step) if step is None or step_of(path) <= step]
         chosen = newest_intact(candidates, lambda path: _damage_for_reader(path, check), pass_over)
         if chosen is not None and step in (None, step_of(chosen)):
             return chosen
         if damaged and chosen is not None:
-            raise UserError(f"{damaged[0]}: --step {step_of(chosen)} is intact")
+            raise UserError(f"{damaged[0]}: use --step {step_of(chosen)}, which is intact")
         if damaged:
             raise UserError(
                 f"{damaged[0]}, and no older one is intact: `megabase checkpoints {run}` lists them"
             )
+        # All candidates were deleted before they were checked: list them again.
     raise RunError(f"the checkpoints of {run} are deleted faster than they can be read: try again")
 
 
 def _candidates(run: Path, step: int | None) -> list[Path]:
-    """All published checkpoints of a run, newest first. Raises UserError if there are none, or not that of `step`."""
+    """All published checkpoints of a run, newest first. Raises UserError if there are none, or none of `step`."""
     checkpoints = RunPaths(run).checkpoints
     if not run.is_dir() or not checkpoints.is_dir():
         raise UserError(
-            f"{run} is no run directory: give <run.root>/<run.name>, which holds `{CHECKPOINTS}/`"
+            f"{run} is not a run directory: give <run.root>/<run.name>, which holds `{CHECKPOINTS}/`"
         )
     found = list_checkpoints(checkpoints)
     if not found:
@@ -163,7 +166,7 @@ def _damage_for_reader(path: Path, check: Callable[[Manifest], None] | None) -> 
 
 
 def _set_aside_damaged(path: Path, rank: int, damage: str) -> str | None:
-    """On rank 0: rename a checkpoint that `rank` found damaged, and name it; returns why not, if it was not renamed."""
+    """On rank 0: rename a checkpoint that `rank` found damaged, and log it. Returns an error, or None."""
     try:
         # Another node may see another disk: rank 0 must find the damage as well.
         if rank != 0 and find_damage(path) is None:

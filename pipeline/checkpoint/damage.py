@@ -1,6 +1,7 @@
-"""What is wrong with a checkpoint: its files compared with its manifest.
+"""Finding damage in a checkpoint: its files are compared with its manifest.
 
-No link leads out of the directory, and DeepSpeed finds no file that the manifest does not name. Imports nothing heavy.
+A link that leads out of the directory is damage, and so is a file that DeepSpeed would read and the manifest does not
+name. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, Manifest, read_manifest, shown
 
-# Files that tell DeepSpeed, by the name of a folder in the checkpoint, which of the other files to read.
+# Each of these files contains the name of a folder in the checkpoint, whose files DeepSpeed reads.
 POINTERS = ("latest", "latest_universal")
 _CHUNK_BYTES = 4 << 20
 
@@ -22,7 +23,7 @@ def find_damage(
 ) -> str | None:
     """Compare every file of a checkpoint with its checksum.
 
-    Several ranks may share the files, largest first. Rank 0 also checks their names.
+    Several ranks may share the files, largest first. Rank 0 also checks the names of all files.
 
     Args:
         path: the checkpoint's directory.
@@ -35,12 +36,12 @@ def find_damage(
 
     Raises:
         UserError: a newer megabase wrote the checkpoint.
-        OSError: something cannot be read. (A file that is missing is damage.)
+        OSError: something cannot be read. (A missing file is damage and raises no error.)
     """
     try:
         manifest = read_manifest(path)
         if rank == 0:
-            _check_names(path, manifest)
+            _check_names_and_sizes(path, manifest)
         by_size = sorted(manifest.files.items(), key=lambda item: (-item[1]["size"], item[0]))
         for name, expected in by_size[rank::size]:
             _check_size(path, name, expected["size"])
@@ -62,7 +63,7 @@ def find_obvious_damage(path: Path) -> str | None:
         OSError: something cannot be read.
     """
     try:
-        _check_names(path, read_manifest(path))
+        _check_names_and_sizes(path, read_manifest(path))
     except Damaged as damage:
         return str(damage)
     return None
@@ -80,10 +81,10 @@ def checksum(path: Path, report: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _check_names(path: Path, manifest: Manifest) -> None:
+def _check_names_and_sizes(path: Path, manifest: Manifest) -> None:
     """Raise Damaged unless the checkpoint has exactly the files that the manifest names, with their sizes.
 
-    Other files may lie there if DeepSpeed does not read them.
+    Other files may exist if DeepSpeed does not read them. Pointers must name a folder of the checkpoint.
     """
     if not manifest.files:
         raise Damaged(f"{MANIFEST} names no files")
@@ -108,7 +109,7 @@ def _check_size(path: Path, name: str, expected: int) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{name} is missing") from None
     except (RuntimeError, OSError) as error:
-        # For a circle of links, Python raises RuntimeError before 3.13 and OSError since.
+        # For a loop of links, Python raises RuntimeError before 3.13, and OSError since.
         if isinstance(error, OSError) and error.errno != errno.ELOOP:
             raise
         raise Damaged(f"{name} is a link to itself") from None

@@ -13,9 +13,9 @@ from megabase.pipeline.rundir.environment import versions
 from megabase.pipeline.zero.settings import layout_options
 from megabase.pipeline.zero.states import SavedLayout
 
-# Settings that make a run what it is: with another value, the checkpoint belongs to another run...
+# Settings that decide what a run computes: a checkpoint with another value belongs to another run...
 IDENTITY = ("model.", "data.", "run.seed")
-# ...except for these, which change where and how fast it is computed.
+# ...except for these, which only change where and how fast it is computed.
 FREE = (
     "data.shards",
     "data.micro_batch",
@@ -28,7 +28,7 @@ FREE = (
 
 
 def manifest_of(config: RunConfig, step: int, *, ranks: int, data: str, alphabet: str) -> Manifest:
-    """The manifest of a checkpoint of this run, still without files.
+    """The manifest of a checkpoint of this run, without its files: `publish.collect_files` enters them.
 
     Args:
         config: the run.
@@ -64,7 +64,7 @@ def check_same_run(saved: Manifest, current: Manifest, path: Path) -> None:
         path: the checkpoint, for the message.
 
     Raises:
-        UserError: they differ; the message names each difference.
+        UserError: they are different runs; the message names each difference.
     """
     # A setting that did not exist when the checkpoint was written had its default.
     recorded = saved.config
@@ -73,16 +73,16 @@ def check_same_run(saved: Manifest, current: Manifest, path: Path) -> None:
         for key, value in dotted(RunConfig()).items()
         if not any(name.startswith(f"{key}.") for name in recorded)
     }
-    then = defaults | recorded
-    keys = sorted(k for k in {*then, *current.config} if k.startswith(IDENTITY) and k not in FREE)
+    saved_settings = defaults | recorded
+    keys = sorted(k for k in {*saved_settings, *current.config} if k.startswith(IDENTITY) and k not in FREE)
     differences = [
-        f"{key}: checkpoint {then.get(key)!r}, config {current.config.get(key)!r}"
+        f"{key}: checkpoint {saved_settings.get(key)!r}, config {current.config.get(key)!r}"
         for key in keys
-        if then.get(key) != current.config.get(key)
+        if saved_settings.get(key) != current.config.get(key)
     ]
     if saved.data != current.data:
         differences.append(
-            f"the shards: checkpoint's {then.get('data.shards')} holds other records or splits than"
+            f"the shards: checkpoint's {saved_settings.get('data.shards')} holds other records or splits than"
             f" {current.config.get('data.shards')}"
         )
     if saved.precision != current.precision:

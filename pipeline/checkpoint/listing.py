@@ -1,6 +1,7 @@
 """`megabase checkpoints RUN`: every checkpoint of a run, its state, and which one the next start resumes from.
 
-Only reads, so the run may be training: a checkpoint that is deleted meanwhile is left out. Imports nothing heavy.
+It only reads, so the run may be training: a checkpoint that is deleted meanwhile is left out. This module imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megabase.datamodules.progress import bar
-from megabase.pipeline.checkpoint.choose import newest_intact
+from megabase.pipeline.checkpoint.choose import ATTEMPTS, newest_intact
 from megabase.pipeline.checkpoint.damage import find_damage, find_obvious_damage
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, read_manifest
 from megabase.pipeline.checkpoint.retention import validation_losses
@@ -30,7 +31,6 @@ BROKEN = "broken"
 PARTIAL = "partial"
 DELETING = "deleting"
 UNKNOWN = "unknown"
-_ATTEMPTS = 5
 _NAME = re.compile(r"step-(0|[1-9][0-9]*)(\.partial|\.deleting|\.broken(?:-[0-9]+)?)?")
 _HEADINGS = ("checkpoint", "size", "age", "ranks", "stage", "precision", "valid loss", "state")
 
@@ -40,15 +40,18 @@ class Entry:
     """One directory in a run's `checkpoints/`.
 
     Attributes:
-        name: of the directory.
+        name: name of the directory.
         step: optimizer steps done.
         state: verified (every file has its checksum), complete (names and sizes agree; checksums were not compared),
-            broken, partial (being written, or left by a killed job), deleting (likewise) or unknown (cannot be judged).
-        reason: why the state is not verified, for people.
-        bytes: on disk.
-        created: Unix time; of a partial checkpoint, the time of its last change.
-        ranks: from its manifest, as stage and precision; None if that cannot be read.
-        valid_loss: nats per base of the evaluation at this step, if there was one.
+            broken, partial (being written, or left by a killed job), deleting (being deleted, or left by a killed job)
+            or unknown (cannot be judged).
+        reason: why the state is not `verified`, for people; empty if it is.
+        bytes: size on disk.
+        created: Unix time at which it was written. Without a readable manifest: time of the last change.
+        ranks: number of ranks that wrote it; None if its manifest cannot be read.
+        stage: ZeRO stage; None if its manifest cannot be read.
+        precision: `32`, `bf16` or `16`; None if its manifest cannot be read.
+        valid_loss: nats per base of the evaluation at this step; None if there was none.
     """
 
     name: str
@@ -69,7 +72,7 @@ class Entry:
 
     @property
     def published(self) -> bool:
-        """Whether a start looks at it: it is neither partial, nor being deleted, nor set aside."""
+        """Whether a start considers it: it is not partial, not being deleted and not set aside."""
         return self.name == f"step-{self.step}"
 
 
@@ -82,14 +85,14 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: it is not a run directory, or has no checkpoint, or its journal cannot be read.
+        UserError: `run` is not a run directory, or has no checkpoint, or its journal cannot be read.
     """
     metrics = RunPaths(run).metrics
     try:
         losses = validation_losses(metrics)
     except OSError as error:
         raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         found = _find(run)
         total = sum(_expected_bytes(path) for path in found) if not fast else 0
         entries = []
@@ -99,7 +102,7 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
                 entry = _entry(path, check, COMPLETE if fast else VERIFIED, losses)
                 if entry is not None:
                     entries.append(entry)
-        # A run that trains may have deleted its only intact checkpoint for a newer one: then list again.
+        # The run may have deleted its only intact checkpoint after it wrote a newer one: then list them again.
         if any(entry.intact for entry in entries) or len(entries) == len(found):
             return entries
     raise UserError(f"{run}: its checkpoints are deleted faster than they can be read: try --fast")
@@ -123,7 +126,7 @@ def as_table(entries: Sequence[Entry]) -> Table:
 
 def as_json(run: Path, entries: Sequence[Entry]) -> str:
     """The list as JSON: `next` names the checkpoint that the next start resumes from, `checkpoints` has all entries."""
-    newest = _where_a_start_looks(entries)
+    newest = _considered_by_next_start(entries)
     return json.dumps(
         {
             "run": str(run),
@@ -140,7 +143,7 @@ def _find(run: Path) -> list[Path]:
     if not run.is_dir():
         raise UserError(f"{run}: {'a file' if run.exists() else 'no such directory'}: give a run directory")
     if not checkpoints.is_dir():
-        # A path that was completed one name too far gets a hint.
+        # If the path leads into a run directory, the message names that directory.
         inside = next((p for p in run.resolve().parents if RunPaths(p).checkpoints.is_dir()), None)
         if run.name == CHECKPOINTS or _NAME.fullmatch(run.name):
             inside = inside or run.resolve().parent
@@ -169,9 +172,13 @@ def _expected_bytes(path: Path) -> int:
 def _entry(
     path: Path, check: Callable[[Path], str | None], good: str, losses: dict[int, float]
 ) -> Entry | None:
-    """One line of the list; None if the directory was deleted meanwhile.
+    """The entry of a directory; None if it was deleted meanwhile.
 
-    check: returns the damage of a checkpoint. good: the state of one that `check` finds no damage in.
+    Args:
+        path: the directory.
+        check: returns the damage of a checkpoint, or None.
+        good: the state of a checkpoint without damage.
+        losses: validation loss by step, nats per base.
     """
     try:
         size, changed = directory_size(path), _last_change(path)
@@ -225,8 +232,8 @@ def _last_change(path: Path) -> float:
     return max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
 
 
-def _where_a_start_looks(entries: Sequence[Entry]) -> Entry | None:
-    """The checkpoint that the next start resumes from, or cannot judge; None if it finds neither."""
+def _considered_by_next_start(entries: Sequence[Entry]) -> Entry | None:
+    """The checkpoint that the next start resumes from, or ends at because it cannot judge it; None if there is none."""
     return newest_intact(
         (entry for entry in entries if entry.published),
         lambda entry: entry.reason if entry.state == BROKEN else None,
@@ -235,9 +242,9 @@ def _where_a_start_looks(entries: Sequence[Entry]) -> Entry | None:
 
 
 def conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
-    """What the list means for the next start, and what a user may do."""
+    """Lines that say what the list means for the next start, and what a user can do."""
     lines = []
-    newest = _where_a_start_looks(entries)
+    newest = _considered_by_next_start(entries)
     if newest is None:
         lines.append(f"{run}: no checkpoint to resume from.")
     elif newest.intact:
@@ -258,7 +265,7 @@ def conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
 
 
 def _age(seconds: float) -> str:
-    """A time that has passed, for people."""
+    """A time span for people, such as "3 d" or "59 min"."""
     for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint, `megabase.json`: what the checkpoint holds, with the size and checksum of every file.
 
-Anybody may have written a manifest, so nothing in it is trusted: every field has its type and range, and no file name
-leads out of the directory. What is wrong is reported in one line. Imports nothing heavy: `megabase checkpoints` lists a
-run while torch would still be loading.
+Anybody may have written a manifest, so nothing in it is trusted: the type and range of every field are checked, and a
+file name that leads out of the directory is refused. An error is one line. This module imports nothing heavy, so
+`megabase checkpoints` need not wait until torch is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MANIFEST = "megabase.json"
 # Version 2 had no `alphabet`.
 MANIFEST_VERSION = 3
 OLDEST_VERSION = 2
-# A manifest has about 200 bytes for each file: this is room for a hundred thousand ranks.
+# A manifest has about 200 bytes for each file: this is enough for a hundred thousand ranks.
 MAX_MANIFEST_BYTES = 64 << 20
 _LARGEST = 2**63
 _PUBLISHED = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -45,7 +45,7 @@ class Manifest:
         data: identity of the shards (`Segments.identity`).
         versions: of Python and packages, by name.
         created: Unix time.
-        files: {path: {size, sha256}}.
+        files: {path in the checkpoint: {"size": bytes, "sha256": hexadecimal digits}}.
         alphabet: name of the shards' alphabet; None in a checkpoint of version 2, which did not record it.
         version: version of this format.
         seal: SHA-256 of all other fields, as `sealed` writes it.
@@ -76,7 +76,7 @@ class Manifest:
 
 
 class Damaged(Exception):
-    """A checkpoint's content is not what was written."""
+    """A checkpoint's content differs from what was written."""
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def read_manifest(path: Path) -> Manifest:
     content = _read_json(path / MANIFEST)
     version = content.get("version")
     if not isinstance(version, int) or not _has_type(version, int) or version < OLDEST_VERSION:
-        raise Damaged(f"{MANIFEST} has no version that was ever released: {shown(version)}")
+        raise Damaged(f"{MANIFEST} has no released version: {shown(version)}")
     intact = content.get("seal") == seal_of(content)
     # Checked before the fields: a newer version may have others.
     if version > MANIFEST_VERSION and intact:
@@ -113,7 +113,7 @@ def read_manifest(path: Path) -> Manifest:
     _check_fields(content)
     manifest = Manifest(**content)
     if not intact:
-        raise Damaged(f"{MANIFEST} is not as it was written")
+        raise Damaged(f"{MANIFEST} has changed since it was written")
     if _PUBLISHED.fullmatch(path.name) and step_of(path) != manifest.step:
         raise Damaged(f"{MANIFEST} is of step {manifest.step}")
     return manifest
@@ -138,7 +138,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
     except (IsADirectoryError, NotADirectoryError) as error:
-        raise Damaged(f"{MANIFEST} is no file in a directory ({error.strerror})") from None
+        raise Damaged(f"{MANIFEST} is not a file in a directory ({error.strerror})") from None
     if len(text) > MAX_MANIFEST_BYTES:
         raise Damaged(f"{MANIFEST} cannot be read: it has more than {MAX_MANIFEST_BYTES >> 20} MiB")
     try:
@@ -168,7 +168,7 @@ def _check_fields(content: dict[str, Any]) -> None:
 
 
 def _has_type(value: object, hint: Any) -> bool:
-    """Whether a value of JSON has a field's type. Numbers are counts or times: none is negative."""
+    """Whether a value of JSON has a field's type. Numbers are counts or times, so they must not be negative."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -184,7 +184,7 @@ def _has_type(value: object, hint: Any) -> bool:
 
 
 def _check_entry(name: str, entry: dict[str, Any]) -> None:
-    """Raise Damaged for a file whose name leads elsewhere, or that has no size and checksum."""
+    """Raise Damaged for a file whose name leads out of the directory, or that has no size and checksum."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         raise Damaged(f"{MANIFEST} names a file outside its directory: {shown(name)}")

@@ -1,8 +1,8 @@
 """Publishing a sharded checkpoint by rename, and setting a damaged one aside.
 
-DeepSpeed's ranks write their files into `step-N.partial/` and checksum them meanwhile (`zero/checkpoint_engine.py`).
-Rank 0 collects the size and checksum of every file in the manifest, syncs everything to disk, and renames the directory
-to `step-N`. So a directory of this name was complete when it was renamed. A reader checks it again (`choose.py`).
+The ranks write DeepSpeed's files into `step-N.partial/`, and hash them while they write (`zero/checkpoint_engine.py`).
+Rank 0 enters the size and checksum of every file into the manifest, syncs everything to disk, and renames the directory
+to `step-N`. So a directory of this name was complete when it was renamed. A reader checks it again (`damage.py`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def collect_files(
         manifest: changed in place.
         world: every process of the run.
         files: size and sha256 of this rank's files, which are on disk.
-        error: why this rank could not write all of them.
+        error: why this rank could not write all of them; None if it could.
 
     Raises:
-        DiskFull: on every rank, if the disk was full on each rank that passes an error.
+        DiskFull: on every rank, if any rank passes an error and all errors are a full disk.
         RunError: on every rank, if any rank passes another error.
     """
     written = {path.relative_to(partial).as_posix(): entry for path, entry in files.items()}
@@ -80,8 +80,8 @@ def gather_or_raise(world: Group, error: BaseException | None, value: T | None =
     """The `value` of every rank, in the order of ranks. All ranks call it.
 
     Raises:
-        DiskFull: on every rank, if the disk was full on each rank that passes an error.
-        RunError: on every rank, if any rank passes another error; temporary if all are errors of a disk.
+        DiskFull: on every rank, if any rank passes an error and all errors are a full disk.
+        RunError: on every rank, if any rank passes another error; temporary if all are OSErrors.
     """
     failure = None
     if error:
@@ -98,14 +98,14 @@ def gather_or_raise(world: Group, error: BaseException | None, value: T | None =
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what earlier processes left half written or half deleted. Only while the run is locked."""
+    """Remove what earlier processes left half written or half deleted. Call it only while the run is locked."""
     for pattern in ("step-*.partial", "step-*.deleting"):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a directory to `<name>.broken`, `<name>.broken-1`, ..., so that no reader uses it; returns its path."""
+    """Rename a directory to `<name>.broken`, or `<name>.broken-1` and so on, which no reader uses; returns its path."""
     target = path.with_name(path.name + ".broken")
     number = 0
     while target.exists():

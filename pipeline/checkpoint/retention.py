@@ -2,8 +2,8 @@
 
 `steps_to_delete` decides, from steps and losses alone; `prune` deletes. Pruning after every checkpoint leaves the same
 checkpoints as pruning once at the end. The evaluation of a step comes after its checkpoint, so the newest checkpoint
-has no loss yet: it is always kept. A damaged checkpoint does not count and is not deleted: it cannot displace an intact
-one, and the next start sets it aside and names it.
+has no loss yet: it is always kept. A damaged checkpoint is not counted and not deleted: so no intact one is deleted in
+its place, and the next start renames it and logs its name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def steps_to_delete(
     """The steps whose checkpoints are to be deleted.
 
     Args:
-        steps: of all checkpoints, in any order.
+        steps: steps of all checkpoints, in any order.
         losses: validation loss by step, of the steps that were evaluated; NaN counts as not evaluated.
-        settings: its keep, keep_every and keep_best. Of equal losses the newer one is better.
+        settings: `keep`, `keep_every` and `keep_best` are used. Of equal losses the newer one is better.
     """
     newest_first = sorted(set(steps), reverse=True)
     kept = set(newest_first[: settings.keep])
@@ -56,12 +56,12 @@ def validation_losses(journal: Path) -> dict[int, float]:
 def prune(checkpoints: Path, losses: Mapping[int, float], settings: CheckpointConfig) -> None:
     """Delete the checkpoints that are not kept. A reader never sees one that is half deleted.
 
-    An error is a warning only: too many checkpoints are no reason to end a training.
+    An error is only logged: too many checkpoints are not a reason to end a run.
 
     Args:
         checkpoints: directory of the run's checkpoints.
         losses: as for `steps_to_delete`.
-        settings: likewise.
+        settings: as for `steps_to_delete`.
     """
     try:
         for step in sorted(_intact_steps_to_delete(checkpoints, losses, settings)):
@@ -75,27 +75,27 @@ def _intact_steps_to_delete(
 ) -> set[int]:
     """`steps_to_delete` of the checkpoints whose names and sizes show no damage.
 
-    Checks only those that the result depends on: what is to be deleted, and what is kept in its place.
+    Checks only the checkpoints on which the result depends: those to delete, and those kept in their place.
     """
     steps = set(map(step_of, list_checkpoints(checkpoints)))
     intact: set[int] = set()
     while True:
         deleted = steps_to_delete(steps, losses, settings)
         kept = sorted(steps - deleted, reverse=True)
-        displacing = {*kept[: settings.keep], *best_steps(kept, losses, settings.keep_best)}
-        if not (unknown := (deleted | displacing) - intact):
+        kept_instead = {*kept[: settings.keep], *best_steps(kept, losses, settings.keep_best)}
+        if not (unknown := (deleted | kept_instead) - intact):
             return deleted
         for step in sorted(unknown):
             path = checkpoints / f"step-{step}"
             if damage := find_obvious_damage(path):
-                logger.warning(f"checkpoint {path} is broken ({damage}): it does not count")
+                logger.warning(f"checkpoint {path} is broken ({damage}): it does not count as kept")
                 steps.discard(step)
             else:
                 intact.add(step)
 
 
 def _delete(path: Path) -> None:
-    """Remove a checkpoint; first it gets a name that no reader looks for."""
+    """Rename a checkpoint to a name that no reader uses, then delete it."""
     deleting = path.with_name(path.name + ".deleting")
     path.rename(deleting)
     shutil.rmtree(deleting, ignore_errors=True)

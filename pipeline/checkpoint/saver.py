@@ -1,9 +1,9 @@
-"""Saving a run: one checkpoint after the other, published when every rank has written its part.
+"""Saving a run: one checkpoint after the other, each published when every rank has written its part.
 
 First every rank writes its files; then rank 0 writes the manifest, renames the directory and deletes old checkpoints.
-With `checkpoint.background`, training continues as soon as the states are copied, and again while rank 0 publishes. The
+With `checkpoint.background`, training waits only until the states are copied, and continues during both parts. The
 ranks exchange their progress in the message of every step (`ranks/agreement.py`), and call `advance` together when all
-are done. A checkpoint that was never published does not count: the one before it does.
+are done with a part. A resume ignores a checkpoint that was never published, and uses the one before.
 
 If the disk has no space for a checkpoint, a warning says so, training continues, and the next checkpoint is tried when
 it is due. Only the checkpoint that a run stops with must be written.
@@ -45,9 +45,9 @@ class Saved:
     Attributes:
         step: optimizer steps done.
         path: its directory.
-        size: bytes.
+        size: bytes of all its files.
         held: seconds that training waited for it.
-        seconds: from its begin until it was published.
+        seconds: seconds from `Saver.begin` until it was published.
     """
 
     step: int
@@ -65,11 +65,11 @@ class Pending:
         step: optimizer steps done.
         partial: the directory that it is written to.
         must: see `Saver.begin`.
-        journal: bytes of the journal that belong to it.
-        began: when it began, of `time.monotonic`.
+        journal: bytes of the journal up to its step.
+        began: `time.monotonic()` when it began.
         held: seconds that training waited for it so far.
-        publishing: what rank 0 does once all is written; its result is the time of its end, and the checkpoint's
-            bytes. None before that.
+        publishing: rank 0's work after every rank has written its files; its result is (`time.monotonic()` at its
+            end, bytes of the checkpoint). None until then.
     """
 
     step: int
@@ -106,12 +106,12 @@ class Saver:
 
     @property
     def advanced(self) -> int:
-        """How often all ranks have advanced with the pending checkpoint: 0 or 1."""
+        """How often all ranks have called `advance` for the pending checkpoint: 0 or 1."""
         return int(self.pending is not None and self.pending.publishing is not None)
 
     @property
     def progress(self) -> int:
-        """This rank's progress with the pending checkpoint: 0 none, 1 its part is written, 2 it is published."""
+        """This rank's progress with the pending checkpoint. 0: none, 1: its files are written, 2: it is published."""
         if self.pending is None:
             return 0
         if self.pending.publishing is None:
@@ -134,23 +134,23 @@ class Saver:
         assert self.pending is None
         began = time.monotonic()
         partial = publish.partial_directory(self._paths.checkpoints, step)
-        journal, lacking = 0, None
+        journal, shortage = 0, None
         if self._world.rank == 0:
             if self._pruning:
                 self._pruning.result()
             publish.remove_leftovers(self._paths.checkpoints)
             self._prune()  # before the free space is checked: a lower `checkpoint.keep` may have freed some
             journal = self._paths.metrics.stat().st_size
-            lacking = self._describe_shortage(trainer)
+            shortage = self._describe_shortage(trainer)
         # No rank writes before this broadcast: rank 0 has removed leftovers by then.
-        if lacking := self._world.broadcast(lacking):
-            self._give_up(step, lacking, must)
+        if shortage := self._world.broadcast(shortage):
+            self._give_up(step, shortage, must)
             return
         trainer.save_checkpoint(partial, weights_only=False)
         self.pending = Pending(step, partial, must, journal, began, time.monotonic() - began)
 
     def advance(self) -> Saved | None:
-        """Do the next part of the work on the pending checkpoint, after waiting for what is not done yet.
+        """Do the next part of the work on the pending checkpoint. Waits until the part before is done.
 
         Returns:
             The checkpoint, once it is published; None if it is not yet, or was given up.
@@ -186,7 +186,7 @@ class Saver:
         return Saved(pending.step, path, size, pending.held + time.monotonic() - began, ended - pending.began)
 
     def _start_publishing(self, pending: Pending) -> Future[tuple[float, int]]:
-        """Collect what the ranks have written; on rank 0, begin to publish it: see `Pending.publishing`."""
+        """Collect the files of all ranks and, on rank 0, begin to publish them: see `Pending.publishing`."""
         written = self._storage.result()
         manifest = manifest_of(
             self._config, pending.step, ranks=self._world.size, data=self._data, alphabet=self._alphabet
@@ -205,7 +205,7 @@ class Saver:
         """Raise on every rank if rank 0 could not publish the checkpoint."""
         error = publishing.exception()
         if error and not isinstance(error, OSError):
-            traceback.print_exception(error)  # a bug: the other ranks receive its message only
+            traceback.print_exception(error)  # a bug: `gather_or_raise` passes on its message only
         publish.gather_or_raise(self._world, error)
 
     def _prune(self) -> None:
@@ -219,7 +219,7 @@ class Saver:
         prune(self._paths.checkpoints, losses, settings)
 
     def _add_files(self, pending: Pending, manifest: Manifest) -> None:
-        """On rank 0: the journal up to the step, and the file that DeepSpeed's own tools look for."""
+        """On rank 0: add the journal up to the step, and the file by which DeepSpeed's own tools find the states."""
         with self._paths.metrics.open("rb") as rows:
             contents = {LATEST: DIRECTORY.encode(), METRICS: rows.read(pending.journal)}
         for name, content in contents.items():

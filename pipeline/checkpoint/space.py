@@ -1,7 +1,7 @@
 """How much disk space a checkpoint needs, and whether the disk has it.
 
-Checked before anything is written. Quotas do not show there, and other processes write to the disk as well: so a disk
-may still be full in the middle of a checkpoint, which is then removed to free its space.
+This is checked before a checkpoint is written. The check does not see quotas, and other processes write to the disk as
+well. So the disk may still fill up while a checkpoint is written; the checkpoint is then removed to free its space.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SPARE_BYTES = 4 << 20
 
 
 def describe_shortage(checkpoints: Path, parameters: int, stage: int, precision: str) -> str | None:
-    """Why the disk has no space for the next checkpoint of a run, with the way out; None if it has.
+    """Why the disk has no space for the next checkpoint of a run, with the way out; None if the space suffices.
 
     Call it on one rank and broadcast the result: it raises nothing.
 
@@ -48,8 +48,8 @@ def needed_bytes(parameters: int, stage: int, precision: str, last: Manifest | N
         parameters: number of parameters of the model.
         stage: ZeRO stage.
         precision: '32', 'bf16' or '16'.
-        last: the manifest of the run's last checkpoint, if there is one: of the same stage and precision, it has the
-            size of the next.
+        last: the manifest of the run's last checkpoint, if there is one. If its stage and precision are the same, the
+            next one has its size.
     """
     if last is not None and (last.stage, last.precision) == (stage, precision):
         estimate = last.size
@@ -61,7 +61,7 @@ def needed_bytes(parameters: int, stage: int, precision: str, last: Manifest | N
 
 
 def shortage(checkpoints: Path, needed: int) -> str | None:
-    """Why the disk of a run has no space for `needed` bytes, with the way out; None if it has.
+    """Why the disk of a run has no space for `needed` bytes, with the way out; None if the space suffices.
 
     Raises:
         OSError: the file system does not answer.

@@ -1,1 +1,1 @@
-"""Using a trained model: export its weights."""
+"""Exporting the weights of a trained model."""

@@ -1,8 +1,8 @@
 """`megabase export RUN OUT`: the weights of a checkpoint as one model that needs neither ranks nor DeepSpeed.
 
 Weights are copied from the ranks' files into the new file piece by piece, so memory does not grow with the model. (For
-the format of `transformers`, the full model is built in memory.) OUT is renamed into place last: it is complete, or
-does not exist. `megabase.models.pretrained.from_pretrained` loads it.
+the format of `transformers`, the full model is built in memory.) The last action renames the directory to OUT:
+it is complete, or does not exist. `megabase.models.pretrained.from_pretrained` loads it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from megabase.pipeline.zero.states import Shards
 
 SAFETENSORS, HUGGINGFACE = "safetensors", "huggingface"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Where an export to transformers, whose config.json has a format of its own, records its source.
+# An export to transformers, whose config.json has a format of its own, records its source in this file.
 SOURCE = "source.json"
-# The Reformer within the trained module.
+# Names of the Reformer's weights in the trained module begin with this.
 PREFIX = "model."
 # Elements that are in memory at once: 16 MiB of fp32.
 PIECE = 1 << 22
@@ -45,22 +45,22 @@ PIECE = 1 << 22
 def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> Path:
     """Write the weights of a run to the new directory `out`.
 
-    A run that trains may delete the checkpoint while it is read. Then the next newest is tried, unless `step` is given.
+    A run that trains may delete the checkpoint while it is read. Without `step`, the newest one left is then used.
 
     Args:
         run: a run directory; it may be training.
         out: a directory that does not exist yet.
         form: safetensors or huggingface.
-        step: of the checkpoint; None: the newest that is intact.
-        dtype: of the exported weights, fp32 or bf16; the checkpoint's are fp32.
+        step: step of the checkpoint; None: the newest intact one.
+        dtype: dtype of the exported weights, fp32 or bf16. Those of a checkpoint are fp32.
 
     Returns:
-        The checkpoint whose weights they are.
+        The checkpoint whose weights were exported.
 
     Raises:
         UserError: `out` exists, or lies among the checkpoints, or `run` has no such checkpoint, or no intact one.
-        ConfigError: to huggingface: transformers has no counterpart for a setting of the model.
-        RunError: the disk is full, or the checkpoint does not hold the model of its manifest.
+        ConfigError: `form` is huggingface, and transformers has no counterpart for a setting of the model.
+        RunError: the disk is full, or the checkpoint does not contain the model of its manifest.
     """
     out = out.absolute()
     partial = out.parent / f"{out.name}.partial"
@@ -79,13 +79,13 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
         if step is not None:
             break
     raise RunError(
-        f"checkpoint {checkpoint} was deleted while it was read, by the run that trains: try again, or with the --step"
-        " of one that checkpoint.keep_every keeps"
+        f"checkpoint {checkpoint} was deleted by its run while it was read: try again, or choose with --step a"
+        " checkpoint that checkpoint.keep_every keeps"
     )
 
 
 def model_config(manifest: Manifest) -> ReformerConfig:
-    """The settings of a checkpoint's model. Raises ConfigError for one that is unknown or cannot work."""
+    """The settings of a checkpoint's model. Raises ConfigError for a setting that is unknown or cannot work."""
     prefix = "model."
     settings = {
         key.removeprefix(prefix): value for key, value in manifest.config.items() if key.startswith(prefix)
@@ -94,7 +94,7 @@ def model_config(manifest: Manifest) -> ReformerConfig:
 
 
 def source_of(checkpoint: Path, manifest: Manifest, dtype: str) -> dict[str, Any]:
-    """What an export records of its source. `alphabet` is None for a checkpoint that did not record it."""
+    """What an export records about its source. `alphabet` is None if the checkpoint did not record it."""
     return {
         "alphabet": manifest.alphabet,
         "dtype": dtype,
@@ -153,12 +153,12 @@ def _check_convertible(manifest: Manifest) -> None:
 
 def _check_weights(checkpoint: Path, shards: Shards, shapes: Mapping[str, torch.Size]) -> None:
     """Raise RunError unless the checkpoint has the weights of the model that its manifest describes."""
-    held = {name.removeprefix(PREFIX): shards.shapes[name] for name in shards.names}
-    if differing := sorted(name for name in {*held, *shapes} if held.get(name) != shapes.get(name)):
+    saved = {name.removeprefix(PREFIX): shards.shapes[name] for name in shards.names}
+    if differing := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
         name = differing[0]
         raise RunError(
             f"checkpoint {checkpoint} is not of the model that its manifest describes: {name} has the shape"
-            f" {held.get(name)}, not {shapes.get(name)}: take another checkpoint"
+            f" {saved.get(name)}, not {shapes.get(name)}: take another checkpoint"
         )
 
 

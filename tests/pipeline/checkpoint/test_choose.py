@@ -1,4 +1,4 @@
-"""One rule for which checkpoint is used; with damaged ones of every kind."""
+"""Choosing a checkpoint, among damaged ones of every kind."""
 
 import errno
 import json
@@ -15,8 +15,8 @@ from megabase.pipeline.ranks.groups import Group
 from tests.pipeline.checkpoints import publish_checkpoint, write_checkpoint
 
 
-def test_the_rule() -> None:
-    """Damaged ones are passed over, newest first; one that cannot be judged ends the search."""
+def test_the_newest_checkpoint_without_damage_is_chosen() -> None:
+    """Damaged ones are passed over; an error for one that cannot be judged ends the search."""
     passed: list[tuple[str, str]] = []
 
     def pass_over(candidate: str, damage: str) -> None:
@@ -137,6 +137,6 @@ def test_a_reader_renames_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     truncate(run / "checkpoints" / "step-10")
     assert choose_to_read(run, None).name == "step-5" and choose_to_read(run, 3).name == "step-3"
     assert "step-10 is broken" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 5 is intact"):
+    with pytest.raises(UserError, match=r"step-10 is broken .*: use --step 5, which is intact"):
         choose_to_read(run, 10)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-3", "step-5"]

@@ -94,7 +94,7 @@ def point(target: str) -> Callable[[Path], None]:
         (point(""), "latest points to ''"),
     ],
 )
-def test_files_that_would_be_read_instead_are_damage(
+def test_files_that_deepspeed_would_read_by_mistake_are_damage(
     intact: Path, harm: Callable[[Path], None], message: str
 ) -> None:
     harm(intact)
@@ -119,7 +119,7 @@ def test_links_to_the_checkpoint_and_within_it_are_no_damage(intact: Path, tmp_p
 
 def test_a_file_in_place_of_the_directory_is_damage(tmp_path: Path) -> None:
     (tmp_path / "step-4").write_text("x")
-    assert "megabase.json is no file in a directory" in str(find_damage(tmp_path / "step-4"))
+    assert "megabase.json is not a file in a directory" in str(find_damage(tmp_path / "step-4"))
 
 
 def test_ranks_share_the_reading_and_report_it(intact: Path) -> None:

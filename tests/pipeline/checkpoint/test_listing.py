@@ -88,7 +88,7 @@ def test_fast_reads_no_content(
     assert listed["step-40"]["state"] == "broken"
 
 
-def test_the_table_says_where_the_next_start_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_the_checkpoint_to_resume_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints" / "step-25")
     assert cli.main(["checkpoints", str(run)]) == 0
     out = capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(
 def test_the_successor_of_a_deleted_checkpoint_is_listed(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With checkpoint.keep=1 a run has one, and while that is looked at it is deleted for the next."""
+    """With checkpoint.keep=1 a run has one checkpoint. While it is checked, the run replaces it by the next."""
     for name in ("step-10", "step-25"):
         shutil.rmtree(run / "checkpoints" / name)
     check = listing.find_damage

@@ -109,10 +109,10 @@ def test_impossible_checksums(intact: Path, sha256: object) -> None:
         ("files", {"x": {}}, "size and checksum of x"),
         ("files", {"x": {"size": 1, "sha256": HASH, "more": 1}}, "size and checksum of x"),
         ("unheard_of", 1, "a field that no manifest has: 'unheard_of'"),
-        ("version", 1, "has no version that was ever released: 1"),
-        ("version", 0, "has no version that was ever released: 0"),
-        ("version", 1.0, r"has no version that was ever released: 1\.0"),
-        ("version", None, "has no version that was ever released: None"),
+        ("version", 1, "has no released version: 1"),
+        ("version", 0, "has no released version: 0"),
+        ("version", 1.0, r"has no released version: 1\.0"),
+        ("version", None, "has no released version: None"),
     ],
 )
 def test_impossible_fields(intact: Path, field: str, value: object, message: str) -> None:
@@ -134,7 +134,7 @@ def test_a_changed_manifest_is_noticed(intact: Path) -> None:
     content = json.loads((intact / MANIFEST).read_text())
     content["config"]["model.dim"] = 16
     (intact / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(Damaged, match="is not as it was written"):
+    with pytest.raises(Damaged, match="has changed since it was written"):
         read_manifest(intact)
 
 

@@ -172,7 +172,7 @@ def test_what_cannot_be_deleted_ends_no_training(
         (["checkpoint.keep_best=2", "checkpoint.every_steps=300"], "make one of checkpoint.every_steps=300"),
     ],
 )
-def test_settings_that_no_checkpoint_meets_are_refused(settings: list[str], message: str) -> None:
+def test_settings_that_keep_steps_without_checkpoints_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load([], ["run.name=x", "data.shards=s", *settings])
 

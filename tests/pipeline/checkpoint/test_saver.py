@@ -1,4 +1,4 @@
-"""The saver, one rank in a real process group: work in the background, and a disk that fills up meanwhile."""
+"""The saver on one rank in a real process group: work in the background, and a disk that fills up meanwhile."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_training_continues_while_a_checkpoint_is_published(bench, monkeypatch) 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_disk_that_is_full_when_a_checkpoint_is_published(bench, monkeypatch, capsys, background) -> None:
-    """It is given up and its space freed, and the next one is written; an error if the run ends with it."""
+    """It is given up, its space is freed, and the next one is written. It is an error if the run ends with it."""
     it = bench(background)
 
     def full(*_: Any) -> None:

@@ -55,7 +55,7 @@ def write_checkpoint(
     ranks: int = 2,
     alphabet: str | None = "dna",
 ) -> Reformer:
-    """Write a checkpoint of random weights as DeepSpeed's ranks would; returns the model that it is of."""
+    """Write a checkpoint of random weights as DeepSpeed's ranks would; returns the model with these weights."""
     torch.manual_seed(step)
     model = Reformer(settings)
     with torch.no_grad():
@@ -164,10 +164,10 @@ def test_the_newest_intact_checkpoint_is_exported(run: Path, capsys: pytest.Capt
     assert choose_to_read(run, None).name == "step-5"
     messages = capsys.readouterr().err
     assert "step-10 is broken (checkpoint/zero_pp_rank_1" in messages
-    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 5 is intact"):
+    with pytest.raises(UserError, match=r"step-10 is broken .*: use --step 5, which is intact"):
         choose_to_read(run, 10)
     damage(run, 5)
-    with pytest.raises(UserError, match=r"step-10 is broken .*: --step 3 is intact"):
+    with pytest.raises(UserError, match=r"step-10 is broken .*: use --step 3, which is intact"):
         choose_to_read(run, 10)
     damage(run, 3)
     with pytest.raises(UserError, match="no older one is intact"):
@@ -176,15 +176,17 @@ def test_the_newest_intact_checkpoint_is_exported(run: Path, capsys: pytest.Capt
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-3", "step-5"]
 
 
-def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_of_export_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "aside" / "checkpoints" / "step-3.broken").mkdir(parents=True)
     (tmp_path / "there").mkdir()
     (tmp_path / "running.partial").mkdir()
     new = str(tmp_path / "new")
     for arguments, message in (
-        ([str(tmp_path / "nowhere"), new], "is no run directory"),
-        ([str(tmp_path), new], "is no run directory"),
+        ([str(tmp_path / "nowhere"), new], "is not a run directory"),
+        ([str(tmp_path), new], "is not a run directory"),
         ([str(tmp_path / "empty"), new], "has no checkpoint yet: train it first"),
         ([str(tmp_path / "aside"), new], "has no intact checkpoint, only step-3.broken"),
         ([str(run), new, "--step", "4"], "has no checkpoint of step 4: it has 3, 5, 10"),
@@ -203,10 +205,10 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("when", ["find_damage", "read_manifest", "source_of"])
-def test_a_checkpoint_that_the_run_deletes_meanwhile(
+def test_a_checkpoint_that_the_run_deletes_while_it_is_exported(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The newest goes: the next is taken. The one that was asked for goes: one line."""
+    """If the newest is deleted, the next one is used. If the requested one is deleted, it is an error of one line."""
     module = choose_module if when == "find_damage" else export_module
     before = getattr(module, when)
 
@@ -220,7 +222,7 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile(
     assert export(run, tmp_path / "out", form="safetensors", step=None, dtype="fp32").name == "step-5"
     shutil.copytree(tmp_path / "kept" / "step-10", run / "checkpoints" / "step-10", dirs_exist_ok=True)
     with pytest.raises(
-        (RunError, UserError), match=r"step-10 was deleted while|has no checkpoint of step 10"
+        (RunError, UserError), match=r"step-10 was deleted by its run|has no checkpoint of step 10"
     ):
         export(run, tmp_path / "asked", form="safetensors", step=10, dtype="fp32")
     assert capsys.readouterr().err == "" and not list(tmp_path.glob("asked*"))
@@ -246,7 +248,7 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("out*"))
 
 
-def test_to_transformers(tmp_path: Path) -> None:
+def test_an_export_to_transformers_computes_the_same_logits(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = write_checkpoint(tmp_path / "run", MAPS, 7, stage=3)
     export(tmp_path / "run", tmp_path / "out", form="huggingface", step=None, dtype="fp32")
@@ -289,7 +291,7 @@ print(during, anonymous() - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Memory that no file backs: what is mapped from the checkpoint can be dropped at any time and is not counted."""
+    """Counts memory that is not mapped from files: the kernel can drop pages of the checkpoint at any time."""
     write_checkpoint(tmp_path / "small", CONFIG, 1)
     large = dataclasses.replace(CONFIG, dim=256, depth=24)
     model = write_checkpoint(tmp_path / "large", large, 1, stage=3)
@@ -304,13 +306,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     during, loaded = map(int, done.stdout.split())
-    assert loaded > 0.8 * size  # a model in memory is seen by this measure
+    assert loaded > 0.8 * size  # the measure counts a model in memory
     assert during < size / 6
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_loss_is_the_one_of_the_journal(undisturbed: Path, tmp_path: Path) -> None:
+def test_the_loss_of_an_export_is_that_of_the_journal(undisturbed: Path, tmp_path: Path) -> None:
     export(undisturbed, tmp_path / "out", form="safetensors", step=None, dtype="fp32")
     model = from_pretrained(tmp_path / "out")
     trained = load([undisturbed / "config.yaml"])
