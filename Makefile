@@ -32,13 +32,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory docs
 
-# The site, in build/site. Nothing is fetched. A broken link or reference is an error (not with --quiet, which hides
-# warnings from --strict).
+# The site, in build/site, without downloads. A broken link or reference is an error. (Do not add --quiet: it hides
+# warnings from --strict.)
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The figures of docs/performance.md, with the machine named. On a small CPU this takes about an hour, in which nothing
-# else should run.
+# The figures of docs/performance.md, with the machine named. This takes about an hour on a small CPU. Run nothing else
+# in that time.
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[bench]"
 	$(BIN)/megabase bench attention --device $(DEVICE) --json benchmarks/results/attention-$(DEVICE).json \
@@ -58,7 +58,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[test,lint,docs]"
 	touch $@
 
-# Pin what is installed now, after the tests have passed with it.
+# Pin the installed versions. Run the tests with them first.
 lock: $(VENV)/.installed-test
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" > requirements.lock
 

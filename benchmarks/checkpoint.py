@@ -12,11 +12,11 @@ model on the same windows. Only the way to save differs:
 - `plain write`: the bytes of the same states to one file for each rank, and fsync: the lower bound, without a format or
   checksums.
 
-stall: how long one checkpoint held up the training loop, from the end of its step to the start of the next (median of
-three). slowdown: wall time of the same steps with three checkpoints minus without, divided by three; it includes the
-processor time that a background thread takes from training. written: from the start of a save until the checkpoint is
-published. The resume reads files that are no longer in the page cache; ours compares every byte with its checksum
-before it loads (`verify`), which no peer does.
+stall: seconds for which one checkpoint held up the training loop, from the end of its step to the start of the next
+(median of three). slowdown: wall time of the same steps with three checkpoints minus without, divided by three; it
+includes the processor time that a background thread takes from training. written: from the start of a save until the
+checkpoint is published. The resume reads files that are no longer in the page cache; ours compares every byte with its
+checksum before it loads (`verify`), which no peer does.
 
 The figures are valid only if nothing else runs on the machine.
 """
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Row:
-    """One line of the tables, in seconds and bytes. None: the contestant does not do that."""
+    """One line of the tables, in seconds and bytes. None: not measured for this contestant."""
 
     parameters: int
     contestant: str
@@ -157,14 +157,14 @@ def measure(size: int, contestants: list[str], ranks: int, directory: Path, shar
         )
         return start(Task(contestant, str(place), str(shards), dim, ranks, steps, every, resume))
 
-    # Far enough apart that a checkpoint in the background is done before the next one begins.
+    # Checkpoints are far enough apart that one in the background is complete before the next begins.
     trial = run(OURS, 0, WARM_UP + 4)
     every = max(4, min(60, math.ceil(4 * (trial.begins[-1] - trial.ends[-1]) / trial.step())))
     steps = (SAVES + 1) * every
-    bare = {ours: run(OURS if ours else PLAIN, 0, steps) for ours in (True, False)}
+    without_saves = {ours: run(OURS if ours else PLAIN, 0, steps) for ours in (True, False)}
     for contestant in contestants:
         times = run(contestant, every, steps)
-        without = bare[contestant in (OURS, BACKGROUND)]
+        without = without_saves[contestant in (OURS, BACKGROUND)]
         slowdown = (times.wall() - without.wall()) / SAVES
         row = Row(
             parameters,
@@ -201,7 +201,7 @@ def start(task: Task) -> Times:
 
 
 def forget(directory: Path) -> None:
-    """Drop the files of a directory from the page cache; they are on disk."""
+    """Drop the files of a directory from the page cache. Every contestant has synced them to disk."""
     for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

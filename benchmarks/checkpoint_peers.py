@@ -38,7 +38,7 @@ class Peer:
         return self._checkpoints / f"step-{step}"
 
     def between(self, trainer: Any) -> None:
-        """Save if a checkpoint is due. A resume reads that of the last step."""
+        """Save if a checkpoint is due; the last step's always is, because a resume reads it."""
         step, task = trainer.global_step, self._task
         if not task.every or task.resume or (step % task.every and step < task.steps):
             return
@@ -97,7 +97,7 @@ class Peer:
         return {f"{self._rank}.{name}": tensor for name, tensor in tensors(parts, "")}
 
     def _own(self, directory: Path) -> Iterator[Path]:
-        """The files that this rank has written; rank 0 those without a rank in their name."""
+        """The files that this rank has written. Files without a rank in their name are rank 0's."""
         for path in directory.rglob("*"):
             owner = path.name.partition("pp_rank_")[2].partition("_")[0] or "0"
             if path.is_file() and int(owner) == self._rank:
@@ -117,7 +117,7 @@ def tensors(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def write_plainly(path: Path, states: Iterable[torch.Tensor]) -> None:
-    """Write the bytes of tensors one after the other; they are on disk on return."""
+    """Write the bytes of tensors one after the other, and wait until they are on disk."""
     with path.open("wb") as file:
         for tensor in states:
             file.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))

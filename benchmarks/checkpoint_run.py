@@ -20,7 +20,7 @@ OURS, BACKGROUND, LIGHTNING = "ours", "ours, background", "Lightning"
 DCP, DCP_ASYNC, PLAIN = "DCP", "DCP, async", "plain write"
 CONTESTANTS = (OURS, BACKGROUND, LIGHTNING, DCP, DCP_ASYNC, PLAIN)
 RESUMED = (OURS, LIGHTNING, DCP)
-# Steps that are not measured, and checkpoints after them.
+# First steps, which are not measured, and measured checkpoints.
 WARM_UP, SAVES = 2, 3
 LENGTH = 256
 POLL_S = 0.01
@@ -37,7 +37,7 @@ class Task:
         dim: width of the model.
         ranks: number of processes.
         steps: of the run.
-        every: steps between checkpoints. 0: none, except the one with which a run of ours ends.
+        every: steps between checkpoints. 0: none, except that `megabase train` saves at the end.
         resume: train one step from the last checkpoint.
         started: Unix time at which the processes were started.
     """
@@ -86,7 +86,7 @@ class Times:
 
     Attributes:
         ends: time of the monotonic clock at which the computation of each step ended.
-        begins: the same at which the loop continued after it.
+        begins: the same at which the loop continued after that step.
         written: for each checkpoint, from the start of a save until the checkpoint is published.
         bytes: size of a checkpoint.
         verify: time to compare a checkpoint with its checksums, on resume.
@@ -169,7 +169,7 @@ class Watch:
         self.times.written.append(time.monotonic() - began)
 
     def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A `function` that also notes its time as `kind` ("verify" or "load"); reading begins with the first call."""
+        """`function`, with its time noted as `kind` ("verify" or "load"). The first call also sets `ready`."""
 
         def run(*arguments: Any, **more: Any) -> Any:
             began = time.monotonic()
@@ -182,7 +182,7 @@ class Watch:
 
 
 def train_ours(task: Task, watch: Watch) -> None:
-    """`megabase train`, with the methods that are to be measured replaced."""
+    """`megabase train`, with the methods to measure replaced by ones that note their time."""
     from megabase.pipeline.config.load import load
     from megabase.pipeline.ranks.stop import StopRequest
     from megabase.pipeline.training import resume

@@ -69,8 +69,8 @@ tests() {
     return "${PIPESTATUS[0]}"
 }
 
-# Real runs on phage lambda, one rank, in parallel: each trains 8 steps, loses its last checkpoint and resumes from step 4.
-# The second journal must equal the first byte for byte.
+# Real runs on phage lambda, one rank each, in parallel. Each trains 8 steps; then its last checkpoint is deleted and the
+# run resumes from step 4. The second journal must equal the first byte for byte.
 zero() {
     local variant pid pids=() bad=0
     "$PYTHON" -m megabase.pipeline.cli prepare tests/data/lambda_phage.fna.gz "$WORK/lambda" || return 1

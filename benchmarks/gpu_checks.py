@@ -1,4 +1,4 @@
-"""Check the kernels on this device: equal to `reference` in fp64, the same bits twice, exact reversible training.
+"""Checks the kernels on this device: equal to `reference` in fp64, the same bits twice, exact reversible training.
 
     python -m benchmarks.gpu_checks [--device cuda] [--cases 40] [--json FILE]
 
@@ -31,11 +31,11 @@ from megabase.models.attention.lsh import hash_buckets
 
 BACKENDS = {"cuda": ("auto", "chunked", "triton"), "cpu": ("auto", "chunked", "native")}
 PER_RULE = 3
-"""Consecutive cases with one rule and width, each of another shape: kernels are compiled for a rule."""
+"""Consecutive cases with one rule and width: a kernel is compiled for these, not for a shape."""
 # ‖got − reference‖ / ‖reference‖: several times the rounding of the operands; a wrong key or sum gives far more.
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 LENGTHS = (1, 2, 17, 64, 100, 129, 255, 384, 700)
-# Share of positions with equal buckets in fp32 on a CPU and here: rounding decides between two directions as near.
+# The least share of positions with the buckets of a CPU, in fp32: rounding decides between two equally near directions.
 LEAST_EQUAL = 0.999
 
 
@@ -232,8 +232,8 @@ def reversible(chance: random.Random, device: str) -> Check:
             model = Reformer(config).to(device, dtype).train()
             x = torch.randint(5, 9, (2, 300), device=device)
             seeds = Seeds(chance.getrandbits(31), 5, torch.arange(2, device=device))
-            there, back = (loss_and_gradients(model, x, seeds, reverse) for reverse in (True, False))
-            check.judge((there - back).abs().max().item(), f"{short(dtype)} {layers}")
+            rebuilt, kept = (loss_and_gradients(model, x, seeds, reverse) for reverse in (True, False))
+            check.judge((rebuilt - kept).abs().max().item(), f"{short(dtype)} {layers}")
     return check
 
 
@@ -292,8 +292,8 @@ def guarded(name: str, function: Callable[[], Check]) -> Check:
     try:
         return function()
     except Exception as error:
-        said = str(error).strip().split("\n")[0]
-        return Check(name, failures=[f"{type(error).__name__}: {said}"[:300]])
+        line = str(error).strip().split("\n")[0]
+        return Check(name, failures=[f"{type(error).__name__}: {line}"[:300]])
 
 
 def short(dtype: torch.dtype) -> str:

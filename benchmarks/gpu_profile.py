@@ -56,7 +56,7 @@ def traced(call: Callable[[], object], calls: int) -> tuple[list[Spent], float]:
 
 
 def hosted(call: Callable[[], object], calls: int) -> None:
-    """Print the Python functions in which the host spends most time; tracing makes all of them slower."""
+    """Print the Python functions in which the host spends most time. Tracing slows all of them down."""
     torch.cuda.synchronize()
     tracer = cProfile.Profile()
     with tracer:
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--show", type=int, default=30)
-    parser.add_argument("--host", action="store_true", help="also what the host spends, by function")
+    parser.add_argument("--host", action="store_true", help="also the time of the host, by function")
     parser.add_argument("--plain", action="store_true", help="only run, for another profiler")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

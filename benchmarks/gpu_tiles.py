@@ -1,5 +1,5 @@
-"""Which tiles are fastest for the Triton kernels on this GPU: the time of each candidate, and the least time that its
-memory traffic takes.
+"""The fastest tiles of the Triton kernels on this GPU: the time of each candidate, and the least time that its memory
+traffic takes.
 
     python -m benchmarks.gpu_tiles [--passes hash] [--head-dims 64,128] [--lengths 16k,64k] [--once] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What offload saves of memory and costs in time (ZeRO-3), in memory without and with a limit: prints a table.
+"""The memory that offload saves and the time that it costs (ZeRO-3), without and with a limit of memory: a table.
 
     python -m benchmarks.offload [--dim 768] [--depth 14] [--ranks 2] [--steps 5] [--limits 4,3] [--disk DIR]
         [--json FILE]
@@ -83,7 +83,7 @@ def settings(options: argparse.Namespace) -> list[str]:
 
 
 def train(kind: str, limit: float, options: argparse.Namespace, shards: Path, directory: Path) -> Row:
-    """One training of its own processes."""
+    """Run one training in new processes."""
     run = f"{kind}-{limit:g}".replace(", ", "-").replace(" ", "-")
     command = [
         *(sys.executable, "-m", "megabase.pipeline.cli", "train"),
@@ -93,7 +93,7 @@ def train(kind: str, limit: float, options: argparse.Namespace, shards: Path, di
         *KINDS[kind],
     ]
     log = directory / f"{run}.log"
-    with memory_of(limit) as group, log.open("wb") as output:
+    with memory_limit(limit) as group, log.open("wb") as output:
         job = subprocess.Popen(
             command,
             stdout=output,
@@ -120,8 +120,8 @@ def train(kind: str, limit: float, options: argparse.Namespace, shards: Path, di
 
 
 @contextmanager
-def memory_of(gibibytes: float) -> Iterator[Path | None]:
-    """A new cgroup that may use so much memory; None without a limit."""
+def memory_limit(gibibytes: float) -> Iterator[Path | None]:
+    """Make a cgroup with this limit of memory; yields its directory, or None if `gibibytes` is 0."""
     if not gibibytes:
         yield None
         return
@@ -132,13 +132,13 @@ def memory_of(gibibytes: float) -> Iterator[Path | None]:
         (group / key).write_text(str(int(gibibytes * 2**30)))
         yield group
     finally:
-        while (group / "cgroup.procs").read_text():  # those that were just killed
+        while (group / "cgroup.procs").read_text():  # processes that were just killed leave it after a moment
             time.sleep(0.1)
         group.rmdir()
 
 
 def anonymous(supervisor: int) -> int:
-    """Bytes of memory that is in no file, of the ranks of a supervisor together."""
+    """Bytes of memory that is not mapped from a file, summed over the ranks of a supervisor."""
     try:
         memories = [rank.memory_info() for rank in psutil.Process(supervisor).children()]
     except psutil.NoSuchProcess:
@@ -148,7 +148,7 @@ def anonymous(supervisor: int) -> int:
 
 def main() -> None:
     """Read the command line, run, print."""
-    parser = argparse.ArgumentParser(description="What offload saves of memory and costs in time.")
+    parser = argparse.ArgumentParser(description="The memory that offload saves and the time that it costs.")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--depth", type=int, default=14)
     parser.add_argument("--ranks", type=int, default=2)

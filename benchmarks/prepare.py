@@ -1,9 +1,9 @@
-"""What `megabase prepare` costs with its own tar writer and with webdataset's, and what copying the file costs.
+"""The time of `megabase prepare` with its own tar writer and with webdataset's, and of copying the file.
 
     python benchmarks/prepare.py [--megabytes 500] [--repeats 3] [--folder DIR]
 
 Prepares three inputs in this process: the E. coli genome of examples/data, a FASTA file of five long random records,
-and one of reads of 150 bases. Each is prepared with both writers in turn, and copied with one fsync as the floor.
+and one of reads of 150 bases. Each is prepared with both writers in turn, and copied with one fsync as the lower bound.
 Prints wall time and CPU time, each the best of the repeats; the ratio is that of CPU time, because other work on the
 machine disturbs it less. webdataset is imported before the clock starts; the time of that import is printed too, since
 every worker process of `prepare` would pay it.
@@ -44,7 +44,7 @@ class LibraryTarWriter(tar_writer.TarWriter):
         self._tar.tarstream.format = tarfile.GNU_FORMAT  # the argument `format` is ignored (webdataset 1.0.2)
 
     def add(self, name: str, content: bytes) -> int:
-        offset = self.size - tarfile.BLOCKSIZE  # a header behind what precedes the two blocks of the end
+        offset = self.size - tarfile.BLOCKSIZE  # the header replaces the first of the two end blocks
         key, _, kind = name.rpartition(".")
         self._tar.write({"__key__": key, kind: content})
         self.size += tar_writer.size_in_tar(len(content))
@@ -80,7 +80,7 @@ def write_fasta(path: Path, records: int, length: int) -> Path:
 
 
 class Seconds(NamedTuple):
-    """What a call takes."""
+    """Wall time and CPU time of a call, in seconds."""
 
     wall: float
     cpu: float

@@ -38,7 +38,7 @@ def windows(source: torch.Tensor, starts: list[int]) -> tuple[torch.Tensor, torc
     return cut[:, :-1], cut[:, 1:]
 
 
-# %% One config for all of them
+# %% One config for all models
 config = ReformerConfig(vocab_size=dna.vocab_size, dim=64, depth=2, heads=2, causal=True)
 config.lsh = replace(config.lsh, rounds=2, chunk_length=64)
 config.local = replace(config.local, window=64)
@@ -53,7 +53,7 @@ kinds = {
 
 # %% Train each
 def trained(layers: list[str]) -> tuple[Reformer, float]:
-    """A model with these layers after STEPS steps, and the seconds that a step took."""
+    """A model with these layers after STEPS steps, and the median seconds of a step."""
     torch.manual_seed(1)  # initial weights; everything else follows from the seeds of a step
     model = Reformer(replace(config, layers=layers)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

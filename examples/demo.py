@@ -27,8 +27,8 @@ SHARDS = ROOT / "data" / "demo"
 CONFIG = ROOT / "configs" / "demo.yaml"
 RUN = ROOT / "runs" / "demo"
 PATHS = RunPaths(RUN)
-# Seconds without a new row in the journal after which training counts as stuck. A start imports torch, Lightning and
-# DeepSpeed on every rank.
+# Training counts as stuck after this many seconds without a new row in the journal. A start imports torch, Lightning
+# and DeepSpeed on every rank.
 SILENCE_S = 300.0
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     if RUN.exists():
         shutil.rmtree(RUN)
 
-    _say("training on 2 processes with DeepSpeed ZeRO-2; somewhere on the way the job will be killed")
+    _say("training on 2 processes with DeepSpeed ZeRO-2; at a random step the job will be killed")
     killed_at = _train_and_kill()
     saved = sorted(step_of(path) for path in list_checkpoints(PATHS.checkpoints))
     _say(
@@ -79,7 +79,7 @@ def _train_and_kill() -> int:
 
 
 def _draw_step() -> int:
-    """A step after the first checkpoint and before the last quarter, some steps after a checkpoint: those get lost."""
+    """A random step in the first three quarters, some steps after a checkpoint, so that these steps are lost."""
     from megabase.pipeline.config.load import load
 
     config = load([CONFIG])
@@ -89,9 +89,9 @@ def _draw_step() -> int:
 
 
 def _check_journal(before: dict[int, Row]) -> None:
-    """Raise RunError unless the journal has each step once, and the same numbers for the steps trained twice.
+    """Raise RunError unless the journal has each step once, and the same numbers for steps that were trained twice.
 
-    before: the rows that were in the journal when the job was killed.
+    before: the rows in the journal when the job was killed, by step.
     """
     rows = _training_rows()
     steps = [row["step"] for row in rows]

@@ -36,9 +36,8 @@ def tokens_of(sequence: np.ndarray) -> torch.Tensor:
 
 genome = Path(__file__).resolve().parents[1] / "tests" / "data" / "lambda_phage.fna.gz"
 bases = b"".join(gzip.decompress(genome.read_bytes()).split(b"\n")[1:])  # all lines but the FASTA header
-piece = np.frombuffer(
-    bases[44_000:44_512], dtype=np.uint8
-)  # in the last tenth, which a run with --valid 0.1 leaves out
+# In the last tenth of the genome, on which a run with `--valid 0.1` does not train.
+piece = np.frombuffer(bases[44_000:44_512], dtype=np.uint8)
 
 
 # %% Score: how many bits does the model need for each base? 2 bits are no better than guessing

@@ -1,4 +1,4 @@
-"""Shared by all tests: real input, prepared shards, an undisturbed training; jobs cannot outlive their test."""
+"""Shared by all tests: real input, prepared shards, an undisturbed training, jobs that end with their test."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.rundir.journal import Row, read
 from tests.processes import ENVIRONMENT, START_S, Job
 
-# How long an example takes is no property of the code: machines are noisy.
+# No deadline for an example: how long it takes depends on what else runs on the machine.
 hypothesis.settings.register_profile("megabase", deadline=None)
 hypothesis.settings.load_profile("megabase")
 
 DATA = Path(__file__).parent / "data"
 
 STEPS = 40
-# Two ranks, two micro batches to a step, dropout, a constant rate (so that a run may stop before a later max_steps).
+# Two ranks, two micro batches in a step, dropout, and a constant learning rate, so that runs with different max_steps
+# are comparable.
 SETTINGS = [
     "data.length=512",
     "data.global_batch=8",
@@ -51,7 +52,7 @@ def train_settings(shards: Path, root: Path, name: str, *more: str) -> list[str]
 
 @pytest.fixture(autouse=True)
 def unchanged_logging() -> Iterator[None]:
-    """A test that runs a command in this process leaves the logger `megabase` as it was."""
+    """Restores the logger `megabase` after a test, because commands that run in this process set it up."""
     logger = logging.getLogger("megabase")
     before = logger.handlers[:], logger.level, logger.propagate
     yield
@@ -59,7 +60,7 @@ def unchanged_logging() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for pytest-xdist: never two tests at once that start ranks, and one SLURM cluster for its tests."""
+    """Groups for pytest-xdist, each in one process: tests that start ranks do not run at once; one SLURM cluster."""
     for item in items:
         for name in ("distributed", "slurm"):
             if item.get_closest_marker(name):
@@ -107,7 +108,7 @@ def undisturbed(runs: Path, lambda_shards: Path) -> Path:
 
 @pytest.fixture
 def start_job(tmp_path: Path):
-    """Start `megabase` processes; whatever still runs at the end of the test is killed."""
+    """Starts `megabase` processes, and kills those that still run at the end of the test."""
     jobs: list[Job] = []
 
     def start(*arguments: str, cwd: Path = tmp_path) -> Job:

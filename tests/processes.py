@@ -34,10 +34,10 @@ from megabase.datamodules.processes import end_with_parent
 # No GPU: there may be fewer than ranks, and a process that has touched one cannot fork.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).parents[1]
-# How long to wait for a job, and for a group of ranks that work through all cases of a module, on a busy machine.
+# Seconds to wait for a job, and for ranks that run all cases of a module, on a busy machine.
 START_S = 480.0
 RANKS_S = 580.0
-# What a rank imports sooner or later.
+# All that a rank imports.
 _PRELOAD = [
     "megabase.pipeline.zero.strategy",  # first: it sets DeepSpeed up
     "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch._inductor
@@ -113,7 +113,7 @@ class Python:
             if self.poll() is not None or time.monotonic() > deadline:
                 code = self.poll()
                 self.kill()
-                pytest.fail(f"the process (code {code}) did not come so far:\n{self.stderr()[-4000:]}")
+                pytest.fail(f"the process (code {code}) did not meet the condition:\n{self.stderr()[-4000:]}")
             time.sleep(0.05)
 
     def send_signal(self, number: int) -> None:
@@ -142,7 +142,7 @@ class Job(Python):
         super().__init__("-m", "megabase.pipeline.cli", *arguments, cwd=cwd)
 
     def wait(self, timeout: float = START_S) -> tuple[int, str]:
-        """As of `Python`; fails as well when a training prints on stdout."""
+        """As `Python.wait`; also fails if a training has printed on stdout."""
         code, messages = super().wait(timeout)
         if self._command == "train":
             assert self.stdout() == "", (
@@ -178,7 +178,7 @@ def run_ranks(ranks: int, main: Callable[..., None], *arguments: str) -> tuple[i
 
 
 def run_python(*command: str) -> None:
-    """What `python COMMAND...` does: `-m MODULE`, `-c PROGRAM` or a file, with its arguments."""
+    """Do what `python COMMAND...` does. COMMAND: `-m MODULE`, `-c PROGRAM` or a file, with arguments."""
     words = [word for word in command if word != "-P"]
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -193,7 +193,7 @@ def run_python(*command: str) -> None:
 
 
 def _start_fork_server() -> None:
-    """Start it, if it does not run yet, with ENVIRONMENT: libraries read these variables when they are loaded."""
+    """Start the fork server, unless it runs, with ENVIRONMENT, which libraries read when they are loaded."""
     _FORKS.set_forkserver_preload(_PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
@@ -202,7 +202,7 @@ def _start_fork_server() -> None:
 
 
 def _lead(command: Sequence[str], cwd: str, files: Sequence[str], environment: Mapping[str, str]) -> None:
-    """In the forked process: what the kernel and `subprocess` do for a new one, then `python COMMAND...`."""
+    """In the forked process: set up what a new process would have, then run `python COMMAND...`."""
     end_with_parent(os.getppid())  # the fork server, which ends with the tests
     os.setsid()
     os.chdir(cwd)
@@ -216,7 +216,7 @@ def _lead(command: Sequence[str], cwd: str, files: Sequence[str], environment: M
 
 
 def _popen(command: Any, **options: Any) -> Any:
-    """`subprocess.Popen`, but where the command is this interpreter: a fork of this process."""
+    """Replaces `subprocess.Popen`: forks this process if the command is this interpreter."""
     if isinstance(command, list) and command[0] == sys.executable:
         return _ForkedPython(command, **options)
     return _Popen(command, **options)
@@ -226,7 +226,7 @@ _Popen = subprocess.Popen
 
 
 class _ForkedPython:
-    """What a supervisor needs of `subprocess.Popen([sys.executable, ...])`."""
+    """Replaces `subprocess.Popen([sys.executable, ...])`, with the methods that a supervisor calls."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], preexec_fn: Callable[[], None]
@@ -240,7 +240,7 @@ class _ForkedPython:
 
     @staticmethod
     def _become(command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> NoReturn:
-        """In the child: be `python COMMAND...`, up to its end."""
+        """In the child: run `python COMMAND...` and exit."""
         code = 1
         try:
             preexec_fn()

@@ -1,4 +1,4 @@
-"""Forked jobs behave as processes that a command starts."""
+"""Forked jobs behave like processes that a shell starts."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_the_libraries_are_imported_before_the_fork(tmp_path: Path) -> None:
     assert Python("-c", program, cwd=tmp_path).wait() == (0, "")
 
 
-def test_a_signal_and_a_kill_reach_it(tmp_path: Path) -> None:
+def test_a_signal_and_a_kill_reach_the_process(tmp_path: Path) -> None:
     listening = (
         "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: exit(3))\nprint(1, flush=True)\n"
     )
@@ -55,7 +55,7 @@ def test_a_command_is_run_as_a_module(tmp_path: Path) -> None:
 
 
 def note_process(directory: str) -> None:
-    """One rank: write down what it is."""
+    """In a rank: write its process id, its parent's, and how it was set up."""
     rank = os.environ["RANK"]
     known = [os.getpid(), os.getppid(), signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL, sys.argv[0]]
     (Path(directory) / rank).write_text(json.dumps(known))

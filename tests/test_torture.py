@@ -1,4 +1,4 @@
-"""The torture test with five kills, in the phases that matter most; and the parts that it relies on."""
+"""The torture test with five kills, in the phases that matter most; and tests of its parts."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from tests.torture.torture import Options
 
 
 class ForkedJob(Job):
-    """A job that need not import the libraries (tests/processes.py)."""
+    """A job as a fork that has imported the libraries already (tests/processes.py)."""
 
     def _start(self, command: Sequence[str], cwd: Path) -> int:
         self._python = Python(*command, cwd=cwd, output=self.log)
@@ -33,7 +33,7 @@ class ForkedJob(Job):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_run_killed_five_times_is_the_run_that_nothing_disturbed(
+def test_a_run_killed_five_times_ends_as_the_undisturbed_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = run(Options(kills=5, seed=3, directory=tmp_path / "torture", chance=0.8, job=ForkedJob))
@@ -46,7 +46,7 @@ def drawn(seed: int, kills: int) -> list[Kill]:
     return plan(seed, kills, 2, small_disk=True, chance=0.5)
 
 
-def test_the_plan_is_the_seeds_and_leaves_nothing_out() -> None:
+def test_the_plan_follows_from_the_seed_and_has_every_phase_and_damage() -> None:
     assert drawn(7, 40) == drawn(7, 40) != drawn(8, 40)
     assert drawn(7, 40)[:10] == drawn(7, 10)
     assert {kill.phase for kill in drawn(7, len(PHASES))} == set(PHASES)
@@ -54,13 +54,13 @@ def test_the_plan_is_the_seeds_and_leaves_nothing_out() -> None:
     assert {name for kill in drawn(7, 100) for name in kill.damages} >= CHECKPOINT_DAMAGES.keys()
 
 
-def test_without_a_small_disk_none_is_filled() -> None:
+def test_without_a_small_disk_no_disk_is_filled() -> None:
     kills = plan(7, 40, 2, small_disk=False, chance=1.0)
     assert not {kill.phase for kill in kills} & set(NEED_A_SMALL_DISK)
 
 
 def make_checkpoint(path: Path) -> Path:
-    """A checkpoint of one shard, as far as a manifest tells."""
+    """A checkpoint of one shard with a manifest that fits its files."""
     (path / "checkpoint").mkdir(parents=True)
     state = {"weight": torch.arange(6, dtype=torch.float32), "step": 3, "betas": (0.9, 0.95)}
     torch.save(state, path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
@@ -91,14 +91,14 @@ def make_checkpoint(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKPOINT_DAMAGES if name != "manifest flipped"])
-def test_every_damage_to_a_checkpoint_is_one(tmp_path: Path, name: str) -> None:
+def test_every_damage_to_a_checkpoint_is_found(tmp_path: Path, name: str) -> None:
     path = make_checkpoint(tmp_path / "step-3")
     assert damage_of(path) is None
     CHECKPOINT_DAMAGES[name](path, random.Random(1))
     assert damage_of(path) is not None and find_damage(path) is not None
 
 
-def test_lost_rows_are_those_after_the_newest_checkpoint(tmp_path: Path) -> None:
+def test_only_rows_after_the_newest_checkpoint_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.9}, {"step": 2, "valid_loss": 1.8}]
     rows += [{"step": step, "loss": 1.7} for step in (3, 4, 5)]

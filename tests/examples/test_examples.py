@@ -1,4 +1,4 @@
-"""The scripts in examples/ run and print what they promise."""
+"""The scripts in examples/ run and print what their docstrings say."""
 
 import json
 import os

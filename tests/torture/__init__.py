@@ -1,1 +1,1 @@
-"""A training run is killed again and again; it must end as the run that nothing disturbed. See __main__.py."""
+"""A training run is killed again and again and must end with the result of an undisturbed run. See __main__.py."""

@@ -3,9 +3,9 @@
     python -m tests.torture --kills 20 [--seed S] [--stage 0..3] [--ranks 2] [--background] [--directory D] [--keep]
         [KEY=VALUE...]
 
-Every job is the product's own `megabase train`, watched from outside. The seed decides, for each kill, the phase, the
-process, and what is damaged afterwards. A phase is recognised by what appears in the run directory. The moment within
-it is a random fraction of how long that phase took before.
+Every job is a real `megabase train`, watched from outside. For each kill the seed decides the phase, the process, and
+what is damaged afterwards. A phase is recognised by what appears in the run directory; the moment within it is a random
+fraction of how long that phase usually takes.
 
 After every kill:
 - the journal is the beginning of the undisturbed one, byte for byte, and reaches the newest checkpoint;
@@ -30,7 +30,7 @@ from tests.torture.torture import Options, Torture
 
 
 def run(options: Options) -> int:
-    """The torture test; returns an exit code."""
+    """Run the torture test; returns the exit code."""
     began = time.monotonic()
     directory = options.directory or Path(tempfile.mkdtemp(prefix="torture-"))
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,8 @@ def main() -> int:
     """Read the command line."""
     defaults = Options()
     parser = argparse.ArgumentParser(
-        prog="python -m tests.torture", description="Kill a training run again and again; it must not notice."
+        prog="python -m tests.torture",
+        description="Kill a training run again and again; its result must not change.",
     )
     parser.add_argument("--kills", type=int, default=defaults.kills, metavar="N")
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="of the plan")
@@ -88,7 +89,7 @@ def main() -> int:
     )
     parser.add_argument("--directory", type=Path, metavar="D", help="where (default: a temporary directory)")
     parser.add_argument("--keep", action="store_true", help="keep the directory")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of the run, besides")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="further settings of the run")
     return run(Options(**vars(parser.parse_args())))
 
 

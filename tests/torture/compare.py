@@ -1,4 +1,4 @@
-"""The comparison of a run with the undisturbed one, to the last bit."""
+"""Comparison of a run with the undisturbed run, to the last bit."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def first_difference(reference: bytes, journal: bytes) -> str:
 
 
 def compare_checkpoints(one: Path, other: Path) -> tuple[int, int]:
-    """(tensors, bytes) that two checkpoints share, to the last bit.
+    """Compare two checkpoints to the last bit; returns the number of their tensors, and of the bytes of these.
 
     Raises:
         Failed: a file, a tensor or a number is different or only in one of them.
     """
-    from megabase.pipeline.zero.checkpoint_engine import load  # not at the head: it imports torch
+    from megabase.pipeline.zero.checkpoint_engine import load  # imported here because it imports torch
 
     names = [sorted(path.relative_to(root) for path in root.rglob("*.pt")) for root in (one, other)]
     if names[0] != names[1] or not names[0]:
-        raise Failed(f"the checkpoints have other files: {names[0]} and {names[1]}")
+        raise Failed(f"the checkpoints have different files: {names[0]} and {names[1]}")
     tensors = size = 0
     for name in names[0]:
         left, right = (dict(_leaves(load(root / name), name.name)) for root in (one, other))

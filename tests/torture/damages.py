@@ -50,7 +50,7 @@ CHECKPOINT_DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
 
 
 def _journal_tail(run: Path, draw: random.Random) -> str:
-    """Remove rows of steps after the newest checkpoint."""
+    """Remove rows from the end of the journal, of steps after the newest checkpoint only."""
     keep = step_of(published(run)[0]) if published(run) else 0
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     needed = [number for number, line in enumerate(lines, 1) if _step_of_row(line) <= keep]
@@ -60,7 +60,7 @@ def _journal_tail(run: Path, draw: random.Random) -> str:
 
 
 def _step_of_row(line: bytes) -> float:
-    """The step of a journal's line; no step's, if another damage has killed_at it."""
+    """The step of a line of the journal; infinity if the line is damaged."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -85,7 +85,7 @@ def _stray_partial(run: Path, draw: random.Random) -> str:
 
 def _stray_lock(run: Path, draw: random.Random) -> str:
     (run / ".lock").write_text(f"elsewhere process {draw.randint(1, 99999)}\n")
-    return "a lock of another host's"
+    return "a lock file of another host"
 
 
 def _one_of(*names: str) -> Callable[[Path, random.Random], str]:

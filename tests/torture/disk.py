@@ -14,7 +14,7 @@ DISK_BYTES = 192 << 20
 
 @dataclass
 class Ballast:
-    """A file that fills its disk. left: bytes that stay free."""
+    """A file that fills its disk. left: bytes that it leaves free."""
 
     path: Path
     left: int = 0
@@ -38,7 +38,7 @@ class Ballast:
 
 
 def mount(disk: Path) -> str:
-    """Mount a small file system on an empty directory; returns why that failed, else nothing."""
+    """Mount a small file system on an empty directory; returns why that failed, or an empty string."""
     disk.mkdir(exist_ok=True)
     if any(disk.iterdir()):
         return f"{disk} is not empty"

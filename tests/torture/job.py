@@ -28,7 +28,7 @@ class Job:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *command],
                 cwd=cwd,
-                # The code beside this file; and no GPU, because there may be fewer than ranks.
+                # Import the code of this checkout. Use no GPU, because there may be fewer GPUs than ranks.
                 env=os.environ
                 | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 stdout=output,
@@ -51,7 +51,7 @@ class Job:
         return [pid for pid, group in _processes() if group == self.pid]
 
     def kill(self, target: str) -> str:
-        """Send SIGKILL to ALL, SUPERVISOR or "rank R"; returns which: ALL where that rank does not exist yet."""
+        """Send SIGKILL to ALL, SUPERVISOR or "rank R"; returns the target: ALL if that rank does not exist yet."""
         if target == SUPERVISOR:
             os.kill(self.pid, signal.SIGKILL)
             return target
@@ -77,7 +77,7 @@ class Job:
             os.killpg(self.pid, signal.SIGKILL)
 
     def gone(self, within: float) -> bool:
-        """Wait until no process of it is left."""
+        """Wait until no process of the job is left; false if some are after `within` seconds."""
         deadline = time.monotonic() + within
         while self.poll() is None or self.members():
             if time.monotonic() > deadline:
@@ -87,7 +87,7 @@ class Job:
 
 
 def _processes() -> Iterator[tuple[int, int]]:
-    """(process, its group) of all that are alive."""
+    """(process id, process group) of every process that is alive."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:

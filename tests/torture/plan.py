@@ -1,4 +1,4 @@
-"""What is done to a run: for each kill the phase, the moment, the process and the damage. A seed decides it all."""
+"""The plan of a torture test: phase, moment, process and damage of each kill. All follows from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.torture.damages import CHECKPOINT_DAMAGES, OTHER_DAMAGES
 IMPORTING, RESUMING, TRAINING = "start-up", "resume", "training"
 WRITING, PUBLISHING, PRUNING = "writing", "publish", "pruning"
 EVALUATING, FULL_DISK, FULL_START = "evaluation", "full disk", "start on a full disk"
-# In the order in which the first kills take them.
+# In the order of the first kills.
 PHASES = (WRITING, RESUMING, PUBLISHING, TRAINING, EVALUATING, IMPORTING, PRUNING, FULL_DISK, FULL_START)
 NEED_A_SMALL_DISK = (FULL_DISK, FULL_START)
 ALL, RANK, SUPERVISOR = "all processes", "rank", "the supervisor"
@@ -21,10 +21,15 @@ TARGETS = (ALL, RANK, ALL, SUPERVISOR)
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill. nth: which occurrence of the phase since the start. fraction: of the phase's usual length, to wait.
+    """One kill.
 
-    target: ALL, SUPERVISOR or "rank R"; with a full disk only a job that does not end by itself is killed. damages:
-    names of CHECKPOINT_DAMAGES and OTHER_DAMAGES, done afterwards.
+    Attributes:
+        number: from 1.
+        phase: one of PHASES.
+        nth: the occurrence of the phase since the start of the job.
+        fraction: of the usual length of the phase, to wait before the kill.
+        target: ALL, SUPERVISOR or "rank R". With a full disk, a job that ends by itself is not killed.
+        damages: names in CHECKPOINT_DAMAGES and OTHER_DAMAGES, done after the kill.
     """
 
     number: int

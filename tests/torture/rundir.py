@@ -1,4 +1,4 @@
-"""A run directory read from outside, without the product's code."""
+"""A run directory read without the code under test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Failed(Exception):
-    """The run did not survive; the message says why."""
+    """A check of the torture test failed; the message says which."""
 
 
 def published(run: Path) -> list[Path]:
@@ -26,7 +26,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, judged without the product's code; None: nothing."""
+    """What is wrong with a checkpoint, found without the code under test; None if nothing is."""
     try:
         files = json.loads((checkpoint / "megabase.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -66,7 +66,7 @@ def read(path: Path) -> bytes:
 
 
 def rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of whole lines."""
+    """The rows of complete lines."""
     return [json.loads(line) for line in complete_lines(content).splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""One torture: the undisturbed run, then starts that are killed and damaged, the checks after each, the comparison."""
+"""One torture test: the undisturbed run, then a run that is killed and damaged, checked each time, and compared."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.torture.plan import FULL_DISK, FULL_START, NEED_A_SMALL_DISK, RANK, K
 from tests.torture.rundir import (
     Failed,
     bytes_of,
+    complete_lines,
     damage_of,
     is_unfinished,
     names_in,
@@ -51,19 +52,19 @@ SETTINGS = [
     "checkpoint.every_minutes=0",
     "checkpoint.keep=3",
 ]
-# A kill comes at the latest when a start has trained so many steps; the run has room for as many before each.
+# A start is killed at the latest when it has trained this many steps. The run is long enough for that before each kill.
 MOST_STEPS = 8
-ROOM = MOST_STEPS + 2
-# A start imports torch, Lightning and DeepSpeed on every rank; one that says nothing for so long hangs.
+STEPS_PER_KILL = MOST_STEPS + 2
+# A job that neither prints nor writes for so many seconds hangs. A start imports torch, Lightning and DeepSpeed.
 SILENCE_S = 240.0
-# When a rank dies, or the disk is full, the job must be gone after this time. The product gives ranks 10 s.
+# When a rank dies, or the disk is full, the job must end within this time. Its supervisor gives ranks 10 s.
 BOUND_S = 60.0
 POLL_S = 0.001
 
 
 @dataclass
 class Options:
-    """What the command line says. chance: of each kind of damage after a kill. job: how `megabase` is started."""
+    """The options of the command. chance: of each kind of damage after a kill. job: starts `megabase`."""
 
     kills: int = 20
     seed: int = 1
@@ -92,16 +93,16 @@ class Torture:
         self._undisturbed = self._disk / "whole"
         self._small_disk = small_disk
         self._pace = Pace()
-        # Checkpoints that this program damaged: name -> (inode, what).
+        # Checkpoints that this program damaged: name -> (inode, how).
         self._damaged: dict[str, tuple[int, str]] = {}
-        self._left: bytes | None = None  # the journal as it was damaged
+        self._left: bytes | None = None  # the journal after the last damage; None once a start has changed it
         self.pending = ""
         self.phases: Counter[str] = Counter()
         self.targets: Counter[str] = Counter()
         self.damages: Counter[str] = Counter()
 
     def go(self) -> str:
-        """Run all; returns what the two runs have in common, in words.
+        """Run everything; returns in words what is identical in the two runs.
 
         Raises:
             Failed: a check failed, or the runs differ.
@@ -125,7 +126,7 @@ class Torture:
 
     @property
     def _steps(self) -> int:
-        return ROOM * (self._options.kills + 1)
+        return STEPS_PER_KILL * (self._options.kills + 1)
 
     def _prepare(self) -> None:
         shards = self._root / "shards"
@@ -155,7 +156,7 @@ class Torture:
         ]
 
     def _train(self, run: Path, expected: set[int] | None = None) -> None:
-        """Train to the end, with nothing killed. expected: steps of which a start may resume."""
+        """Train to the end without a kill. expected: the step from which it must resume; None: not checked."""
         job = self._options.job(self._arguments(run), self._root, self._root / f"{run.name}.log")
         view = View(run)
         began = time.monotonic()
@@ -187,7 +188,7 @@ class Torture:
                 self._pause(job, view, kill.fraction * self._pace.of(kill.phase))
                 done = self._kill(kill, job)
             if not in_time:
-                done += " (the phase did not come)"
+                done += " (the phase was not reached)"
         finally:
             job.end()
             ballast.clear()
@@ -217,12 +218,12 @@ class Torture:
         view.look()
 
     def _pause(self, job: Job, view: View, seconds: float) -> None:
-        """Go on reading for so many seconds, or until the job has trained MOST_STEPS."""
+        """Watch for `seconds` more, or until the job has trained MOST_STEPS."""
         until = time.monotonic() + seconds
         self._watch(job, view, lambda: time.monotonic() >= until or len(view.steps) >= MOST_STEPS)
 
     def _kill(self, kill: Kill, job: Job) -> str:
-        """Kill what the plan says and wait until all processes are gone; returns what was done, in words."""
+        """Kill the target of the plan and wait until all processes are gone; returns in words what was done."""
         if job.poll() is not None:
             raise Failed(
                 f"kill {kill.number}: the job ended by itself with code {job.poll()}:\n{job.output[-3000:]}"
@@ -241,32 +242,32 @@ class Torture:
         return f"{kill.phase}: {target} killed" + (f", gone after {took:.1f} s" if took > 1 else "")
 
     def _fill(self, kill: Kill, job: Job, view: View, ballast: Ballast) -> str:
-        """Fill the disk. The job must end by itself, or go on without what it cannot write; then it is killed."""
+        """Fill the disk. The job must end by itself, or continue without what it cannot write. Then it is killed."""
         if kill.phase == FULL_DISK:
             checkpoint = max((bytes_of(path) for path in published(self._run)), default=4 << 20)
             ballast.fill(int(kill.fraction * 1.5 * checkpoint))
-        trained, killed_at = len(view.steps), time.monotonic()
+        trained, filled_at = len(view.steps), time.monotonic()
         self._watch(
             job,
             view,
-            lambda: len(view.steps) >= trained + MOST_STEPS // 2 or time.monotonic() - killed_at > BOUND_S,
+            lambda: len(view.steps) >= trained + MOST_STEPS // 2 or time.monotonic() - filled_at > BOUND_S,
         )
         if job.poll() is None:
             slow = len(view.steps) < trained + MOST_STEPS // 2
             self._kill(kill, job)
             if slow and kill.phase == FULL_DISK:
                 raise Failed(
-                    f"kill {kill.number}: with a full disk the job neither ends nor goes on:\n{job.output[-3000:]}"
+                    f"kill {kill.number}: with a full disk the job neither ends nor continues:\n{job.output[-3000:]}"
                 )
-            return f"{kill.phase} ({ballast.left >> 10} KiB left): went on, {kill.target} killed"
+            return f"{kill.phase} ({ballast.left >> 10} KiB left): continued, {kill.target} killed"
         if not job.gone(BOUND_S):
-            raise Failed(f"kill {kill.number}: with a full disk the processes {job.members()} stay")
+            raise Failed(f"kill {kill.number}: with a full disk the processes {job.members()} do not end")
         if job.poll() not in ((1,) if kill.phase == FULL_DISK else (1, 2)):
             raise Failed(
                 f"kill {kill.number}: with a full disk the job's code is {job.poll()}:\n{job.output[-3000:]}"
             )
         if "Traceback" in job.output:
-            raise Failed(f"kill {kill.number}: a full disk is message by a traceback:\n{job.output[-3000:]}")
+            raise Failed(f"kill {kill.number}: a full disk is reported by a traceback:\n{job.output[-3000:]}")
         message = [line for line in job.output.splitlines() if "megabase:" in line or "Error" in line]
         return (
             f"{kill.phase} ({ballast.left >> 10} KiB left): ended with code {job.poll()}"
@@ -274,10 +275,10 @@ class Torture:
         )
 
     def _check_start(self, job: Job, view: View, expected: set[int]) -> str:
-        """Check from which checkpoint a start resumed, by its output; returns that in words."""
+        """Check by its output from which checkpoint a start resumed; returns that in words."""
         output = job.output
         aside = re.findall(r"checkpoint \S*?(step-\d+) is broken", output)
-        message = f", set aside {', '.join(aside)}" if aside else ""
+        broken = f", set aside {', '.join(aside)}" if aside else ""
         found = re.search(r"resuming \S+ from \S*step-(\d+)", output)
         if found:
             step = int(found[1])
@@ -285,15 +286,15 @@ class Torture:
                 raise Failed(
                     f"resumed from step {step}; the newest complete checkpoint is of {sorted(expected)}:\n{output}"
                 )
-            return f"resumed from step {step}{message}"
+            return f"resumed from step {step}{broken}"
         if view.ready and expected:
             raise Failed(
                 f"began again from step 0, though {sorted(expected)} are complete:\n{output[-3000:]}"
             )
-        return ("began at step 0" if view.ready else "killed before it chose") + message
+        return ("began at step 0" if view.ready else "killed before it chose a checkpoint") + broken
 
     def _check_files(self, kill: Kill) -> str:
-        """Check the files that a kill left; returns which there are, in words."""
+        """Check the files that a kill left; returns in words which checkpoints are on disk."""
         names = names_in(self._run / "checkpoints")
         for path in published(self._run):
             damaged = self._damaged.get(path.name)
@@ -307,7 +308,7 @@ class Torture:
         journal = read(self._run / "metrics.jsonl")
         if journal != self._left:
             self._left = None
-            complete = journal[: journal.rfind(b"\n") + 1]
+            complete = complete_lines(journal)
             if not self._reference.startswith(complete):
                 raise Failed(
                     f"kill {kill.number} ({kill.phase}): {first_difference(self._reference, complete)}"
@@ -339,13 +340,12 @@ class Torture:
         return max((row["step"] for row in found if "loss" in row), default=0)
 
     def _expected_steps(self) -> set[int]:
-        """The step from which the next start must resume: of the newest undamaged checkpoint; empty without one."""
-        return {step for step in map(step_of, published(self._run)) if not self._is_damaged(step)} and {
-            max(step for step in map(step_of, published(self._run)) if not self._is_damaged(step))
-        }
+        """The step from which the next start must resume: the newest undamaged checkpoint's; empty if there is none."""
+        intact = [step for step in map(step_of, published(self._run)) if not self._is_damaged(step)]
+        return {max(intact)} if intact else set()
 
     def _damage(self, kill: Kill) -> None:
-        """Do the damages of a kill. One undamaged checkpoint always stays."""
+        """Damage the run as planned for this kill. At least one checkpoint stays undamaged."""
         draw = random.Random(f"{self._options.seed}-{kill.number}")
         intact = [path for path in published(self._run) if not self._is_damaged(step_of(path))]
         done = []
@@ -380,7 +380,7 @@ class Torture:
         self.pending = ""
 
     def _compare(self) -> str:
-        """Compare both runs; returns what is the same, in words. Raises Failed if anything differs."""
+        """Compare both runs; returns in words what is identical. Raises Failed if anything differs."""
         journal = read(self._run / "metrics.jsonl")
         if journal != self._reference:
             raise Failed(first_difference(self._reference, journal))

@@ -1,4 +1,4 @@
-"""What a job does, as its run directory shows it; and when the phase of a kill has begun."""
+"""What a job does, as seen in its run directory; whether the phase of a kill has begun."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ from tests.torture.rundir import complete_lines, modified, names_in, read, rows,
 class View:
     """A run directory, read again and again while a job writes in it.
 
-    steps, evaluations: steps of the journal's rows since the job began to write. partials, whole: names of unfinished
-    and of published checkpoints that appeared since then. manifests: how many of them have had their manifest. ready:
-    the ranks have met and chosen a checkpoint. times: when each of these was first seen, in seconds.
+    Attributes:
+        ready: the ranks have joined their group and chosen a checkpoint.
+        steps: steps of the training rows that this job added to the journal.
+        evaluations: the same of the rows of evaluations.
+        partials: names of unfinished checkpoints that appeared since the start of the job.
+        published: the same of published checkpoints.
+        manifests: how many of these checkpoints have had a manifest.
+        times: event -> when it was first seen, by `time.monotonic`.
     """
 
     def __init__(self, run: Path) -> None:
@@ -42,24 +47,24 @@ class View:
         self.steps: list[int] = []
         self.evaluations: list[int] = []
         self.partials: list[str] = []
-        self.whole: list[str] = []
+        self.published: list[str] = []
         self.manifests = 0
         self.times: dict[str, float] = {}
 
     def look(self) -> None:
-        """Read it once."""
+        """Read the run directory once."""
         now = names_in(self._run / "checkpoints")
         for name in sorted(now - self._before, key=lambda name: (len(name), name)):
             if name.endswith(".partial") and name not in self.partials:
                 self.partials.append(name)
                 self.times[f"{name} appeared"] = time.monotonic()
-            elif re.fullmatch(r"step-\d+", name) and name not in self.whole:
-                self.whole.append(name)
+            elif re.fullmatch(r"step-\d+", name) and name not in self.published:
+                self.published.append(name)
                 self.times[f"{name} appeared"] = time.monotonic()
         # A manifest may be moved away between two looks: the published checkpoint shows that it existed.
-        waiting = [n for n in self.partials if n.removesuffix(".partial") not in self.whole]
+        waiting = [n for n in self.partials if n.removesuffix(".partial") not in self.published]
         existing = [n for n in waiting if (self._run / "checkpoints" / n / "megabase.json").exists()]
-        self.manifests = len(self.whole) + len(existing)
+        self.manifests = len(self.published) + len(existing)
         self._before &= now  # a name that was deleted is new when it appears again
         if not self.ready and modified(self._run / "config.yaml") != self._config:
             self.ready = True
@@ -86,7 +91,7 @@ class Pace:
     seen: dict[str, list[float]] = field(default_factory=dict)
 
     def of(self, phase: str) -> float:
-        """The usual length of a phase. Before one was seen: a few milliseconds, as of a publish."""
+        """The usual length of a phase; if none was seen yet, a guess."""
         lengths = self.seen.get(phase)
         return (
             statistics.median(lengths[-20:])
@@ -101,7 +106,7 @@ class Pace:
             self._add(IMPORTING, times["ready"] - began)
             if view.steps:
                 self._add(RESUMING, times[f"row {view.steps[0]}"] - times["ready"])
-        for name in view.whole:
+        for name in view.published:
             if f"{name}.partial appeared" in times:
                 self._add(WRITING, times[f"{name} appeared"] - times[f"{name}.partial appeared"])
         for step in view.evaluations:
@@ -129,6 +134,6 @@ def has_begun(kill: Kill, view: View) -> bool:
     if kill.phase == PUBLISHING:
         return view.manifests >= kill.nth
     if kill.phase == PRUNING:
-        return len(view.whole) >= kill.nth
+        return len(view.published) >= kill.nth
     due = [step for step in view.steps[-1:] if step % EVALUATE_EVERY == 0 and step not in view.evaluations]
-    return any(step % SAVE_EVERY or f"step-{step}" in view.whole for step in due)
+    return any(step % SAVE_EVERY or f"step-{step}" in view.published for step in due)
