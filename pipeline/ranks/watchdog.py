@@ -117,6 +117,7 @@ class Watchdog:
             self._stacks_file.unlink(missing_ok=True)
 
     def _watch(self) -> None:
+        # Seconds between two checks: a tenth of the limit, at most 1. Without a limit: 1.
         interval = min(1.0, self._minutes * 6) or 1.0
         seen, since, wrote = -1, 0.0, -HEARTBEAT_S
         while True:

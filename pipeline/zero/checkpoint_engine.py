@@ -181,6 +181,7 @@ class Snapshots:
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
         self._used = 0
+        # The copy of each storage of the current state, by its device and address.
         self._copied: dict[tuple[str, int], torch.UntypedStorage] = {}
 
     def rewind(self) -> None:

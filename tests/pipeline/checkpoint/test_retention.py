@@ -60,7 +60,7 @@ def test_pruning_after_every_checkpoint_leaves_what_pruning_at_the_end_would(
     there: set[int] = set()
     for number, step in enumerate(steps):
         there.add(step)
-        # The evaluation of this step is still to come; and some prunings fail or are killed.
+        # This step is not evaluated yet. Some prunings fail or are killed.
         if number not in skipped:
             known = {other: loss for other, loss in losses.items() if other < step}
             there -= steps_to_delete(there, known, settings)
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_displaces_no_intact_one(
     shard = next((paths[30] / "checkpoint").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1])
     prune(tmp_path, {}, CheckpointConfig(keep=1))
-    # 20 is the newest that a start could go on from; what is damaged is left for it to set aside.
+    # 20 is the newest that a start could resume from. The next start sets the damaged ones aside.
     assert steps_in(tmp_path) == [40, 30, 20]
     warnings = capsys.readouterr().err
     assert "step-40 is broken (megabase.json is missing)" in warnings and "step-30 is broken" in warnings

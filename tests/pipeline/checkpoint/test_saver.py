@@ -131,7 +131,7 @@ def test_states_that_are_not_finite_end_the_run_and_leave_the_checkpoints_before
         it.saver.advance()
     it.weights[3] = math.nan
     it.saver.begin(it.trainer, 2, must=False)
-    it.weights[3] = 0  # in the background, the copy is written
+    it.weights[3] = 0  # changes the original; the copy is written in the background
     with pytest.raises(
         RunError,
         match=r"step 2 is not written: rank 0: weights .* are not finite\. Earlier checkpoints are unchanged",

@@ -30,7 +30,7 @@ def test_the_needed_space_follows_from_the_last_checkpoint_or_from_the_model(tmp
     assert 14 * parameters > sizes[3, "bf16"] == sizes[3, "32"] >= 12 * parameters
     before = read_manifest(write_checkpoint(tmp_path / "step-4"))
     assert before.size < needed_bytes(parameters, 2, "32", before) - space._SPARE_BYTES < 1.1 * before.size
-    # Of another stage or precision, it tells nothing.
+    # If its stage or precision differs, its size is not used.
     assert needed_bytes(parameters, 3, "32", before) == needed_bytes(parameters, 3, "32")
 
 

@@ -35,7 +35,7 @@ CONFIG = ReformerConfig(
     vocab_size=9, dim=12, depth=3, heads=2, max_length=64, lsh=LSHConfig(chunk_length=8), head_bias=True
 )
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True, head_bias=False)
-# The one kind of model that transformers has, too; without hashing, whose rotations are each side's own.
+# The one kind of model that transformers has as well. Without hashing, because both libraries draw their own rotations.
 MAPS = dataclasses.replace(
     CONFIG,
     layers=["local"],
@@ -172,7 +172,7 @@ def test_the_newest_intact_checkpoint_is_exported(run: Path, capsys: pytest.Capt
     damage(run, 3)
     with pytest.raises(UserError, match="no older one is intact"):
         choose_to_read(run, None)
-    # A run that trains chooses for itself: nothing was renamed.
+    # Export renames nothing: only a run that resumes sets checkpoints aside.
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-3", "step-5"]
 
 

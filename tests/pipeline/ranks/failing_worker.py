@@ -20,7 +20,7 @@ def main(failing: str) -> None:
         time.sleep(0.5)
     error = UserError(f"the disk of\n{failing} is away")
     report_failure(error)
-    report_failure(error)  # as callers further up do
+    report_failure(error)  # a second call, as by another function on the stack, prints nothing
     exit_rank(2)
 
 

@@ -46,5 +46,5 @@ def test_missing_ranks_are_named() -> None:
     assert time.monotonic() - began < 90
     assert f"rank 1, rank 2 of 3 did not connect to 127.0.0.1:{ports[0]} within 0.05 minutes" in results[0]
     assert f"cannot reach the store at 127.0.0.1:{ports[1]} within 0.05 minutes" in results[1]
-    # The command line lets rank 0 alone report errors.
+    # The other ranks print this error themselves, because rank 0 does not have it.
     assert "megabase: rank 1 on" in printed[1]

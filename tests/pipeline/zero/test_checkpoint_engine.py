@@ -30,7 +30,7 @@ def write(storage: Storage, path: Path, content: Any) -> Written:
 @pytest.mark.parametrize("background", [False, True])
 def test_saved_files_are_hashed_and_read_back(tmp_path: Path, background: bool) -> None:
     storage = Storage(background)
-    for _ in range(2):  # the second time in the first one's buffers
+    for _ in range(2):  # the second time into the same buffers
         written = write(storage, tmp_path / "file.pt", states())
         content = (tmp_path / "file.pt").read_bytes()
         assert written.error is None
@@ -40,7 +40,7 @@ def test_saved_files_are_hashed_and_read_back(tmp_path: Path, background: bool) 
     for mmap in (False, True):
         back = load(tmp_path / "file.pt", mmap=mmap)
         torch.testing.assert_close(back, states(), rtol=0, atol=0)
-    # 1,000 numbers once, not for each tensor that shows them.
+    # 1,000 numbers that several tensors share are written once.
     assert len(content) < 4000 + 3000
 
 

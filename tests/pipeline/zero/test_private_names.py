@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 PACKAGES = ("pipeline", "models", "datamodules")
 ZERO = ROOT / "pipeline" / "zero"
 LIBRARIES = ("deepspeed", "pytorch_lightning", "lightning_fabric", "torch")
-# Private by their looks, but documented by Python.
+# Names that begin with an underscore, but are documented by Python.
 DOCUMENTED = {"_exit", "_replace", "_make", "_asdict", "_fields"}
 # Modules of the libraries whose names their documentation promises. Every other module is internal.
 PUBLIC_MODULES = {
@@ -28,7 +28,7 @@ PUBLIC_MODULES = {
     "pytorch_lightning.strategies",
 }
 LISTED = {entry.name for entry in PRIVATE_NAMES}
-# Listed names that other code may use for something else: attributes of our own or of another library.
+# Listed names that other packages may use: they are also names of megabase's own attributes or of another library's.
 AMBIGUOUS = {"overflow", "checkpoint_engine", "epoch_loop", "logger", "_config"}
 
 

@@ -20,7 +20,7 @@ from tests.processes import run_ranks
 
 RANKS = 3
 WHATS = ("fp32", "exp_avg", "exp_avg_sq")
-# Stage, precision, and what else of `zero_optimization` changes where things lie.
+# Stage, precision, and further keys of `zero_optimization` that change the layout of states.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     **{f"{stage}-{precision}": (stage, precision, {}) for stage in range(4) for precision in ("32", "bf16")},
     "1-aligned": (1, "bf16", {"parameter_alignment": True}),
@@ -276,7 +276,7 @@ def test_a_file_cannot_run_code(checkpoint: Path, tmp_path: Path, rank: int) -> 
         open_shards(checkpoint).read("b")
     assert not mark.exists()
     torch.load(shard(checkpoint, rank), weights_only=False)
-    assert mark.exists()  # so it would have gone off
+    assert mark.exists()  # the file does run code if it is loaded without `weights_only`
 
 
 def damage_truncated(checkpoint: Path) -> None:

@@ -71,7 +71,7 @@ def test_fp16_halves_its_scale_after_an_overflow_and_a_resume_keeps_it(
     assert found["skipped"] == 1
     scales = found["scales"]
     assert scales[4] == scales[3] / 2  # the overflow
-    assert max(scales) > scales[0]  # and good steps before it
+    assert max(scales) > scales[0]  # doubled by the good steps before
     scale, loss, after = found["resumed"]
     assert (scale, loss, after) == (scales[5], found["losses"][5], scales[6])
 

@@ -33,9 +33,9 @@ LR, MOMENTUM = 0.1, 0.9
 STAGES = (0, 1, 2, 3)
 ACCUMULATIONS = (1, 2)
 PRECISIONS = ("fp32", "bf16")
-# Largest norm of the gradient: none, and one that is below every step's.
+# Values of gradient clipping: 0 is none; 1 is below the gradient norm of every step.
 CLIPS = (0.0, 1.0)
-# Stage, precision, and what of it is kept in host memory.
+# Stage, precision, and what is offloaded to host memory.
 OFFLOADS = [
     (stage, precision, offload)
     for precision in PRECISIONS
@@ -149,7 +149,7 @@ def sharded(stage: int, accumulation: int, precision: str, clip: float) -> dict[
             engine.step()
         dist.all_reduce(total)
         losses.append(total.item())
-    # Not the bf16 weights but the fp32 ones that the optimizer steps; stage 0 does not show them.
+    # The fp32 weights that the optimizer steps; stage 0 gives no access to them, so there the model's own.
     weights = {}
     for name, parameter in engine.module.named_parameters():
         full = deepspeed.utils.safe_get_full_fp32_param(parameter)
