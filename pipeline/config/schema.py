@@ -205,7 +205,7 @@ class CheckpointConfig:
                 else "set checkpoint.every_steps"
             )
             raise UserError(
-                f"checkpoint.keep_every={self.keep_every}: few or no checkpoints are written at its multiples: {way_out}"
+                f"checkpoint.keep_every={self.keep_every}: few or no checkpoints are due at its multiples: {way_out}"
             )
 
 
