@@ -59,13 +59,24 @@ def unchanged_logging() -> Iterator[None]:
     logger.handlers[:], logger.level, logger.propagate = before
 
 
+# Groups of pytest-xdist, each in one process, in the order in which they start. The tests on SLURM wait most of the time.
+GROUPS = ("slurm", "distributed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for pytest-xdist, each in one process: tests that start ranks do not run at once; one SLURM cluster."""
+    """Puts tests that start ranks in one group, so that they do not run at once, and tests on SLURM in another.
+
+    The groups come first, because they take longest.
+    """
+
+    def place(item: pytest.Item) -> int:
+        return next((n for n, name in enumerate(GROUPS) if item.get_closest_marker(name)), len(GROUPS))
+
+    items.sort(key=place)
     for item in items:
-        for name in ("distributed", "slurm"):
-            if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.xdist_group(name))
-                break
+        if place(item) < len(GROUPS):
+            item.add_marker(pytest.mark.xdist_group(GROUPS[place(item)]))
 
 
 @pytest.fixture(scope="session")
