@@ -59,7 +59,7 @@ def unchanged_logging() -> Iterator[None]:
     logger.handlers[:], logger.level, logger.propagate = before
 
 
-# Groups of pytest-xdist, each in one process, in the order in which they start. The tests on SLURM wait most of the time.
+# Groups of pytest-xdist, each in one process, in the order in which they start. Tests on SLURM mostly wait.
 GROUPS = ("slurm", "distributed")
 
 
