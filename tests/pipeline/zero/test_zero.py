@@ -38,6 +38,10 @@ def test_losses_and_weights_equal_the_single_process(
     alone = results[f"alone-{precision}-{clip}"]
     sharded = results[f"{stage}-{accumulation}-{precision}-{clip}"]
     of_loss, of_weights = TOLERANCE[precision]
+    if precision == "bf16" and stage >= 2 and accumulation > 1:
+        # These stages also add the micro batches' gradients in bf16. How far that moves a loss depends on the CPU:
+        # 0.0015 and 0.0030 were seen.
+        of_loss = 5e-3
     if precision == "bf16" and clip:
         # Steps are smaller, so a weight that rounds to another value, or a changed hash, differs relatively more.
         of_loss, of_weights = 1.5e-2, 0.3
