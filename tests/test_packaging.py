@@ -19,14 +19,18 @@ ROOT = Path(__file__).parents[1]
 TAKEN = ("models", "datamodules", "pipeline", "configs", "slurm")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout."""
-    directory = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory)]
+def build(target: str, directory: Path) -> Path:
+    """The wheel of this checkout that hatchling builds for `target`: `wheel` or `wheel:editable`."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(directory)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     [wheel] = directory.glob("*.whl")
     return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return build("wheel", tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,13 @@ def test_a_wheel_adds_one_top_level_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"megabase"}
     assert {name.split("/")[1] for name in names if name.startswith("megabase/")} == {"__init__.py", *TAKEN}
+
+
+def test_an_editable_installation_holds_no_copy_of_the_code(tmp_path: Path) -> None:
+    names = zipfile.ZipFile(build("wheel:editable", tmp_path)).namelist()
+    code = [name for name in names if ".dist-info/" not in name]
+    assert code
+    assert all(name.startswith("_editable_impl_megabase.") for name in code)
 
 
 def test_a_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
