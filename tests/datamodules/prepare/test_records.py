@@ -53,7 +53,7 @@ def bgzip(content: bytes, block: int = 20) -> bytes:
     """As bgzip writes: many small gzip members, each with its size in the header, and an empty one."""
     blocks = []
     for start in range(0, len(content), block):
-        member = gzip.compress(content[start : start + block])
+        member = gzip.compress(content[start : start + block], mtime=0)
         size = struct.pack("<H", len(member) + 8 - 1)
         blocks.append(member[:3] + b"\x04" + member[4:10] + b"\x06\x00BC\x02\x00" + size + member[10:])
     return b"".join(blocks) + BGZIP_END
