@@ -15,6 +15,10 @@
 # if there is no .git. DEVICE=cpu runs all stages with tiny sizes, to test this script. STAGES: which (default: all).
 set -u
 cd "$(dirname "$0")/.." || exit 2
+# A copy of a checkout may have lost its links.
+for name in models datamodules pipeline configs slurm; do
+    [ -e "megabase/$name" ] || ln -s "../$name" "megabase/$name"
+done
 
 WHEELS=${1:-${WHEELS:-.whl}}
 OUT=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd) || exit 2
