@@ -32,6 +32,7 @@ def test_files_merge_left_to_right_and_arguments_win(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @given(
     lr=st.floats(1e-8, 1.0),
     steps=st.integers(1, 10**7),

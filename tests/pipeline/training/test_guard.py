@@ -72,6 +72,7 @@ def test_one_outlier_and_skipped_losses_do_not_move_the_median() -> None:
     assert history.skipped == 1 and not history.bad_loss(5.9) and history.bad_loss(6.1)
 
 
+@pytest.mark.slow
 @given(
     losses=st.lists(st.floats(0.5, 50) | st.sampled_from([math.nan, math.inf]), max_size=60),
     window=st.integers(10, 30),
