@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,25 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
     merged = OmegaConf.structured(RunConfig)
     for file in files:
         merged = _merge(merged, _read_yaml(Path(file)), str(file))
+    return _completed(merged, overrides)
+
+
+def with_settings(
+    base: RunConfig, values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Merge `values` and then `overrides` into a copy of `base`. Returns and raises as `load`.
+
+    Args:
+        base: the settings to start from.
+        values: settings by section and name.
+        source: where `values` come from, for messages.
+        overrides: settings as "key.path=value".
+    """
+    return _completed(_merge(OmegaConf.structured(base), dict(values), source), overrides)
+
+
+def _completed(merged: Any, overrides: Sequence[str]) -> RunConfig:
+    """Merge the last settings and check the result."""
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"argument {override!r}")
     try:

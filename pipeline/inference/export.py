@@ -19,15 +19,14 @@ from torch import Tensor
 
 from megabase.datamodules.files import sync
 from megabase.models import pretrained, safetensors
-from megabase.models.config import ReformerConfig
 from megabase.models.huggingface import to_huggingface
 from megabase.models.huggingface.settings import check_convertible
 from megabase.models.reformer import Reformer
-from megabase.pipeline.checkpoint.choose import ATTEMPTS, choose_to_read
 from megabase.pipeline.checkpoint.damage import checksum
-from megabase.pipeline.checkpoint.identity import saved_layout
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, Manifest, read_manifest
 from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.inference.model import RECORDED
+from megabase.pipeline.inference.weights import PREFIX, model_config, open_weights, read_checkpoint
 from megabase.pipeline.rundir.environment import versions
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.zero.states import Shards
@@ -36,8 +35,6 @@ SAFETENSORS, HUGGINGFACE = "safetensors", "huggingface"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # An export to transformers, whose config.json has a format of its own, records its source in this file.
 SOURCE = "source.json"
-# Names of the Reformer's weights in the trained module begin with this.
-PREFIX = "model."
 # Elements that are in memory at once: 16 MiB of fp32.
 PIECE = 1 << 22
 
@@ -65,32 +62,13 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
     out = out.absolute()
     partial = out.parent / f"{out.name}.partial"
     _check_output(run, out, partial)
-    for _ in range(ATTEMPTS):
-        checkpoint = choose_to_read(run, step, None if form == SAFETENSORS else _check_convertible)
-        try:
-            _export(checkpoint, out, partial, form=form, dtype=dtype)
-        except (Damaged, RunError) as error:
-            if checkpoint.exists():
-                if isinstance(error, RunError):
-                    raise
-                raise RunError(f"checkpoint {checkpoint} cannot be read: {error}") from None
-        else:
-            return checkpoint
-        if step is not None:
-            break
-    raise RunError(
-        f"checkpoint {checkpoint} was deleted by its run while it was read: try again, or choose with --step a"
-        " checkpoint that checkpoint.keep_every keeps"
+    checkpoint, _ = read_checkpoint(
+        run,
+        step,
+        lambda checkpoint: _export(checkpoint, out, partial, form=form, dtype=dtype),
+        None if form == SAFETENSORS else _check_convertible,
     )
-
-
-def model_config(manifest: Manifest) -> ReformerConfig:
-    """The settings of a checkpoint's model. Raises ConfigError for a setting that is unknown or cannot work."""
-    prefix = "model."
-    settings = {
-        key.removeprefix(prefix): value for key, value in manifest.config.items() if key.startswith(prefix)
-    }
-    return ReformerConfig.from_dict(settings)
+    return checkpoint
 
 
 def source_of(checkpoint: Path, manifest: Manifest, dtype: str) -> dict[str, Any]:
@@ -100,6 +78,7 @@ def source_of(checkpoint: Path, manifest: Manifest, dtype: str) -> dict[str, Any
         "dtype": dtype,
         "step": manifest.step,
         "samples": manifest.samples,
+        "settings": {key: manifest.config[key] for key in RECORDED if key in manifest.config},
         "checkpoint": str(checkpoint.absolute()),
         "manifest_sha256": checksum(checkpoint / MANIFEST),
         "trained_with": manifest.versions,
@@ -124,13 +103,12 @@ def _export(checkpoint: Path, out: Path, partial: Path, *, form: str, dtype: str
     try:
         manifest = read_manifest(checkpoint)
         config = model_config(manifest)
-        shards = Shards.open(checkpoint, saved_layout(manifest))
+        model = pretrained.empty(config)
+        shards = open_weights(checkpoint, manifest, model)
         source = source_of(checkpoint, manifest, dtype)
     except OSError as error:
         raise Damaged(str(error)) from None
-    model = pretrained.empty(config)
     shapes = pretrained.stored_shapes(model)
-    _check_weights(checkpoint, shards, shapes)
     try:
         partial.mkdir(parents=True)
         try:
@@ -149,17 +127,6 @@ def _export(checkpoint: Path, out: Path, partial: Path, *, form: str, dtype: str
 
 def _check_convertible(manifest: Manifest) -> None:
     check_convertible(model_config(manifest))
-
-
-def _check_weights(checkpoint: Path, shards: Shards, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise RunError unless the checkpoint has the weights of the model that its manifest describes."""
-    saved = {name.removeprefix(PREFIX): shards.shapes[name] for name in shards.names}
-    if differing := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
-        name = differing[0]
-        raise RunError(
-            f"checkpoint {checkpoint} is not of the model that its manifest describes: {name} has the shape"
-            f" {saved.get(name)}, not {shapes.get(name)}: take another checkpoint"
-        )
 
 
 def _check_space(directory: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RESUME_HINT, RunError
+from megabase.pipeline.inference.scoring import Score, evaluate
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
@@ -36,7 +37,6 @@ from megabase.pipeline.training.decide import (
     must_settle,
     situation_of,
 )
-from megabase.pipeline.training.evaluate import Score, evaluate
 from megabase.pipeline.training.guard import Trouble
 from megabase.pipeline.training.module import PretrainModule
 from megabase.pipeline.training.recorder import FinishedStep, Recorder

@@ -19,7 +19,7 @@ from megabase.models.reversible import ReversibleStack
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
-from megabase.pipeline.training.evaluate import score_batch, scored
+from megabase.pipeline.inference.scoring import score_batch, scored
 from megabase.pipeline.training.guard import Guard, recent_rows, step_loss
 from megabase.pipeline.zero.adamw import PlainAdamW
 from megabase.pipeline.zero.parameters import full_shape

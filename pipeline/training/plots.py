@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.training.evaluate import bits
 
 
 def loss_curve(directory: Path) -> Path | None:

@@ -13,11 +13,11 @@ import torch
 from megabase.pipeline.checkpoint.saver import Saved
 from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.errors import first_line
+from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import Journal, Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
-from megabase.pipeline.training.evaluate import bits
 from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve

@@ -6,9 +6,9 @@ import pytest
 
 from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training.check import check
-from megabase.pipeline.training.evaluate import bits
 from tests.conftest import train_settings, training_rows
 
 MASKED = [

@@ -13,10 +13,10 @@ from mlflow.tracking import MlflowClient
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.planning import plan_windows
 from megabase.datamodules.order.training_order import Order
+from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.ranks.agreement import hash_samples
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
 from megabase.pipeline.rundir.journal import read
-from megabase.pipeline.training.evaluate import bits
 from tests.conftest import STEPS, train_settings, training_rows
 from tests.processes import Job
 

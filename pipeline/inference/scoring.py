@@ -1,4 +1,4 @@
-"""Loss and bits per base of a model on the windows of a split. Needs no Lightning.
+"""Loss and bits per base of a model on batches of windows. Needs neither Lightning nor DeepSpeed.
 
 A training passes a function that scores a batch through DeepSpeed; a plain Reformer in one process is scored by
 `scorer(model)`.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.datamodules.batches.collate import Batch, Wide
@@ -97,6 +98,30 @@ def score_batch(model: Reformer, batch: Batch, seed: int) -> Score:
     nats = model.loss(wide.tokens, wide.labels, seeds=Seeds(run=seed))
     bases, skipped = scored(wide._replace(weights=None), batch.skipped)
     return Score(nats, bases, skipped)
+
+
+def base_nats(model: Reformer, wide: Wide, seeds: Seeds) -> Tensor:
+    """The nats of every labelled base, by itself.
+
+    The products run in the precision of autocast; logits, log-softmax and result are fp32.
+
+    Args:
+        model: in evaluation mode.
+        wide: on the model's device; `weights` are ignored.
+        seeds: of the rotations of LSH attention.
+
+    Returns:
+        (batch, length) fp32, 0 where there is no label.
+    """
+    hidden = model.body(wide.tokens, seeds=seeds)
+    parts = []
+    for start in range(0, hidden.shape[1], model.head.chunk):
+        part = slice(start, start + model.head.chunk)
+        labels = wide.labels[:, part]
+        logits = model.head(hidden[:, part]).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        parts.append(nats.view(labels.shape))
+    return torch.cat(parts, dim=1)
 
 
 def scored(wide: Wide, skipped: int) -> Tensor:

@@ -15,8 +15,8 @@ from megabase.models.config import LocalConfig, LSHConfig
 from megabase.models.pretrained import from_pretrained
 from megabase.pipeline.config.schema import RunSettings
 from megabase.pipeline.inference.export import export
+from megabase.pipeline.inference.scoring import Score, base_nats, bits, evaluate, score_batch, scorer
 from megabase.pipeline.rundir.journal import read
-from megabase.pipeline.training.evaluate import Score, bits, evaluate, score_batch, scorer
 from tests.conftest import STEPS
 
 CPU = torch.device("cpu")
@@ -85,6 +85,22 @@ def test_soft_masked_letters_weigh_the_same_in_evaluation(lambda_shards: Path) -
     assert score_batch(model, batch, 0).bases.item() == (batch.widened().labels != -100).sum().item()
 
 
+def test_the_nats_of_single_bases_sum_to_the_loss(lambda_shards: Path) -> None:
+    data = windows(lambda_shards)
+    model = small_model(data.index.alphabet.vocab_size)
+    model.head.chunk = 200  # the head sees a window in pieces
+    wide = next(iter(data.some_validation(2))).widened()
+    wide.labels[0, :100] = -100
+    with torch.no_grad():
+        nats = base_nats(model, wide, Seeds(run=3))
+        expected = model.loss(wide.tokens, wide.labels, seeds=Seeds(run=3))
+    assert nats.shape == wide.labels.shape and not nats[0, :100].any()
+    assert nats.double().sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        log_probs = model(wide.tokens, seeds=Seeds(run=3)).log_softmax(-1)
+    assert nats[1, 300].item() == pytest.approx(-log_probs[1, 300, wide.labels[1, 300]].item(), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_an_exported_model_gives_the_numbers_of_the_run_it_comes_from(
@@ -105,7 +121,7 @@ def test_an_exported_model_gives_the_numbers_of_the_run_it_comes_from(
 
 def test_it_imports_no_lightning() -> None:
     program = (
-        "import sys; import megabase.pipeline.training.evaluate\n"
+        "import sys; import megabase.pipeline.inference.scoring\n"
         "assert not {'pytorch_lightning', 'deepspeed'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
