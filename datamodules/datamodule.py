@@ -7,7 +7,8 @@ step 0. The trainer's step decides which window comes next, so there is no state
 import logging
 import signal
 import warnings
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cached_property, partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,6 +24,7 @@ from megabase.datamodules.index.segments import TEST, VALID
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
 from megabase.datamodules.processes import end_with_parent, signals_blocked
+from megabase.datamodules.report import recall
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -91,6 +93,21 @@ class SequenceDataModule(pl.LightningDataModule):
         """`most` validation windows, spread evenly over the split (0: all); an empty list if there is none."""
         return [] if self._validation is None else self._eval_loader(self._validation, most)
 
+    def recall_probe(self, most: int) -> tuple[Iterable[Batch], Iterable[Batch]] | None:
+        """Batches that measure recall: copies at the ends of validation windows with their sources, and without.
+
+        Args:
+            most: number of windows, spread evenly over the split. They take turns with the distances that fit.
+
+        Returns:
+            None if there is no validation window, or `data.length` is too short for a copy.
+        """
+        if self._validation is None or (copy := self._copy) is None:
+            return None
+        gaps = recall.distances(self.config.length, copy)
+        batches = partial(recall.probe_batches, self._validation, self._place, most, copy, gaps=gaps)
+        return batches(recall.Source(copy)), batches(None)
+
     def test_dataloader(self) -> DataLoader[Batch]:
         """Every test window once."""
         return self.eval_dataloader(TEST)
@@ -120,6 +137,14 @@ class SequenceDataModule(pl.LightningDataModule):
         except DataError as error:
             log.warning("training goes on without validation: %s", error)
             return None
+
+    @cached_property
+    def _copy(self) -> int | None:
+        """Bases of the copies in a probe of recall; None if they do not fit."""
+        copy = recall.copy_length(self.config.length)
+        if copy is None and self._place.rank == 0:
+            log.info("recall is not measured: windows of data.length %s are too short", self.config.length)
+        return copy
 
     @property
     def _place(self) -> Place:

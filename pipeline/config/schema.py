@@ -91,6 +91,9 @@ class TrainerConfig:
         eval_every_steps: Optimizer steps between evaluations on the validation split. 0: only at the end.
         eval_sequences: Windows of one evaluation, spread evenly over the split. 0: all. The evaluation at the end
             always uses all.
+        eval_recall: Windows in which each evaluation measures recall: how much better the last bases of a validation
+            window are predicted if the same bases came before (docs/evaluate.md). It costs a forward pass of twice as
+            many windows. 0: none.
         log_every_steps: Optimizer steps between writes of the journal. Each write reads the losses from the device.
         max_minutes: Time limit of one start, in minutes from when its ranks begin. Then the ranks finish their step
             (each start trains at least one), write a checkpoint and exit with code 75. 0: no limit. Leave time for a
@@ -106,6 +109,7 @@ class TrainerConfig:
     precision: str = "auto"
     eval_every_steps: int = 500
     eval_sequences: int = 0
+    eval_recall: int = 8
     log_every_steps: int = 10
     max_minutes: float = 0.0
     hang_minutes: float = 30.0
@@ -114,7 +118,13 @@ class TrainerConfig:
         """Raise UserError for a value out of its range."""
         _require_positive(self, "trainer", "max_steps", "nodes", "log_every_steps", "devices")
         _require_not_negative(
-            self, "trainer", "eval_every_steps", "eval_sequences", "max_minutes", "hang_minutes"
+            self,
+            "trainer",
+            "eval_every_steps",
+            "eval_sequences",
+            "eval_recall",
+            "max_minutes",
+            "hang_minutes",
         )
         _require_choice("trainer.precision", self.precision, PRECISIONS)
 

@@ -71,6 +71,35 @@ def evaluate(
     return result | ({"valid_skipped": int(skipped)} if skipped else {})
 
 
+def measure_recall(
+    score: Callable[[Batch], Score],
+    probe: tuple[Iterable[Batch], Iterable[Batch]],
+    device: torch.device,
+    *,
+    group: dist.ProcessGroup | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """How much better copies are predicted than the same bases without a source, over all ranks of a group.
+
+    Args:
+        score, device, group, stop: see `evaluate`.
+        probe: this rank's batches with the sources of the copies, and without, of `SequenceDataModule.recall_probe`.
+
+    Returns:
+        valid_copy_bits_per_base (of the copies, with their sources) and valid_recall_bits (bits per base gained by the
+        sources); empty if no base was scored. None if `stop` ended it.
+    """
+    losses = []
+    for batches in probe:
+        result = evaluate(score, batches, device, group=group, stop=stop)
+        if result is None:
+            return None
+        if not result["valid_bases"]:
+            return {}
+        losses.append(result["valid_bits_per_base"])
+    return {"valid_copy_bits_per_base": losses[0], "valid_recall_bits": losses[1] - losses[0]}
+
+
 def scorer(model: Reformer, seed: int) -> Callable[[Batch], Score]:
     """A function that scores batches with a plain Reformer, moving them to its device.
 

@@ -18,7 +18,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RESUME_HINT, RunError
-from megabase.pipeline.inference.scoring import Score, evaluate
+from megabase.pipeline.inference.scoring import Score, evaluate, measure_recall
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
@@ -299,7 +299,12 @@ class TrainingCallback(pl.Callback):
         loader = self._data.some_validation(0 if last else self._config.trainer.eval_sequences)
         assert not isinstance(loader, list)  # evaluations are due only if there is a validation split
         trainer.lightning_module.eval()
-        result = evaluate(score, loader, strategy.root_device, group=self._groups.data.handle, stop=stop)
+        device, group = strategy.root_device, self._groups.data.handle
+        result = evaluate(score, loader, device, group=group, stop=stop)
+        probe = self._data.recall_probe(most) if (most := self._config.trainer.eval_recall) else None
+        if probe and result is not None:
+            recall = measure_recall(score, probe, device, group=group, stop=stop)
+            result = None if recall is None else result | recall
         trainer.lightning_module.train()
         agreement.settle()
         if self._recorder and result is not None:

@@ -10,7 +10,7 @@ from megabase.pipeline.rundir.paths import RunPaths
 
 
 def loss_curve(directory: Path) -> Path | None:
-    """Draw `loss.png`: bits per base of training, validation and Markov models against steps, and restarts.
+    """Draw `loss.png`: bits per base of training, validation and Markov models against steps, restarts, and recall.
 
     Args:
         directory: the run directory.
@@ -30,8 +30,16 @@ def loss_curve(directory: Path) -> Path | None:
     ]
     if not train:
         return None
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
+    recall = [
+        (row["step"], row["valid_recall_bits"])
+        for row in rows
+        if isinstance(row.get("valid_recall_bits"), float)
+    ]
+    figure = Figure(figsize=(9, 6.5 if recall else 5), layout="constrained")
+    panels = figure.subplots(
+        1 + bool(recall), sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(recall)]
+    )
+    axes = panels[0, 0]
     axes.plot(*zip(*train, strict=True), linewidth=0.8, color="#7aa6c2", label="training")
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", markersize=4, color="#b5472f", label="validation")
@@ -47,7 +55,11 @@ def loss_curve(directory: Path) -> Path | None:
     starts = [row["step"] for row in read(RunPaths(directory).performance) if row.get("started")]
     for number, step in enumerate(starts[1:]):
         axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
-    axes.set_xlabel("optimizer step")
+    panels[-1, 0].set_xlabel("optimizer step")
+    if recall:
+        panels[1, 0].plot(*zip(*recall, strict=True), "o-", markersize=4, color="#4c7a34")
+        panels[1, 0].set_ylabel("bits gained\nby a copy")
+        panels[1, 0].set_ylim(bottom=min(0.0, *(value for _, value in recall)))
     axes.set_ylabel("bits per base")
     # The y-axis does not cover the losses of the first steps, which would flatten the rest of the curve.
     tail = [value for _, value in train[len(train) // 20 :]] + [value for _, value in valid]

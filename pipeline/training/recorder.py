@@ -152,9 +152,11 @@ class Recorder:
         self._journal.append([row])
         self._speed.restart()
         orders = "  ".join(f"{row[key]:.4f}" for key in row if key.startswith("markov_"))
-        self.print(
-            f"step {row['step']}: validation {row['valid_bits_per_base']:.4f} bits/base (Markov 0, 1, ...: {orders})"
-        )
+        line = f"step {row['step']}: validation {row['valid_bits_per_base']:.4f} bits/base (Markov 0, 1, ...: {orders})"
+        if "valid_recall_bits" in row:
+            copy, gain = row["valid_copy_bits_per_base"], row["valid_recall_bits"]
+            line += f"; a copy {copy:.4f}, {copy + gain:.4f} without its source"
+        self.print(line)
         self._draw()
 
     def add_checkpoint(self, saved: Saved) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megabase.datamodules.batches.collate import Batch
 from megabase.datamodules.config import DataConfig
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.models import Reformer, ReformerConfig, Seeds
@@ -15,7 +16,15 @@ from megabase.models.config import LocalConfig, LSHConfig
 from megabase.models.pretrained import from_pretrained
 from megabase.pipeline.config.schema import RunSettings
 from megabase.pipeline.inference.export import export
-from megabase.pipeline.inference.scoring import Score, base_nats, bits, evaluate, score_batch, scorer
+from megabase.pipeline.inference.scoring import (
+    Score,
+    base_nats,
+    bits,
+    evaluate,
+    measure_recall,
+    score_batch,
+    scorer,
+)
 from megabase.pipeline.rundir.journal import read
 from tests.conftest import STEPS
 
@@ -23,9 +32,9 @@ CPU = torch.device("cpu")
 LENGTH = 512
 
 
-def windows(shards: Path, **more: object) -> SequenceDataModule:
+def windows(shards: Path, length: int = LENGTH, **more: object) -> SequenceDataModule:
     return SequenceDataModule(
-        DataConfig(shards=str(shards), length=LENGTH, global_batch=8, micro_batch=2, **more),  # type: ignore[arg-type]
+        DataConfig(shards=str(shards), length=length, global_batch=8, micro_batch=2, **more),  # type: ignore[arg-type]
         seed=0,
     )
 
@@ -76,6 +85,29 @@ def test_it_stops_when_asked_and_reports_windows_that_could_not_be_read() -> Non
     assert result is not None and result["valid_loss"] == 1.5 and result["valid_skipped"] == 3
     nothing = evaluate(lambda batch: Score(*torch.zeros(3)), batches, CPU)
     assert nothing is not None and math.isnan(nothing["valid_loss"])
+
+
+def test_recall_is_the_difference_that_the_source_makes(lambda_shards: Path) -> None:
+    probe = windows(lambda_shards).recall_probe(5)
+    assert probe is not None
+    with_source, without = (list(batches) for batches in probe)
+
+    def score(batch: Batch) -> Score:
+        """Knows a copy when its source is there: one nat a base instead of two."""
+        wide = batch.widened()
+        labelled = (wide.labels != -100).sum()
+        nats = 0
+        for tokens, labels in zip(wide.tokens.tolist(), wide.labels.tolist(), strict=True):
+            copy = [label for label in labels if label != -100]
+            text, part = ",".join(map(str, tokens[: -len(copy)])), ",".join(map(str, copy[:-1]))
+            nats += len(copy) * (1 if copy and part in text else 2)
+        return Score(torch.tensor(float(nats)), labelled, torch.tensor(0.0))
+
+    result = measure_recall(score, (with_source, without), CPU)
+    assert result == pytest.approx({"valid_copy_bits_per_base": bits(1), "valid_recall_bits": bits(1)})
+    assert measure_recall(score, (with_source, without), CPU, stop=lambda: True) is None
+    assert measure_recall(score, ([], []), CPU) == {}
+    assert windows(lambda_shards, length=128).recall_probe(5) is None
 
 
 def test_soft_masked_letters_weigh_the_same_in_evaluation(lambda_shards: Path) -> None:

@@ -58,3 +58,6 @@ def test_one_rank_and_two_under_zero_3_train_the_same(lambda_shards: Path, tmp_p
     assert one["valid_bases"] == other["valid_bases"] == 4850 // 512 * round(0.2 * 512)
     assert one["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-4)
     assert one["valid_bits_per_base"] == bits(one["valid_loss"])
+    # Recall of masked bases.
+    assert one["valid_copy_bits_per_base"] == pytest.approx(other["valid_copy_bits_per_base"], rel=1e-4)
+    assert one["valid_recall_bits"] == pytest.approx(other["valid_recall_bits"], abs=1e-3)

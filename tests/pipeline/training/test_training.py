@@ -55,6 +55,9 @@ def test_rows_of_evaluations_have_the_markov_models(undisturbed: Path) -> None:
         assert row["valid_bits_per_base"] == bits(row["valid_loss"])
         assert row["valid_bases"] == 4850 // 512 * 512
         assert 1.9 < row["markov_0_bits_per_base"] < 2.05
+        # 8 copies of 64 bases, 40 of which are scored. A model of 40 steps has no recall yet.
+        assert abs(row["valid_copy_bits_per_base"] - row["valid_bits_per_base"]) < 0.2
+        assert abs(row["valid_recall_bits"]) < 0.1
 
 
 @pytest.fixture(scope="module")
