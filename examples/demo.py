@@ -1,6 +1,6 @@
 """`make demo`: pretrain a reversible Reformer on the genome of E. coli 536, kill the job, resume it, show the results.
 
-It runs `megabase prepare` and `megabase train` as a user does: two ranks, ZeRO-2, MLflow. At a random step it sends
+It runs `megabase prepare`, `train` and `evaluate` as a user does: two ranks, ZeRO-2, MLflow. At a random step it sends
 SIGKILL to all processes of the job, which can therefore save nothing at that moment.
 """
 
@@ -27,6 +27,9 @@ SHARDS = ROOT / "data" / "demo"
 CONFIG = ROOT / "configs" / "demo.yaml"
 RUN = ROOT / "runs" / "demo"
 PATHS = RunPaths(RUN)
+# Few windows, so that it takes seconds.
+EVALUATE = ("--split", "valid", "--windows", "32", "--recall", "8")
+EVALUATION = RUN / "evaluation"
 # Training counts as stuck after this many seconds without a new row in the journal. A start imports torch, Lightning
 # and DeepSpeed on every rank.
 SILENCE_S = 300.0
@@ -51,6 +54,8 @@ def main() -> int:
     before = {row["step"]: row for row in _training_rows()}
     _megabase("train", str(CONFIG))
     _check_journal(before)
+    _say("evaluating the model: what its context gains")
+    _megabase("evaluate", str(RUN), *EVALUATE, "--output", str(EVALUATION), stdout=subprocess.DEVNULL)
     _summarize(killed_at, max(saved), time.monotonic() - began)
     return 0
 
@@ -118,14 +123,25 @@ def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
     print(f"  validation       {bits:.4f} bits per base after {final['step']} steps")
     for order, value in enumerate(markov):
         print(f"  Markov order {order}   {value:.4f}{'   beaten' if bits < value else ''}")
+    print(f"  recall           {_recall()}")
     print(f"  speed            {rates[len(rates) // 2]:,.0f} tokens/s (median, 2 processes)")
     print(f"  peak memory      {memory:,.0f} MiB (rank 0, libraries included)")
     print(f"  time             {seconds / 60:.1f} minutes")
     print(f"  run directory    {RUN}")
     print(f"  loss curve       {PATHS.loss_curve}")
+    print(f"  evaluation       {EVALUATION}")
     if mlflow:
         ui = Path(sys.executable).with_name("mlflow")
         print(f"  MLflow           {ui} ui --backend-store-uri {mlflow['uri']}")
+
+
+def _recall() -> str:
+    """How much better a copy is predicted than the same bases without its source."""
+    found = json.loads((EVALUATION / "evaluation.json").read_text())["recall"]
+    exact = [copy for copy in found["copies"] if copy["kind"] == "exact"]
+    copied = sum(copy["bits"]["value"] for copy in exact) / len(exact)
+    distances = f"{exact[0]['distance']} to {exact[-1]['distance']} bases"
+    return f"a copy after {distances}: {copied:.4f} bits per base instead of {found['without']['value']:.4f}"
 
 
 def _training_rows() -> list[Row]:
@@ -136,8 +152,8 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "megabase.pipeline.cli", *arguments]
 
 
-def _megabase(*arguments: str) -> None:
-    code = subprocess.run(_command(*arguments), cwd=ROOT).returncode
+def _megabase(*arguments: str, stdout: int | None = None) -> None:
+    code = subprocess.run(_command(*arguments), cwd=ROOT, stdout=stdout).returncode
     if code:
         raise RunError(f"megabase {arguments[0]} ended with code {code}")
 

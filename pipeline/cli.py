@@ -12,7 +12,17 @@ import sys
 from collections.abc import Sequence
 
 from megabase.pipeline import log
-from megabase.pipeline.commands import bench, checkpoints, data, export, index, prepare, submit, train
+from megabase.pipeline.commands import (
+    bench,
+    checkpoints,
+    data,
+    evaluate,
+    export,
+    index,
+    prepare,
+    submit,
+    train,
+)
 from megabase.pipeline.errors import RESUME_HINT, RunError, UserError
 from megabase.pipeline.ranks.stop import INTERRUPTED
 
@@ -26,6 +36,7 @@ COMMANDS = {
     "submit": submit,
     "checkpoints": checkpoints,
     "export": export,
+    "evaluate": evaluate,
     "bench": bench,
 }
 

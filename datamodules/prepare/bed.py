@@ -50,10 +50,13 @@ class Bed:
                 splits overlap. The message names file and line.
         """
         intervals: dict[str, list[Interval]] = {}
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip() and not line.startswith("#") and line.split()[0] not in _DISPLAY_LINES:
-                name, interval = _interval(path, number, line)
-                intervals.setdefault(name, []).append(interval)
+        for row in read_rows(path, "split", "--intervals"):
+            if row.fourth not in _SPLIT_NAMES:
+                raise DataError(
+                    f"{path}: line {row.line}: unknown split {row.fourth!r}: choose one of {TRAIN}, {VALID}, {TEST}"
+                )
+            interval = Interval(row.start, row.end, _SPLIT_NAMES[row.fourth], row.line)
+            intervals.setdefault(row.name, []).append(interval)
         if not intervals:
             raise DataError(f"{path}: holds no interval: every line must be chr, start, end, split")
         for name, of_record in intervals.items():
@@ -86,28 +89,52 @@ class Bed:
         return segments
 
 
-def _lines(path: Path) -> list[str]:
+class Row(NamedTuple):
+    """A line of a BED file: bases [start, end) of the record `name`, and the text of the fourth column."""
+
+    name: str
+    start: int
+    end: int
+    fourth: str
+    line: int
+
+
+def read_rows(path: Path, fourth: str, option: str) -> Iterator[Row]:
+    """The intervals of a BED file, without empty lines, comments, display lines and further columns.
+
+    Args:
+        path: the file.
+        fourth: what the fourth column holds, for messages.
+        option: of the command line that names the file, for messages.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not chr, start, end and a fourth column. The message names
+            file and line.
+    """
+    for number, line in enumerate(_lines(path, option), 1):
+        if line.strip() and not line.startswith("#") and line.split()[0] not in _DISPLAY_LINES:
+            yield _row(path, number, line, fourth)
+
+
+def _lines(path: Path, option: str) -> list[str]:
     try:
         return path.read_text("utf-8").split("\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): give --intervals a BED file") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): give {option} a BED file") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text ({error}): give --intervals a BED file, uncompressed") from error
+        raise DataError(f"{path}: not text ({error}): give {option} a BED file, uncompressed") from error
 
 
-def _interval(path: Path, number: int, line: str) -> tuple[str, Interval]:
-    """Record name and interval of a line."""
+def _row(path: Path, number: int, line: str, fourth: str) -> Row:
     place = f"{path}: line {number}"
     columns = line.split("\t")
     if len(columns) < _COLUMNS:
-        raise DataError(f"{place}: {line!r} is not chr, start, end and split with tabs between them")
-    name, first, last, split = (column.strip() for column in columns[:_COLUMNS])
+        raise DataError(f"{place}: {line!r} is not chr, start, end and {fourth} with tabs between them")
+    name, first, last, text = (column.strip() for column in columns[:_COLUMNS])
     start, end = _position(place, "start", first), _position(place, "end", last)
     if start >= end:
         raise DataError(f"{place}: [{start}, {end}) holds no base: start must be below end")
-    if split not in _SPLIT_NAMES:
-        raise DataError(f"{place}: unknown split {split!r}: choose one of {TRAIN}, {VALID}, {TEST}")
-    return name, Interval(start, end, _SPLIT_NAMES[split], number)
+    return Row(name, start, end, text, number)
 
 
 def _position(place: str, what: str, text: str) -> int:

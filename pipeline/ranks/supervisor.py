@@ -40,7 +40,7 @@ def megabase_command(*arguments: str) -> list[str]:
     return [sys.executable, *([] if in_source_tree else ["-P"]), "-m", "megabase.pipeline.cli", *arguments]
 
 
-def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
+def supervise(command: Sequence[str], ranks: int, stop: StopRequest, *, hint: str = RESUME_HINT) -> int:
     """Start `ranks` processes of `command` on this machine and wait for them.
 
     If a rank fails, the others are killed GRACE_S seconds later. A signal that sets `stop` is passed on to rank 0; the
@@ -50,6 +50,7 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
         command: the command line of one rank, which reads torchrun's variables from its environment.
         ranks: number of processes.
         stop: set by the signals of this process.
+        hint: the end of a message about a rank that was interrupted or killed.
 
     Returns:
         The exit code of rank 0, or of the first rank that failed; 1 if a signal ended that rank.
@@ -68,7 +69,7 @@ def supervise(command: Sequence[str], ranks: int, stop: StopRequest) -> int:
         for process in processes:
             process.kill()
         raise
-    return _end(processes)
+    return _end(processes, hint)
 
 
 def free_port() -> int:
@@ -99,7 +100,7 @@ def _start(command: Sequence[str], ranks: int) -> list[subprocess.Popen[bytes]]:
         ]
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> int:
+def _end(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
     """Give the ranks GRACE_S seconds to exit, and kill the rest; returns the first failed rank's exit code, or 0."""
     failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
     deadline = time.monotonic() + GRACE_S
@@ -113,9 +114,9 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> int:
     for rank in failed:
         code = processes[rank].returncode
         if code == INTERRUPTED:
-            logger.error(f"rank {rank} was interrupted; {RESUME_HINT}")
+            logger.error(f"rank {rank} was interrupted; {hint}")
         if code < 0:
             name = signal.Signals(-code).name
-            logger.error(f"rank {rank} was ended by {name}; {RESUME_HINT}")
+            logger.error(f"rank {rank} was ended by {name}; {hint}")
     code = processes[failed[0] if failed else 0].returncode
     return 1 if code < 0 else code

@@ -20,6 +20,19 @@ COMMANDS = {
     "train": ["settings"],
     "submit": ["settings", "--dry-run"],
     "export": ["directory", "output", "--format", "--step", "--dtype"],
+    "evaluate": [
+        "model",
+        "settings",
+        "--split",
+        "--shards",
+        "--length",
+        "--step",
+        "--windows",
+        "--recall",
+        "--bed",
+        "--output",
+        "--json",
+    ],
     "bench": ["benchmark"],
 }
 SHARED = ["--repeat", "--seconds", "--json", "--picture"]
@@ -83,6 +96,7 @@ KEYS = [
     "trainer.precision",
     "trainer.max_minutes",
     "trainer.hang_minutes",
+    "trainer.eval_recall",
     "zero.stage",
     "zero.offload",
     "zero.offload_parameters",
