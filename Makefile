@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
-# Two tests that start ranks never run at once. WORKERS sets the number of processes that run tests (0: this one).
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadgroup --numprocesses
+# Two tests that start ranks never run at once. WORKERS sets the number of processes that run tests (0: this one). They
+# keep compiled files, even if PYTHONDONTWRITEBYTECODE is set: each compiles all tests otherwise, which takes 4 s.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadgroup --numprocesses
 DEVICE ?= cpu
 
 .PHONY: demo test quick lint docs bench lock clean
@@ -21,9 +22,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(PYTEST) $(or $(WORKERS),$$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 ))) $(TESTS)
 
-# The tests that take seconds: what to run while working.
+# The tests that take at most seconds, with fewer examples and cases: what to run while working.
 quick: $(VENV)/.installed-test
-	$(PYTEST) $(or $(WORKERS),$$(nproc)) -m "not slow and not distributed and not slurm" $(TESTS)
+	$(PYTEST) $(or $(WORKERS),$$(nproc)) --hypothesis-profile quick -m "not slow and not distributed and not slurm" \
+		$(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

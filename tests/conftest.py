@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +19,7 @@ from tests.processes import ENVIRONMENT, START_S, Job
 
 # No deadline for an example: how long it takes depends on what else runs on the machine.
 hypothesis.settings.register_profile("megabase", deadline=None)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)  # `make quick`
 hypothesis.settings.load_profile("megabase")
 
 DATA = Path(__file__).parent / "data"
@@ -57,6 +59,25 @@ def unchanged_logging() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collects no garbage while tests are imported, nor later among what they imported.
+
+    Each such search goes through millions of objects of the libraries: a quarter of the time to import the tests.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Undoes `gc.freeze`: libraries report what is left when Python ends."""
+    gc.unfreeze()
 
 
 # Groups of pytest-xdist, each in one process, in the order in which they start. Tests on SLURM mostly wait.

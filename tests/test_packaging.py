@@ -92,6 +92,7 @@ def test_the_repository_has_a_link_for_each_package() -> None:
         assert (ROOT / "megabase" / name).resolve() == ROOT / name
 
 
+@pytest.mark.slow
 def test_modules_of_the_same_names_in_the_working_directory_are_not_imported(
     installed: Path, hostile: tuple[Path, dict[str, str]]
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
         DataError: a setting under `data` cannot work.
         ConfigError: a setting under `model` cannot work.
     """
-    merged = OmegaConf.structured(RunConfig)
+    merged = _defaults()
     for file in files:
         merged = _merge(merged, _read_yaml(Path(file)), str(file))
     return _completed(merged, overrides)
@@ -55,6 +56,12 @@ def with_settings(
         overrides: settings as "key.path=value".
     """
     return _completed(_merge(OmegaConf.structured(base), dict(values), source), overrides)
+
+
+@cache
+def _defaults() -> Any:
+    """The tree of defaults, which takes longer to make than to merge with settings. `_merge` copies it."""
+    return OmegaConf.structured(RunConfig)
 
 
 def _completed(merged: Any, overrides: Sequence[str]) -> RunConfig:

@@ -50,21 +50,23 @@ def texts(tree: ast.AST) -> Iterator[list[str]]:
 
 
 @cache
-def patterns() -> list[re.Pattern[str]]:
-    found = set()
+def patterns() -> list[tuple[list[str], re.Pattern[str]]]:
+    """The constant parts of every text in the code, and what finds them in this order."""
+    found = {}
     for folder in ("datamodules", "models", "pipeline"):
         for file in (ROOT / folder).rglob("*.py"):
             for parts in texts(ast.parse(file.read_text())):
                 if RECOGNIZED <= sum(map(len, parts)) <= 500:
-                    found.add(".*?".join(f"({re.escape(part)})" for part in parts))
-    return [re.compile(pattern) for pattern in sorted(found)]
+                    found[".*?".join(f"({re.escape(part)})" for part in parts)] = parts
+    return [(parts, re.compile(pattern)) for pattern, parts in sorted(found.items())]
 
 
 def covered(message: str) -> float:
     """The fraction of a message's characters that come from texts in the code."""
     characters = set()
-    for pattern in patterns():
-        if match := pattern.search(message):
+    for parts, pattern in patterns():
+        # A search takes long where many parts are found and one is not.
+        if all(part in message for part in parts) and (match := pattern.search(message)):
             for group in range(1, len(match.regs)):
                 if len(match[group]) >= PIECE:
                     characters.update(range(*match.span(group)))

@@ -24,6 +24,7 @@ from megabase.models.chance import Purpose
 from megabase.models.generation import read, start
 from megabase.models.reversible import Block, ReversibleStack
 from tests.models.backward import assert_same_bits, gradients, kept_for_backward
+from tests.quick import slow
 
 DECODER = ReformerConfig(
     vocab_size=9,
@@ -64,7 +65,7 @@ def run(model: EncoderDecoder, *, reverse: bool, masked: bool = True) -> Tensor:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("depth", [1, 3, 12])
+@pytest.mark.parametrize("depth", [slow(1), 3, slow(12)])
 def test_equals_ordinary_autograd_bit_for_bit(depth, precision, dropout, masked):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = build(dtype, depth, dropout=dropout, attention_dropout=dropout)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megabase.models import ConfigError, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from megabase.models.chance import Purpose
 from megabase.models.generation import Sampling, State, generate, read, start
+from tests.quick import slow
 
 SMALL = ReformerConfig(
     vocab_size=9,
@@ -85,8 +86,8 @@ def test_reading_in_blocks_equals_one_pass(config, batch, prompt, more):
     torch.testing.assert_close(logits, one_pass(model, x)[:, prompt - 1 :], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("prompt", [1, 31, 97])
-@pytest.mark.parametrize("residual", ["fixed", "float"])
+@pytest.mark.parametrize("prompt", [slow(1), 31, slow(97)])
+@pytest.mark.parametrize("residual", ["fixed", slow("float")])
 @pytest.mark.parametrize(
     ("layers", "duplicates"),
     [

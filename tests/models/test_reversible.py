@@ -12,6 +12,7 @@ from megabase.models.call import Call
 from megabase.models.config import FeedForwardConfig
 from megabase.models.reversible import LIMIT, SCALE, Block, FixedPoint, ReversibleStack
 from tests.models.backward import assert_same_bits, gradients, kept_for_backward
+from tests.quick import slow
 
 TINY = ReformerConfig(
     vocab_size=9,
@@ -42,7 +43,7 @@ def run(model: Reformer, *, reverse: bool) -> Tensor:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("depth", [1, 12, pytest.param(48, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depth", [1, 12, slow(48)])
 def test_equals_ordinary_autograd_bit_for_bit(depth, precision, causal):
     torch.manual_seed(0)
     model = Reformer(dataclasses.replace(TINY, depth=depth, causal=causal))

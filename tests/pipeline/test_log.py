@@ -123,6 +123,7 @@ def test_stdout_of_a_command_that_fails_is_empty(
     assert printed.out == "" and printed.err.startswith("megabase: ")
 
 
+@pytest.mark.slow
 def test_stdout_of_bench_holds_the_table_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--lengths", "256", "--contestants", "ours-local,sdpa", "--heads", "1", "--repeat", "1"]
     assert cli.main(["bench", "attention", *arguments]) == 0

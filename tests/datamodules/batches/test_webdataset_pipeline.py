@@ -166,6 +166,7 @@ def test_bad_setting_is_named(gappy_shards: ShardIndex, setting: str, value: Any
         webdataset_pipeline(gappy_shards.directory, 64, **{setting: value})
 
 
+@pytest.mark.slow  # after an error torch waits 5 s for each worker
 def test_worker_without_a_shard_is_an_error(lambda_shards: ShardIndex) -> None:
     pipeline = webdataset_pipeline(lambda_shards.directory, 512)
     with pytest.raises(DataError, match="fewer shards than workers"):

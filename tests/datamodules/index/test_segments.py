@@ -1,6 +1,7 @@
 """The identity of a shard set."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,14 @@ def test_identity_depends_on_bases_and_splits_not_on_files(lambda_shards: ShardI
     two_genomes = [tmp_path / name for name in ("one.fa", "two.fa")]
     for path, letter in zip(two_genomes, "AC", strict=True):
         path.write_text(f">{path.stem}\n" + f"{letter}GT" * 900 + "\n")
-    whole = prepare(two_genomes, tmp_path / "whole", valid="0.1", progress=False)
-    cut = prepare(two_genomes, tmp_path / "cut", valid="0.1", shard_bytes=1024, progress=False)
+    options: dict[str, Any] = {"valid": "0.1", "jobs": 1, "progress": False}
+    whole = prepare(two_genomes, tmp_path / "whole", **options)
+    cut = prepare(two_genomes, tmp_path / "cut", shard_bytes=1024, **options)
     assert len(cut.sizes) > len(whole.sizes)
     assert cut.segments.identity == whole.segments.identity
     others = [
-        prepare(two_genomes, tmp_path / "split", valid="0.2", progress=False),
-        prepare(two_genomes[::-1], tmp_path / "order", valid="0.1", progress=False),
+        prepare(two_genomes, tmp_path / "split", **options | {"valid": "0.2"}),
+        prepare(two_genomes[::-1], tmp_path / "order", **options),
         lambda_shards,
     ]
     assert len({index.segments.identity for index in (whole, *others)}) == 4

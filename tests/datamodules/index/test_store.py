@@ -293,6 +293,7 @@ class Windows(Dataset[Any]):
         return self.index.read(0, number * 50_000, 50_000)
 
 
+@pytest.mark.slow
 def test_workers_read_over_http(server: WebServer, ecoli_shards: ShardIndex) -> None:
     """The process that forks has an event loop running and a connection open."""
     remote = ShardIndex.open(server.url)

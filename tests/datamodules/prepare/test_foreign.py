@@ -90,6 +90,7 @@ lines = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(records=st.lists(lines, min_size=1, max_size=4), data=st.data())
 def test_every_range_of_a_fasta_member_is_what_was_written(
     tmp_path_factory: pytest.TempPathFactory,

@@ -211,6 +211,7 @@ def test_killed_prepare_continues(
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_prepare_killed_at_any_rename_continues(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_prepare_killed_at_any_rename_continues(
         assert content(output) == undisturbed
 
 
+@pytest.mark.slow
 def test_interrupted_prepare_ends_its_workers_and_keeps_finished_units(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -251,6 +253,7 @@ def test_interrupted_prepare_ends_its_workers_and_keeps_finished_units(
     assert content(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_file_of_a_killed_worker_is_named(fastas: list[Path], tmp_path: Path) -> None:
     died = Blocked(fastas, tmp_path / "out", 2, "die").process
     said = died.communicate(timeout=60)[1]
@@ -366,18 +369,18 @@ def test_output_that_appears_meanwhile_keeps_the_finished_work(
 
     monkeypatch.setattr(unfinished.Unfinished, "publish", late)
     with pytest.raises(DataError, match="out: exists already"):
-        prepare(fastas, output, **OPTIONS)
+        prepare(fastas, output, jobs=1, **OPTIONS)
     monkeypatch.undo()
     assert list((tmp_path / "out.partial").glob("part-*.parquet"))
     output.rmdir()
-    assert check(prepare(fastas, output, **OPTIONS).directory, progress=False) > 0
+    assert check(prepare(fastas, output, jobs=1, **OPTIONS).directory, progress=False) > 0
 
 
 def test_output_may_have_an_unusual_name(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert check(prepare(fastas, "hg38:v2", **OPTIONS).directory, progress=False) > 0
+    assert check(prepare(fastas, "hg38:v2", jobs=1, **OPTIONS).directory, progress=False) > 0
     for output, message in ((".", "exists already"), ("s3://bucket/out", "written to a local directory")):
         with pytest.raises(DataError, match=message):
             prepare(fastas, output, **OPTIONS)

@@ -13,6 +13,7 @@ from megabase.models.attention.linformer import LinformerAttention
 from megabase.models.call import Call
 from megabase.models.config import ConfigError, LinformerConfig, PerformerConfig, ReformerConfig
 from tests.models.attention import model_checks
+from tests.quick import slow
 
 
 def inputs(length: int = 12) -> list[Tensor]:
@@ -152,7 +153,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 
 
 @every_config
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("precision", [slow("fp32"), slow("bf16"), "autocast"])
 def test_the_reversible_pass_equals_ordinary_autograd(config, precision):
     model_checks.check_equal_to_ordinary_autograd(config, precision)
 

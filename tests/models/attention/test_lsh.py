@@ -10,6 +10,7 @@ from megabase.models import ConfigError, LSHConfig, ReformerConfig, Seeds
 from megabase.models.attention import lsh_attention
 from megabase.models.attention.kernels.inputs import SortedOrder
 from megabase.models.attention.lsh import LSHAttention, bucket_factors, hash_buckets
+from tests.quick import slow
 
 RULES = list(itertools.product(["window", "chunk"], [True, False]))
 
@@ -60,7 +61,7 @@ def dense(qk: Tensor, v: Tensor, counts: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("attend", "causal"), RULES)
 @pytest.mark.parametrize("duplicates", ["once", "average"])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", [slow("reference"), "chunked"])
 def test_equals_dense_attention_over_the_pairs_found(attend, causal, duplicates, backend):
     qk, v = inputs()
     buckets = hash_buckets(qk, rounds=4, n_buckets=6, seed=3)
@@ -307,7 +308,7 @@ def test_settings_that_cannot_work_say_why(change, message):
 
 @pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("reach", [1, 4, 100])
-@pytest.mark.parametrize("prompt", [0, 2, 40])
+@pytest.mark.parametrize("prompt", [0, slow(2), 40])
 def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once):
     """With one-hot values the output is the weights."""
     length, rounds, heads = 64, 3, 2

@@ -14,6 +14,7 @@ from megabase.models.attention.performer import PerformerAttention
 from megabase.models.attention.performer_features import draw_directions
 from megabase.models.config import ConfigError, PerformerConfig, ReformerConfig
 from tests.models.attention import model_checks
+from tests.quick import slow
 
 CPU = torch.device("cpu")
 
@@ -71,7 +72,7 @@ def test_equals_the_same_features_written_out(causal, masked, length, monkeypatc
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [slow(True), False])
 def test_gradients_equal_finite_differences(causal, monkeypatch):
     monkeypatch.setattr(performer_features, "CHUNK", 4)
     tensors = inputs(batch=4, heads=1, length=6, d=2, dtype=torch.float64)
@@ -306,7 +307,7 @@ every_config = pytest.mark.parametrize(
 
 
 @every_config
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("precision", [slow("fp32"), slow("bf16"), "autocast"])
 def test_the_reversible_pass_equals_ordinary_autograd(config, precision):
     model_checks.check_equal_to_ordinary_autograd(config, precision)
 

@@ -32,11 +32,12 @@ from tests.models.huggingface.reference import (
     transformers,
     transformers_model,
 )
+from tests.quick import slow
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, MASKED, CLASSIFIER])
 @pytest.mark.parametrize("layers", [LOCAL, LSH, MIXED], ids="-".join)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", slow("gelu")])
 def test_logits_are_the_same(kind, layers, activation, same_buckets):
     model = transformers_model(kind, layers, hidden_act=activation)
     same_buckets(model)
@@ -160,7 +161,7 @@ def test_an_exported_model_is_the_same_function(same_buckets):
 
 @pytest.mark.parametrize("kind", [CAUSAL, MASKED, CLASSIFIER])
 @pytest.mark.parametrize("layers", [LOCAL, LSH, MIXED], ids="-".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_from_transformers_and_back_is_the_same_model(kind, layers, dtype):
     changes = {
         "hidden_dropout_prob": 0.1,
@@ -196,7 +197,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("saved", [slow(False), True], ids=["in memory", "on disk"])
 def test_to_transformers_and_back_is_the_same_model(config, saved, tmp_path):
     model = Reformer(config).eval()
     exported = to_huggingface(model)

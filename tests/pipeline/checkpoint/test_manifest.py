@@ -192,6 +192,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("manifest") / "step-4")
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(FIELDS, JSON) | JSON, files=st.none() | ENTRIES, base=st.booleans())
 @example(content={"version": float("inf")}, files=None, base=True)

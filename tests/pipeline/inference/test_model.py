@@ -90,6 +90,7 @@ def test_what_is_no_model(run: Path, tmp_path: Path) -> None:
         load_model(run, 4)
 
 
+@pytest.mark.slow
 def test_it_imports_neither_lightning_nor_deepspeed() -> None:
     program = (
         "import sys; import megabase.pipeline.inference.model\n"

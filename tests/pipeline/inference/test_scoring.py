@@ -151,6 +151,7 @@ def test_an_exported_model_gives_the_numbers_of_the_run_it_comes_from(
     assert result["valid_bases"] == rows[-1]["valid_bases"]
 
 
+@pytest.mark.slow
 def test_it_imports_no_lightning() -> None:
     program = (
         "import sys; import megabase.pipeline.inference.scoring\n"

@@ -82,6 +82,7 @@ def test_the_stacks_of_an_earlier_start_stay(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank-3.stacks.txt").read_text().startswith("before\n")
 
 
+@pytest.mark.slow
 def test_a_rank_that_beats_leaves_only_a_heartbeat(tmp_path: Path) -> None:
     before = time.time()
     done = run(tmp_path, "works()", minutes=0.1)
@@ -92,6 +93,7 @@ def test_a_rank_that_beats_leaves_only_a_heartbeat(tmp_path: Path) -> None:
     assert isinstance(content["beat"], float) and before - 1 < content["beat"] < time.time() + 1
 
 
+@pytest.mark.slow
 def test_a_slow_start_is_not_a_hang(tmp_path: Path) -> None:
     done = run(tmp_path, "watchdog.beat('building the model')\ntime.sleep(2)\ndog.stop()")
     assert done.returncode == 0, done

@@ -208,6 +208,7 @@ def test_a_key_without_effect_names_what_it_needs(settings: list[str], needed: s
     assert f"has an effect only with {needed}" in error_of(*settings)
 
 
+@pytest.mark.slow
 def test_a_check_without_keys_for_deepspeed_does_not_import_it() -> None:
     program = (
         "import sys\n"
@@ -220,6 +221,7 @@ def test_a_check_without_keys_for_deepspeed_does_not_import_it() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_bad_key_ends_train_before_a_rank_is_started(
     tmp_path: Path, lambda_shards: Path, start_job
 ) -> None:

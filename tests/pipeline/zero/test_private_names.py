@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,6 +47,7 @@ def owner_of(dotted: str) -> Any:
     raise ModuleNotFoundError(dotted)
 
 
+@cache
 def names_in(source: str) -> set[str]:
     """Every attribute, variable, definition, argument, keyword and string constant in a source."""
     names = set()

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention import lsh_attention
+from tests.quick import every
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", every(7, range(8)))
 def test_gradients_equal_finite_differences(seed):
     generator = torch.Generator().manual_seed(seed)
     qk, v = (torch.randn(1, 2, 11, 3, generator=generator, dtype=torch.float64) for _ in range(2))
