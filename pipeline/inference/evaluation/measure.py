@@ -6,12 +6,14 @@ Every function scores this rank's share of the windows and returns the merged ta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import track
 
 from megabase.datamodules.alphabet import BOS
 from megabase.datamodules.batches.collate import IGNORE, Batch, Wide
@@ -22,6 +24,7 @@ from megabase.datamodules.report.classes import Classes
 from megabase.models import Reformer, Seeds
 from megabase.pipeline.inference.evaluation.tally import Tally
 from megabase.pipeline.inference.scoring import base_nats
+from megabase.pipeline.log import console
 from megabase.pipeline.ranks.groups import Group
 
 FIRST_BIN = 16
@@ -69,11 +72,16 @@ class Scorer:
             groups: (batch, its tensors) -> nats and bases (batch, groups).
         """
         parts = []
-        for batch in batches:
+        for batch in self._with_progress(batches):
             nats, bases = groups(batch, batch.widened())
             parts.append(Tally(batch.samples.numpy(), nats, bases))
         mine = Tally.merged(parts)
         return mine if self.group is None else Tally.merged(self.group.gather(mine))
+
+    def _with_progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches, with a bar on stderr if it is a terminal and their number is known."""
+        shown = isinstance(batches, Sized) and self.place.rank == 0 and sys.stderr.isatty()
+        return track(batches, "scoring", console=console(), transient=True) if shown else batches
 
 
 def position_bins(length: int) -> list[tuple[int, int]]:

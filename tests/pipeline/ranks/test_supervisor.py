@@ -45,6 +45,8 @@ def test_a_rank_that_a_signal_ends_is_named(
     program = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"
     assert supervise(python(program), 2, StopRequest()) == 1
     assert "rank 1 was ended by SIGKILL; the same command resumes" in capsys.readouterr().err
+    assert supervise(python(program), 2, StopRequest(), hint="nothing was written") == 1
+    assert "rank 1 was ended by SIGKILL; nothing was written\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
