@@ -173,7 +173,14 @@ def prepare(options: EvaluateOptions) -> Task:
     shards = options.shards or config.data.shards
     if not shards:
         raise UserError(f"{options.model} does not say which shards it was trained on: give --shards DIR")
-    index = ShardIndex.open(shards)
+    try:
+        index = ShardIndex.open(shards)
+    except DataError as error:
+        if options.shards:
+            raise
+        raise UserError(
+            f"{error} (these are the shards of the training; --shards DIR gives others)"
+        ) from None
     if index.alphabet.name != loaded.alphabet.name:
         raise UserError(
             f"{shards} has the alphabet {index.alphabet.name}, but the model was trained on {loaded.alphabet.name}:"

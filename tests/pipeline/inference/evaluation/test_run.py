@@ -131,6 +131,14 @@ def test_bad_input_is_named(
     for arguments, message in (
         ([tmp_path / "none", *good], "none holds no model: give a run directory"),
         ([run, "--split", "valid"], "does not say which shards it was trained on: give --shards DIR"),
+        (
+            [run, "--shards", tmp_path / "no"],
+            "no: no such directory: make shards with `megabase prepare INPUT... OUTPUT`\n",
+        ),
+        (
+            [run, "data.shards=gone"],
+            "gone: no such directory: make shards with `megabase prepare INPUT... OUTPUT` (these",
+        ),
         ([run, "--shards", lambda_shards], "split 'test' is not in the shards (they hold train, valid)"),
         (
             [run, "--split", "valid", "--shards", tmp_path / "text"],
