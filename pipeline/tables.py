@@ -32,7 +32,7 @@ def show(*parts: Table | str) -> None:
         if isinstance(part, str):
             print(part)
         elif sys.stdout.isatty():
-            Console().print(part, highlight=False)
+            Console(markup=False, highlight=False).print(part)
         else:
             print(as_text(part))
 
@@ -40,5 +40,5 @@ def show(*parts: Table | str) -> None:
 def as_text(table: Table) -> str:
     """A table as plain lines as long as they need to be, without spaces at their ends."""
     output = io.StringIO()
-    Console(file=output, width=_UNLIMITED, highlight=False).print(table)
+    Console(file=output, width=_UNLIMITED, markup=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip("\n").split("\n"))

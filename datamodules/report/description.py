@@ -1,4 +1,4 @@
-"""Counts what is in a shard set, and prints it as a table.
+"""Counts what is in a shard set.
 
 The numbers come from the index alone, so a description of a terabyte of shards reads only its index.
 """
@@ -17,8 +17,6 @@ from megabase.datamodules.order.planning import plan_windows
 
 LENGTHS = {"1k": 1 << 10, "8k": 8 << 10, "32k": 32 << 10, "131k": 128 << 10, "1M": 1 << 20}
 """Context lengths that windows are counted for, by name."""
-
-MOST_SOURCES = 8
 
 
 @dataclass(frozen=True)
@@ -97,26 +95,6 @@ def describe(index: ShardIndex) -> Description:
     )
 
 
-def text(description: Description) -> str:
-    """The description as lines to print, without a line end after the last."""
-    many = len(description.sources)
-    known = sorted(description.sources.items(), key=lambda source: -source[1])
-    sources = [f"  {bases:>15,} bases from {name}" for name, bases in known[:MOST_SOURCES] if name]
-    if many > MOST_SOURCES:
-        sources.append(f"  and {many - MOST_SOURCES:,} more files")
-    longest, shortest = description.longest, description.shortest
-    return "\n".join(
-        [
-            f"{description.directory}: {description.records:,} records in {description.shards:,} shards, "
-            f"{_storage(description.bytes)}, alphabet {description.alphabet}",
-            f"  longest record {longest.record}, {longest.bases:,} bases; shortest {shortest.record}, "
-            f"{shortest.bases:,}",
-            *sources,
-            *_table(description.splits),
-        ]
-    )
-
-
 def _describe_split(segments: Segments, split: str) -> SplitReport:
     rows = segments.rows_of(split)
     bases = int(segments.length[rows].sum())
@@ -155,25 +133,3 @@ def _sum_by(names: NDArray[np.object_], numbers: NDArray[np.int64]) -> dict[str,
 def in_order(splits: list[str]) -> list[str]:
     """train, valid, test, then any other."""
     return sorted(splits, key=lambda split: ([TRAIN, VALID, TEST, split].index(split), split))
-
-
-def _table(splits: list[SplitReport]) -> list[str]:
-    """A heading and a line for each split, with aligned columns."""
-    heading = ["split", "segments", "bases", "letters", *(f"{name} windows" for name in LENGTHS)]
-    rows = [
-        [part.split, *(f"{n:,}" for n in (part.segments, part.bases, part.letters, *part.windows.values()))]
-        for part in splits
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(heading, *rows, strict=True)]
-    aligned = [str.ljust, *[str.rjust] * (len(heading) - 1)]
-    return [
-        "  " + "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
-        for row in [heading, *rows]
-    ]
-
-
-def _storage(size: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size:,} bytes"

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megabase.datamodules.report.description import Description, SplitReport
 
 HELP = "what is in a shard set"
+MOST_SOURCES = 8
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +30,61 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from megabase.datamodules.index.shard_index import ShardIndex
     from megabase.datamodules.report import description, picture
+    from megabase.pipeline.tables import show
 
     index = ShardIndex.open(options.directory)
     found = description.describe(index)
     if options.picture:
         picture.draw(index, options.picture)
-    print(json.dumps(found.as_dict(), indent=2) if options.json else description.text(found))
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        show(*_parts(found))
     return 0
+
+
+def _parts(found: Description) -> Iterator[Table | str]:
+    """What is printed, for `tables.show`."""
+    yield (
+        f"{found.directory}: {found.records:,} records in {found.shards:,} shards, {_storage(found.bytes)}, "
+        f"alphabet {found.alphabet}"
+    )
+    longest, shortest = found.longest, found.shortest
+    yield (
+        f"longest record {longest.record}, {longest.bases:,} bases; shortest {shortest.record}, "
+        f"{shortest.bases:,}"
+    )
+    yield _splits_table(found.splits)
+    if sources := [(name, bases) for name, bases in found.sources.items() if name]:
+        yield _sources_table(sources)
+    if len(sources) > MOST_SOURCES:
+        yield f"and {len(sources) - MOST_SOURCES:,} more files"
+
+
+def _splits_table(splits: list[SplitReport]) -> Table:
+    from megabase.datamodules.report.description import LENGTHS
+    from megabase.pipeline.tables import new_table
+
+    columns = ["split", "segments", "bases", "letters", *(f"{name} windows" for name in LENGTHS)]
+    table = new_table(columns, left=["split"])
+    for part in splits:
+        numbers = (part.segments, part.bases, part.letters, *part.windows.values())
+        table.add_row(part.split, *(f"{number:,}" for number in numbers))
+    return table
+
+
+def _sources_table(sources: list[tuple[str, int]]) -> Table:
+    """The files with the most bases."""
+    from megabase.pipeline.tables import new_table
+
+    table = new_table(["file", "bases"], left=["file"])
+    for name, bases in sorted(sources, key=lambda source: -source[1])[:MOST_SOURCES]:
+        table.add_row(name, f"{bases:,}")
+    return table
+
+
+def _storage(size: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:,} bytes"

@@ -37,3 +37,10 @@ def test_on_a_terminal_a_table_fits_its_width(
     assert all(len(line) <= 60 for line in printed) and any("─" in line for line in printed)
     # Nothing is cut off.
     assert "".join(" ".join(printed).split()).count("/long/path") == 30
+
+
+def test_brackets_in_a_cell_are_not_a_style(capsys: pytest.CaptureFixture[str]) -> None:
+    table = new_table(["file"], left=["file"])
+    table.add_row("a[red].fa")
+    show(table)
+    assert capsys.readouterr().out == "file\na[red].fa\n"

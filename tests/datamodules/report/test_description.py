@@ -50,27 +50,6 @@ def test_numbers_are_those_counted_by_hand(gappy_shards: ShardIndex, gappy_recor
     assert sum(found.sources.values()) == sum(map(len, gappy_records.values()))
 
 
-def test_the_text_holds_the_numbers_in_aligned_columns(gappy_shards: ShardIndex) -> None:
-    found = report.describe(gappy_shards)
-    lines = report.text(found).split("\n")
-    assert lines[0].startswith(f"{found.directory}: {found.records} records in {found.shards} shards, ")
-    assert "longest record r0, 5,000 bases; shortest r2, 1" in lines[1]
-    table = lines[-1 - len(found.splits) :]
-    assert len(set(map(len, table))) == 1
-    for line, part in zip(table[1:], found.splits, strict=True):
-        numbers = (part.segments, part.bases, part.letters, *part.windows.values())
-        assert line.split() == [part.split, *(f"{number:,}" for number in numbers)]
-
-
 def test_json_is_plain(gappy_shards: ShardIndex) -> None:
     found = report.describe(gappy_shards)
     assert json.loads(json.dumps(found.as_dict()))["splits"][0]["windows"] == found.splits[0].windows
-
-
-def test_many_sources_are_cut_short(gappy_shards: ShardIndex) -> None:
-    found = report.describe(gappy_shards)
-    many = {f"file-{number}.fa": number for number in range(20)}
-    shown = report.text(report.Description(**{**found.__dict__, "sources": many}))
-    assert "19 bases from file-19.fa" in shown
-    assert "file-3.fa" not in shown
-    assert "and 12 more files" in shown

@@ -1,0 +1,47 @@
+"""What `megabase data` prints. tests/datamodules/report/test_description.py tests the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megabase.datamodules.prepare.run import prepare
+from megabase.datamodules.report import description
+from megabase.pipeline import cli
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for name, length in (("one", 3000), ("two", 50)):
+        (tmp_path / f"{name}.fa").write_text(f">{name}\n" + "ACGN" * length + "\n")
+    files = [tmp_path / "two.fa", tmp_path / "one.fa"]
+    prepare(files, tmp_path / "shards", valid="0.5", jobs=1, progress=False)
+    return tmp_path / "shards"
+
+
+def test_tables_hold_the_numbers(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", str(shards)]) == 0
+    first, records, heading, *rows = capsys.readouterr().out.splitlines()
+    assert first == f"{shards}: 2 records in 1 shards, 16.5 KiB, alphabet dna"
+    assert records == "longest record one, 12,000 bases; shortest two, 200"
+    assert heading.split()[:6] == ["split", "segments", "bases", "letters", "1k", "windows"]
+    found = description.describe(description.ShardIndex.open(shards))
+    for row, part in zip(rows, found.splits, strict=False):
+        numbers = (part.segments, part.bases, part.letters, *part.windows.values())
+        assert row.split() == [part.split, *(f"{number:,}" for number in numbers)]
+    assert [row.split() for row in rows[-3:]] == [["file", "bases"], ["one.fa", "12,000"], ["two.fa", "200"]]
+    assert len({len(row) for row in rows[: len(found.splits)]}) == 1
+
+
+def test_many_files_are_cut_short(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = description.describe(description.ShardIndex.open(shards))
+    many = {f"file-{number}.fa": number for number in range(20)}
+    monkeypatch.setattr(description, "describe", lambda index: dataclasses.replace(found, sources=many))
+    assert cli.main(["data", str(shards)]) == 0
+    printed = capsys.readouterr().out
+    assert ["file-19.fa", "19"] in [line.split() for line in printed.splitlines()]
+    assert "file-3.fa" not in printed and printed.endswith("and 12 more files\n")
