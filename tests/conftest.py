@@ -88,11 +88,12 @@ GROUPS = ("slurm", "distributed")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts tests that start ranks in one group, so that they do not run at once, and tests on SLURM in another.
 
-    The groups come first, because they take longest.
+    The groups come first, because they take longest, then slow tests, so that none of them runs alone at the end.
     """
 
     def place(item: pytest.Item) -> int:
-        return next((n for n, name in enumerate(GROUPS) if item.get_closest_marker(name)), len(GROUPS))
+        last = len(GROUPS) + (item.get_closest_marker("slow") is None)
+        return next((n for n, name in enumerate(GROUPS) if item.get_closest_marker(name)), last)
 
     items.sort(key=place)
     for item in items:

@@ -28,7 +28,8 @@ def run_interpreted(file: str, temporary: Path, *options: str) -> None:
     done = subprocess.run(
         [*command, f"--basetemp={temporary / 'interpreted'}"],
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        # PYTEST_ADDOPTS could change what is printed.
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )

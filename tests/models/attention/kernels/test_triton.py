@@ -281,15 +281,14 @@ COMPILED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles(name):
-    """For compute capability 9.0, every kernel compiles, fits, and uses tensor cores; the main case hardly spills."""
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """The resources of every kernel of every case, from one process that compiles them all."""
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            f"from tests.models.attention.kernels.test_triton import compile_ahead; compile_ahead({name!r})",
+            "from tests.models.attention.kernels.test_triton import compile_ahead; compile_ahead()",
         ],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""},
@@ -299,10 +298,19 @@ def test_compiles(name):
     if "no ahead-of-time compilation" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {"forward_round", "backward_round", "hash_kernel"} <= {x["kernel"] for x in compiled}
-    for x in compiled:
-        print(name, x)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first in a new cache of Triton compiles for minutes
+@pytest.mark.xdist_group("compiled")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles(name, compiled):
+    """For compute capability 9.0, every kernel compiles, fits, and uses tensor cores; the main case hardly spills."""
+    found = [x for x in compiled if x["case"] == name]
+    assert {"forward_round", "backward_round", "hash_kernel"} <= {x["kernel"] for x in found}
+    for x in found:
+        print(x)
         assert x["registers"] * 32 * x["warps"] <= 65536
         assert x["shared"] <= H100_SHARED
         if x["kernel"] in ("forward_round", "backward_round"):
@@ -312,8 +320,8 @@ def test_compiles(name):
                 assert x["stack"] <= 160
 
 
-def compile_ahead(name: str) -> None:
-    """Run the launches of a case with a driver that has a target and no device; print the resources of each kernel."""
+def compile_ahead() -> None:
+    """Run the launches of all cases with a driver that has a target and no device; print each kernel's resources."""
     try:
         import triton
         import triton.backends.nvidia
@@ -337,14 +345,18 @@ def compile_ahead(name: str) -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
         made = launch(self, *args, grid=grid, warmup=True, **settings)
-        print(
-            json.dumps({"kernel": self.__name__, "warps": settings.get("num_warps", 4)} | _usage(made, tools))
-        )
+        usage = {"warps": settings.get("num_warps", 4)} | _usage(made, tools)
+        print(json.dumps({"case": name, "kernel": self.__name__} | usage))
 
     triton.JITFunction.run = compile_only
     kernels.supports = lambda q, v: True
     kernels.available = lambda: True
-    dtype, d, options = COMPILED[name]
+    for name in COMPILED:
+        _launch_all(*COMPILED[name])
+
+
+def _launch_all(dtype: str, d: int, options: dict[str, Any]) -> None:
+    """Forward, backward and hashing of one case."""
     rounds, rows, length = options.get("rounds", 3), 2, 256
     q, k, v = (torch.randn(rows, length, d).to(getattr(torch, dtype)).requires_grad_() for _ in range(3))
     order = SortedOrder.by_bucket(torch.randint(0, 4, (rows, rounds, length)))
