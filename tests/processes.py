@@ -46,6 +46,7 @@ _PRELOAD = [
     "mlflow.store.tracking.sqlalchemy_store",
     "pytorch_lightning",
     "megabase.pipeline.cli",
+    "megabase.pipeline.config.load",
     "megabase.pipeline.training.callback",
     "megabase.pipeline.training.module",
     "megabase.pipeline.training.run",

@@ -66,8 +66,12 @@ def _defaults() -> Any:
 
 def _completed(merged: Any, overrides: Sequence[str]) -> RunConfig:
     """Merge the last settings and check the result."""
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override), f"argument {override!r}")
+    changes = [_parse_override(override) for override in overrides]
+    try:
+        merged = OmegaConf.merge(merged, *changes)  # at once: each merge copies the tree
+    except OmegaConfBaseException:
+        for override, change in zip(overrides, changes, strict=True):
+            merged = _merge(merged, change, f"argument {override!r}")
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
