@@ -74,6 +74,7 @@ class Recorder:
         self._progress: ProgressLine | None = None
         self._journal: Journal | None = None
         self._performance: Journal | None = None
+        self._drawn = False  # the loss curve has all rows
 
     def open(self, step: int) -> None:
         """Open the journals at `step`. Later rows are dropped: training computes them again."""
@@ -112,6 +113,7 @@ class Recorder:
             return
         rows = [self._row(step) for step in complete]
         self._journal.append(rows)
+        self._drawn = False
         if self._speed.steps:
             speed = self._speed.measure()
             if self._skips:
@@ -185,7 +187,8 @@ class Recorder:
             self._progress.close()
             self._journal.close()
             self._performance.close()
-            self._draw()
+            if not self._drawn:
+                self._draw()
         self._journal = self._performance = self._progress = None
 
     def _draw(self) -> None:
@@ -193,3 +196,4 @@ class Recorder:
             loss_curve(self._config.directory)
         except Exception as error:  # a picture that fails must not end training, nor hide why training ended
             logger.warning(f"the loss curve cannot be drawn: {first_line(error)}")
+        self._drawn = True

@@ -3,12 +3,14 @@
 import math
 from pathlib import Path
 
+import pytest
 import torch
 
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.training import recorder as recorder_module
 from megabase.pipeline.training.recorder import FinishedStep, Recorder
 
 
@@ -56,3 +58,26 @@ def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Pat
     rows = list(read(run.directory / "metrics.jsonl"))
     assert [row["loss"] for row in rows] == [1.5, 8.0, 0.0]
     assert [row.get("skipped") for row in rows] == [None, 2, None]
+
+
+def test_the_curve_is_drawn_again_at_the_end_only_if_it_lacks_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        recorder_module, "loss_curve", lambda run: drawn.append(len(list(read(run / "metrics.jsonl"))))
+    )
+    for more, expected in ((False, [2]), (True, [2, 3])):
+        drawn.clear()
+        run = settings(f"run.root={tmp_path}", f"run.name={more}")
+        run.directory.mkdir()
+        recorder = Recorder(run, 1, None)
+        recorder.open(0)
+        for step in (1, 2) if more else (1,):
+            recorder.add(FinishedStep(step, torch.tensor(6.0), None, 4, 1.0))
+            recorder.add_samples(Agreed(step, False, False, 0, 0))
+            recorder.flush()
+            if step == 1:
+                recorder.add_evaluation({"step": 1, "valid_loss": 1.4, "valid_bits_per_base": 2.0})
+        recorder.close()
+        assert drawn == expected
