@@ -12,6 +12,7 @@ conftest.py, so the tests that compare other runs with it also show that a forke
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -204,6 +205,7 @@ def _start_fork_server() -> None:
 
 def _lead(command: Sequence[str], cwd: str, files: Sequence[str], environment: Mapping[str, str]) -> None:
     """In the forked process: set up what a new process would have, then run `python COMMAND...`."""
+    gc.freeze()  # a search for garbage, of which DeepSpeed makes many, takes half a second among all that is imported
     end_with_parent(os.getppid())  # the fork server, which ends with the tests
     os.setsid()
     os.chdir(cwd)
