@@ -69,6 +69,7 @@ def test_limit_on_bases_spreads_the_sample_evenly(
     assert capped[2] == pytest.approx(1.9654, abs=0.01)
 
 
+@pytest.mark.slow
 def test_orders_that_cannot_be_counted_are_refused(ecoli_shards: ShardIndex, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split 'test' holds no run of 3 letters"):
         bits_per_base(ecoli_shards, [2], score="test")

@@ -44,6 +44,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return captured.err
 
 
+@pytest.mark.slow
 def test_everything_at_once(
     run: Path, lambda_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
