@@ -101,7 +101,7 @@ class Problem:
             heads, d, rounds=ROUNDS, n_buckets=n_buckets, seed=0, device=self.q.device
         )
         self.order = SortedOrder.by_bucket(buckets)
-        self.rule = Rule(reach=CHUNK, attend="window", causal=True, once=once, shared=True)
+        self.rule = Rule(reach=CHUNK, attend="window", causal=True, once=once, own="never")
         for x in (self.q, self.v):
             x.requires_grad_()
 

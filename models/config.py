@@ -6,148 +6,42 @@ value and what to do instead. This module needs no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megabase.models.checks import (
-    ConfigError,
-    build,
-    check_at_least,
-    check_buckets,
-    check_name,
-    check_rate,
-    round_up,
+from megabase.models.checks import ConfigError, build, check_at_least, check_name, check_rate, round_up
+from megabase.models.layer_config import (
+    FeedForwardConfig,
+    LinformerConfig,
+    LocalConfig,
+    LSHConfig,
+    PerformerConfig,
 )
 
 LAYERS = ("local", "lsh", "full", "linformer", "performer")
 NORMS = ("layer", "rms")
 RESIDUALS = ("fixed", "float")
 POSITIONS = ("rotary", "axial", "learned", "none")
-ACTIVATIONS = ("gelu", "relu", "swiglu")
-ATTENDS = ("window", "chunk")
-DUPLICATES = ("average", "once")
-SHARES = ("none", "heads", "keyvalue")
 CLASSIFIERS = ("mean", "first")
+
+DEFAULT_LENGTH = 4096
+"""Keys that a position of a full or performer layer is expected to meet where `max_length` is not set."""
+
+MARGIN = 3.0
+"""How far, in nats, an equal stretch is to outweigh all other keys at the start: its weight is then 95 %."""
+
+BEFORE_THE_SETTING = {"values_ahead": False}
+"""What models had before a setting existed, by its key: for settings that an earlier version saved."""
+
+BUCKETS_PER_CHUNK = 4
+"""Buckets for every `chunk_length` positions of `max_length`, where values look ahead. The k-mers of a genome are not
+spread evenly: with fewer buckets, a crowded one's last `chunk_length` positions end before the match (docs/model.md).
+More buckets cost no time."""
 
 DEFAULT_BUCKETS = 64
 """Buckets of a hash round where neither `n_buckets` nor `max_length` is set."""
-
-
-@dataclass
-class LSHConfig:
-    """Attention among positions whose query-keys hash to the same bucket (Kitaev et al. 2020, section 2).
-
-    Attributes:
-        rounds: Independent rounds of hashing. Time grows with their number, memory does not.
-        chunk_length: With `attend: window`, the number of keys of its own bucket that a position attends to in one
-            round. With `attend: chunk`, the length of a chunk in sorted order. In positions.
-        n_buckets: Buckets of a round: even, and a multiple of 4 above 128. null: `max_length / chunk_length`
-            rounded down to a power of two, or 64 if `max_length` is not set. It does not depend on the length of the
-            current sequence: otherwise later tokens would change what earlier positions attend to.
-        attend: `window`: a position attends to the last `chunk_length` positions of its own bucket, so the layer is
-            strictly causal (in a bidirectional model: to as many on each side). `chunk`: the paper's rule, own and
-            previous chunk in sorted order; with it, later tokens can change what earlier positions attend to.
-        duplicates: `average`: a key that is found in several rounds counts once for each of them. `once`: it counts
-            once.
-        dropout: Dropout of attention weights in these layers, in [0, 1). null: the model's `attention_dropout`.
-    """
-
-    rounds: int = 4
-    chunk_length: int = 64
-    n_buckets: int | None = None
-    attend: str = "window"
-    duplicates: str = "average"
-    dropout: float | None = None
-
-    def validate(self) -> None:
-        """Check these settings. Raises ConfigError."""
-        check_at_least(1, "model.lsh.rounds", self.rounds)
-        check_at_least(1, "model.lsh.chunk_length", self.chunk_length)
-        if self.n_buckets is not None:
-            check_buckets(self.n_buckets, "model.lsh.n_buckets")
-        check_name("model.lsh.attend", self.attend, ATTENDS)
-        check_name("model.lsh.duplicates", self.duplicates, DUPLICATES)
-        check_rate("model.lsh.dropout", self.dropout)
-
-
-@dataclass
-class LocalConfig:
-    """Attention among neighbours.
-
-    Attributes:
-        window: With `attend: window`, position i attends to i - window + 1 ... i (in a bidirectional model: as far
-            on both sides). With `attend: chunk`, the length of a chunk. In positions.
-        attend: `window`, or `chunk`: own and previous chunk of `window` positions, as in trax.
-        dropout: Dropout of attention weights in these layers, in [0, 1). null: the model's `attention_dropout`.
-    """
-
-    window: int = 128
-    attend: str = "window"
-    dropout: float | None = None
-
-    def validate(self) -> None:
-        """Check these settings. Raises ConfigError."""
-        check_at_least(1, "model.local.window", self.window)
-        check_name("model.local.attend", self.attend, ATTENDS)
-        check_rate("model.local.dropout", self.dropout)
-
-
-@dataclass
-class LinformerConfig:
-    """Attention to learned mixtures of all positions (Wang et al. 2020). Not causal; every sequence has `max_length`.
-
-    Attributes:
-        size: Number of mixtures that a query attends to instead of positions.
-        share: Which projections of the length are shared. `none`: every head has one for keys and one for values.
-            `heads`: all heads share one for keys and one for values. `keyvalue`: one serves all.
-    """
-
-    size: int = 256
-    share: str = "heads"
-
-    def validate(self) -> None:
-        """Check these settings. Raises ConfigError."""
-        check_at_least(1, "model.linformer.size", self.size)
-        check_name("model.linformer.share", self.share, SHARES)
-
-
-@dataclass
-class PerformerConfig:
-    """Attention estimated with random features of queries and keys (Choromanski et al. 2021).
-
-    Attributes:
-        features: Random features of a head. The error falls with their square root; time grows with their number.
-        redraw_every: Optimizer steps after which the features are drawn anew. 0: never.
-    """
-
-    features: int = 256
-    redraw_every: int = 1000
-
-    def validate(self) -> None:
-        """Check these settings. Raises ConfigError."""
-        check_at_least(1, "model.performer.features", self.features)
-        check_at_least(0, "model.performer.redraw_every", self.redraw_every)
-
-
-@dataclass
-class FeedForwardConfig:
-    """The feed-forward branch of a block.
-
-    Attributes:
-        mult: Width of the hidden layer, as a multiple of `dim`.
-        activation: `gelu`, `relu` or `swiglu` (gated: a third matrix of the same size).
-        chunk: Tokens (batch × length) whose hidden layer is in memory at once. 0: 1,024 on a CPU, 16,384 on a GPU.
-    """
-
-    mult: float = 4.0
-    activation: str = "gelu"
-    chunk: int = 0
-
-    def validate(self) -> None:
-        """Check these settings. Raises ConfigError."""
-        check_name("model.feedforward.activation", self.activation, ACTIVATIONS)
-        check_at_least(0, "model.feedforward.chunk", self.chunk)
 
 
 @dataclass
@@ -175,7 +69,14 @@ class ReformerConfig:
         dropout: Dropout of the embedding and of every branch's output, in [0, 1).
         attention_dropout: Dropout of attention weights, in [0, 1).
         conv: Width in tokens of a depthwise convolution before query and key, causal if the model is. 0: none.
-            Equal letters of a small alphabet hash alike; the convolution adds their neighbourhood.
+            Its taps start random, so that it is a code of the last `conv` tokens: equal letters of a small alphabet
+            hash alike, equal stretches of `conv` letters hash alike and differ from others (docs/model.md).
+        query_gain: Standard deviation of the queries' entries at the start (of query-keys in lsh layers). null: it
+            follows from the number of keys that a position attends to and the width of a head, so that equal stretches
+            outweigh all other keys from the first step on (`gain`).
+        values_ahead: A position's value is a learned mix of its own and the next position's, and a position attends
+            to earlier positions only: what it finds is what came next. null: true in causal layers, unless they have
+            `attend: chunk`. true is refused where it would show a position its own next token.
         tie_embeddings: The output head uses the embedding's weights.
         head_bias: The output head adds a bias to the logits.
         classifier: Head of a ReformerClassifier. `mean`: a linear map of the mean over real tokens. `first`: dense
@@ -204,7 +105,9 @@ class ReformerConfig:
     residual: str = "fixed"
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    conv: int = 4
+    conv: int = 12
+    query_gain: float | None = None
+    values_ahead: bool | None = None
     tie_embeddings: bool = False
     head_bias: bool = False
     classifier: str = "mean"
@@ -232,7 +135,9 @@ class ReformerConfig:
             return self.lsh.n_buckets
         if self.max_length is None:
             return DEFAULT_BUCKETS
-        return max(2, 1 << (max(1, self.max_length // self.lsh.chunk_length).bit_length() - 1))
+        chunks = max(1, self.max_length // self.lsh.chunk_length)
+        wanted = chunks * (BUCKETS_PER_CHUNK if self.looks_ahead("lsh") else 1)
+        return max(2, 1 << (wanted.bit_length() - 1))
 
     @property
     def pattern(self) -> list[str]:
@@ -259,6 +164,38 @@ class ReformerConfig:
         """The dropout rate of attention weights in layers of this kind (one of LAYERS)."""
         own = {"lsh": self.lsh.dropout, "local": self.local.dropout}.get(kind)
         return self.attention_dropout if own is None else own
+
+    def gain(self, kind: str) -> float:
+        """Standard deviation g of the queries' entries at the start, in layers of this kind (one of LAYERS).
+
+        An equal stretch should outweigh the n other keys that a position meets, or no gradient says that it was the
+        right one. Its key is the query's own direction: a score of |q| = g √d. The scores of the others are about
+        N(0, g²), so log Σ exp of them is ln n + g² / 2. Their difference is MARGIN for g = √d − √(d − 2 (ln n +
+        MARGIN)); heads too narrow for that margin have the largest difference for g = √d.
+        """
+        if self.query_gain is not None:
+            return self.query_gain
+        d, needed = self.width, math.log(self.keys_met(kind)) + MARGIN
+        return float(d**0.5 - max(0.0, d - 2.0 * needed) ** 0.5)
+
+    def keys_met(self, kind: str) -> int:
+        """How many keys a position attends to, at most, in layers of this kind (one of LAYERS)."""
+        most = self.max_length or DEFAULT_LENGTH
+        met = {
+            "lsh": self.lsh.rounds * self.lsh.chunk_length,
+            "local": self.local.window,
+            "linformer": self.linformer.size,
+        }.get(kind, most)
+        return max(1, min(met, most))
+
+    def looks_ahead(self, kind: str) -> bool:
+        """Whether the values of layers of this kind (one of LAYERS) look ahead."""
+        return self.values_ahead is not False and self._can_look_ahead(kind)
+
+    def _can_look_ahead(self, kind: str) -> bool:
+        """Whether a position of such a layer can attend to earlier positions alone."""
+        attend = {"lsh": self.lsh.attend, "local": self.local.attend}.get(kind, "window")
+        return self.causal and attend == "window"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReformerConfig:
@@ -292,6 +229,8 @@ class ReformerConfig:
         for name in ("vocab_size", "dim", "depth", "heads", "loss_chunk"):
             check_at_least(1, f"model.{name}", getattr(self, name))
         check_at_least(0, "model.conv", self.conv)
+        if self.query_gain is not None and not self.query_gain > 0.0:
+            raise ConfigError(f"model.query_gain={self.query_gain} must be above 0: take null, or 1")
         check_rate("model.dropout", self.dropout)
         check_rate("model.attention_dropout", self.attention_dropout)
         if not self.norm_eps > 0.0:
@@ -328,6 +267,13 @@ class ReformerConfig:
             )
 
     def _check_layers(self) -> None:
+        for kind in self.layers:
+            if self.values_ahead and not self._can_look_ahead(kind):
+                why = f"model.{kind}.attend=chunk" if self.causal else "model.causal=False"
+                raise ConfigError(
+                    f"model.values_ahead=True is not for {kind} layers with {why}: positions attend to later ones "
+                    "there; set model.values_ahead to null or False"
+                )
         if "linformer" in self.layers and self.causal:
             raise ConfigError(
                 "model.layers names linformer, whose slots mix all positions, but model.causal=True: "

@@ -28,6 +28,11 @@ def pieces(length: int, width: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+def devices_in_use() -> list[int]:
+    """The GPU that this process computes on, if any: besides the CPU's, its generator may draw weights."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
 @functools.cache
 def has_half_products(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of bf16 or fp16 in hardware. All GPUs do; some CPUs do not."""

@@ -81,7 +81,12 @@ class Norm(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise convolution over the length, (batch, length, dim) -> the same. It starts as the identity plus noise.
+    """Depthwise convolution over the length, (batch, length, dim) -> the same.
+
+    The taps start random, N(0, 1 / width): so the convolution is a code of the last `width` tokens in which each of
+    them matters alike. LSH attention then tells stretches of `width` equal tokens from all others at the first step. (A
+    convolution that starts as the identity tells single tokens apart. With the four letters of DNA every bucket then
+    holds a quarter of the sequence, and no gradient ever says which match was right: docs/model.md.)
 
     Args:
         dim: channels.
@@ -93,23 +98,80 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.before = width - 1 if causal else (width - 1) // 2
         self.after = width - 1 - self.before
-        weight = torch.randn(width, dim) * 0.5 * width**-0.5
-        weight[self.before] += 1.0
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Convolve. mask: (batch, length) bool, True where a token is real; others count as zero. None: all are."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        convolve = fused.convolve if fused.supports(x) else _Convolve.apply
         return convolve(x, self.weight, self.before)
 
 
-class _Convolve(torch.autograd.Function):
-    """y[i] = Σ over taps of weight[tap] · x[i + tap − before]; x is zero outside the sequence.
+class ValuesAhead(nn.Module):
+    """Mixes every value with the value of the next position: a head's own share of each, 1/2 and 1/2 at the start.
 
-    x: (batch, length, dim), weight: (width, dim). Computes all taps of one piece of the length, then the next piece.
+    A position that attends to a key at s needs to know what came after s. With shared query-keys it finds a context
+    that equals its own, so the value at s is a token that it knows already; the one at s + 1 is the one to predict
+    (docs/model.md). This is strictly causal as long as a position attends to earlier keys only.
+
+    Args:
+        heads: attention heads.
     """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        # A vector, like the scales of a norm: without weight decay.
+        self.weight = nn.Parameter(torch.full((2 * heads,), 0.5))
+
+    def forward(self, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Mix all values.
+
+        Args:
+            v: (batch, length, heads · d). The last position has no next one: zeros count instead.
+            mask: (batch, length) bool, True where a token is real; the values of others count as zero. None: all are.
+
+        Returns:
+            (batch, length, heads · d).
+        """
+        if mask is not None:
+            v = v.masked_fill(~mask[..., None], 0.0)
+        shares = self._shares(v.dtype)
+        width = v.shape[-1] // shares.shape[1]
+        return convolve(v, shares.repeat_interleave(width, dim=1), before=0)
+
+    def pairs(self, v: Tensor) -> Tensor:
+        """The mixed values of all positions but the last, which waits for its next one.
+
+        Args:
+            v: (batch, heads, n, d).
+
+        Returns:
+            (batch, heads, n − 1, d).
+        """
+        own, following = self._shares(v.dtype)[..., None, None]
+        return own * v[:, :, :-1] + following * v[:, :, 1:]
+
+    def _shares(self, dtype: torch.dtype) -> Tensor:
+        """(2, heads): of the position's own value, and of the next one's."""
+        return self.weight.to(dtype).view(2, -1)
+
+
+def convolve(x: Tensor, weight: Tensor, before: int) -> Tensor:
+    """y[i] = Σ over taps of weight[tap] · x[i + tap − before], for every channel; x is zero outside the sequence.
+
+    Args:
+        x: (batch, length, dim).
+        weight: (taps, dim).
+        before: taps before the position itself.
+
+    Returns:
+        (batch, length, dim) in x's dtype.
+    """
+    return (fused.convolve if fused.supports(x) else _Convolve.apply)(x, weight, before)
+
+
+class _Convolve(torch.autograd.Function):
+    """See `convolve`. Computes all taps of one piece of the length, then the next piece."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, before: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megabase.models import safetensors
-from megabase.models.config import ConfigError, ReformerConfig
+from megabase.models.config import BEFORE_THE_SETTING, ConfigError, ReformerConfig
 from megabase.models.reformer import Reformer
 
 CONFIG = "config.json"
@@ -95,4 +95,4 @@ def _read_config(path: Path) -> ReformerConfig:
             f"{path} has no settings of a Reformer under 'model': give a directory that "
             "`megabase export --format safetensors` wrote"
         )
-    return ReformerConfig.from_dict(content["model"])
+    return ReformerConfig.from_dict(BEFORE_THE_SETTING | content["model"])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabase.models.attention.heads import SeparateAttention, merge_heads
+from megabase.models.attention.heads import (
+    SeparateAttention,
+    Waiting,
+    attend_to_earlier,
+    merge_heads,
+    split_heads,
+    with_last,
+)
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Seeds
@@ -20,6 +28,7 @@ def full_attention(
     v: Tensor,
     *,
     causal: bool,
+    own: bool = True,
     mask: Tensor | None = None,
     dropout: PairDropout | None = None,
 ) -> Tensor:
@@ -32,6 +41,7 @@ def full_attention(
         k: keys, of the same shape.
         v: values, of the same shape.
         causal: whether a query attends to no later position.
+        own: False: a position does not attend to itself, and one that attends to nothing outputs zero.
         mask: (batch, length) bool, True where a position is real. Nothing attends to the others, and their output is
             zero.
         dropout: dropout of attention weights; it has batch × heads rows.
@@ -39,19 +49,23 @@ def full_attention(
     Returns:
         (batch, heads, length, d).
     """
-    if dropout is None and mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if dropout is None and mask is None and (own or causal):
+        if own:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return attend_to_earlier(partial(F.scaled_dot_product_attention, is_causal=True), q, k, v)
     length = q.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
     seen = seen.tril() if causal else seen
+    seen = seen if own else seen & ~torch.eye(length, dtype=torch.bool, device=q.device)
     if mask is not None:
-        # A position that is not real sees itself, so that its row is not empty; its output is zeroed below.
-        seen = (seen & mask[:, None, None]) | torch.eye(length, dtype=torch.bool, device=q.device)
+        seen = seen & mask[:, None, None] & mask[:, None, :, None]
+    # Softmax over no key would be NaN. So a position that attends to nothing sees all, and its output is zeroed below.
+    empty = ~seen.any(-1, keepdim=True)
     if dropout is None:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen | empty)
     else:
-        y = dropped_attention(q, k, v, seen, dropout)
-    return y if mask is None else y.masked_fill(~mask[:, None, :, None], 0.0)
+        y = dropped_attention(q, k, v, seen | empty, dropout)
+    return y.masked_fill(empty, 0.0)
 
 
 def dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: PairDropout) -> Tensor:
@@ -82,10 +96,12 @@ class FullCache:
 
     Attributes:
         keys, values: (batch, heads, position, d).
+        waiting: the last entry, until its value is complete.
     """
 
     keys: Tensor
     values: Tensor
+    waiting: Waiting
 
 
 class FullAttention(SeparateAttention):
@@ -93,18 +109,23 @@ class FullAttention(SeparateAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         dropout = self.pair_dropout(call, v.shape[0], v.device)
-        return full_attention(q, k, v, causal=self.config.causal, mask=call.mask, dropout=dropout)
+        own = self.ahead is None
+        return full_attention(q, k, v, causal=self.config.causal, own=own, mask=call.mask, dropout=dropout)
 
     def new_cache(self, batch: int, seeds: Seeds) -> FullCache:
         self.check_causal()
-        return FullCache(self.no_keys(batch), self.no_keys(batch))
+        empty = self.no_keys(batch)
+        return FullCache(empty, empty, Waiting(empty, empty))
 
     def read(self, x: Tensor, near: Tensor, cache: FullCache, position: int, call: Call) -> Tensor:
-        q, k, v = self.project(x, near, position)
-        cache.keys = torch.cat((cache.keys, k.to(cache.keys.dtype)), dim=2)
-        cache.values = torch.cat((cache.values, v.to(cache.values.dtype)), dim=2)
+        (q, k), v = self.project(near, position), split_heads(self.value(x), self.config.heads)
+        keys, values = cache.waiting.complete(k, v, self.ahead)
+        cache.keys = torch.cat((cache.keys, keys.to(cache.keys.dtype)), dim=2)
+        cache.values = torch.cat((cache.values, values.to(cache.values.dtype)), dim=2)
         if q.shape[2] > 1:
-            y = self.attend(q, k, v, call)
+            y = self.attend(q, k, with_last(values, q), call)
+        elif cache.keys.shape[2] == 0:
+            y = torch.zeros_like(v)
         else:
             y = F.scaled_dot_product_attention(q.to(cache.keys.dtype), cache.keys, cache.values)
         return self.output(merge_heads(y))

@@ -7,17 +7,20 @@ queries and keys are made from it, values from x. Heads are split as (batch, hea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, dropout
 from megabase.models.config import ConfigError, ReformerConfig
-from megabase.models.layers import Linear, Norm, ShortConvolution
+from megabase.models.device import devices_in_use
+from megabase.models.layers import Linear, Norm, ShortConvolution, ValuesAhead
 from megabase.models.positions import rotary
 from megabase.models.precision import Precision
 
@@ -36,11 +39,14 @@ class AttentionLayer(nn.Module, ABC):
     A block is any number of tokens at position 0, or one token at a later position.
     """
 
+    value: Linear
     output: Linear
 
     def __init__(self, config: ReformerConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        ahead = config.looks_ahead(config.pattern[layer])
+        self.ahead = ValuesAhead(config.heads) if ahead else None
 
     @abstractmethod
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
@@ -82,6 +88,11 @@ class AttentionLayer(nn.Module, ABC):
                 "model.causal=False: a model that sees both sides cannot generate; train one with causal=True"
             )
 
+    def values(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The values (batch, heads, length, d) of x, each mixed with the next one if the values look ahead."""
+        v = self.value(x)
+        return split_heads(v if self.ahead is None else self.ahead(v, mask), self.config.heads)
+
     def no_keys(self, batch: int) -> Tensor:
         """An empty tensor (batch, heads, 0, d), in the dtype and on the device of this layer's keys."""
         weight = self.output.weight
@@ -95,13 +106,47 @@ class AttentionLayer(nn.Module, ABC):
         return weight_dropout(rate, purpose, self.config.heads, self.layer, call, batch, device)
 
 
+@dataclass
+class Waiting:
+    """The entry of the last token that was read, if the values look ahead: it waits for the next token's value.
+
+    Attributes:
+        keys, values: (batch, heads, n, d), n = 1; 0 before the first token, and always if the values do not look ahead.
+            The values are not mixed.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def complete(self, keys: Tensor, values: Tensor, ahead: ValuesAhead | None) -> tuple[Tensor, Tensor]:
+        """The entries that are complete once a block was read. Then this object holds the block's last entry.
+
+        Args:
+            keys, values: (batch, heads, n, d) of the block; the values are not mixed.
+            ahead: mixes the values; None: they do not look ahead.
+
+        Returns:
+            Keys and mixed values of the waiting position, if there is one, and of the block without its last position.
+            If `ahead` is None: those of the block.
+        """
+        if ahead is None:
+            return keys, values
+        keys = torch.cat((self.keys, keys.to(self.keys.dtype)), dim=2)
+        values = torch.cat((self.values, values.to(self.values.dtype)), dim=2)
+        self.keys, self.values = keys[:, :, -1:].clone(), values[:, :, -1:].clone()
+        return keys[:, :, :-1], ahead.pairs(values)
+
+
 class SeparateAttention(AttentionLayer):
     """A layer with separate queries, keys and values: projections, `attend`, output projection."""
 
     def __init__(self, config: ReformerConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.query = projection(config)
-        self.key = projection(config)
+        gain = config.gain(config.pattern[layer]) ** 0.5
+        # Keys start as queries do, so that equal content matches from the first step on, as with shared query-keys.
+        with torch.random.fork_rng(devices_in_use()):
+            self.query = projection(config, gain)
+        self.key = projection(config, gain)
         self.value = projection(config)
         self.output = output(config)
 
@@ -110,23 +155,20 @@ class SeparateAttention(AttentionLayer):
         """Attention of all positions: (batch, heads, length, d) each -> the same."""
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        return self.output(merge_heads(self.attend(*self.project(x, near), call)))
+        q, k = self.project(near)
+        return self.output(merge_heads(self.attend(q, k, self.values(x, call.mask), call)))
 
-    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d) of the positions from `start` on."""
-        q, k, v = self.project_without_positions(x, near)
+    def project(self, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Queries and keys (batch, heads, length, d) of the positions from `start` on."""
+        q, k = self.project_without_positions(near)
         if self.config.positions == "rotary":
             q, k = rotary(q, start), rotary(k, start)
-        return q, k, v
+        return q, k
 
-    def project_without_positions(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values without rotary positions."""
+    def project_without_positions(self, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys without rotary positions."""
         heads = self.config.heads
-        return (
-            split_heads(self.query(near), heads),
-            split_heads(self.key(near), heads),
-            split_heads(self.value(x), heads),
-        )
+        return split_heads(self.query(near), heads), split_heads(self.key(near), heads)
 
 
 @dataclass
@@ -181,9 +223,9 @@ class AttentionBranch(nn.Module):
         return self.attention.read(x, near, cache.layer, position, call)
 
 
-def projection(config: ReformerConfig) -> Linear:
-    """A linear map from dim to heads · width."""
-    return Linear(config.dim, config.heads * config.width)
+def projection(config: ReformerConfig, gain: float = 1.0) -> Linear:
+    """A linear map from dim to heads · width; its outputs have variance gain² at the start."""
+    return Linear(config.dim, config.heads * config.width, gain=gain)
 
 
 def output(config: ReformerConfig) -> Linear:
@@ -194,6 +236,29 @@ def output(config: ReformerConfig) -> Linear:
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(batch, length, heads · d) -> (batch, heads, length, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend_to_earlier(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Attention of every position to the positions before it, without itself; zeros for the first one.
+
+    Args:
+        attend: causal attention, in which a position attends to itself too: queries, keys, values -> output.
+        q, k, v: (batch, heads, length, d).
+
+    Returns:
+        (batch, heads, length, d).
+    """
+    return F.pad(attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
+
+
+def with_last(values: Tensor, q: Tensor) -> Tensor:
+    """Complete values (batch, heads, n or n − 1, d) for a block of n positions, which q (batch, heads, n, d) has.
+
+    Where the last position's value is not complete, zeros take its place: no position of the block attends to it.
+    """
+    return F.pad(values, (0, 0, 0, q.shape[2] - values.shape[2]))
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -219,11 +284,13 @@ def attend_to_cached(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> T
     Args:
         q: (..., d), one query.
         keys, values: (..., entries, d).
-        seen: (..., entries) bool, at least one of them True.
+        seen: (..., entries) bool.
 
     Returns:
-        (..., d) in the dtype of `values`.
+        (..., d) in the dtype of `values`; zeros for a query that sees no entry.
     """
     scores = (keys @ q.to(keys.dtype)[..., None]).squeeze(-1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
-    return (scores.softmax(-1).to(values.dtype)[..., None, :] @ values).squeeze(-2)
+    empty = ~seen.any(dim=-1, keepdim=True)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = scores.masked_fill(~(seen | empty), -torch.inf).softmax(-1).masked_fill(empty, 0.0)
+    return (weights.to(values.dtype)[..., None, :] @ values).squeeze(-2)

@@ -89,9 +89,9 @@ class LinformerAttention(SeparateAttention):
             None if config.linformer.share == "keyvalue" else nn.Parameter(torch.randn(shape) * scale)
         )
 
-    def project(self, x: Tensor, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d), without rotary positions."""
-        return self.project_without_positions(x, near)
+    def project(self, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Queries and keys (batch, heads, length, d), without rotary positions."""
+        return self.project_without_positions(near)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         dropout = self.pair_dropout(call, v.shape[0], v.device)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megabase.models.attention.heads import (
     AttentionLayer,
+    Waiting,
     attend_to_cached,
     merge_heads,
     output,
     projection,
     split_heads,
+    with_last,
 )
 from megabase.models.attention.kernels import dispatch
 from megabase.models.attention.kernels.dispatch import rotate_and_hash, sort_by_hash, unit_keys
@@ -27,7 +30,8 @@ from megabase.models.attention.kernels.reference import first_occurrences
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
 from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_at_least, check_buckets, check_name
-from megabase.models.config import ATTENDS, DEFAULT_BUCKETS, DUPLICATES, ReformerConfig
+from megabase.models.config import DEFAULT_BUCKETS, ReformerConfig
+from megabase.models.layer_config import ATTENDS, DUPLICATES
 
 
 def lsh_attention(
@@ -39,6 +43,7 @@ def lsh_attention(
     causal: bool,
     seed: int,
     attend: str = "window",
+    own: bool = True,
     duplicates: str = "average",
     n_buckets: int | None = None,
     mask: Tensor | None = None,
@@ -47,7 +52,7 @@ def lsh_attention(
 ) -> Tensor:
     """Attention of every position to the keys that it finds in `rounds` rounds of hashing.
 
-    A position attends to itself only if it finds no other key in any round.
+    A position attends to itself only if it finds no other key in any round (`own`).
 
     Args:
         qk: queries, which are keys too, (batch, heads, length, head_dim), any float dtype, any length from 1.
@@ -57,6 +62,7 @@ def lsh_attention(
             positions of its own bucket (not causal: as many on both sides); the result depends on nothing later.
             `attend="chunk"`: the sorted sequence (by bucket, then position) is cut into chunks of this length; a
             position finds its own chunk and the one before.
+        own: False: a position never attends to itself, and outputs zero if it finds no other key in any round.
         causal: whether a position attends to no later one.
         seed: the hash is a function of (seed, heads, head_dim, n_buckets, round), and of nothing else.
         attend: `window` or `chunk`.
@@ -87,7 +93,7 @@ def lsh_attention(
         order = sort_by_hash(qk, rotations, mask)
     else:
         order = dispatch.sort_by_bucket(buckets.flatten(0, 1), None, row_mask(mask, qk.shape[1]))
-    rule = Rule(chunk_length, attend, causal, once=duplicates == "once", shared=True)
+    rule = Rule(chunk_length, attend, causal, once=duplicates == "once", own="alone" if own else "never")
     return dispatch.sorted_attention(qk, None, v, order, rule, backend=backend)
 
 
@@ -136,12 +142,16 @@ class LSHCache:
         rotations: the rotations that hash query-keys.
         positions: (rows, rounds, buckets, chunk_length) int64, rows = batch × heads; −1 where the cache has no entry.
         keys, values: (rows, rounds, buckets, chunk_length, d).
+        waiting: the query-key and value of the last entry, until its value is complete.
+        waiting_buckets: (batch, heads, rounds, n) int32, the buckets of its query-key; n as in `Waiting`.
     """
 
     rotations: Rotations
     positions: Tensor
     keys: Tensor
     values: Tensor
+    waiting: Waiting
+    waiting_buckets: Tensor
 
     def fill(self, qk: Tensor, v: Tensor, order: SortedOrder) -> None:
         """Keep the last entries of every bucket of a sequence that starts at position 0.
@@ -161,36 +171,46 @@ class LSHCache:
         self.keys[index] = unit_keys(qk)[row, position].to(self.keys.dtype)
         self.values[index] = v[row, position].to(self.values.dtype)
 
-    def step(self, qk: Tensor, v: Tensor, buckets: Tensor, position: int, *, once: bool) -> Tensor:
-        """Attention of one position, whose entry replaces the oldest of its bucket in every round.
+    def add(self, qk: Tensor, v: Tensor, buckets: Tensor, position: int) -> None:
+        """Add the entry of one position. It replaces the oldest of its bucket in every round.
 
         Args:
             qk, v: (rows, d).
             buckets: (rows, rounds), the buckets of the query-key.
-            position: the position of the query.
+            position: the position of the entry.
+        """
+        bucket = self._indices(buckets)
+        index = (*bucket, self.positions[bucket].argmin(dim=-1))
+        self.positions[index] = position
+        self.keys[index] = unit_keys(qk.to(self.keys.dtype))[:, None]
+        self.values[index] = v.to(self.values.dtype)[:, None]
+
+    def attend(self, qk: Tensor, buckets: Tensor, own_value: Tensor, *, once: bool) -> Tensor:
+        """Attention of one position to the entries of its buckets.
+
+        Args:
+            qk: (rows, d).
+            buckets: (rows, rounds), the buckets of the query-key.
+            own_value: (rows, d), the output of a position that finds no entry.
             once: whether a key found in several rounds counts once.
 
         Returns:
             (rows, d).
         """
-        qk, v = qk.to(self.keys.dtype), v.to(self.values.dtype)
-        row = torch.arange(buckets.shape[0], device=qk.device)[:, None]
-        number = torch.arange(buckets.shape[1], device=qk.device)
-        bucket = (row, number, buckets)
-        positions = self.positions[bucket]
+        bucket = self._indices(buckets)
+        positions = self.positions[bucket].flatten(1)
         seen = positions >= 0
-        values = self.values[bucket].masked_fill(~seen[..., None], 0.0).flatten(1, 2)
-        oldest = positions.argmin(dim=-1)
-        seen = seen.flatten(1)
-        if once:
-            seen = first_occurrences(positions.flatten(1), seen)
+        values = self.values[bucket].flatten(1, 2).masked_fill(~seen[..., None], 0.0)
         empty = ~seen.any(dim=-1, keepdim=True)
-        y = attend_to_cached(qk, self.keys[bucket].flatten(1, 2), values, seen | empty)
-        index = (*bucket, oldest)
-        self.positions[index] = position
-        self.keys[index] = unit_keys(qk)[:, None]
-        self.values[index] = v[:, None]
-        return torch.where(empty, v, y)
+        if once:
+            seen = first_occurrences(positions, seen)
+        y = attend_to_cached(qk, self.keys[bucket].flatten(1, 2), values, seen)
+        return torch.where(empty, own_value.to(y.dtype), y)
+
+    def _indices(self, buckets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of a bucket (rows, rounds) of every row and round in the cache's tensors."""
+        row = torch.arange(buckets.shape[0], device=buckets.device)[:, None]
+        return row, torch.arange(buckets.shape[1], device=buckets.device), buckets
 
 
 class LSHAttention(AttentionLayer):
@@ -208,21 +228,16 @@ class LSHAttention(AttentionLayer):
             attend=config.lsh.attend,
             causal=config.causal,
             once=config.lsh.duplicates == "once",
-            shared=True,
+            own="alone" if self.ahead is None else "never",
         )
-        self.query_key = projection(config)
+        self.query_key = projection(config, config.gain("lsh"))
         self.value = projection(config)
         self.output = output(config)
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        qk, v = self.project(x, near)
+        qk = split_heads(self.query_key(near), self.config.heads)
         order = sort_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
-        return self.output(merge_heads(self.attend(qk, v, order, call)))
-
-    def project(self, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-        """Query-keys and values (batch, heads, length, d)."""
-        heads = self.config.heads
-        return split_heads(self.query_key(near), heads), split_heads(self.value(x), heads)
+        return self.output(merge_heads(self.attend(qk, self.values(x, call.mask), order, call)))
 
     def rotations(self, seeds: Seeds, device: torch.device) -> Rotations:
         """The rotations that hash the query-keys of this layer."""
@@ -257,16 +272,34 @@ class LSHAttention(AttentionLayer):
             positions=torch.full(shape, -1, device=empty.device),
             keys=keys,
             values=torch.empty_like(keys),
+            waiting=Waiting(empty, empty),
+            waiting_buckets=torch.empty(
+                *empty.shape[:2], lsh.rounds, 0, dtype=torch.int32, device=empty.device
+            ),
         )
 
     def read(self, x: Tensor, near: Tensor, cache: LSHCache, position: int, call: Call) -> Tensor:
-        qk, v = self.project(x, near)
+        heads = self.config.heads
+        qk, v = split_heads(self.query_key(near), heads), split_heads(self.value(x), heads)
+        buckets = rotate_and_hash(qk, cache.rotations)
+        complete = buckets
+        if self.ahead is not None:
+            complete = torch.cat((cache.waiting_buckets, buckets), dim=3)
+            cache.waiting_buckets, complete = complete[..., -1:].clone(), complete[..., :-1]
+        keys, values = cache.waiting.complete(qk, v, self.ahead)
         if qk.shape[2] > 1:
-            order = sort_by_hash(qk, cache.rotations, None)
-            cache.fill(qk.flatten(0, 1), v.flatten(0, 1), order)
-            return self.output(merge_heads(self.attend(qk, v, order, call)))
-        buckets = rotate_and_hash(qk, cache.rotations).flatten(0, 1).squeeze(-1)
-        y = cache.step(qk.flatten(0, 2), v.flatten(0, 2), buckets, position, once=self.rule.once)
+            sort = partial(dispatch.sort_by_bucket, n_buckets=cache.rotations.n_buckets, mask=None)
+            cache.fill(keys.flatten(0, 1), values.flatten(0, 1), sort(complete.flatten(0, 1)))
+            order = sort(buckets.flatten(0, 1))
+            return self.output(merge_heads(self.attend(qk, with_last(values, qk), order, call)))
+        entry = keys.flatten(0, 2), values.flatten(0, 2), complete.flatten(0, 1).flatten(1)
+        if self.ahead is not None and position > 0:
+            cache.add(*entry, position - 1)
+        own_value = v if self.ahead is None else torch.zeros_like(v)
+        own_buckets = buckets.flatten(0, 1).squeeze(-1)
+        y = cache.attend(qk.flatten(0, 2), own_buckets, own_value.flatten(0, 2), once=self.rule.once)
+        if self.ahead is None:
+            cache.add(*entry, position)
         return self.output(merge_heads(y.view(v.shape)))
 
 

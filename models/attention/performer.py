@@ -19,9 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megabase.models.attention.heads import SeparateAttention, merge_heads
+from megabase.models.attention.heads import (
+    SeparateAttention,
+    Waiting,
+    attend_to_earlier,
+    merge_heads,
+    split_heads,
+)
 from megabase.models.attention.performer_features import (
     Features,
     FeatureSums,
@@ -34,7 +41,14 @@ from megabase.models.config import ConfigError
 
 
 def performer_attention(
-    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, *, causal: bool, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    directions: Tensor,
+    *,
+    causal: bool,
+    own: bool = True,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """An estimate of softmax(q · k / √d) v over all positions (causal: over none that is later).
 
@@ -44,6 +58,7 @@ def performer_attention(
         v: values, of the same shape.
         directions: (heads, features, d), from `draw_directions`; they get no gradient.
         causal: whether a query attends to no later position.
+        own: False, only if causal: a position attends to the positions before it, and the first one outputs zero.
         mask: (batch, length) bool, True where a position is real. Nothing attends to the others, and their output is
             zero.
 
@@ -63,8 +78,14 @@ def performer_attention(
         raise ConfigError(
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}: it must be bool of shape {(batch, length)}"
         )
-    kernel = _Causal if causal else _Bidirectional
-    return kernel.apply(q, k, v, directions, mask)
+    if own:
+        y = (_Causal if causal else _Bidirectional).apply(q, k, v, directions, mask)
+    else:
+        assert causal
+        # Keys are one position ahead of their queries' numbers.
+        keys_mask = None if mask is None else mask[:, :-1]
+        y = attend_to_earlier(lambda q, k, v: _Causal.apply(q, k, v, directions, keys_mask), q, k, v)
+    return y if mask is None else y.masked_fill(~mask[:, None, :, None], 0.0)
 
 
 @dataclass
@@ -73,11 +94,13 @@ class PerformerCache:
 
     Attributes:
         directions: (heads, features, d).
-        sums: over all tokens that were read.
+        sums: over all entries that are complete.
+        waiting: the last entry, until its value is complete.
     """
 
     directions: Tensor
     sums: FeatureSums
+    waiting: Waiting
 
 
 class PerformerAttention(SeparateAttention):
@@ -92,20 +115,26 @@ class PerformerAttention(SeparateAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         directions = self.directions(call.seeds, q.device)
-        return performer_attention(q, k, v, directions, causal=self.config.causal, mask=call.mask)
+        own = self.ahead is None
+        return performer_attention(q, k, v, directions, causal=self.config.causal, own=own, mask=call.mask)
 
     def new_cache(self, batch: int, seeds: Seeds) -> PerformerCache:
         self.check_causal()
         empty = self.no_keys(batch)
         directions = self.directions(seeds, empty.device)
-        return PerformerCache(directions, FeatureSums(Features(empty, empty, directions, None), empty))
+        sums = FeatureSums(Features(empty, empty, directions, None), empty)
+        return PerformerCache(directions, sums, Waiting(empty, empty))
 
     @torch.no_grad()
     def read(self, x: Tensor, near: Tensor, cache: PerformerCache, position: int, call: Call) -> Tensor:
-        q, k, v = self.project(x, near, position)
+        (q, k), v = self.project(near, position), split_heads(self.value(x), self.config.heads)
+        keys, values = cache.waiting.complete(k, v, self.ahead)
+        # Where the values look ahead, a query attends to the entries before it: the first token of all to none.
+        alone = q.shape[2] - keys.shape[2]
         with torch.autocast(q.device.type, enabled=False):
-            y = _attend_from_left(Features(q, k, cache.directions, None), v, cache.sums)[0].to(v.dtype)
-        return self.output(merge_heads(y))
+            features = Features(q[:, :, alone:], keys, cache.directions, None)
+            y = _attend_from_left(features, values, cache.sums)[0].to(v.dtype)
+        return self.output(merge_heads(F.pad(y, (0, 0, alone, 0))))
 
 
 class _Causal(torch.autograd.Function):
@@ -114,7 +143,6 @@ class _Causal(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             features = Features(q, k, directions, mask)
             out, log_norm, units = _attend_from_left(features, v, FeatureSums(features, v))
-            out = features.zero_padding(out)
         ctx.save_for_backward(q, k, v, out, log_norm)
         ctx.directions, ctx.mask, ctx.units = directions, mask, units
         return out.to(v.dtype)
@@ -126,7 +154,7 @@ class _Causal(torch.autograd.Function):
         q, k, v, out, log_norm = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             features = Features(q, k, ctx.directions, ctx.mask)
-            grad = features.zero_padding(grads[0].to(features.wide))
+            grad = grads[0].to(features.wide)
             delta = (grad * out).sum(-1, keepdim=True)
             grad_q, grad_k, grad_v = (features.empty(x.shape) for x in (q, k, v))
 
@@ -220,7 +248,6 @@ class _Bidirectional(torch.autograd.Function):
                 norm.masked_fill_(norm == 0, torch.inf)  # as in the causal case
                 out[:, :, part] = features.product(queries, sums.values).div_(norm)
                 log_norm[:, :, part] = norm.log_().add_(largest)
-            out = features.zero_padding(out)
         ctx.save_for_backward(q, k, v, out, log_norm)
         ctx.directions, ctx.mask, ctx.sums = directions, mask, sums
         return out.to(v.dtype)
@@ -231,7 +258,7 @@ class _Bidirectional(torch.autograd.Function):
         q, k, v, out, log_norm = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             features = Features(q, k, ctx.directions, ctx.mask)
-            grad = features.zero_padding(grads[0].to(features.wide))
+            grad = grads[0].to(features.wide)
             delta = (grad * out).sum(-1, keepdim=True)
             grad_q, grad_k, grad_v = (features.empty(x.shape) for x in (q, k, v))
             sums, query_sums = ctx.sums, FeatureSums(features, v)

@@ -54,7 +54,7 @@ class Features:
     Args:
         q, k: (batch, heads, length, d).
         directions: (heads, features, d).
-        mask: (batch, length) bool, True where a position is real; None = all.
+        mask: (batch, length) bool, True where a key's position is real; None = all.
     """
 
     def __init__(self, q: Tensor, k: Tensor, directions: Tensor, mask: Tensor | None) -> None:
@@ -93,10 +93,6 @@ class Features:
         """Features of keys, divided by exp(unit); zero for a position that is not real."""
         features = (exponents - unit).exp_()
         return features if self.mask is None else features.masked_fill_(self._padding(part), 0.0)
-
-    def zero_padding(self, x: Tensor) -> Tensor:
-        """x (batch, heads, length, d), with zeros for positions that are not real."""
-        return x if self.mask is None else x.masked_fill(self._padding(slice(None)), 0.0)
 
     def to_queries(self, grad: Tensor) -> Tensor:
         """The gradient of queries, from that of their exponents."""

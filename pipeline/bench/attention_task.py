@@ -74,8 +74,8 @@ class Contestant:
 
 
 def ours(backend: str) -> Build:
-    """lsh_attention with its defaults (`window`, `average`), hashing into length / chunk buckets, as a model made for
-    that length does. Query-keys and values (batch, heads, length, d)."""
+    """lsh_attention as a model made for that length calls it: its number of buckets, and no position attends to itself.
+    Query-keys and values (batch, heads, length, d)."""
 
     def build(
         task: AttentionTask, leaf: Callable[[], Tensor], length: int, seed: int
@@ -90,6 +90,7 @@ def ours(backend: str) -> Build:
                 rounds=task.rounds,
                 chunk_length=task.chunk,
                 causal=True,
+                own=False,
                 seed=seed,
                 n_buckets=buckets,
                 backend=backend,

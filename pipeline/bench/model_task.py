@@ -101,7 +101,7 @@ class Contestant:
 
 def our_model(task: ModelTask) -> Reformer:
     """Local and LSH layers in turns; a local layer's window is what a chunk and the one before reach. The short
-    convolution is off, since the peers have none."""
+    convolution and values that look ahead are off, since the peers have none."""
     return Reformer(
         ReformerConfig(
             vocab_size=task.vocab_size,
@@ -110,6 +110,7 @@ def our_model(task: ModelTask) -> Reformer:
             heads=task.heads,
             max_length=task.length,
             conv=0,
+            values_ahead=False,
             lsh=LSHConfig(rounds=task.rounds, chunk_length=task.chunk),
             local=LocalConfig(window=2 * task.chunk),
         )

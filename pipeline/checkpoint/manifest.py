@@ -18,12 +18,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megabase.models.config import BEFORE_THE_SETTING
 from megabase.pipeline.errors import UserError
 
 MANIFEST = "megabase.json"
 # Version 2 had no `alphabet`.
 MANIFEST_VERSION = 3
 OLDEST_VERSION = 2
+_BEFORE_THE_SETTING = {f"model.{key}": value for key, value in BEFORE_THE_SETTING.items()}
 # A manifest has about 200 bytes for each file: this is enough for a hundred thousand ranks.
 MAX_MANIFEST_BYTES = 64 << 20
 _LARGEST = 2**63
@@ -116,6 +118,7 @@ def read_manifest(path: Path) -> Manifest:
         raise Damaged(f"{MANIFEST} has changed since it was written")
     if _PUBLISHED.fullmatch(path.name) and step_of(path) != manifest.step:
         raise Damaged(f"{MANIFEST} is of step {manifest.step}")
+    manifest.config = _BEFORE_THE_SETTING | manifest.config
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from megabase.models import (
     ReformerConfig,
 )
 from megabase.models.attention import KINDS
-from megabase.models.config import LAYERS
+from megabase.models.config import LAYERS, MARGIN
 
 SMALL = ReformerConfig(
     vocab_size=9,
@@ -70,6 +71,18 @@ LINFORMER = dataclasses.replace(SMALL, layers=["linformer"], causal=False)
         (SMALL, {"feedforward": FeedForwardConfig(activation="gelo")}, "did you mean 'gelu'"),
         (SMALL, {"feedforward": FeedForwardConfig(mult=0.0)}, "hidden layer"),
         (SMALL, {"feedforward": FeedForwardConfig(chunk=-1)}, "feedforward.chunk"),
+        (SMALL, {"query_gain": 0.0}, "query_gain=0.0 must be above 0"),
+        (
+            SMALL,
+            {"causal": False, "values_ahead": True},
+            "values_ahead=True is not for local .* model.causal=False",
+        ),
+        (
+            SMALL,
+            {"lsh": LSHConfig(attend="chunk"), "values_ahead": True},
+            "for lsh layers with model.lsh.attend=chunk",
+        ),
+        (LINFORMER, {"values_ahead": True}, "values_ahead=True is not for linformer layers"),
         (LINFORMER, {"causal": True}, "mix all positions.*set model.causal=False"),
         (LINFORMER, {"max_length": None}, "model.max_length is not set: set it"),
         (LINFORMER, {"linformer": LinformerConfig(size=0)}, "linformer.size=0"),
@@ -102,6 +115,29 @@ def test_lengths_that_do_not_fit_are_refused(positions, length, message):
     config.validate(64)
 
 
+def test_values_look_ahead_in_causal_layers_with_windows():
+    chunked = dataclasses.replace(SMALL, lsh=LSHConfig(attend="chunk"))
+    assert [SMALL.looks_ahead(kind) for kind in ("local", "lsh", "full", "performer")] == [True] * 4
+    assert [chunked.looks_ahead(kind) for kind in ("local", "lsh")] == [True, False]
+    for off in ({"values_ahead": False}, {"causal": False}):
+        assert not any(dataclasses.replace(SMALL, **off).looks_ahead(kind) for kind in LAYERS)
+
+
+@pytest.mark.parametrize(("width", "chunk"), [(16, 16), (32, 8), (64, 64), (128, 256)])
+def test_the_gain_makes_an_equal_key_outweigh_the_others(width, chunk):
+    """By MARGIN nats, or where heads are too narrow for it, by as much as any gain can."""
+    config = dataclasses.replace(SMALL, head_dim=width, lsh=LSHConfig(4, chunk), max_length=4096)
+
+    def margin(gain: float) -> float:
+        return gain * width**0.5 - gain**2 / 2 - math.log(4 * chunk)
+
+    gain = config.gain("lsh")
+    best = margin(width**0.5)
+    assert margin(gain) == pytest.approx(min(MARGIN, best))
+    assert gain <= width**0.5 + 1e-9
+    assert dataclasses.replace(config, query_gain=1.5).gain("lsh") == 1.5
+
+
 def test_rotary_positions_do_not_limit_the_length():
     SMALL.validate(65)
 
@@ -123,10 +159,13 @@ def test_omegaconf_takes_the_config_as_a_schema():
 
 
 def test_buckets_follow_max_length_and_nothing_else():
-    assert ReformerConfig(max_length=4096).buckets == 64
-    assert ReformerConfig(max_length=5000).buckets == 64
-    assert ReformerConfig(max_length=1 << 20).buckets == 16384
-    assert ReformerConfig(max_length=10).buckets == 2
+    assert ReformerConfig(max_length=4096).buckets == 256
+    assert ReformerConfig(max_length=5000).buckets == 256
+    assert ReformerConfig(max_length=1 << 20).buckets == 65536
+    # As many as before values could look ahead: such models keep the buckets that they were trained with.
+    assert ReformerConfig(max_length=4096, values_ahead=False).buckets == 64
+    assert ReformerConfig(max_length=4096, causal=False).buckets == 64
+    assert ReformerConfig(max_length=10).buckets == 4
     assert ReformerConfig().buckets == 64
     assert ReformerConfig(max_length=4096, lsh=LSHConfig(n_buckets=10)).buckets == 10
 

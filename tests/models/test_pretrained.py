@@ -87,3 +87,13 @@ def test_files_that_are_missing_are_named(out: Path) -> None:
     (out / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"out/model\.safetensors is missing"):
         from_pretrained(out)
+
+
+def test_an_export_from_before_values_could_look_ahead_loads(tmp_path: Path) -> None:
+    """Its settings lack `values_ahead`, and its weights the shares of the values."""
+    save(tmp_path / "out", Reformer(dataclasses.replace(CONFIG, values_ahead=False)))
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text())
+    del content["model"]["values_ahead"]
+    path.write_text(json.dumps(content))
+    assert from_pretrained(tmp_path / "out").body.config.values_ahead is False

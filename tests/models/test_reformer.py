@@ -52,7 +52,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(positions, tied, biased):
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     loss = model.loss(x, labels, seeds=seeds, weights=weights)
     torch.testing.assert_close(loss, (nats * weights.flatten()).sum())
-    assert loss.item() == pytest.approx((labels != -100).sum().item() * math.log(9) / 2, rel=0.3)
+    # Close to that of equal probabilities; less so with a tied head, which finds the token's own vector in the streams.
+    uniform = (labels != -100).sum().item() * math.log(9) / 2
+    assert loss.item() == pytest.approx(uniform, rel=0.5 if tied else 0.3)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -34,16 +34,22 @@ class Rule:
             transformers.
         causal: A query attends to no later position.
         once: A key found in several rounds counts once. Otherwise it counts once for each round.
-        shared: Queries are keys too (paper, section 2). Every position would attend mostly to itself, so a position
-            attends to itself only if it attends to nothing else. (trax and transformers give that pair a score
-            of about −1e5 instead.) If not shared, a position's own key is a key like any other.
+        own: Whether a position attends to its own key. `always`: its own key is a key like any other. `alone`: only
+            if it attends to nothing else. So it is in the paper (section 2), where queries are keys too, so that every
+            position would attend mostly to itself. (trax and transformers give that pair a score of about −1e5
+            instead.) `never`: a position that attends to nothing else outputs zero.
     """
 
     reach: int
     attend: str
     causal: bool
     once: bool
-    shared: bool
+    own: str
+
+    @property
+    def excludes_own(self) -> bool:
+        """Whether a position's own key is not among those that it attends to."""
+        return self.own != "always"
 
 
 @dataclass(frozen=True)

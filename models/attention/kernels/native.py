@@ -161,7 +161,10 @@ class _Problem(ctypes.Structure):
         ("rate", ctypes.c_double),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "rounds", "length", "reach")),
-        *((name, ctypes.c_int32) for name in ("window", "causal", "once", "shared", "threads")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("window", "causal", "once", "excludes_own", "own_if_alone", "threads")
+        ),
     )
 
 
@@ -227,7 +230,8 @@ def _problem(
         window=rule.attend == "window",
         causal=rule.causal,
         once=rule.once,
-        shared=rule.shared,
+        excludes_own=rule.excludes_own,
+        own_if_alone=rule.own == "alone",
         threads=torch.get_num_threads(),
     )
     in_use = [total, positions, slots, buckets, real_lengths]

@@ -28,8 +28,8 @@ def sorted_attention(
         dropout: Dropout of attention weights.
 
     Returns:
-        (rows, length, d_v), computed in the inputs' dtype. A position that attends to nothing takes its own value.
-        A position that is not real gets zeros.
+        (rows, length, d_v), computed in the inputs' dtype. A position that attends to nothing takes its own value, or
+        zeros (`rule.own`). A position that is not real gets zeros.
     """
     rows, length, _ = q.shape
     row = torch.arange(rows, device=q.device)[:, None, None]
@@ -39,10 +39,10 @@ def sorted_attention(
     scores = torch.einsum("nid,niwd->niw", q, k[row, keys]).masked_fill(~counts, -torch.inf)
     empty = ~counts.any(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(dim=-1)  # without 0.0, rows without keys would be NaN
-    own_value = v
+    own_value = v if rule.own == "alone" else torch.zeros_like(v)
     if dropout is not None:
         weights = weights * dropout.scale(row, position, keys).to(weights.dtype)
-        own_value = v * dropout.scale(row, position, position).to(v.dtype)
+        own_value = own_value * dropout.scale(row, position, position).to(v.dtype)
     out = torch.einsum("niw,niwd->nid", weights, v[row, keys])
     out = torch.where(empty, own_value, out)
     return torch.where(_is_real(order)[..., None], out, 0.0)
@@ -72,7 +72,7 @@ def keys_in_reach(order: SortedOrder, rule: Rule) -> tuple[Tensor, Tensor]:
                 count &= buckets[row, slot] == buckets[row, own_slot]
             if rule.causal:
                 count &= key <= position
-            if rule.shared:
+            if rule.excludes_own:
                 count &= key != position
             keys.append(key)
             counts.append(count)

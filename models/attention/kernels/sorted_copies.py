@@ -65,6 +65,8 @@ class Layout:
     def own_value_weight(self, dtype: torch.dtype) -> Tensor:
         """(rows, length, 1): weight of its own value for a position that attends to nothing; 0 if it is not real."""
         weight = torch.zeros(self.rows, self.length, dtype=dtype, device=self.device)
+        if self.rule.own != "alone":
+            return weight[..., None]
         numbers = torch.arange(self.length, device=self.device)
         weight.scatter_(1, self.positions[:, 0], (numbers < self.real_lengths[:, None]).to(dtype))
         if self.dropout is not None:
@@ -203,10 +205,10 @@ class SortedRound:
             spans = self.span_positions
             ahead = spans[group, None] - spans[group, self.layout.before :, None]
             if rule.causal:
-                exclusion += ahead.add_(float(rule.shared)).clamp_min_(0.0)
-            elif rule.shared:
+                exclusion += ahead.add_(float(rule.excludes_own)).clamp_min_(0.0)
+            elif rule.excludes_own:
                 exclusion += ahead.abs_().neg_().add_(1.0).clamp_min_(0.0)
-        elif rule.shared and not rule.causal:
+        elif rule.excludes_own and not rule.causal:
             exclusion.diagonal(self.layout.before, 1, 2).fill_(1.0)
         for interval in self.counted_before:
             exclusion += interval.distance_inside(group)
@@ -290,7 +292,7 @@ def _slots_in_reach(buckets: Tensor, real_lengths: Tensor, rule: Rule) -> tuple[
         change = buckets[..., 1:] != buckets[..., :-1]
         start = F.pad(change, (1, 0), value=True).mul(slot).cummax(-1).values
         low = torch.maximum(slot - rule.reach, start)
-        high = slot if rule.shared else slot + 1
+        high = slot if rule.excludes_own else slot + 1
         if not rule.causal:
             end = torch.where(F.pad(change, (0, 1), value=True), slot + 1, length)
             end = end.flip(-1).cummin(-1).values.flip(-1)

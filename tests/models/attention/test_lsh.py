@@ -306,10 +306,11 @@ def test_settings_that_cannot_work_say_why(change, message):
         lsh_attention(qk, v, **setting)
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("reach", [1, 4, 100])
 @pytest.mark.parametrize("prompt", [0, slow(2), 40])
-def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once):
+def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once, own):
     """With one-hot values the output is the weights."""
     length, rounds, heads = 64, 3, 2
     lsh = LSHConfig(rounds, reach, n_buckets=4, duplicates="once" if once else "average")
@@ -326,6 +327,7 @@ def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once):
         chunk_length=reach,
         causal=True,
         seed=0,
+        own=own,
         duplicates=lsh.duplicates,
         buckets=buckets[None],
         backend="reference",
@@ -333,6 +335,8 @@ def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once):
     if prompt:
         cache.fill(qk[:, :prompt], v[:, :prompt], SortedOrder.by_bucket(buckets[:, :, :prompt]))
     for i in range(prompt, length):
-        weights = cache.step(qk[:, i], v[:, i], buckets[:, :, i], i, once=once)
+        own_value = v[:, i] if own else torch.zeros_like(v[:, i])
+        weights = cache.attend(qk[:, i], buckets[:, :, i], own_value, once=once)
+        cache.add(qk[:, i], v[:, i], buckets[:, :, i], i)
         assert torch.equal(weights > 0, expected[:, i] > 0)
         torch.testing.assert_close(weights, expected[:, i], atol=1e-12, rtol=0)

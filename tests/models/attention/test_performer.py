@@ -34,18 +34,24 @@ def log_features(x: Tensor, directions: Tensor) -> Tensor:
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, causal: bool, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    directions: Tensor,
+    causal: bool,
+    mask: Tensor | None = None,
+    own: bool = True,
 ) -> Tensor:
     """Weights of pairs from their features, all (batch, heads, length, length, features) in memory."""
     pairs = log_features(q, directions)[:, :, :, None] + log_features(k, directions)[:, :, None]
     scores = pairs.logsumexp(-1)
     length = q.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool)
-    seen = seen.tril() if causal else seen
+    seen = seen.tril(0 if own else -1) if causal else seen
     if mask is not None:
-        seen = (seen & mask[:, None, None]) | torch.eye(length, dtype=torch.bool)
-    out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-    return out if mask is None else out.masked_fill(~mask[:, None, :, None], 0.0)
+        seen = seen & mask[:, None, None] & mask[:, None, :, None]
+    empty = ~seen.any(-1, keepdim=True)
+    return (scores.masked_fill(~(seen | empty), -torch.inf).softmax(-1) @ v).masked_fill(empty, 0.0)
 
 
 def masks(length: int) -> Tensor:
@@ -54,16 +60,16 @@ def masks(length: int) -> Tensor:
     return torch.stack((place >= 0, place < length // 2, place % 3 == 0, place >= 2 * length // 3))
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "own"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
-def test_equals_the_same_features_written_out(causal, masked, length, monkeypatch):
+def test_equals_the_same_features_written_out(causal, own, masked, length, monkeypatch):
     monkeypatch.setattr(performer_features, "CHUNK", 16)
     tensors = inputs(batch=4, length=length)
     directions = draw_directions(2, 12, 8, 1, CPU)
     mask = masks(length) if masked else None
-    ours = performer_attention(*tensors, directions, causal=causal, mask=mask)
-    expected = written_out(*tensors, directions, causal, mask)
+    ours = performer_attention(*tensors, directions, causal=causal, own=own, mask=mask)
+    expected = written_out(*tensors, directions, causal, mask, own)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     grad = torch.randn_like(expected)
     for a, b in zip(
@@ -72,14 +78,16 @@ def test_equals_the_same_features_written_out(causal, masked, length, monkeypatc
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("causal", [slow(True), False])
-def test_gradients_equal_finite_differences(causal, monkeypatch):
+@pytest.mark.parametrize(("causal", "own"), [slow((True, True)), slow((True, False)), (False, True)])
+def test_gradients_equal_finite_differences(causal, own, monkeypatch):
     monkeypatch.setattr(performer_features, "CHUNK", 4)
     tensors = inputs(batch=4, heads=1, length=6, d=2, dtype=torch.float64)
     directions = draw_directions(1, 5, 2, 1, CPU)
     for mask in (None, masks(6)):
         assert torch.autograd.gradcheck(
-            lambda q, k, v, mask=mask: performer_attention(q, k, v, directions, causal=causal, mask=mask),
+            lambda q, k, v, mask=mask: performer_attention(
+                q, k, v, directions, causal=causal, own=own, mask=mask
+            ),
             tensors,
         )
 

@@ -49,7 +49,7 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> 
     then = settings()
     del then.config["model.conv"]
     check_same_run(then, settings(), tmp_path)
-    with pytest.raises(UserError, match=r"model\.conv: checkpoint 4, config 0"):
+    with pytest.raises(UserError, match=r"model\.conv: checkpoint 12, config 0"):
         check_same_run(then, settings("model.conv=0"), tmp_path)
 
 

@@ -130,6 +130,16 @@ def test_version_2_had_no_alphabet(intact: Path) -> None:
     assert read_manifest(intact).alphabet == "dna"
 
 
+def test_a_model_saved_before_values_could_look_ahead_has_values_that_do_not(intact: Path) -> None:
+    content = json.loads((intact / MANIFEST).read_text())
+    content["config"].pop("model.values_ahead", None)
+    (intact / MANIFEST).write_text(sealed(content))
+    assert read_manifest(intact).config["model.values_ahead"] is False
+    content["config"]["model.values_ahead"] = None
+    (intact / MANIFEST).write_text(sealed(content))
+    assert read_manifest(intact).config["model.values_ahead"] is None
+
+
 def test_a_changed_manifest_is_noticed(intact: Path) -> None:
     content = json.loads((intact / MANIFEST).read_text())
     content["config"]["model.dim"] = 16

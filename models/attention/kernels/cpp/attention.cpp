@@ -34,7 +34,7 @@ struct Cut {
 };
 
 // After all rounds: divide the sums by the total weight, and store the log-sum-exp. A position that attends to nothing
-// takes its own value. Visits slots, because only the slot tells whether a position is real.
+// takes its own value (own_if_alone) or stays zero. Visits slots, because only the slot tells whether a position is real.
 void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin) {
     const int32_t* positions = p.positions + row * p.positions_row;
     const char* v_row = row_of(p.v, row, p.heads);
@@ -50,7 +50,7 @@ void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin
             continue;
         }
         lse = EMPTY;
-        if (slot >= p.real_lengths[row]) continue;
+        if (!p.own_if_alone || slot >= p.real_lengths[row]) continue;
         const float scale = self_scale(p, row, position);
         fetch(value, p.v, v_row, position);
         for (int c = 0; c < s.dv; ++c) out[c] = value[c] * scale;
@@ -67,7 +67,8 @@ void begin_backward(const Problem& p, const Shape& s, int64_t row, int64_t begin
         const float* out = floats_at(p.out, row, p.heads, position);
         fetch(grad, p.grad, grad_row, position);
         p.total[row * p.length + position] = dot(grad, out, s.dv);
-        if (p.peak[row * p.length + position] < EMPTY || slot >= p.real_lengths[row]) continue;
+        const bool empty = p.peak[row * p.length + position] >= EMPTY;
+        if (!empty || !p.own_if_alone || slot >= p.real_lengths[row]) continue;
         const float scale = self_scale(p, row, position);
         float* dv = floats_at(p.dv, row, p.heads, position);
         for (int c = 0; c < s.dv; ++c) dv[c] += grad[c] * scale;

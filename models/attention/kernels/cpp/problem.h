@@ -26,7 +26,8 @@ struct Problem {
     double rate;                               // of dropout
     float scale;                               // of scores, if k is given
     int32_t batch, heads, rounds, length, reach;
-    int32_t window, causal, once, shared;
+    int32_t window, causal, once;
+    int32_t excludes_own, own_if_alone;             // Rule.own: not `always`; `alone`
     int32_t threads;
 };
 }

@@ -73,7 +73,7 @@ struct Strip {
             to = end;
             for (int i = last - 1; i >= first; --i) {
                 if (i < last - 1 && buckets[i] != buckets[i + 1]) end = i + 1;
-                const int high = p.causal ? i + !p.shared : std::min(i + p.reach + 1, end);
+                const int high = p.causal ? i + !p.excludes_own : std::min(i + p.reach + 1, end);
                 x.high[i - first] = high - from;
             }
         } else {
@@ -319,14 +319,14 @@ struct Strip {
         // The scores of the keys, LANES from `key` on; EXCLUDED for those that the query does not attend to.
         Floats exclude(Floats score, int key) const {
             const Problem& p = t.p;
-            const bool plain = (p.window && (p.causal || !p.shared)) || (!p.window && !p.causal && !p.shared);
+            const bool plain = (p.window && (p.causal || !p.excludes_own)) || (!p.window && !p.causal && !p.excludes_own);
             if (plain && !p.once && key >= low && key + LANES <= high) return score;
             const Ints number = count_up() + key;
             Ints found = (Ints)(number >= broadcast(low)) & (Ints)(number < broadcast(high));
             if (!plain) {
                 const Ints other = load<Ints>(t.x.key_positions + key);
                 if (!p.window && p.causal)
-                    found &= (Ints)(other < broadcast(position + !p.shared));
+                    found &= (Ints)(other < broadcast(position + !p.excludes_own));
                 else
                     found &= (Ints)(other != broadcast(position));
             }

@@ -63,8 +63,8 @@ def backward_round(
     positions_row, positions_round, buckets_row, buckets_round, length, reach, number, rounds,
     q_row, q_step, k_row, k_step, v_row, v_step, grad_row, grad_step,
     ROUND: tl.constexpr, ROUNDS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr, ONCE: tl.constexpr,
-    DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr,
+    OWN_IF_ALONE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,8 @@ def backward_round(
     acc_v = begin_sums(partial_v, position, valid, FIRST, OWN, D_V, PAD_V)
     acc_k, acc_v = _add_from_queries(
         acc_k, acc_v, key, value, scale, slot, position, valid, row, block, history, dropout,
-        ROUND, ROUNDS, FIRST, WINDOW, CAUSAL, SHARED, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
+        ROUND, ROUNDS, FIRST and OWN_IF_ALONE,
+        WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
     )  # fmt: skip
     position = reload_numbers(own_positions, slot, inside)
     finish_sums(partial_v, grad_v, position, inside, acc_v, LAST, D_V, PAD_V)
@@ -123,7 +124,7 @@ def backward_round(
         acc = begin_sums(partial_q, position, valid, FIRST, OWN, D, PAD)
     acc = _add_from_keys(
         acc, slot, position, valid, row, block, history, dropout,
-        ROUND, ROUNDS, WINDOW, CAUSAL, SHARED, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
+        ROUND, ROUNDS, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
     )  # fmt: skip
     position = reload_numbers(own_positions, slot, inside)
     finish_sums(partial_q, grad_q, position, inside, acc, LAST, D, PAD)
@@ -132,12 +133,12 @@ def backward_round(
 @triton.jit
 def _add_from_queries(
     acc_k, acc_v, own_key, own_value, own_scale, slot, position, valid, row, block, history, dropout,
-    ROUND: tl.constexpr, ROUNDS: tl.constexpr, FIRST: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
-    SHARED: tl.constexpr, ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, ADD_OWN: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
+    EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """The block's slots as keys: the sums acc_k and acc_v with what the queries that attend to them add."""
-    if FIRST:
+    if ADD_OWN:
         # A position that attends to nothing in any round took its own value.
         empty = valid & (tl.load(row.lse + position, mask=valid, other=0.0) < -1e29)
         own_grad = load_rows(row.grad, position, empty, D_V, PAD_V).to(tl.float32)
@@ -162,7 +163,7 @@ def _add_from_queries(
                 scores *= own_scale[:, None]
             grad_scores = product(own_value, tl.trans(grad))
             counts = pair_counts(
-                *(line(other), keys, block, history, WINDOW, CAUSAL, SHARED, ONCE, RING),
+                *(line(other), keys, block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING),
                 *((ROUND + 1) % ROUNDS if RING else ROUND, ROUNDS),
             )
             weights = tl.exp2(tl.where(counts, scores - lse[None, :], float("-inf")))
@@ -180,7 +181,7 @@ def _add_from_queries(
 @triton.jit
 def _add_from_keys(
     acc, slot, position, valid, row, block, history, dropout,
-    ROUND: tl.constexpr, ROUNDS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
     ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +203,7 @@ def _add_from_keys(
                 scores *= scale[None, :]
             grad_scores = product(own_grad, tl.trans(value))
             counts = pair_counts(
-                queries, line(other), block, history, WINDOW, CAUSAL, SHARED, ONCE, RING, ROUND, ROUNDS
+                queries, line(other), block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING, ROUND, ROUNDS
             )
             weights = tl.exp2(tl.where(counts, scores - own_lse[:, None], float("-inf")))
             if DROPOUT:

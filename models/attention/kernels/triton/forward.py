@@ -46,8 +46,8 @@ def forward_round(
     positions_row, positions_round, buckets_row, buckets_round, length, reach, number, rounds,
     q_row, q_step, k_row, k_step, v_row, v_step,
     ROUND: tl.constexpr, ROUNDS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr, ONCE: tl.constexpr,
-    DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr,
+    OWN_IF_ALONE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def forward_round(
                     None, :
                 ]
             counts = pair_counts(
-                queries, line(other), block, history, WINDOW, CAUSAL, SHARED, ONCE, RING, ROUND, ROUNDS
+                queries, line(other), block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING, ROUND, ROUNDS
             )
             scores = tl.where(counts, scores, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -108,7 +108,7 @@ def forward_round(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
-    if LAST:
+    if LAST and OWN_IF_ALONE:
         # A position that attends to nothing takes its own value.
         own_value = load_rows(values, position, valid & empty, D_V, PAD_V).to(tl.float32)
         if DROPOUT:

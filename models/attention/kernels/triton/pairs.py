@@ -147,11 +147,11 @@ def load_slots(
 @triton.jit
 def pair_counts(
     query, key, block, history,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr, ONCE: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr,
     RING: tl.constexpr, ROUND: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Whether the query attends to the key here: under the rule, and (ONCE) in no earlier round."""
-    counts = _attends(query, key, block.reach, WINDOW and not RING, CAUSAL, SHARED)
+    counts = _attends(query, key, block.reach, WINDOW and not RING, CAUSAL, EXCLUDES_OWN)
     if ONCE and ROUND + RING > 0:
         counts = counts & ~_attended_before(
             query.position, key.position, block, history, WINDOW, CAUSAL, RING, ROUND, ROUNDS
@@ -160,7 +160,7 @@ def pair_counts(
 
 
 @triton.jit
-def _attends(query, key, reach, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr):
+def _attends(query, key, reach, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr):
     """Whether the query attends to the key under the rule, in one round. Differences are compared as unsigned numbers:
     one comparison tells whether they lie in [0, limit]."""
     if WINDOW:
@@ -171,13 +171,13 @@ def _attends(query, key, reach, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SHAR
             attends = (query.label == key.label) & (
                 (distance + reach).to(tl.uint32, bitcast=True) <= 2 * reach
             )
-        if SHARED:
+        if EXCLUDES_OWN:
             attends = attends & (distance != 0)
     else:
         attends = (query.label - key.label).to(tl.uint32, bitcast=True) <= 1
         if CAUSAL:
             attends = attends & (key.position <= query.position)
-        if SHARED:
+        if EXCLUDES_OWN:
             attends = attends & (key.position != query.position)
     return attends
 

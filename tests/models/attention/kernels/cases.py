@@ -31,7 +31,7 @@ def random_case(
         attend=rng.choice(["window", "chunk"]),
         causal=rng.random() < 0.5,
         once=rng.random() < 0.5,
-        shared=rng.random() < 0.7,
+        own=rng.choice(["always", "alone", "alone", "never"]),
     )
     keys = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
     dropout = PairDropout(0.3, keys) if rng.random() < 0.3 else None

@@ -31,9 +31,11 @@ def test_chunked_in_lower_precision(dtype, tolerance):
         low = [x.detach().to(dtype).requires_grad_() for x in tensors]
         same = [x.detach().double().requires_grad_() for x in low]
         expected = with_gradients(reference.sorted_attention, same, *case)
+        # A gradient may cancel to almost zero. Then its rounding is that of the terms that cancel.
+        size = max(1.0, *(x.norm().item() for x in expected))
         for a, b in zip(with_gradients(chunked.sorted_attention, low, *case), expected, strict=True):
             assert a.dtype == dtype
-            assert (a.double() - b).norm() <= tolerance * max(1.0, b.norm().item())
+            assert (a.double() - b).norm() <= tolerance * size
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 200])

@@ -66,7 +66,7 @@ class Case:
             attend=rng.choice(["window", "chunk"]),
             causal=rng.random() < 0.5,
             once=not local and rng.random() < 0.5,
-            shared=not local and rng.random() < 0.8,
+            own=rng.choice(["always", "never"] if local else ["always", "alone", "alone", "never"]),
         )
         keys = torch.randint(-(2**62), 2**62, (rows,), generator=generator).to(DEVICE)
         self.rest = order, rule, PairDropout(0.3, keys) if rng.random() < 0.3 else None
@@ -127,7 +127,7 @@ class TestSortedAttention:
         case.tensors = [torch.randn(rows, length, 16, generator=generator).to(DEVICE) for _ in range(3)]
         case.grad = torch.randn(rows, length, 16, generator=generator).to(DEVICE)
         buckets = torch.randint(0, 3, (rows, 3, length), generator=generator).to(DEVICE)
-        case.rest = SortedOrder.by_bucket(buckets), Rule(48, attend, True, once, True), None
+        case.rest = SortedOrder.by_bucket(buckets), Rule(48, attend, True, once, "alone"), None
         case.check()
 
     @pytest.mark.parametrize("seed", [3, 8])
@@ -163,7 +163,7 @@ class TestSortedAttention:
         rows, length, d = 2, 70, 16
         together = [torch.randn(length, rows, d, device=DEVICE).transpose(0, 1) for _ in range(3)]
         buckets = torch.randint(0, 3, (rows, 2, length), device=DEVICE)
-        rest = SortedOrder.by_bucket(buckets), Rule(16, "window", True, False, True), None
+        rest = SortedOrder.by_bucket(buckets), Rule(16, "window", True, False, "alone"), None
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             tensors = [x.detach().requires_grad_() for x in tensors]
@@ -185,7 +185,7 @@ class TestSortedAttention:
             q, k, v = (torch.randn(1, 64, 16, device=DEVICE).requires_grad_() for _ in range(3))
             order = SortedOrder.by_bucket(torch.randint(0, 3, (1, rounds, 64), device=DEVICE))
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                kernels.sorted_attention(q, k, v, order, Rule(8, "window", True, True, True))
+                kernels.sorted_attention(q, k, v, order, Rule(8, "window", True, True, "alone"))
             return sum(sizes.values())
 
         # q, k, v, out and one log-sum-exp for each position.
@@ -199,7 +199,7 @@ class TestSortedAttention:
         assert not kernels.supports(x, x)
         with pytest.raises(ConfigError, match=r"take bf16, fp16 and fp32 .* backend=chunked"):
             kernels.sorted_attention(
-                x, x, x, SortedOrder.identity(1, 8, DEVICE), Rule(4, "window", True, False, False)
+                x, x, x, SortedOrder.identity(1, 8, DEVICE), Rule(4, "window", True, False, "always")
             )
 
 
@@ -277,7 +277,7 @@ COMPILED = {
     "dropout-64": ("bfloat16", 64, {"dropout": True}),
     "both-sides-64": ("bfloat16", 64, {"causal": False, "once": True}),
     "chunk-64": ("bfloat16", 64, {"attend": "chunk", "once": True}),
-    "local-64": ("bfloat16", 64, {"shared": False, "rounds": 1}),
+    "local-64": ("bfloat16", 64, {"own": "always", "rounds": 1}),
 }
 
 
@@ -365,7 +365,7 @@ def _launch_all(dtype: str, d: int, options: dict[str, Any]) -> None:
         attend=options.get("attend", "window"),
         causal=options.get("causal", True),
         once=options.get("once", False),
-        shared=options.get("shared", True),
+        own=options.get("own", "never" if options.get("unit") else "alone"),
     )
     dropout = PairDropout(0.1, torch.arange(rows)) if options.get("dropout") else None
     kernels.sorted_attention(q, None if options.get("unit") else k, v, order, rule, dropout).sum().backward()
