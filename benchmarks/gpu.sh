@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Checks and measures megabase on a machine with one GPU and no network. Run it in two calls of less than 10 minutes
-# each: STAGES="wheels checks tests zero", and STAGES="wheels attention model longest".
+# each: STAGES="wheels checks tests zero learning", and STAGES="wheels attention model longest".
 #
 #   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of missing packages (benchmarks/gpu_wheels.sh); default .whl
 #
 # The machine has Python 3.12, torch for CUDA, triton, pytorch-lightning, transformers, pyarrow, matplotlib and rich.
 # Stages: the wheels; the kernels against the reference; the kernels' tests; ZeRO 1 to 3 under NCCL in bf16 and fp16,
-# with a resume that must be exact; bench attention; bench model; the longest context that trains. Each stage has a time
+# with a resume that must be exact; how soon models learn to recall; bench attention; bench model; the longest context that trains. Each stage has a time
 # limit, and its failure does not stop the others. Prints a table at the end. The exit code is 1 if a stage failed or
 # reached its limit.
 #
@@ -25,7 +25,7 @@ OUT=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd) || exit
 PYTHON=${PYTHON:-python3}
 SITE=${SITE:-/tmp/site}
 DEVICE=${DEVICE:-cuda}
-STAGES=${STAGES:-wheels checks tests zero attention model longest}
+STAGES=${STAGES:-wheels checks tests zero learning attention model longest}
 LOG=$OUT/log.txt
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -119,10 +119,12 @@ export PYTHON SITE WHEELS WORK OUT HALF
 if [ "$DEVICE" = cuda ]; then
     SLOW=1 CASES=40 ATTENTION="--lengths 4k,8k,16k,32k,64k,128k,256k,512k,1M --seconds 4 --repeat 9"
     MODEL="--lengths 4k,16k,64k --depths 2,6,12,24,48 --dim 1024 --depth 12 --heads 16 --chunk 128 --dtype bf16 --seconds 3 --repeat 7"
+    LEARNING="--length 65536 --tokens 131072 --dim 256 --heads 4 --chunk 64 --copy 256 --steps 250 --models ours,paper,full"
     LONGEST="--lengths 64k --dim 512 --depth 12 --heads 8 --chunk 128 --dtype bf16 --seconds 25"
 else
     SLOW=4 CASES=1 ATTENTION="--lengths 256,512 --seconds 2 --repeat 2"
     MODEL="--lengths 256,512 --depths 2,4 --dim 64 --seconds 2 --repeat 2"
+    LEARNING="--length 512 --steps 4 --every 2 --models ours,full"
     LONGEST="--lengths 256 --dim 32 --depth 2 --seconds 0.5"
 fi
 # shellcheck disable=SC2086  # the options are words
@@ -131,6 +133,7 @@ fi
     stage checks 150 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
     stage tests 130 bash -c tests
     stage zero $((90 * SLOW)) bash -c zero
+    stage learning 140 "$PYTHON" -m benchmarks.learning recall --device "$DEVICE" $LEARNING --json "$OUT/recall.json"
     stage attention 240 "$PYTHON" -m megabase.pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
     stage model 200 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
     stage longest 110 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
