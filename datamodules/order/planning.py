@@ -197,9 +197,10 @@ def _check_settings(length: int, stride: int, min_real: float) -> None:
 
 def _check_split(segments: Segments, split: str, rows: NDArray[np.int64]) -> None:
     if not len(rows):
+        option = f"prepare them with --{split}, or " if split in ("valid", "test") else ""
         raise DataError(
-            f"split {split!r} is not in the shards (they hold {', '.join(segments.splits())}): prepare them "
-            f"with --{split}, or choose another split"
+            f"split {split!r} is not in the shards (they hold {', '.join(segments.splits())}):"
+            f" {option}choose another split"
         )
 
 

@@ -282,7 +282,13 @@ def test_mixtures_that_do_not_fit_are_refused(mixture: dict[str, float], message
             0.5,
             r"split 'train' has no window of data.length 40000: .* of 'gi\|.*\|', has 33952 bases: lower data.length",
         ),
-        ("dev", 10, 0.5, r"split 'dev' is not in the shards \(they hold test, train, valid\)"),
+        # There is no option --dev to prepare it with.
+        (
+            "dev",
+            10,
+            0.5,
+            r"split 'dev' is not in the shards \(they hold test, train, valid\): choose another split",
+        ),
         ("train", 0, 0.5, "data.length 0: must be at least 1"),
         ("train", 10, 1.5, "data.min_real 1.5: must lie between 0 and 1"),
     ],
