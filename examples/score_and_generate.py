@@ -21,6 +21,8 @@ from megabase.datamodules.alphabet import BOS, FIRST_LETTER, Alphabet
 from megabase.models import generation
 from megabase.models.pretrained import from_pretrained
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/score_and_generate.py EXPORT (what `megabase export` wrote)")
 model = from_pretrained(sys.argv[1])  # a torch.nn.Module on the CPU, in evaluation mode
 parameters = sum(weight.numel() for weight in model.parameters())
 print(f"{sys.argv[1]}: {parameters:,} parameters, layers {', '.join(model.body.config.pattern)}")

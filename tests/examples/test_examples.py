@@ -59,3 +59,13 @@ def test_compare_attention() -> None:
     assert list(bits) == ["local", "lsh", "local, lsh", "performer", "full"]
     assert len(set(bits.values())) == len(bits)  # the kinds differ
     assert all(1.5 < value < 4 for value in bits.values())
+
+
+def test_scoring_without_an_export_says_how_to_call_it() -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "score_and_generate.py")], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "usage: python examples/score_and_generate.py EXPORT (what `megabase export` wrote)"
+    ]
