@@ -7,8 +7,10 @@ its part of the model and one full layer.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import deepspeed
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 from torch.nn import Module
 
@@ -35,5 +37,18 @@ class Sharded(deepspeed.zero.Init):
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(self.dtype)
         super()._post_init_method(module)
+        for parameter in module.parameters(recurse=False):
+            _zero_padding(parameter)
         if next(module.parameters(recurse=False), None) is not None:
             _trim(0)
+
+
+def _zero_padding(parameter: Any) -> None:
+    """Set the end of a rank's part that belongs to no element to zero.
+
+    Parts are equally long, so the last ones are padded. DeepSpeed leaves the padding uninitialised. It would make the
+    states of a run differ between two starts, and could hold a NaN, with which a rank refuses to write a checkpoint.
+    """
+    part = parameter.ds_tensor.view(-1)
+    left = parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * part.numel()
+    part[max(0, min(left, part.numel())) :].zero_()

@@ -68,6 +68,7 @@ PRIVATE_NAMES = tuple(
         (_PARTITION, "ds_shape", "full shape of a sharded parameter"),
         (_PARTITION, "ds_numel", "full size of a sharded parameter"),
         (_PARTITION, "ds_tensor", "this rank's part of a parameter"),
+        (_PARTITION, "ds_process_group", "the ranks that have the parts of a parameter"),
         # offload.py, reshard.py: where the engine and its optimizers keep states.
         (_STAGE_3, "fp32_partitioned_groups_flat", "fp32 weights of each sub-group"),
         (_STAGE_3, "fp16_partitioned_groups_flat", "weights that forward computes with, of each sub-group"),
