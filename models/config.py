@@ -78,7 +78,8 @@ class ReformerConfig:
             to earlier positions only: what it finds is what came next. null: true in causal layers, unless they have
             `attend: chunk`. true is refused where it would show a position its own next token.
         tie_embeddings: The output head uses the embedding's weights.
-        head_bias: The output head adds a bias to the logits.
+        head_bias: The output head adds a bias to the logits. With it, tokens that are never labels start with
+            probability zero.
         classifier: Head of a ReformerClassifier. `mean`: a linear map of the mean over real tokens. `first`: dense
             layer, tanh and linear map of the first token, as in BERT and in the Reformer of transformers.
         loss_chunk: Tokens whose logits are in memory at once in the loss.
@@ -109,7 +110,7 @@ class ReformerConfig:
     query_gain: float | None = None
     values_ahead: bool | None = None
     tie_embeddings: bool = False
-    head_bias: bool = False
+    head_bias: bool = True
     classifier: str = "mean"
     loss_chunk: int = 4096
     lsh: LSHConfig = field(default_factory=LSHConfig)

@@ -31,21 +31,28 @@ from megabase.models.loss import linear_cross_entropy
 from megabase.models.positions import build_positions
 from megabase.models.reversible import Block, ReversibleStack
 
+NEVER = -20.0
+"""The bias at the start of tokens that are never labels: e^-20 of the probability of the others."""
+
 
 class Reformer(nn.Module):
     """A language model. It predicts the next token (config.causal) or masked tokens (otherwise).
 
     Args:
         config: the settings. Weights are drawn from torch's default generator.
+        first_label: token ids below this are never labels (in megabase's alphabets the five special tokens). With
+            `head_bias`, their probability starts near zero. Otherwise the model would learn this first, by a vector
+            that it adds to the streams of all positions; then all query-keys are alike, and hashing tells nothing
+            apart.
 
     Raises:
         ConfigError: a setting cannot work.
     """
 
-    def __init__(self, config: ReformerConfig) -> None:
+    def __init__(self, config: ReformerConfig, first_label: int = 0) -> None:
         super().__init__()
         self.body = Body(config)
-        self.head = LanguageHead(config, self.body.embedding.tokens)
+        self.head = LanguageHead(config, self.body.embedding.tokens, first_label)
 
     def forward(self, tokens: Tensor, *, seeds: Seeds | None = None, mask: Tensor | None = None) -> Tensor:
         """Compute logits.
@@ -181,10 +188,10 @@ class TokenEmbedding(nn.Embedding):
 class LanguageHead(nn.Module):
     """Hidden states (batch, length, 2·dim) -> logits, or with labels -> the loss.
 
-    A tied head multiplies the sum of both streams with the embedding's weights.
+    A tied head multiplies the sum of both streams with the embedding's weights. first_label: see Reformer.
     """
 
-    def __init__(self, config: ReformerConfig, tokens: TokenEmbedding) -> None:
+    def __init__(self, config: ReformerConfig, tokens: TokenEmbedding, first_label: int = 0) -> None:
         super().__init__()
         self.tied = config.tie_embeddings
         self.chunk = config.loss_chunk
@@ -192,7 +199,11 @@ class LanguageHead(nn.Module):
             self.weight = tokens.weight
         else:
             self.weight = nn.Parameter(torch.randn(tokens.num_embeddings, 2 * config.dim) * 0.02)
-        self.bias = nn.Parameter(torch.zeros(tokens.num_embeddings)) if config.head_bias else None
+        self.bias: nn.Parameter | None = None
+        if config.head_bias:
+            bias = torch.zeros(tokens.num_embeddings)
+            bias[:first_label] = NEVER
+            self.bias = nn.Parameter(bias)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Logits (batch, length, vocab_size); with labels, their loss, an fp32 scalar (see Reformer.loss)."""

@@ -72,6 +72,7 @@ def read_settings(source: HuggingFaceConfig) -> ReformerConfig:
         dropout=source.hidden_dropout_prob,
         attention_dropout=rate,
         conv=0,
+        head_bias=False,
         lsh=lsh,
         local=local,
         feedforward=FeedForwardConfig(

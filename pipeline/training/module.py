@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.models import Reformer
 from megabase.models.chance import Seeds
 from megabase.models.reversible import ReversibleStack
@@ -67,7 +68,7 @@ class PretrainModule(pl.LightningModule):
         """Build the Reformer, sharded from the start under ZeRO stage 3; the same weights on every rank."""
         if self.model is None:
             torch.manual_seed(self.config.run.seed)
-            self.model = Reformer(self.config.model)
+            self.model = Reformer(self.config.model, first_label=FIRST_LETTER)
             refuse_shared_blocks(self.model, self.config.zero.stage)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

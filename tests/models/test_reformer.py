@@ -57,6 +57,17 @@ def test_loss_is_the_cross_entropy_of_the_logits(positions, tied, biased):
     assert loss.item() == pytest.approx(uniform, rel=0.5 if tied else 0.3)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_are_never_labels_start_with_probability_zero(tied):
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(SMALL, tie_embeddings=tied), first_label=5)
+    shares = model(tokens()).softmax(-1)
+    assert shares[..., :5].max() < 1e-6
+    torch.testing.assert_close(shares[..., 5:].sum(-1), torch.ones(2, 50))
+    without = Reformer(dataclasses.replace(SMALL, tie_embeddings=tied, head_bias=False), first_label=5)
+    assert without.head.bias is None
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_causal_logits_do_not_depend_on_later_tokens(positions):
     model = Reformer(dataclasses.replace(SMALL, positions=positions)).eval()
