@@ -3,6 +3,7 @@
     python -m benchmarks.learning recall --length 512 --models ours,paper,full [--json FILE]
     python -m benchmarks.learning homology --genome A.fna.gz --relative B.fna.gz --length 4096
     python -m benchmarks.learning duplication
+    python -m benchmarks.learning sequence --file FASTA --models ours,full
 
 The tables of docs/model.md name their commands. A table with --json is written after every model, and a model that is
 in the file already is not trained again. Everything is a function of --seed.
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning import duplication, homology, recall
+from benchmarks.learning import duplication, homology, recall, sequence
 from benchmarks.learning.models import MODELS, Size
 from benchmarks.learning.training import Budget
+from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.files import publish_json
 from megabase.pipeline.bench.result import machine
 from megabase.pipeline.tables import new_table, show
@@ -77,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--word", type=int, default=511, help="symbols of the word that comes twice")
     one.add_argument("--batch", type=int, default=8, help="sequences of a step")
     one.set_defaults(run=_duplication)
+    one = tables.add_parser("sequence", parents=[common], help="a genome or a text as it is")
+    one.add_argument("--file", type=Path, required=True, help="FASTA, or text with --alphabet bytes")
+    one.add_argument("--alphabet", default="dna")
+    one.add_argument("--windows", type=int, default=4, help="windows of a step")
+    one.set_defaults(run=_sequence)
     return parser
 
 
@@ -119,6 +126,17 @@ def _duplication(options: argparse.Namespace) -> None:
         shares = [f"{row['accuracy'][heading]:.2f}" for heading in headings]
         table.add_row(row["model"], *shares, str(row["trained_steps"]))
     show("% of the second word predicted, by the rounds of the evaluation", table)
+
+
+def _sequence(options: argparse.Namespace) -> None:
+    task = sequence.Task(options.file, options.alphabet, options.length, options.windows)
+    size = dataclasses.replace(_size(options), vocab_size=Alphabet.named(options.alphabet).vocab_size)
+    budget = dataclasses.replace(_budget(options), least=0.05)
+    rows = _rows(options, "sequence", lambda name: sequence.run(name, task, size, budget))
+    table = new_table(["model", "bits", "steps", "tokens/s"], left=["model"])
+    for row in rows:
+        table.add_row(row["model"], f"{row['bits']:.4f}", str(row["trained_steps"]), f"{_speed(row):,.0f}")
+    show("bits per letter of the last tenth of the file", table)
 
 
 def _speed(row: Row) -> float:

@@ -123,6 +123,7 @@ def run(name: str, task: Task, size: Size, budget: Budget) -> dict[str, Any]:
         lambda step: task.make(step, budget.seed, task.batch),
         lambda model: {"accuracy": accuracy(model, task, config.lsh.rounds, 4)},
         budget,
+        first_label=1,
     )
     model.eval()
     with torch.no_grad():

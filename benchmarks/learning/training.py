@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.models import Reformer, ReformerConfig, Seeds
 
 Batch = tuple[Tensor, Tensor]
@@ -71,6 +72,7 @@ def train(
     evaluate: Callable[[Reformer], dict[str, float]],
     budget: Budget,
     done: Callable[[dict[str, float]], bool] = lambda row: False,
+    first_label: int = FIRST_LETTER,
 ) -> tuple[Reformer, Curve]:
     """Train a model from random weights.
 
@@ -80,12 +82,13 @@ def train(
         evaluate: called every `budget.every` steps with the model in evaluation mode, without gradients.
         budget: how long and how.
         done: given a row of the curve, whether training may end.
+        first_label: see Reformer.
 
     Returns:
         The model and its curve.
     """
     torch.manual_seed(budget.seed)
-    model = Reformer(config).to(budget.device)
+    model = Reformer(config, first_label).to(budget.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     curve = Curve(parameters=sum(p.numel() for p in model.parameters()))
     for step in range(1, budget.steps + 1):

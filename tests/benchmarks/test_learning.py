@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import duplication, homology, recall
+from benchmarks.learning import duplication, homology, recall, sequence
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.models import MODELS, Size, build
 from megabase.datamodules.alphabet import FIRST_LETTER
@@ -105,3 +105,15 @@ def test_a_table_goes_on_where_it_was_interrupted(tmp_path: Path, capsys: pytest
     assert second["rows"][0] == first["rows"][0]
     assert [row["model"] for row in second["rows"]] == ["ours", "local-plain"]
     assert "3 % changed" in capsys.readouterr().out
+
+
+def test_the_held_out_windows_are_of_the_last_tenth() -> None:
+    path = Path(__file__).parents[1] / "data" / "lambda_phage.fna.gz"
+    task = sequence.Task(path, "dna", length=256, windows=3)
+    tokens, labels = task.probe()
+    assert tokens.shape == (48, 256)
+    border = int(0.9 * len(task.letters))
+    held_out = bytes(task.letters[border:].astype(np.uint8))
+    assert all(bytes(row.numpy().astype(np.uint8)) in held_out for row in labels)
+    trained = bytes(task.letters[:border].astype(np.uint8))
+    assert all(bytes(row.numpy().astype(np.uint8)) in trained for row in task.batch(1, 0)[1])
