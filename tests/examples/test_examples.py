@@ -57,7 +57,9 @@ def test_compare_attention() -> None:
     assert "2 steps" in header
     bits = {row[:12].strip(): float(row.split()[-2]) for row in rows}
     assert list(bits) == ["local", "lsh", "local, lsh", "performer", "full"]
-    assert len(set(bits.values())) >= len(bits) - 1  # the kinds differ; after two steps two may agree to four digits
+    assert (
+        len(set(bits.values())) >= len(bits) - 1
+    )  # the kinds differ; after two steps two may agree to four digits
     assert all(1.5 < value < 4 for value in bits.values())
 
 
