@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no-ahead": {"values_ahead": False, "lsh.n_buckets": 4},
     "no-conv": {"conv": 0},
     "no-gain": {"query_gain": 1.0},
+    "no-bias": {"head_bias": False},
     "plain": PLAIN,
     "once": {"lsh.duplicates": "once"},
     "rounds-2": {"lsh.rounds": 2},
