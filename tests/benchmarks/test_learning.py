@@ -65,6 +65,7 @@ def test_homologous_stretches_are_found_and_held_out_apart() -> None:
     assert not torch.equal(tokens, without)
 
 
+@pytest.mark.slow
 def test_full_attention_of_the_duplication_task_is_dense() -> None:
     task = duplication.Task(word=31, batch=2)
     config = duplication.settings("ours", Size(dim=32, heads=2, chunk=8), task)
@@ -93,6 +94,7 @@ def test_only_the_second_word_has_labels() -> None:
     assert torch.equal(labels[:, 6:-1], tokens[:, 1:6])
 
 
+@pytest.mark.slow
 def test_a_table_goes_on_where_it_was_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "table.json"
     main([*RECALL, "--models", "ours", "--json", str(path)])

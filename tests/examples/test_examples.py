@@ -63,6 +63,7 @@ def test_compare_attention() -> None:
     assert all(1.5 < value < 4 for value in bits.values())
 
 
+@pytest.mark.slow
 def test_scoring_without_an_export_says_how_to_call_it() -> None:
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / "score_and_generate.py")], capture_output=True, text=True, timeout=300

@@ -62,6 +62,7 @@ def run(model: EncoderDecoder, *, reverse: bool, masked: bool = True) -> Tensor:
     return model.head(model.decode(source, tokens, seeds=SEEDS, reverse=reverse, **masks), labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
@@ -234,7 +235,7 @@ def test_encoder_and_decoder_share_no_random_numbers():
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("prompt", [1, 17])
+@pytest.mark.parametrize("prompt", [1, slow(17)])
 def test_generation_equals_one_pass(prompt, masked):
     model = build(torch.float64, dropout=0.5).train()
     source, tokens, _, source_mask, _ = batch()

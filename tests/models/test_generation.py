@@ -103,6 +103,7 @@ def test_fp32_differs_by_1e_5_at_most(layers, residual, duplicates, prompt):
     torch.testing.assert_close(logits, one_pass(model, x)[:, prompt - 1 :], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_reading_in_blocks_with_factored_buckets_and_no_convolution():
     lsh = LSHConfig(rounds=2, chunk_length=3, n_buckets=300)
     model = build(dataclasses.replace(SMALL, conv=0, lsh=lsh))
@@ -227,6 +228,7 @@ def test_temperature_zero_takes_the_likeliest_token():
     assert torch.equal(generate(model, prompt, 30, top_k=1, seed=4), found)
 
 
+@pytest.mark.slow
 def test_generation_is_a_function_of_its_seed_and_continues_from_its_tokens():
     model = build(SMALL)
     prompt = tokens(length=11)

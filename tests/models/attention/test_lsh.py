@@ -308,7 +308,7 @@ def test_settings_that_cannot_work_say_why(change, message):
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("once", [True, False])
-@pytest.mark.parametrize("reach", [1, 4, 100])
+@pytest.mark.parametrize("reach", [1, 4, slow(100)])
 @pytest.mark.parametrize("prompt", [0, slow(2), 40])
 def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once, own):
     """With one-hot values the output is the weights."""

@@ -325,6 +325,7 @@ def test_each_parameter_gets_one_gradient(config):
     model_checks.check_one_gradient_for_each_parameter(config)
 
 
+@pytest.mark.slow
 @every_config
 def test_the_pass_is_a_function_of_weights_tokens_and_seeds(config):
     model_checks.check_function_of_weights_tokens_and_seeds(config)

@@ -53,6 +53,7 @@ def small_model(vocab_size: int) -> Reformer:
     return Reformer(config).eval()
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_over_all_bases_of_the_split(lambda_shards: Path) -> None:
     data = windows(lambda_shards)
     model = small_model(data.index.alphabet.vocab_size)

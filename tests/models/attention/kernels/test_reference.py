@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from megabase.models.attention import lsh_attention
-from tests.quick import every
+from tests.quick import slow
 
 
-@pytest.mark.parametrize("seed", every(7, range(8)))
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 8))])
 def test_gradients_equal_finite_differences(seed):
     generator = torch.Generator().manual_seed(seed)
     qk, v = (torch.randn(1, 2, 11, 3, generator=generator, dtype=torch.float64) for _ in range(2))

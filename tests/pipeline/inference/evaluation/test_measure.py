@@ -122,6 +122,7 @@ def test_contexts_score_the_same_bases_with_more_or_less_before_them(
     assert max(seen[32]) <= 31 and max(seen[LENGTH]) > 64
 
 
+@pytest.mark.slow
 def test_the_longest_context_is_the_plain_evaluation(index: ShardIndex) -> None:
     parts, plain = measure.score_windows(real(), windows(index), 6, None)
     contexts = measure.score_contexts(real(), windows(index), 6, [64, LENGTH])

@@ -82,6 +82,7 @@ def test_everything_at_once(
     assert "By letter case" not in text  # the genome of phage lambda has none
 
 
+@pytest.mark.slow
 def test_an_export_gives_the_numbers_of_its_run(
     run: Path, lambda_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_an_export_gives_the_numbers_of_its_run(
     assert other["bits_per_base"]["value"] != ours["bits_per_base"]["value"]
 
 
+@pytest.mark.slow
 def test_masked_models_are_evaluated_on_masked_bases(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

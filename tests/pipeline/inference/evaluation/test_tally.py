@@ -14,6 +14,7 @@ def made(windows: int, seed: int = 0) -> Tally:
     return Tally(np.arange(windows), bases * drawn.normal(1.3, 0.2, (windows, 2)), bases)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(100):
