@@ -87,6 +87,7 @@ class Records:
         if not folder.exists():
             partial = folder.with_name(name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write(self, partial)
             partial.rename(folder)
         return folder

@@ -55,7 +55,7 @@ def test_one_rank_and_two_train_on_and_skip_the_same_windows(
     assert [row.get("skipped") for row in two] == [row.get("skipped") for row in one]
     assert sum(row.get("skipped", 0) for row in two) > 0
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
-    assert 2.1 < two[0]["loss"] < 2.4  # a mean over the letters that were scored: ln 9 is 2.197
+    assert 1.2 < two[0]["loss"] < 1.6  # a mean over the letters that were scored: ln 4 is 1.386
     evaluations = [row for run in runs for row in read(run / "metrics.jsonl") if "valid_loss" in row]
     damaged, windows = BLOCK_BYTES // 512, round(0.4 * 48_502) // 512
     expected = ((windows - damaged) * 512, damaged)
