@@ -63,6 +63,11 @@ class Alphabet:
         return _alphabet(name)
 
     @property
+    def in_words(self) -> str:
+        """What its letters are, for messages after "not"."""
+        return {"dna": "A, C, G or T", "protein": "one of the 20 amino acids"}.get(self.name, "a byte")
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens: the five special ones and the letters."""
         return FIRST_LETTER + len(self.letters)

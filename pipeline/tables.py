@@ -37,6 +37,11 @@ def show(*parts: Table | str) -> None:
             print(as_text(part))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 record", "2,000 records"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def as_text(table: Table) -> str:
     """A table as plain lines as long as they need to be, without spaces at their ends."""
     output = io.StringIO()

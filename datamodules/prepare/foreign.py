@@ -25,7 +25,8 @@ from megabase.datamodules.index.index_file import INDEX_NAME, RowBatches, segmen
 from megabase.datamodules.index.lines import byte_of, without_line_ends
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.prepare.records import Names, check_characters, compression
+from megabase.datamodules.prepare.composition import Composition
+from megabase.datamodules.prepare.records import Names, compression
 from megabase.datamodules.prepare.splits import Splits
 from megabase.datamodules.prepare.tars import headers
 from megabase.datamodules.progress import bar
@@ -86,6 +87,7 @@ def index_tars(
     valid: str | float | None = None,
     test: str | float | None = None,
     intervals: str | Path | None = None,
+    allow_other: bool = False,
     progress: bool = True,
 ) -> ShardIndex:
     """Write index.parquet beside the tars in a directory, and open them.
@@ -98,12 +100,14 @@ def index_tars(
         directory: where the tars lie.
         alphabet: "dna", "protein" or "bytes".
         valid, test, intervals: which bases are for validation and test, see `Splits.parse`.
+        allow_other: accept tars that hold RNA, DNA for protein, or mostly N: see `Composition.check`.
         progress: show a bar over the tars' bytes on stderr.
 
     Raises:
         DataError: the directory has no tars, or has an index; a tar or member is compressed, cut off or damaged; lines
-            of FASTA differ in width; an array is not one row of bytes; the alphabet does not know a character; a name
-            occurs twice; the splits are impossible or leave nothing to train on. The directory is then unchanged.
+            of FASTA differ in width; an array is not one row of bytes; a byte is not in the alphabet, or a tar is of
+            another kind than the alphabet; a name occurs twice; the splits are impossible or leave nothing to train on.
+            The directory is then unchanged.
     """
     directory, letters = Path(directory), Alphabet.named(alphabet)
     splits = Splits.parse(valid, test, intervals)
@@ -111,7 +115,7 @@ def index_tars(
     index = directory / INDEX_NAME
     if index.exists():
         raise DataError(f"{index}: exists already: remove it to index the tars again")
-    rows, sizes = _Rows(letters, splits), {path.name: path.stat().st_size for path in tars}
+    rows, sizes = _Rows(letters, splits, allow_other), {path.name: path.stat().st_size for path in tars}
     with bar("Indexing", sum(sizes.values()), progress) as report:
         for path in tars:
             rows.add(path)
@@ -134,8 +138,9 @@ def index_tars(
 class _Rows:
     """Collects the rows of the index tar by tar, and checks what concerns all of them."""
 
-    def __init__(self, alphabet: Alphabet, splits: Splits) -> None:
+    def __init__(self, alphabet: Alphabet, splits: Splits, allow_other: bool) -> None:
         self.sources: dict[str, None] = {}
+        self._allow_other = allow_other
         self._alphabet = alphabet
         self._splits = splits
         self._names = Names()
@@ -149,8 +154,11 @@ class _Rows:
         members = _members(path)
         with path.open("rb") as file:  # the map closes when its last view is gone
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        found = Composition(path, self._alphabet)
         for member in members:
-            self._add_member(path, content, member)
+            self._add_member(path, content, member, found)
+        if not self._allow_other:
+            found.check()
         self._members += len(members)
 
     def check(self, directory: Path) -> None:
@@ -165,7 +173,7 @@ class _Rows:
         """All rows."""
         return self._rows.all()
 
-    def _add_member(self, path: Path, content: mmap.mmap, member: _Member) -> None:
+    def _add_member(self, path: Path, content: mmap.mmap, member: _Member, found: Composition) -> None:
         place = f"{path}: member {member.path}"
         about = _about(place, content, member.about)
         source = about.get("source", path.name)
@@ -173,7 +181,7 @@ class _Rows:
         for sequence in _READERS[member.path.suffix.lower()](place, content, member.content, self._alphabet):
             name = sequence.name or about.get("record", str(member.path.with_suffix("")))
             self._names.add(name, source, place)
-            check_characters(place, name, sequence.bases, self._alphabet)
+            found.add(name, sequence.bases, place)
             self._add_record(name, source, path.name, sequence)
 
     def _add_record(self, name: str, source: str, shard: str, sequence: _Sequence) -> None:

@@ -10,18 +10,17 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import dnaio
-import numpy as np
 import pyarrow as pa
 from isal import igzip, isal_zlib
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.prepare.composition import Composition
 
 _COMPRESSED_NAMES = (".gz", ".bgz", ".zst", ".zstd")
 _JSONL_NAMES = (".jsonl", ".ndjson")
@@ -134,7 +133,11 @@ def _open(path: Path) -> BinaryIO:
 
 
 def read_file(
-    path: Path, alphabet: Alphabet, open_file: OpenFile = _open, field: str = "text"
+    path: Path,
+    alphabet: Alphabet,
+    open_file: OpenFile = _open,
+    field: str = "text",
+    allow_other: bool = False,
 ) -> Iterator[Record]:
     """The records of one file, in order.
 
@@ -143,19 +146,23 @@ def read_file(
         alphabet: decides which characters a sequence may hold, and whether a text file is one record (bytes).
         open_file: opens the path for reading bytes; a caller that counts the bytes passes its own.
         field: key of the sequence in a line of JSONL.
+        allow_other: whether the file may be of another kind than the alphabet, or mostly N: see `Composition.check`.
 
     Raises:
-        DataError: the file is missing, empty, damaged, cut off or not of its format, or a sequence holds a character
-            that the alphabet does not know.
+        DataError: the file is missing, empty, damaged, cut off or not of its format; a sequence holds a byte that is
+            not in the alphabet; or, after the last record, the file is RNA for dna, DNA for protein, or mostly N.
     """
     packed = compression(path)
     try:
         with open_file(path) as raw:
             content = _decompressed(path, raw, packed)
             with io.BufferedReader(content, _BUFFER_BYTES) as buffered:
+                found = Composition(path, alphabet)
                 for record in _records(path, buffered, alphabet, field):
-                    check_characters(path, record.name, record.sequence, alphabet)
+                    found.add(record.name, record.sequence)
                     yield record
+                if not allow_other:
+                    found.check()
     except (EOFError, OSError, _ISAL_ERROR) as error:
         if not packed:
             raise DataError(f"{path}: cannot be read ({error})") from error
@@ -171,26 +178,6 @@ def compression(path: Path) -> str:
         return "bgzip" if head[12:14] == _BGZIP_FIELD else "gzip"
     skipped = head[1:4] == _ZSTD_SKIPPED and head[0] >> 4 == 5
     return "zstd" if skipped or head.startswith(_ZSTD_MAGIC) else ""
-
-
-def check_characters(place: str | Path, name: str, sequence: bytes | memoryview, alphabet: Alphabet) -> None:
-    """Raise DataError, which begins with `place`, for a byte of record `name` that the alphabet does not know."""
-    known = _known(alphabet)
-    if len(known) == 256:
-        return
-    for start in range(0, len(sequence), _BUFFER_BYTES):
-        part = bytes(sequence[start : start + _BUFFER_BYTES])
-        if strange := part.translate(None, known):
-            where = start + part.index(strange[:1])
-            raise DataError(
-                f"{place}: record {name!r} has {chr(strange[0])!r} at base {where + 1}, which "
-                f"alphabet {alphabet.name} does not know: correct the file or prepare it with another --alphabet"
-            )
-
-
-@cache
-def _known(alphabet: Alphabet) -> bytes:
-    return np.flatnonzero(alphabet.known).astype(np.uint8).tobytes()
 
 
 def _head(path: Path) -> bytes:

@@ -34,13 +34,14 @@ _UNITS_PER_SHARD = 8
 
 @dataclass(frozen=True)
 class _Job:
-    """The settings that every unit is written with. folder: of the shards. field: of a line of JSONL."""
+    """The settings that every unit is written with. folder: of the shards. field, allow_other: as in `read_file`."""
 
     folder: Path
     alphabet: Alphabet
     splits: Splits
     shard_bytes: int
     field: str
+    allow_other: bool
 
 
 def prepare(
@@ -53,6 +54,7 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     jobs: int | None = None,
     field: str = "text",
+    allow_other: bool = False,
     progress: bool = True,
 ) -> ShardIndex:
     """Write the records of files as shards into a new directory, and open them.
@@ -71,6 +73,7 @@ def prepare(
         shard_bytes: largest size of a shard, unless a single record is larger.
         jobs: processes; None for one per CPU of this process. Jobs beyond the number of units are not used.
         field: key of the sequence in a line of JSONL.
+        allow_other: accept files that are RNA, DNA for protein, or mostly N: see `Composition.check`.
         progress: show a bar over the input's bytes on stderr.
 
     Raises:
@@ -103,7 +106,7 @@ def prepare(
         f"{option} {value}" for option, value in (("--valid", valid), ("--test", test)) if value is not None
     )
     with unfinished(output, arguments) as work:
-        job = _Job(work.folder, letters, splits, shard_bytes, field)
+        job = _Job(work.folder, letters, splits, shard_bytes, field, allow_other)
         parts = _written(work, units, job, jobs, progress)
         try:
             _check_complete(paths, splits, rule, parts)
@@ -168,7 +171,7 @@ def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None
     try:
         with ShardWriter(work.folder, unit.number, job.alphabet, job.shard_bytes) as writer:
             for path in unit.paths:
-                for record in read_file(path, job.alphabet, counted, job.field):
+                for record in read_file(path, job.alphabet, counted, job.field, job.allow_other):
                     names.add(record.name, record.source, path)
                     writer.write(record, job.splits.of(record.name, len(record.sequence)))
             part = writer.finish()

@@ -45,9 +45,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _parts(found: Description) -> Iterator[Table | str]:
     """What is printed, for `tables.show`."""
+    from megabase.pipeline.tables import counted
+
     yield (
-        f"{found.directory}: {found.records:,} records in {found.shards:,} shards, {_storage(found.bytes)}, "
-        f"alphabet {found.alphabet}"
+        f"{found.directory}: {counted(found.records, 'record')} in {counted(found.shards, 'shard')}, "
+        f"{_storage(found.bytes)}, alphabet {found.alphabet}"
     )
     longest, shortest = found.longest, found.shortest
     yield (

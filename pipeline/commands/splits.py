@@ -1,4 +1,4 @@
-"""What `prepare` and `index` share: the options that say which records go into which split, and what they print."""
+"""What `prepare` and `index` share: options for the alphabet and the splits, and what they print."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megabase.pipeline.tables import counted
+
 if TYPE_CHECKING:
     from megabase.datamodules.index.shard_index import ShardIndex
 
 
+_NAMES = ("alphabet", "valid", "test", "intervals", "allow_other")
+# Bytes of sequences that are not letters: they stay in the shards and have no loss.
+_OTHERS = {"dna": "N, IUPAC codes, U, gaps", "protein": "X, B, Z, J, U, O, stops, gaps"}
+
+
 def add_splits(parser: argparse.ArgumentParser) -> None:
-    """Declare --alphabet, --valid, --test and --intervals."""
+    """Declare --alphabet, --valid, --test, --intervals and --allow-other."""
     parser.add_argument(
         "--alphabet", choices=["dna", "protein", "bytes"], default="dna", help="bytes for text"
     )
@@ -22,20 +29,25 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--intervals", type=Path, metavar="BED", help="chr, start, end, split: instead of --valid and --test"
     )
+    parser.add_argument(
+        "--allow-other",
+        action="store_true",
+        help="accept RNA as dna, DNA as protein, and files that are mostly N",
+    )
 
 
 def splits_of(options: argparse.Namespace) -> dict[str, Any]:
     """The values of the options that `add_splits` declares, by name."""
-    return {name: getattr(options, name) for name in ("alphabet", "valid", "test", "intervals")}
+    return {name: getattr(options, name) for name in _NAMES}
 
 
 def print_splits(directory: str, index: ShardIndex) -> None:
     """Print how many records, shards and bases of each split `directory` holds."""
     segments = index.segments
     records = len(set(segments.record))
-    print(f"{directory}: {records:,} records in {len(index.sizes)} shards")
+    print(f"{directory}: {counted(records, 'record')} in {counted(len(index.sizes), 'shard')}")
     for split in segments.splits():
         total = int(segments.length[segments.rows_of(split)].sum())
-        print(
-            f"  {split:5} {total:>15,} bases, {total - segments.letters_of(split):,} of them outside the alphabet"
-        )
+        others = total - segments.letters_of(split)
+        what = f", {others:,} of them not {index.alphabet.in_words} ({_OTHERS[index.alphabet.name]})"
+        print(f"  {split:5} {total:>15,} bases{what if others else ''}")

@@ -11,7 +11,7 @@ from megabase.pipeline.commands.settings import split_settings
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
 
-SPLITS = ["--alphabet", "--valid", "--test", "--intervals"]
+SPLITS = ["--alphabet", "--valid", "--test", "--intervals", "--allow-other"]
 COMMANDS = {
     "prepare": ["inputs", "output", *SPLITS, "--field", "--jobs", "--check"],
     "index": ["directory", *SPLITS],

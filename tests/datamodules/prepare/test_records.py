@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -16,13 +15,7 @@ from hypothesis import strategies as st
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.prepare.records import (
-    Names,
-    check_characters,
-    check_inputs,
-    expand,
-    read_file,
-)
+from megabase.datamodules.prepare.records import Names, check_inputs, expand, read_file
 
 FASTA = b">one first record\nACGTN\nacgt\n\n>two\r\nGG\r\n>three\n"
 FASTQ = b"@one first read\nACGTN\n+\nIIIII\n@two\r\nGG\r\n+two\r\nII\r\n"
@@ -273,29 +266,6 @@ def test_different_names_are_never_confused() -> None:
         names.add(f"read/{number}", "a.fq", "here")
     with pytest.raises(DataError, match=r"here: a second record is named 'read/5' \(the first is in a.fq\)"):
         names.add("read/5", "b.fq", "here")
-
-
-@pytest.mark.parametrize("at", [0, 1, (1 << 20) - 1, 1 << 20, 2 << 20])
-def test_unknown_character_is_found_at_any_position(at: int) -> None:
-    bases = bytearray(b"ACGTN" * ((2 << 20) // 5 + 1))
-    alphabet = Alphabet.named("dna")
-    check_characters("here", "r", bytes(bases), alphabet)
-    bases[at] = ord("!")
-    for sequence in (bytes(bases), memoryview(bases)):
-        with pytest.raises(DataError, match=f"here: record 'r' has '!' at base {at + 1}, "):
-            check_characters("here", "r", sequence, alphabet)
-
-
-@pytest.mark.parametrize("alphabet", ["dna", "protein", "bytes"])
-def test_just_the_known_characters_pass(alphabet: str) -> None:
-    letters = Alphabet.named(alphabet)
-    for byte in range(256):
-        if letters.known[byte]:
-            check_characters("here", "r", bytes([byte]), letters)
-        else:
-            with pytest.raises(DataError):
-                check_characters("here", "r", bytes([byte]), letters)
-    assert np.count_nonzero(letters.known) > 10
 
 
 def test_paths_that_are_no_files_are_refused_before_any_is_read(tmp_path: Path) -> None:

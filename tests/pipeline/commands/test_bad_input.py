@@ -79,9 +79,10 @@ def test_prepare_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture
     fasta.write_text(">a\nACGTNNACGT\n>b\nacgt\n")
     assert cli.main(["prepare", str(fasta), str(tmp_path / "out"), "--valid", "b"]) == 0
     printed = capsys.readouterr().out
-    assert "2 records in 1 shards" in printed
+    assert "2 records in 1 shard\n" in printed
     assert [line.split()[:2] for line in printed.splitlines()[1:]] == [["train", "10"], ["valid", "4"]]
-    assert "bases, 2 of them outside the alphabet" in printed
+    assert "10 bases, 2 of them not A, C, G or T (N, IUPAC codes, U, gaps)\n" in printed
+    assert printed.endswith("4 bases\n")
 
 
 def test_no_record_is_long_enough(

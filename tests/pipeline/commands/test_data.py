@@ -24,7 +24,7 @@ def shards(tmp_path: Path) -> Path:
 def test_tables_hold_the_numbers(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", str(shards)]) == 0
     first, records, heading, *rows = capsys.readouterr().out.splitlines()
-    assert first == f"{shards}: 2 records in 1 shards, 16.5 KiB, alphabet dna"
+    assert first == f"{shards}: 2 records in 1 shard, 16.5 KiB, alphabet dna"
     assert records == "longest record one, 12,000 bases; shortest two, 200"
     assert heading.split()[:6] == ["split", "segments", "bases", "letters", "1k", "windows"]
     found = description.describe(description.ShardIndex.open(shards))
