@@ -143,7 +143,7 @@ class _Rows:
         self._allow_other = allow_other
         self._alphabet = alphabet
         self._splits = splits
-        self._names = Names()
+        self._names = Names(lambda first, second: "names tell records apart, rename one")
         self._members = 0
         self._in_split: set[str] = set()
         self._trained = False

@@ -1,13 +1,12 @@
 """Reads records from FASTA, FASTQ and JSONL files, or one record per file for bytes; compressed or not.
 
-Memory holds one record at a time. Compression (gzip, bgzip, zstd) and FASTQ are recognised by a file's first bytes,
-JSONL by its name, because any text may begin with a brace.
+Memory holds one record at a time. Compression (gzip, bgzip, zstd) and formats are recognised by a file's first bytes.
+For bytes JSONL is recognised by its name alone, because any text may begin with a brace.
 """
 
-import glob
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,6 +20,7 @@ from isal import igzip, isal_zlib
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.prepare.composition import Composition
+from megabase.datamodules.prepare.rewrite import with_numbers
 
 _COMPRESSED_NAMES = (".gz", ".bgz", ".zst", ".zstd")
 _JSONL_NAMES = (".jsonl", ".ndjson")
@@ -66,13 +66,30 @@ class Record:
     sequence: bytes
 
 
+def told_apart(first: str, second: str) -> str:
+    """How to tell two records of one name apart, in the input files `first` and `second`."""
+    if first == second:
+        return f"number all of its records: {with_numbers(Path(second))}"
+    return "add --prefix-names, which puts the name of its file before each record's"
+
+
+def second_record(name: str, first: str, second: str, way: str) -> DataError:
+    """The error for two records with one name at `first` and `second`; `way` is the way out."""
+    return DataError(f"{second}: a second record is named {name!r} (the first is in {first}): {way}")
+
+
 class Names:
     """Finds a record name that occurs twice. Memory: about a hundred bytes per name, whatever its length."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: Callable[[str, str], str] = told_apart) -> None:
+        """
+        Args:
+            way: the way out, from where the first and the second record of one name are.
+        """
+        self._way = way
         self._sources: dict[bytes, str] = {}
 
-    def add(self, name: str, source: str, place: str | Path) -> None:
+    def add(self, name: str, source: str, place: str) -> None:
         """Add a record's name.
 
         Args:
@@ -85,47 +102,15 @@ class Names:
         """
         digest = blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest()
         if digest in self._sources:
-            raise DataError(
-                f"{place}: a second record is named {name!r} (the first is in {self._sources[digest]}): names "
-                "tell records apart, rename one"
-            )
+            first = self._sources[digest]
+            raise second_record(name, first, place, self._way(first, place))
         self._sources[digest] = source
 
 
-def expand(inputs: Sequence[str | Path]) -> list[Path]:
-    """Inputs as paths, in their order; a pattern with `*`, `?`, `[` or `**` becomes its files, sorted.
-
-    A name that exists is not taken as a pattern.
-
-    Raises:
-        DataError: no file matches a pattern.
-    """
-    paths: list[Path] = []
-    for name in map(str, inputs):
-        if not glob.has_magic(name) or Path(name).exists():
-            paths.append(Path(name))
-            continue
-        matches = glob.iglob(name, recursive=True)  # noqa: PTH207 - pathlib takes no absolute pattern
-        found = sorted(path for path in map(Path, matches) if path.is_file())
-        if not found:
-            raise DataError(f"{name}: no file matches this pattern: correct it, or name the files themselves")
-        paths.extend(found)
-    return paths
-
-
-def check_inputs(paths: Sequence[Path]) -> None:
-    """Raise DataError if there is no path, or one is not a readable file, or is compressed in an unsupported way."""
-    if not paths:
-        raise DataError("no input files: name at least one")
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"{path}: no such file")
-        if not path.is_file():
-            raise DataError(f"{path}: not a file: name the sequence files themselves")
-        if unread := [name for magic, name in _UNREAD.items() if _head(path).startswith(magic)]:
-            raise DataError(
-                f"{path}: {unread[0]} is not supported: decompress it, or use gzip, bgzip or zstd"
-            )
+def check_compression(path: Path) -> None:
+    """Raise DataError if a file is compressed in a way that cannot be read."""
+    if unread := [name for magic, name in _UNREAD.items() if _head(path).startswith(magic)]:
+        raise DataError(f"{path}: {unread[0]} is not supported: decompress it, or use gzip, bgzip or zstd")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -180,6 +165,11 @@ def compression(path: Path) -> str:
     return "zstd" if skipped or head.startswith(_ZSTD_MAGIC) else ""
 
 
+def plain_name(path: Path) -> str:
+    """The file's name without the suffix of its compression."""
+    return path.stem if path.suffix in _COMPRESSED_NAMES else path.name
+
+
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -207,24 +197,22 @@ def _ends_with(path: Path, end: bytes) -> bool:
         return file.read() == end
 
 
-def _plain_name(path: Path) -> str:
-    """The file's name without the suffix of its compression."""
-    return path.stem if path.suffix in _COMPRESSED_NAMES else path.name
-
-
 def _records(path: Path, file: io.BufferedReader, alphabet: Alphabet, field: str) -> Iterator[Record]:
-    if _plain_name(path).lower().endswith(_JSONL_NAMES):
+    if plain_name(path).lower().endswith(_JSONL_NAMES):
         return _jsonl(path, file, field)
     if alphabet.name == "bytes":
         return _text(path, file)
-    return _sequences(path, file, "fastq" if file.peek(1)[:1] == b"@" else "fasta")
+    head = file.peek(1)[:1]
+    if head == b"{":
+        return _jsonl(path, file, field)
+    return _sequences(path, file, "fastq" if head == b"@" else "fasta")
 
 
 def _text(path: Path, file: io.BufferedReader) -> Iterator[Record]:
     content = file.read()
     if not content:
         raise DataError(f"{path}: the file is empty")
-    yield Record(_plain_name(path), "", path.name, content)
+    yield Record(plain_name(path), "", path.name, content)
 
 
 def _sequences(path: Path, file: io.BufferedReader, form: str) -> Iterator[Record]:
@@ -251,7 +239,7 @@ def _sequences(path: Path, file: io.BufferedReader, form: str) -> Iterator[Recor
 
 
 def _jsonl(path: Path, file: io.BufferedReader, field: str) -> Iterator[Record]:
-    source, plain, empty = path.name, _plain_name(path), True
+    source, plain, empty = path.name, plain_name(path), True
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue

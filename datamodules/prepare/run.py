@@ -8,7 +8,7 @@ is the same, byte for byte, whatever the number of processes and however often t
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,17 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.index_file import INDEX_VERSION
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.prepare.records import Names, check_inputs, expand, read_file
+from megabase.datamodules.prepare.inputs import check_inputs, expand, pipes_as_files, prefixed, prefixes
+from megabase.datamodules.prepare.records import Names, read_file, second_record, told_apart
 from megabase.datamodules.prepare.splits import Splits
-from megabase.datamodules.prepare.unfinished import Unfinished, Unit, digest, states, unfinished
+from megabase.datamodules.prepare.unfinished import (
+    Unfinished,
+    Unit,
+    check_output,
+    digest,
+    states,
+    unfinished,
+)
 from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.prepare.writer import SHARD_BYTES, Part, ShardWriter
 from megabase.datamodules.progress import bar
@@ -34,12 +42,19 @@ _UNITS_PER_SHARD = 8
 
 @dataclass(frozen=True)
 class _Job:
-    """The settings that every unit is written with. folder: of the shards. field, allow_other: as in `read_file`."""
+    """The settings that every unit is written with.
+
+    Attributes:
+        folder: of the shards.
+        prefixes: what is put before the names of the records of each file; empty for nothing.
+        field, allow_other: as in `read_file`.
+    """
 
     folder: Path
     alphabet: Alphabet
     splits: Splits
     shard_bytes: int
+    prefixes: dict[Path, str]
     field: str
     allow_other: bool
 
@@ -55,6 +70,7 @@ def prepare(
     jobs: int | None = None,
     field: str = "text",
     allow_other: bool = False,
+    prefix_names: bool = False,
     progress: bool = True,
 ) -> ShardIndex:
     """Write the records of files as shards into a new directory, and open them.
@@ -65,7 +81,8 @@ def prepare(
     process, and the index. Long because it documents every option.
 
     Args:
-        inputs: files or globs.
+        inputs: files, directories, globs or pipes, see `expand`. A pipe is copied to a file beside the output first; a
+            call with one does not continue after a kill.
         output: the directory to make.
         alphabet: "dna", "protein" or "bytes".
         valid, test: a fraction in (0, 1), taken from the end of every record, or comma separated record names.
@@ -74,6 +91,7 @@ def prepare(
         jobs: processes; None for one per CPU of this process. Jobs beyond the number of units are not used.
         field: key of the sequence in a line of JSONL.
         allow_other: accept files that are RNA, DNA for protein, or mostly N: see `Composition.check`.
+        prefix_names: put a name for its file before each record's name, see `prefixes`.
         progress: show a bar over the input's bytes on stderr.
 
     Raises:
@@ -86,12 +104,11 @@ def prepare(
         raise DataError(
             f"{output}: shards are written to a local directory: give one, and copy them afterwards"
         )
-    paths, output = expand(inputs), Path(output).absolute()
-    splits = Splits.parse(valid, test, intervals)
+    output = Path(output).absolute()
+    paths, splits = expand(inputs, alphabet), Splits.parse(valid, test, intervals)
     letters, jobs = Alphabet.named(alphabet), checked_jobs(jobs)
     check_inputs(paths)
-    sizes = [path.stat().st_size for path in paths]
-    units = _units(paths, sizes, shard_bytes)
+    check_output(output)
     arguments: dict[str, object] = {
         "INPUT": [str(path.absolute()) for path in paths],
         "--alphabet": alphabet,
@@ -99,17 +116,20 @@ def prepare(
         "--test": str(test),
         "--intervals": digest(Path(intervals)) if intervals is not None else None,
         "--field": field,
+        "--prefix-names": prefix_names or None,
         "shard_bytes": shard_bytes,
         "version of the index": INDEX_VERSION,
     }
     rule = " and ".join(
         f"{option} {value}" for option, value in (("--valid", valid), ("--test", test)) if value is not None
     )
-    with unfinished(output, arguments) as work:
-        job = _Job(work.folder, letters, splits, shard_bytes, field, allow_other)
+    with pipes_as_files(paths, output.parent) as files, unfinished(output, arguments, files == paths) as work:
+        names = prefixes(files) if prefix_names else {}
+        job = _Job(work.folder, letters, splits, shard_bytes, names, field, allow_other)
+        units = _units(files, [path.stat().st_size for path in files], shard_bytes)
         parts = _written(work, units, job, jobs, progress)
         try:
-            _check_complete(paths, splits, rule, parts)
+            _check_complete(files, splits, rule, parts)
         except DataError:
             work.forget(units)  # this needs other arguments, which start from the beginning
             raise
@@ -172,7 +192,9 @@ def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None
         with ShardWriter(work.folder, unit.number, job.alphabet, job.shard_bytes) as writer:
             for path in unit.paths:
                 for record in read_file(path, job.alphabet, counted, job.field, job.allow_other):
-                    names.add(record.name, record.source, path)
+                    if job.prefixes:
+                        record = replace(record, name=prefixed(job.prefixes[path], path, record.name))
+                    names.add(record.name, str(path), str(path))
                     writer.write(record, job.splits.of(record.name, len(record.sequence)))
             part = writer.finish()
         if states(unit) != inputs:
@@ -210,7 +232,10 @@ class _Counted(io.FileIO):
 
 
 def _check_names(work: Unfinished, units: Sequence[Unit], parts: Sequence[Part]) -> None:
-    """Raise DataError if records of two units have the same name; both units then count as unfinished."""
+    """Raise DataError if records of two units have the same name; all units then count as unfinished.
+
+    The way out may be another argument, with which none of them could be continued.
+    """
     names = [
         pa.chunked_array([pc.unique(part.rows["record"]), pa.array(part.unlisted, pa.string())])
         for part in parts
@@ -222,11 +247,8 @@ def _check_names(work: Unfinished, units: Sequence[Unit], parts: Sequence[Part])
     for unit, column in zip(units, names, strict=True):
         for name in column.to_pylist():
             if name in first:
-                work.forget([first[name], unit])
-                raise DataError(
-                    f"{unit}: a second record is named {name!r} (the first is in {first[name]}): names tell "
-                    "records apart, rename one"
-                )
+                work.forget(units)
+                raise second_record(name, str(first[name]), str(unit), told_apart("", str(unit)))
             first[name] = unit
 
 

@@ -57,9 +57,10 @@ class Manifest:
 class Unfinished:
     """The directory OUTPUT.partial, locked for this process: see `unfinished`."""
 
-    def __init__(self, folder: Path, lock: FileLock) -> None:
+    def __init__(self, folder: Path, lock: FileLock, continues: bool) -> None:
         self.folder = folder
         self.lock = lock
+        self._continues = continues
 
     def kept(self, units: Sequence[Unit]) -> list[Unit]:
         """The units that are finished. Files of unfinished ones are removed.
@@ -114,13 +115,13 @@ class Unfinished:
         assert manifest is not None
         return manifest.part
 
-    def has_finished_unit(self) -> bool:
-        """Whether any unit is finished."""
-        return bool(self._manifests())
+    def can_continue(self) -> bool:
+        """Whether another call could use what is finished."""
+        return self._continues and bool(self._manifests())
 
     def resumable(self, error: DataError) -> DataError:
-        """The error; if a unit is finished, its message adds that the same command continues."""
-        if not self.has_finished_unit():
+        """The error; if another call can use what is finished, its message adds that the same command continues."""
+        if not self.can_continue():
             return error
         return DataError(f"{error}; what is finished stays in {self.folder}, and the same command continues")
 
@@ -131,7 +132,7 @@ class Unfinished:
             DataError: `output` exists by now; the finished units stay.
             OSError: the directory cannot be written.
         """
-        _check_output(output)
+        check_output(output)
         names: dict[str, str] = {}
         for part in parts:
             names.update({name: f"shard-{len(names) + at:05d}.tar" for at, name in enumerate(part.sizes)})
@@ -164,12 +165,13 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinished]:
+def unfinished(output: Path, arguments: dict[str, object], continues: bool = True) -> Iterator[Unfinished]:
     """Make OUTPUT.partial, or continue in it. On an exception, it is kept if it holds a finished unit, else removed.
 
     Args:
         output: the directory that it becomes at the end.
         arguments: what decides the result: option -> JSON value.
+        continues: whether another call can continue; False removes the directory on any exception.
 
     Raises:
         DataError: `output` exists or cannot be made; another prepare uses OUTPUT.partial; it was begun with other
@@ -177,7 +179,7 @@ def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinishe
     """
     folder = output.with_name(output.name + ".partial")
     with _locked(output, folder) as lock:
-        work = Unfinished(folder, lock)
+        work = Unfinished(folder, lock, continues)
         try:
             _check_arguments(folder, arguments)
         except OSError as error:
@@ -185,7 +187,7 @@ def unfinished(output: Path, arguments: dict[str, object]) -> Iterator[Unfinishe
         try:
             yield work
         except BaseException:
-            if not work.has_finished_unit():
+            if not work.can_continue():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -236,7 +238,7 @@ def _renamed(rows: pa.Table, names: dict[str, str]) -> pa.Table:
 def _locked(output: Path, folder: Path) -> FileLock:
     """Make the directory if it is missing, and lock it."""
     for _ in range(_LOCK_TRIES):
-        _check_output(output)
+        check_output(output)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(exist_ok=True)
@@ -257,10 +259,15 @@ def _locked(output: Path, folder: Path) -> FileLock:
     raise DataError(f"{folder}: another prepare is writing it: wait for it, or choose another output")
 
 
-def _check_output(output: Path) -> None:
-    if output.exists():
-        what = "exists already" if output.is_dir() else "is a file, and OUTPUT must be a directory"
-        raise DataError(f"{output}: {what}: the last argument must be a new directory for the shards")
+def check_output(output: Path) -> None:
+    """Raise DataError if the directory to make exists."""
+    if not output.exists():
+        return
+    here = Path.cwd()
+    shown = output.relative_to(here) if here in output.parents else output
+    if output.is_dir():
+        raise DataError(f"{shown} already exists: delete it or choose another output")
+    raise DataError(f"{shown} is a file: the last argument is the output, a directory to make: add one")
 
 
 def _check_arguments(folder: Path, arguments: dict[str, object]) -> None:

@@ -17,12 +17,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="FASTA, FASTQ, JSONL, or text with --alphabet bytes; plain, gzip, bgzip or zstd; globs",
+        help="FASTA, FASTQ, JSONL, or text with --alphabet bytes; plain, gzip, bgzip or zstd; files, directories "
+        "of them, quoted globs, pipes, or - for the standard input",
     )
     parser.add_argument("output", metavar="OUTPUT", help="directory of shards to make")
     add_splits(parser)
     parser.add_argument(
         "--field", metavar="NAME", default="text", help="field of a JSONL line (default: text)"
+    )
+    parser.add_argument(
+        "--prefix-names",
+        action="store_true",
+        help="put the name of the file before each record's: assembly1.contig_1",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per CPU)")
     parser.add_argument(
@@ -47,6 +53,7 @@ def _prepare(options: argparse.Namespace) -> int:
         options.output,
         jobs=options.jobs,
         field=options.field,
+        prefix_names=options.prefix_names,
         progress=sys.stderr.isatty(),
         **splits_of(options),
     )

@@ -13,7 +13,7 @@ from megabase.pipeline.config.schema import RunConfig
 
 SPLITS = ["--alphabet", "--valid", "--test", "--intervals", "--allow-other"]
 COMMANDS = {
-    "prepare": ["inputs", "output", *SPLITS, "--field", "--jobs", "--check"],
+    "prepare": ["inputs", "output", *SPLITS, "--field", "--prefix-names", "--jobs", "--check"],
     "index": ["directory", *SPLITS],
     "data": ["directory", "--json", "--picture"],
     "checkpoints": ["directory", "--json", "--fast"],

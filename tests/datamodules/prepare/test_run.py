@@ -330,7 +330,7 @@ def test_name_in_two_files_is_an_error_that_a_rename_fixes(fastas: list[Path], t
 
 def test_existing_outputs_are_never_changed(fastas: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match="out: exists already"):
+    with pytest.raises(DataError, match="out already exists: delete it or choose another output"):
         prepare(fastas, tmp_path / "out", **OPTIONS)
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "mine").touch()
@@ -368,7 +368,7 @@ def test_output_that_appears_meanwhile_keeps_the_finished_work(
         publish(*arguments)
 
     monkeypatch.setattr(unfinished.Unfinished, "publish", late)
-    with pytest.raises(DataError, match="out: exists already"):
+    with pytest.raises(DataError, match="out already exists: delete it or choose another output"):
         prepare(fastas, output, jobs=1, **OPTIONS)
     monkeypatch.undo()
     assert list((tmp_path / "out.partial").glob("part-*.parquet"))
@@ -381,6 +381,6 @@ def test_output_may_have_an_unusual_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert check(prepare(fastas, "hg38:v2", jobs=1, **OPTIONS).directory, progress=False) > 0
-    for output, message in ((".", "exists already"), ("s3://bucket/out", "written to a local directory")):
+    for output, message in ((".", "already exists"), ("s3://bucket/out", "written to a local directory")):
         with pytest.raises(DataError, match=message):
             prepare(fastas, output, **OPTIONS)

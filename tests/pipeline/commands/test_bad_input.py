@@ -68,7 +68,9 @@ def test_prepare_into_a_file_or_nowhere_or_without_training_data(
     genome = str(DATA / "lambda_phage.fna.gz")
     taken = tmp_path / "second.fa"
     taken.write_text(">a\nACGT\n")
-    assert "the last argument must be a new directory" in error_of(capsys, "prepare", genome, str(taken))
+    assert "second.fa is a file: the last argument is the output" in error_of(
+        capsys, "prepare", genome, str(taken)
+    )
     assert "choose another output" in error_of(capsys, "prepare", genome, "/proc/none/shards")
     everything = error_of(capsys, "prepare", str(taken), str(tmp_path / "out"), "--valid", "a")
     assert "name every record" in everything
