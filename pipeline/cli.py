@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import megabase
 from megabase.pipeline import log
 from megabase.pipeline.commands import (
     bench,
@@ -23,10 +24,11 @@ from megabase.pipeline.commands import (
     submit,
     train,
 )
+from megabase.pipeline.commands.settings import refuse_dashes
 from megabase.pipeline.errors import RESUME_HINT, RunError, UserError
 from megabase.pipeline.ranks.stop import INTERRUPTED
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megabase.pipeline.cli")  # __name__ is __main__ under `python -m`
 
 COMMANDS = {
     "prepare": prepare,
@@ -43,10 +45,9 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A rank of a training ends its process with that code instead."""
-    options = build_parser().parse_args(arguments)
     log.set_up()
     try:
-        code = _run(options)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
     except Exception as error:
         if not _is_rank():
             raise
@@ -61,22 +62,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, as frozen by tests/pipeline/test_contract.py."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="megabase", description="Pretrain reversible Reformers on very long sequences."
     )
+    parser.add_argument("--version", action="version", version=f"megabase {megabase.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add(commands.add_parser(name, help=command.HELP))
-    return parser
+    return parser, commands.choices
 
 
-def _run(options: argparse.Namespace) -> int:
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; options may stand before, between and after other words. Exits as argparse does.
+
+    Raises:
+        UserError: a setting is written as an option.
+    """
+    parser, commands = _parsers()
+    name = next(iter(words), "")
+    if (
+        name not in commands or name == "bench"
+    ):  # argparse cannot mix words and options before a further command
+        return parser.parse_args(words)
+    options, unknown = commands[name].parse_known_intermixed_args(words[1:], argparse.Namespace(command=name))
+    if unknown and hasattr(options, "settings"):
+        refuse_dashes(unknown, words)
+    if unknown:
+        commands[name].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
+def _run(words: Sequence[str]) -> int:
     """Run a command and report an error that is the user's or the run's; returns the exit code."""
     try:
+        options = _parse(words)
         return COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         if not _is_rank():  # the supervisor reports an interrupted rank
-            logger.error("interrupted%s", f"; {RESUME_HINT}" if options.command == "train" else "")
+            logger.error("interrupted%s", f"; {RESUME_HINT}" if "train" in words[:1] else "")
         return INTERRUPTED
     except RunError as error:
         _report(error)

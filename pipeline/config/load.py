@@ -5,8 +5,6 @@ A file cannot include another one: instead, give both files, and the right one i
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from megabase.datamodules.files import publish
-from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.keys import flatten
+from megabase.pipeline.config.names import hint, is_setting, sections
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError, first_line
 
@@ -101,6 +100,8 @@ def _parse_override(override: str) -> Any:
 
 def _read_yaml(path: Path) -> Any:
     if not path.exists():
+        if is_setting(str(path)):
+            raise UserError(f"{path} is a setting, not a config file: write {path}=VALUE, without spaces")
         raise UserError(f"config file {path} does not exist")
     try:
         loaded = OmegaConf.load(path)
@@ -116,20 +117,25 @@ def _merge(base: Any, change: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(base, change)
     except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        raise UserError(f"{source}: unknown key {key[:60]!r}; {_hint(key)}") from None
+        unknown = _full_key(str(error.full_key or error.key), change)
+        raise UserError(f"{source}: unknown key {unknown[:60]!r}; {hint(unknown)}") from None
     except OmegaConfBaseException as error:
-        problem = first_line(error)
+        problem, key = first_line(error), str(error.full_key or "value")
+        if section := next((key for key in _keys(change) if key in sections()), None):
+            raise UserError(
+                f"{source}: {section} is a section of settings, not one value: write {section}.NAME=VALUE (in a file,"
+                f" `NAME: VALUE` indented below `{section.rpartition('.')[2]}:`); docs/settings.md lists the names"
+            ) from None
         if "ListConfig" in problem:
-            problem = f"must be a list, such as '{error.full_key}=[a,b]'"
-        raise UserError(f"{source}: {error.full_key or 'value'}: {problem}") from None
+            problem = f"must be a list, such as '{key}=[a,b]'"
+        raise UserError(f"{source}: {key}: {problem}") from None
 
 
-def _hint(unknown: str) -> str:
-    """A hint for an unknown key: the closest known key, or the names of all sections if none is close."""
-    known = list(dotted(RunConfig()))
-    known += sorted({key.rpartition(".")[0] for key in known})
-    close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"the sections are {', '.join(field.name for field in dataclasses.fields(RunConfig))}"
+def _full_key(key: str, change: Any) -> str:
+    """The dotted key of the first setting in `change` under `key`: OmegaConf names an unknown section only."""
+    return next((full for full in _keys(change) if full == key or full.startswith(f"{key}.")), key)
+
+
+def _keys(change: Any) -> list[str]:
+    """The dotted keys that `change` sets."""
+    return list(flatten(OmegaConf.to_container(OmegaConf.create(change))))  # type: ignore[arg-type]

@@ -1,13 +1,15 @@
 """The names that users type: a change of one fails here, so it cannot happen by accident."""
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
+import megabase
 from megabase.pipeline import cli
-from megabase.pipeline.commands.settings import split_settings
+from megabase.pipeline.commands.settings import HELP_ON_SETTINGS, split_settings
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
 
@@ -134,6 +136,17 @@ def test_commands() -> None:
     assert set(commands) == set(COMMANDS)
     for name, arguments in COMMANDS.items():
         assert arguments_of(commands[name]) == ["--help", *arguments], name
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"megabase {megabase.__version__}\n")
+
+
+def test_help_names_every_section_of_settings() -> None:
+    sections = [line.split()[0] for line in HELP_ON_SETTINGS.splitlines() if line.startswith("  ")]
+    assert sections == [field.name for field in dataclasses.fields(RunConfig)]
 
 
 def test_benchmarks() -> None:

@@ -119,6 +119,32 @@ def test_unknown_key_and_wrong_type(
     assert "optim.lr" in error_of(capsys, *train_arguments(lambda_shards, tmp_path, "optim.lr=fast"))
 
 
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["--data.length", "512"], "--data.length: settings are written without dashes: data.length=512"),
+        (["--data.length=512"], "data.length=512"),
+        (["--lr", "1e-3"], "--lr: settings are written without dashes: optim.lr=1e-3"),
+        (["--batch-size=4"], "data.global_batch=4"),
+        (["--lr"], "optim.lr=VALUE"),
+    ],
+)
+def test_a_setting_written_as_an_option(
+    words: list[str], written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (1, 2, 3):  # before, between and after other words
+        arguments = ["train", "run.name=x", "data.shards=s"]
+        arguments[place:place] = words
+        assert written in error_of(capsys, *arguments)
+
+
+def test_an_option_may_stand_before_between_and_after_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run.name=x", "data.shards=s", "trainer.devices=0"]
+    for place in range(4):
+        arguments = [*words[:place], "--dry-run", *words[place:]]
+        assert "trainer.devices=0: must be above zero" in error_of(capsys, "submit", *arguments)
+
+
 def test_several_nodes_by_hand(
     tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

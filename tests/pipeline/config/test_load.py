@@ -86,7 +86,12 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
         ("model.layers=local", r"model\.layers: must be a list, such as 'model\.layers=\[a,b\]'"),
         ("optim.beta1=7", r"optim\.beta1=7\.0: must be at least 0 and below 1"),
         ("optim.min_lr=5", r"optim\.min_lr=5\.0: it is a fraction"),
-        ("zzzz.q=1", r"unknown key 'zzzz'; the sections are run, model, data"),
+        ("zzzz.q=1", r"unknown key 'zzzz\.q'; the sections are run, model, data"),
+        ("lr=1e-3", r"argument 'lr=1e-3': unknown key 'lr'; did you mean 'optim\.lr'\?"),
+        ("optm.lr=1", r"unknown key 'optm\.lr'; did you mean 'optim\.lr'\?"),
+        ("model=big", r"model is a section of settings, not one value: write model\.NAME=VALUE"),
+        ("model.lsh=4", r"model\.lsh is a section of settings, not one value: write model\.lsh\.NAME=VALUE"),
+        ("optim=", r"optim is a section of settings"),
         ("nonsense", r"'nonsense' is neither a config file nor KEY=VALUE"),
         ("optim.lr=[", r"optim\.lr=\["),
     ],
@@ -100,6 +105,12 @@ def test_bad_argument_is_one_clear_line(argument: str, message: str) -> None:
 def test_missing_file_bad_yaml_and_missing_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load([tmp_path / "none.yaml"], MINIMAL)
+    with pytest.raises(
+        UserError, match=r"data\.length is a setting, not a config file: write data\.length=VALUE"
+    ):
+        load(["data.length"], MINIMAL)
+    with pytest.raises(UserError, match=r"empty\.yaml: slurm is a section of settings, not one value"):
+        load([write(tmp_path / "empty.yaml", "slurm:\n")], MINIMAL)
     with pytest.raises(UserError, match="cannot be read as YAML"):
         load([write(tmp_path / "torn.yaml", "a: [1, 2\n")], MINIMAL)
     with pytest.raises(UserError, match="must hold keys and values"):
