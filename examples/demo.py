@@ -39,6 +39,7 @@ def main() -> int:
     """Run the demo; returns an exit code."""
     began = time.monotonic()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that it runs two ranks on a machine with one GPU, too
+    os.environ["MEGABASE_OVERSUBSCRIBE"] = "1"  # and on one with a single CPU
     if not SHARDS.exists():
         _say(f"preparing {GENOME.name}: FASTA -> WebDataset shards; the last 10% are for validation")
         _megabase("prepare", str(GENOME), str(SHARDS), "--valid", "0.1")

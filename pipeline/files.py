@@ -1,4 +1,4 @@
-"""Sizes of files and directories, and errors of a full disk."""
+"""Sizes of files and directories, errors of a full disk; sizes and times for people."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def readable_size(size: int) -> str:
         if size >= unit:
             return f"{size / unit:,.1f} {name}"
     return f"{size} bytes"
+
+
+def readable_time(seconds: float) -> str:
+    """A span of time for people, such as "1.4 hours"."""
+    for unit, name in ((365 * 86_400, "years"), (86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            count = seconds / unit
+            return f"{count:,.0f} {name}" if count >= 10 else f"{count:.1f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def directory_size(path: Path) -> int:

@@ -1,8 +1,11 @@
-"""What the hardware can do: precision, peak speed and memory, from which a run computes its utilisation (MFU)."""
+"""What the hardware can do: CPUs and GPUs, precision, peak speed and memory, from which a run computes its MFU."""
 
 from __future__ import annotations
 
+import os
 import resource
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,6 +26,36 @@ PEAK_16_BIT = {
     "GH200": 989e12,
     "B200": 2250e12,
 }
+
+# FLOP/s of one CPU core that few programs reach: in fp32, two multiply-adds of 512 bits in each of 1.5 billion cycles.
+CPU_CORE_FLOPS = 1e11
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, as this process sees it.
+
+    Attributes:
+        cpus: CPUs that this process may use.
+        gpus: GPUs that torch can use.
+        has_driver: an NVIDIA driver is loaded, whether or not torch can use it.
+        hidden: somebody has hidden the GPUs: CUDA_VISIBLE_DEVICES is empty.
+    """
+
+    cpus: int
+    gpus: int
+    has_driver: bool = False
+    hidden: bool = False
+
+    @classmethod
+    def this(cls) -> Machine:
+        """The machine that this process runs on."""
+        return cls(
+            cpus=len(os.sched_getaffinity(0)),
+            gpus=torch.cuda.device_count(),
+            has_driver=Path("/proc/driver/nvidia/version").exists(),
+            hidden=os.environ.get("CUDA_VISIBLE_DEVICES") == "",
+        )
 
 
 def precision_of(setting: str) -> str:

@@ -33,7 +33,7 @@ import pytest
 from megabase.datamodules.processes import end_with_parent
 
 # No GPU: there may be fewer than ranks, and a process that has touched one cannot fork.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MEGABASE_OVERSUBSCRIBE": "1"}
 ROOT = Path(__file__).parents[1]
 # Seconds to wait for a job, and for ranks that run all cases of a module, on a busy machine.
 START_S = 480.0

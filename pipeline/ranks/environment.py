@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from megabase.pipeline.errors import UserError
+
+# In this environment variable, 1 allows more ranks than CPUs, as the tests need.
+OVERSUBSCRIBE = "MEGABASE_OVERSUBSCRIBE"
 
 
 def local_devices(requested: int | None) -> int:
@@ -22,12 +23,31 @@ def local_devices(requested: int | None) -> int:
     Raises:
         UserError: more GPUs are requested than the node has.
     """
+    import torch  # not at the top: `is_rank` is asked before torch is loaded
+
     gpus = torch.cuda.device_count()
     if requested is None:
         return gpus or 1
     if gpus and requested > gpus:
-        raise UserError(f"trainer.devices={requested}: this node has {gpus} GPUs")
+        raise UserError(
+            f"trainer.devices={requested}: this node has {gpus} GPUs: take {gpus}, or null for all"
+        )
     return requested
+
+
+def refuse_oversubscription(devices: int, cpus: int, way_out: str) -> None:
+    """Raise UserError if more ranks are to start on a machine without GPUs than it has CPUs.
+
+    Args:
+        devices: ranks to start.
+        cpus: of this machine.
+        way_out: the settings or the command that fit; the end of the message.
+    """
+    if devices > cpus and os.environ.get(OVERSUBSCRIBE) != "1":
+        raise UserError(
+            f"trainer.devices={devices}: this machine has no GPU that torch can use, and {cpus} CPU{'s' * (cpus > 1)},"
+            f" one for each rank at most: {way_out}"
+        )
 
 
 def is_rank() -> bool:

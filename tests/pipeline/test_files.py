@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabase.pipeline.files import directory_size, is_disk_full, readable_size
+from megabase.pipeline.files import directory_size, is_disk_full, readable_size, readable_time
 
 
 @pytest.mark.parametrize("numbers", [10, 5_000_000])
@@ -41,3 +41,11 @@ def test_the_size_of_a_directory_counts_all_below(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(10))
     (tmp_path / "a" / "b" / "y").write_bytes(bytes(7))
     assert directory_size(tmp_path) == 17
+
+
+def test_times_for_people() -> None:
+    seconds = [0.123, 5.4, 42.2, 89, 5400, 86_400 * 12.4, 86_400 * 365 * 12_345]
+    assert [readable_time(each) for each in seconds] == [
+        *("0.12 s", "5.4 s", "42 s", "89 s"),
+        *("1.5 hours", "12 days", "12,345 years"),
+    ]

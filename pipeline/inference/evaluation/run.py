@@ -27,7 +27,7 @@ from megabase.models.config import ConfigError, ReformerConfig
 from megabase.pipeline.config.load import with_settings
 from megabase.pipeline.config.schema import RunConfig, RunSettings, TrainerConfig
 from megabase.pipeline.errors import RunError, UserError
-from megabase.pipeline.hardware import precision_of
+from megabase.pipeline.hardware import Machine, precision_of
 from megabase.pipeline.inference.evaluation import measure
 from megabase.pipeline.inference.evaluation.compressors import compress
 from megabase.pipeline.inference.evaluation.measure import LOWER, Parts, Scorer
@@ -44,7 +44,13 @@ from megabase.pipeline.inference.evaluation.table import as_tables
 from megabase.pipeline.inference.evaluation.tally import Tally
 from megabase.pipeline.inference.model import LoadedModel, load_model
 from megabase.pipeline.ranks import rendezvous, supervisor
-from megabase.pipeline.ranks.environment import complete_environment, is_rank, is_rank_zero, local_devices
+from megabase.pipeline.ranks.environment import (
+    complete_environment,
+    is_rank,
+    is_rank_zero,
+    local_devices,
+    refuse_oversubscription,
+)
 from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.ranks.stop import STOP_SIGNALS, StopRequest
 from megabase.pipeline.rundir.paths import RunPaths
@@ -124,6 +130,8 @@ def run(options: EvaluateOptions, arguments: Sequence[str]) -> int:
         return _run_rank(options, trainer.nodes, devices)
     if trainer.nodes > 1:
         raise UserError(f"trainer.nodes={trainer.nodes}: start it with slurm/evaluate.sbatch, or with srun")
+    if devices > 1 and not (machine := Machine.this()).gpus:
+        refuse_oversubscription(devices, machine.cpus, f"take trainer.devices={machine.cpus}")
     task = prepare(options)
     if devices > 1:
         logger.info(f"starting {devices} ranks")

@@ -12,6 +12,7 @@ from megabase.pipeline.ranks.environment import (
     is_rank_zero,
     local_devices,
     rank_name,
+    refuse_oversubscription,
 )
 
 SLURM = {
@@ -75,3 +76,14 @@ def test_devices_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (local_devices(None), local_devices(2)) == (4, 2)
     with pytest.raises(UserError, match=r"trainer\.devices=5: this node has 4 GPUs"):
         local_devices(5)
+
+
+def test_more_ranks_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGABASE_OVERSUBSCRIBE", raising=False)
+    refuse_oversubscription(2, 2, "")
+    with pytest.raises(
+        UserError, match=r"trainer\.devices=3: this machine .* 1 CPU, one for each .*: take 1"
+    ):
+        refuse_oversubscription(3, 1, "take 1")
+    monkeypatch.setenv("MEGABASE_OVERSUBSCRIBE", "1")
+    refuse_oversubscription(3, 1, "")
