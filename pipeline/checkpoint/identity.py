@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.config.keys import dotted
@@ -10,8 +11,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.environment import versions
-from megabase.pipeline.zero.settings import layout_options
-from megabase.pipeline.zero.states import SavedLayout
+from megabase.pipeline.zero.settings import SavedLayout, layout_options
 
 # Settings that decide what a run computes: a checkpoint with another value belongs to another run...
 IDENTITY = ("model.", "data.", "run.seed")
@@ -66,14 +66,7 @@ def check_same_run(saved: Manifest, current: Manifest, path: Path) -> None:
     Raises:
         UserError: they are different runs; the message names each difference.
     """
-    # A setting that did not exist when the checkpoint was written had its default.
-    recorded = saved.config
-    defaults = {
-        key: value
-        for key, value in dotted(RunConfig()).items()
-        if not any(name.startswith(f"{key}.") for name in recorded)
-    }
-    saved_settings = defaults | recorded
+    saved_settings = _settings_of(saved)
     keys = sorted(k for k in {*saved_settings, *current.config} if k.startswith(IDENTITY) and k not in FREE)
     differences = [
         f"{key}: checkpoint {saved_settings.get(key)!r}, config {current.config.get(key)!r}"
@@ -92,3 +85,41 @@ def check_same_run(saved: Manifest, current: Manifest, path: Path) -> None:
             f"the config differs from checkpoint {path}: {'; '.join(differences)}."
             " Use the checkpoint's values, or another run.name for a new run"
         )
+
+
+def changed_settings(saved: Manifest, current: Manifest) -> list[str]:
+    """The settings of a run that differ from those of the checkpoint it resumes from, as "optim.lr 0.001 -> 0.0005".
+
+    Args:
+        saved: the checkpoint's manifest.
+        current: the manifest that a checkpoint of the run would have (`manifest_of`).
+    """
+    before, now = _settings_of(saved), current.config
+    # Where the run is does not matter, and `ranks` says more than these two.
+    ignored = ("run.name", "run.root", "trainer.devices", "trainer.nodes", "model.vocab_size")
+    changes = [
+        f"{key} {_written(before.get(key))} -> {_written(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and key not in ignored
+    ]
+    if saved.ranks != current.ranks:
+        changes.append(f"ranks {saved.ranks} -> {current.ranks}")
+    return changes
+
+
+def _settings_of(saved: Manifest) -> dict[str, Any]:
+    """The settings in a checkpoint's manifest. One that did not exist when it was written had its default."""
+    recorded = saved.config
+    defaults = {
+        key: value
+        for key, value in dotted(RunConfig()).items()
+        if not any(name.startswith(f"{key}.") for name in recorded)
+    }
+    return defaults | recorded
+
+
+def _written(value: object) -> str:
+    """A value as in a config: null, true, 0.001."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.choose import choose_to_resume
-from megabase.pipeline.checkpoint.identity import check_same_run, manifest_of
+from megabase.pipeline.checkpoint.identity import changed_settings, check_same_run, manifest_of
 from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
@@ -35,6 +35,8 @@ def resume_point(config: RunConfig, data: SequenceDataModule, world: Group) -> t
         config, manifest.step, ranks=world.size, data=data.identity, alphabet=data.index.alphabet.name
     )
     check_same_run(manifest, current, path)
+    if world.rank == 0 and (changes := changed_settings(manifest, current)):
+        logger.info(f"{config.run.name} resumes with {', '.join(changes)}")
     return chosen
 
 

@@ -12,7 +12,7 @@ from megabase.datamodules.config import accumulation
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.groups import Groups
-from megabase.pipeline.zero.states import SavedLayout
+from megabase.pipeline.zero.settings import SavedLayout
 from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ from megabase.pipeline.config.schema import CPU, NONE, NVME, RunConfig, ZeroConf
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.zero.reserved import ZERO
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """How the ranks that wrote a checkpoint laid out its states.
+
+    Attributes:
+        ranks: number of processes, the world size.
+        stage: ZeRO stage.
+        precision: `32`, `bf16` or `16`.
+        options: of `layout_options`.
+    """
+
+    ranks: int
+    stage: int
+    precision: str
+    options: tuple[Any, ...] = ()
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:

@@ -25,27 +25,11 @@ from torch import Tensor
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.zero import checkpoint_engine
 from megabase.pipeline.zero.checkpoint_engine import DIRECTORY
+from megabase.pipeline.zero.settings import SavedLayout
 
 WEIGHTS = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WAY_OUT = "take another checkpoint, or resume with the same number of ranks and the same zero.stage"
-
-
-@dataclass(frozen=True)
-class SavedLayout:
-    """How the ranks that wrote a checkpoint laid out its states.
-
-    Attributes:
-        ranks: number of processes, the world size.
-        stage: ZeRO stage.
-        precision: `32`, `bf16` or `16`.
-        options: of `settings.layout_options`.
-    """
-
-    ranks: int
-    stage: int
-    precision: str
-    options: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

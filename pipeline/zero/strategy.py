@@ -38,8 +38,8 @@ from megabase.pipeline.zero.checkpoint_engine import DIRECTORY, Storage
 from megabase.pipeline.zero.construction import Sharded
 from megabase.pipeline.zero.offload import map_from_files
 from megabase.pipeline.zero.reshard import reshard
-from megabase.pipeline.zero.settings import check_engine, deepspeed_config, layout_options
-from megabase.pipeline.zero.states import SavedLayout, Shards
+from megabase.pipeline.zero.settings import SavedLayout, check_engine, deepspeed_config, layout_options
+from megabase.pipeline.zero.states import Shards
 
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 

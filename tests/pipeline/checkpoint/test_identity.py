@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megabase.pipeline.checkpoint.identity import check_same_run, manifest_of, saved_layout
+from megabase.pipeline.checkpoint.identity import changed_settings, check_same_run, manifest_of, saved_layout
 from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.config.load import load
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.zero.states import SavedLayout
+from megabase.pipeline.zero.settings import SavedLayout
 
 
 def settings(*changes: str) -> Manifest:
@@ -43,6 +43,25 @@ def test_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds other records or splits"):
         check_same_run(then, replace(settings(), data="others"), tmp_path)
     check_same_run(then, replace(settings(), ranks=4), tmp_path)
+
+
+def test_changed_settings_are_named_allowed_ones_too() -> None:
+    then = settings()
+    assert changed_settings(then, settings()) == []
+    now = replace(
+        settings("optim.lr=0.0005", "trainer.max_minutes=5", "slurm.time=60", "checkpoint.background=true"),
+        ranks=4,
+    )
+    assert changed_settings(then, now) == [
+        "checkpoint.background false -> true",
+        "optim.lr 0.001 -> 0.0005",
+        "slurm.time null -> 60",
+        "trainer.max_minutes 0.0 -> 5.0",
+        "ranks 2 -> 4",
+    ]
+    assert (
+        changed_settings(then, settings("trainer.devices=2", "run.root=elsewhere")) == []
+    )  # two ranks as before
 
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
