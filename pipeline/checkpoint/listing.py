@@ -23,6 +23,7 @@ from megabase.pipeline.checkpoint.retention import validation_losses
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.files import directory_size, readable_size
 from megabase.pipeline.rundir.paths import CHECKPOINTS, RunPaths
+from megabase.pipeline.rundir.status import FINISHED, read_status
 from megabase.pipeline.tables import new_table
 
 VERIFIED = "verified"
@@ -247,6 +248,10 @@ def conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
     newest = _considered_by_next_start(entries)
     if newest is None:
         lines.append(f"{run}: no checkpoint to resume from.")
+    elif newest.intact and read_status(run) == (FINISHED, newest.step):
+        lines.append(
+            f"{run}: finished at step {newest.step}. A larger trainer.max_steps trains it further, from {newest.name}."
+        )
     elif newest.intact:
         lines.append(f"{run}: the next start resumes from {newest.name}.")
     else:

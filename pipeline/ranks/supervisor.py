@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 GRACE_S = 10.0
 # Seconds to wait for a killed process: while it waits for a disk that does not respond, it does not end.
 KILLED_WAIT_S = 30.0
+# Set in the environment of the ranks that `supervise` starts.
+_SUPERVISED = "MEGABASE_SUPERVISED"
+
+
+def is_supervised() -> bool:
+    """Whether `supervise` started this process as a rank."""
+    return _SUPERVISED in os.environ
 
 
 def megabase_command(*arguments: str) -> list[str]:
@@ -85,6 +92,7 @@ def _start(command: Sequence[str], ranks: int) -> list[subprocess.Popen[bytes]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "GROUP_RANK": "0",
+        _SUPERVISED: "1",
     }
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment.setdefault("OMP_NUM_THREADS", str(threads))

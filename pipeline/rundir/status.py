@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,6 +12,9 @@ from megabase.datamodules.files import publish_json
 from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
+
+FINISHED = "finished"
+"""The state of a run that has nothing left to do; `training/outcome.py` has the others."""
 
 # In this environment variable the job script passes the path of the file to which it wants the status written.
 STATUS_FILE_VARIABLE = "MEGABASE_STATUS_FILE"
@@ -38,6 +42,15 @@ def write_launcher_status(state: str, step: int | None, directory: Path | None =
     if directory:
         status["checkpoints"] = str(RunPaths(directory).checkpoints)
     _write(Path(file), status)
+
+
+def read_status(directory: Path) -> tuple[str, int | None]:
+    """The state and the step in `status.json`; ("", None) if there is none or it cannot be read."""
+    try:
+        status = json.loads(RunPaths(directory).status.read_text())
+        return str(status["state"]), status["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", None
 
 
 def _write(path: Path, status: dict[str, Any]) -> None:

@@ -43,6 +43,19 @@ def default_uri(config: RunConfig) -> str:
     return config.tracking.uri or f"sqlite:///{Path(config.run.root).absolute() / 'mlflow.db'}"
 
 
+def is_complete(config: RunConfig) -> bool:
+    """Whether MLflow has everything of a finished run, according to `mlflow.json`. MLflow is not asked."""
+    about = {"uri": default_uri(config), "experiment": config.tracking.experiment, "status": "FINISHED"}
+    try:
+        known = json.loads(RunPaths(config.directory).mlflow.read_text())
+    except (OSError, ValueError):
+        return False
+    database = Path(about["uri"].removeprefix("sqlite:///"))
+    if about["uri"].startswith("sqlite:///") and not database.exists():
+        return False
+    return isinstance(known, dict) and about.items() <= known.items()
+
+
 class Mirror:
     """Sends `metrics.jsonl` and `performance.jsonl` of a run directory to one MLflow run. For rank 0.
 
@@ -124,6 +137,7 @@ class Mirror:
                 if artifact.exists():
                     client.log_artifact(self._run_id, str(artifact))
             client.set_terminated(self._run_id, status=self._status)
+            publish_json(self._paths.mlflow, {**self._known(), "status": self._status})
 
     def _client(self) -> Any:
         # Imported here because it takes seconds, and a run without tracking does not need it.
@@ -150,7 +164,7 @@ class Mirror:
             tags = {KEY_TAG: known["key"], "megabase.run_directory": str(self._directory)}
             run = client.create_run(experiment_id, run_name=self._config.run.name, tags=tags)
         run_id = str(run.info.run_id)
-        publish_json(self._paths.mlflow, {**known, "run_id": run_id})
+        publish_json(self._paths.mlflow, {**known, "run_id": run_id, "status": "RUNNING"})
         client.update_run(run_id, status="RUNNING")
         self._log_params(client, run_id, client.get_run(run_id).data.params)
         return run_id

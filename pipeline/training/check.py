@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-from megabase.datamodules.batches.visits import training_windows
+from megabase.datamodules.batches.visits import Windows, training_windows
 from megabase.datamodules.config import accumulation
 from megabase.datamodules.index.segments import VALID
 from megabase.datamodules.index.shard_index import ShardIndex
@@ -22,12 +22,15 @@ from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.zero import passthrough
 
 
-def check(config: RunConfig, ranks: int) -> None:
+def check(config: RunConfig, ranks: int) -> Windows:
     """Check a run against its shards, its run directory and this machine; sets `model.vocab_size`.
 
     Args:
         config: of the run.
         ranks: that will train it, on all nodes together.
+
+    Returns:
+        The windows to train on, and with them the shards.
 
     Raises:
         UserError: a setting cannot work, a STOP file holds the run, its directory cannot be written, or its newest
@@ -45,7 +48,7 @@ def check(config: RunConfig, ranks: int) -> None:
     if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
     index = ShardIndex.open(config.data.shards)
-    training_windows(config.data, index)
+    windows = training_windows(config.data, index)
     if config.checkpoint.keep_best and VALID not in index.segments.splits():
         raise UserError(
             f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
@@ -54,6 +57,7 @@ def check(config: RunConfig, ranks: int) -> None:
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
     _check_newest_checkpoint(config, ranks, index)
+    return windows
 
 
 def _check_run_directory(config: RunConfig) -> None:

@@ -13,18 +13,24 @@ from pathlib import Path
 
 import torch
 
+from megabase.datamodules.batches.visits import Windows
+from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.pipeline.checkpoint.identity import saved_layout
+from megabase.pipeline.checkpoint.next_start import next_start
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.hardware import Machine
+from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.ranks import rendezvous, supervisor, watchdog
 from megabase.pipeline.ranks.environment import complete_environment, is_rank, is_rank_zero, local_devices
 from megabase.pipeline.ranks.groups import Group, Groups
 from megabase.pipeline.ranks.stop import EXIT_AGAIN, StopRequest
 from megabase.pipeline.rundir.lock import lock_run
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.rundir.status import write_launcher_status
-from megabase.pipeline.tracking.mirror import Mirror
+from megabase.pipeline.rundir.status import FINISHED, read_status, write_launcher_status
+from megabase.pipeline.tracking.mirror import Mirror, is_complete
 from megabase.pipeline.training.check import check
+from megabase.pipeline.training.machine import check_machine, warnings_about
 from megabase.pipeline.training.outcome import Outcome, conclude, state_of, write_running
 
 logger = logging.getLogger(__name__)
@@ -48,25 +54,59 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     if is_rank():
         try:
             complete_environment(config.trainer.nodes, devices)
-            check(config, config.trainer.nodes * devices)
+            windows = check(config, config.trainer.nodes * devices)
+            if is_rank_zero() and not supervisor.is_supervised():
+                _warn(config, config.trainer.nodes * devices, windows)
         except BaseException:
             # Only the launcher's status: the run directory may belong to another job.
             if is_rank_zero():
                 write_launcher_status("failed", None)
             raise
         return _run_rank(config, devices, stop)
-    check(config, config.trainer.nodes * devices)
+    if config.trainer.nodes == 1:
+        check_machine(config, devices, Machine.this(), arguments)
+    ranks = config.trainer.nodes * devices
+    windows = check(config, ranks)
     if config.trainer.nodes > 1:
         raise UserError(
             f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
             " on every node"
         )
+    if has_finished(config, ranks, windows.index):
+        return 0
+    _warn(config, ranks, windows)
     logger.info(
         f"{config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
         f" run directory {config.directory}"
     )
     command = supervisor.megabase_command("train", *arguments)
     return supervisor.supervise(command, devices, stop)
+
+
+def has_finished(config: RunConfig, ranks: int, index: ShardIndex) -> bool:
+    """Whether nothing is left to do, in training, in the status and in MLflow; then it is logged. Starts nothing.
+
+    If this is not certain, ranks are started, and they decide it again (`resume.is_finished`).
+    """
+    if read_status(config.directory)[0] != FINISHED:
+        return False
+    if config.tracking.enabled and not is_complete(config):
+        return False
+    start = next_start(config, ranks, index)
+    if start.finished:
+        logger.info(
+            f"{config.run.name} is finished (step {start.step} of trainer.max_steps={config.trainer.max_steps}):"
+            f" nothing is left to do in {config.directory}; a larger trainer.max_steps trains it further"
+        )
+    return start.finished
+
+
+def _warn(config: RunConfig, ranks: int, windows: Windows) -> None:
+    """Log what is worth knowing before a run starts: about this machine, and about the batch."""
+    for text in warnings_about(config, Machine.this()):
+        logger.warning(text)
+    if beyond := batches_of(config, ranks, windows).warning:
+        logger.warning(beyond)
 
 
 def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:

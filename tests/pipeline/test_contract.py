@@ -19,7 +19,7 @@ COMMANDS = {
     "index": ["directory", *SPLITS],
     "data": ["directory", "--json", "--picture"],
     "checkpoints": ["directory", "--json", "--fast"],
-    "train": ["settings"],
+    "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run"],
     "export": ["directory", "output", "--format", "--step", "--dtype"],
     "evaluate": [

@@ -108,6 +108,11 @@ def test_the_table_names_the_checkpoint_to_resume_from(run: Path, capsys: pytest
     assert re.search(r"59 min +2 +2 +32 +1\.2500  verified$", row), row
     assert next(line for line in lines if line.startswith("step-10 ")).split()[3:5] == ["3", "d"]
     assert f"{run}: the next start resumes from step-20." in lines
+    (run / "status.json").write_text('{"state": "finished", "step": 20}')
+    assert cli.main(["checkpoints", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"{run}: finished at step 20. A larger trainer.max_steps trains it further, from step-20." in out
+    assert "the next start resumes" not in out
     (run / "STOP").touch()
     assert cli.main(["checkpoints", str(run)]) == 0
     assert f"{run / 'STOP'} exists: the run does not start until it is removed." in capsys.readouterr().out

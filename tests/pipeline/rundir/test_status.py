@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from megabase.pipeline.rundir.status import write_launcher_status, write_status
+from megabase.pipeline.rundir.status import read_status, write_launcher_status, write_status
 
 
 def test_the_status_of_a_run(tmp_path: Path) -> None:
     write_status(tmp_path, "running", 3)
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 3}
+    assert read_status(tmp_path) == ("running", 3)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"state": "finished"}'])
+def test_without_a_readable_status_there_is_no_state(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "status.json").write_text(content)
+    assert read_status(tmp_path) == ("", None)
 
 
 def test_the_status_is_also_written_to_the_file_that_the_job_script_names(

@@ -18,9 +18,30 @@ from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.journal import Journal
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.tracking.mirror import Mirror
+from megabase.pipeline.tracking.mirror import Mirror, is_complete
 
 pytestmark = pytest.mark.slow
+
+
+def test_a_finished_run_is_complete_in_mlflow_if_its_file_says_so_of_this_server(tmp_path: Path) -> None:
+    run = load([], ["run.name=x", "data.shards=s", f"run.root={tmp_path}", "tracking.uri=http://here"])
+    run.directory.mkdir()
+    known = {"uri": "http://here", "experiment": "megabase", "key": "k", "run_id": "1"}
+    for content, complete in (
+        ({**known, "status": "FINISHED"}, True),
+        ({**known, "status": "KILLED"}, False),
+        (known, False),
+        ({**known, "status": "FINISHED", "uri": "http://there"}, False),
+        ([], False),
+    ):
+        RunPaths(run.directory).mlflow.write_text(json.dumps(content))
+        assert is_complete(run) == complete, content
+    run.tracking.uri = None
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    RunPaths(run.directory).mlflow.write_text(json.dumps({**known, "uri": uri, "status": "FINISHED"}))
+    assert not is_complete(run)  # the database is gone
+    (tmp_path / "mlflow.db").touch()
+    assert is_complete(run)
 
 
 class Server:

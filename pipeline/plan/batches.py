@@ -1,0 +1,74 @@
+"""The batches of a run: how a step is divided over ranks, how many windows an epoch has, how many epochs there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabase.datamodules.batches.visits import Windows
+from megabase.datamodules.config import CYCLE, accumulation, mixture_quotas
+from megabase.pipeline.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run.
+
+    Attributes:
+        ranks: that train.
+        micro_batch: windows of one forward pass on one rank.
+        accumulation: micro batches of a rank in a step.
+        global_batch: windows of a step: the product of these three.
+        length: bases of a window.
+        steps: of the whole run.
+        windows: of an epoch: every training window.
+        epochs: of the run. With a mixture of genomes: of the genome that is seen least often, and most often.
+    """
+
+    ranks: int
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    length: int
+    steps: int
+    windows: int
+    epochs: tuple[float, float]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.global_batch * self.length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.tokens_per_step * self.steps
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of a step that takes more windows than there are; None if it does not."""
+        if self.global_batch <= self.windows:
+            return None
+        return (
+            f"data.global_batch={self.global_batch} is more than the {self.windows:,} training windows: a step sees"
+            f" windows {self.global_batch / self.windows:.1f} times. Take a smaller data.global_batch, a shorter"
+            " data.length or more data"
+        )
+
+
+def batches_of(config: RunConfig, ranks: int, windows: Windows) -> Batches:
+    """The batches of a run on `ranks` ranks. Raises DataError if they cannot form the global batch."""
+    batch, plan = config.data.global_batch, windows.plan
+    quotas = mixture_quotas(plan.weights)
+    sizes = [after - before for before, after in zip(plan.bounds, plan.bounds[1:], strict=False)]
+    consumed = batch * config.trainer.max_steps
+    epochs = [consumed * quota / CYCLE / size for quota, size in zip(quotas, sizes, strict=True)]
+    return Batches(
+        ranks=ranks,
+        micro_batch=config.data.micro_batch,
+        accumulation=accumulation(batch, config.data.micro_batch, ranks),
+        global_batch=batch,
+        length=config.data.length,
+        steps=config.trainer.max_steps,
+        windows=len(plan),
+        epochs=(min(epochs), max(epochs)),
+    )

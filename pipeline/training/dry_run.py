@@ -1,0 +1,44 @@
+"""`megabase train --dry-run`: check a run as a start does, and print its plan. Nothing is started or written."""
+
+from __future__ import annotations
+
+from megabase.pipeline.checkpoint.next_start import next_start
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import UserError
+from megabase.pipeline.hardware import Machine
+from megabase.pipeline.plan.run import plan
+from megabase.pipeline.plan.table import as_table
+from megabase.pipeline.ranks.environment import local_devices
+from megabase.pipeline.tables import show
+from megabase.pipeline.training.check import check
+from megabase.pipeline.training.machine import check_machine, warnings_about
+
+
+def dry_run(config: RunConfig, arguments: list[str]) -> None:
+    """Print the plan of a run, and what a start would warn of.
+
+    Args:
+        config: of the run.
+        arguments: the command line after `megabase train`.
+
+    Raises:
+        UserError, DataError, ConfigError: what a start would raise, except that this machine need not fit the run.
+    """
+    devices = config.trainer.devices or local_devices(None)
+    ranks = config.trainer.nodes * devices
+    windows = check(config, ranks)
+    start = next_start(config, ranks, windows.index)
+    planned = plan(config, ranks, windows, start)
+    notes = [*start.damaged]
+    if start.step and start.changes:
+        notes.append(f"It resumes with {', '.join(start.changes)}.")
+    if planned.batches.warning:
+        notes.append(planned.batches.warning + ".")
+    if config.trainer.nodes == 1:
+        machine = Machine.this()
+        try:
+            check_machine(config, devices, machine, arguments)
+            notes += warnings_about(config, machine)
+        except UserError as error:
+            notes.append(f"On this machine it does not start: {error}")
+    show(as_table(planned), *notes)
