@@ -165,13 +165,16 @@ class _Rows:
         """Raise DataError if there is no record, a split names a missing one, or none is for training."""
         if not self._members:
             raise DataError(f"{directory}: no member of its tars ends in {' '.join(_READERS)}")
-        self._splits.check_names(self._in_split)
+        self._splits.check_names(self._in_split, self._every_name)
         if not self._trained:
             raise DataError(f"{directory}: no base is left to train on: see --valid, --test and --intervals")
 
     def batches(self) -> list[pa.RecordBatch]:
         """All rows."""
         return self._rows.all()
+
+    def _every_name(self) -> list[str]:
+        return list(dict.fromkeys(name for batch in self.batches() for name in batch["record"].to_pylist()))
 
     def _add_member(self, path: Path, content: mmap.mmap, member: _Member, found: Composition) -> None:
         place = f"{path}: member {member.path}"

@@ -252,6 +252,13 @@ def _check_names(work: Unfinished, units: Sequence[Unit], parts: Sequence[Part])
             first[name] = unit
 
 
+def _names(parts: Sequence[Part]) -> list[str]:
+    """The names of all records, in order."""
+    return list(
+        dict.fromkeys(name for part in parts for name in (*part.rows["record"].to_pylist(), *part.unlisted))
+    )
+
+
 def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Sequence[Part]) -> None:
     """Raise DataError if a record that the splits name does not exist, or nothing is left to train on."""
     found: set[str] = set()
@@ -259,7 +266,7 @@ def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Seq
         wanted = pa.array(sorted(splits.named), pa.string())
         found.update(pc.unique(part.rows["record"].filter(pc.is_in(part.rows["record"], wanted))).to_pylist())
         found.update(splits.named & set(part.unlisted))
-    splits.check_names(found)
+    splits.check_names(found, lambda: _names(parts))
     if not any(part.bases for part in parts):
         raise DataError(f"{paths[0]}: the input's records hold no base at all")
     if any(pc.any(pc.equal(part.rows["split"], TRAIN)).as_py() for part in parts):

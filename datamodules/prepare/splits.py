@@ -1,17 +1,20 @@
 """Decides which part of a record is for training, for validation and for the test.
 
 A split is a fraction, taken from the end of every record (train, valid, test in that order), or a list of records that
-belong to it from end to end. A record in a list is not cut by the other split's fraction. Or a BED file assigns
-intervals to splits (see `bed`).
+belong to it from end to end, by name or pattern. A record in a list is not cut by the other split's fraction. Or a BED
+file assigns intervals to splits (see `bed`).
 """
 
-from collections.abc import Iterable, Set
-from dataclasses import dataclass
+import glob
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segment
 from megabase.datamodules.prepare.bed import Bed
+from megabase.datamodules.prepare.closest import hint
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,18 @@ class Splits:
 
     Attributes:
         fractions: split -> fraction of every record.
-        records: record -> the split that it belongs to from end to end.
+        records: record, or pattern of records -> the split that they belong to from end to end.
         bed: used in place of the two, unless None.
     """
 
     fractions: dict[str, float]
     records: dict[str, str]
     bed: Bed | None = None
+    patterns: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        magic = {name: split for name, split in self.records.items() if glob.has_magic(name)}
+        object.__setattr__(self, "patterns", magic)
 
     @classmethod
     def parse(
@@ -38,8 +46,8 @@ class Splits:
         """Read the options of `megabase prepare`.
 
         Args:
-            valid, test: a fraction in (0, 1), comma separated record names, or None for no such split. A number outside
-                (0, 1) is a name, since chromosomes have names like "1" and "22".
+            valid, test: a fraction in (0, 1), comma separated record names and patterns (`*`, `?`, `[`), or None for no
+                such split. A number outside (0, 1) is a name, since chromosomes have names like "1" and "22".
             intervals: a BED file (see `Bed.read`), in place of the two.
 
         Raises:
@@ -70,7 +78,7 @@ class Splits:
 
     @property
     def named(self) -> Set[str]:
-        """The records that a list or the BED file names. All must exist in the input."""
+        """The records and patterns of records that a list or the BED file names. All must exist in the input."""
         return self.bed.intervals.keys() if self.bed else self.records.keys()
 
     def of(self, name: str, length: int) -> list[Segment]:
@@ -84,12 +92,12 @@ class Splits:
             The segments in order, without empty ones.
 
         Raises:
-            DataError: an interval reaches beyond the record's end.
+            DataError: an interval reaches beyond the record's end, or patterns of two splits match the name.
         """
         if self.bed:
             return self.bed.territories(name, length)
-        if name in self.records:
-            segments = [Segment(self.records[name], 0, length)]
+        if split := self._named(name):
+            segments = [Segment(split, 0, length)]
         else:
             parts = {split: round(x * length) for split, x in self.fractions.items()}
             parts = {TRAIN: max(length - sum(parts.values()), 0), **parts}
@@ -99,18 +107,39 @@ class Splits:
                 start += segments[-1].length
         return [segment for segment in segments if segment.length]
 
-    def check_names(self, found: Iterable[str]) -> None:
-        """Raise DataError if a named record is not among those `found` in the input."""
-        for name in sorted(self.named - set(found)):
+    def check_names(self, found: Set[str], every: Callable[[], Sequence[str]]) -> None:
+        """Check that every named record exists, and that every pattern matches one.
+
+        Args:
+            found: those of `named` that are names of records.
+            every: returns the names of all records; called if that is not enough to know.
+
+        Raises:
+            DataError: one does not exist; the message has the closest name.
+        """
+        missing = sorted(self.named - found)
+        names = every() if missing else []
+        for name in missing:
+            if any(fnmatchcase(other, name) for other in names if name in self.patterns):
+                continue
             if self.bed:
                 raise DataError(
-                    f"{self.bed.path}: line {self.bed.intervals[name][0].line}: {name!r} is not a record of the "
-                    "input: name records by the first word of their FASTA header, and give all files at once"
+                    f"{self.bed.path}: line {self.bed.intervals[name][0].line}: no record is named {name!r}"
+                    f"{hint(name, names)}"
                 )
-            raise DataError(
-                f"--{self.records[name]} {name!r} is neither a fraction between 0 and 1 nor a record of the "
-                "input: use the first word of a FASTA header, or the name of a text file without .gz"
-            )
+            what = "matches" if name in self.patterns else "is named"
+            number = ", and a fraction lies between 0 and 1" if _is_number(name) else ""
+            raise DataError(f"--{self.records[name]}: no record {what} {name!r}{number}{hint(name, names)}")
+
+    def _named(self, name: str) -> str:
+        """The split whose list has a record, by its name or else by a pattern; empty if none has."""
+        if name in self.records:
+            return self.records[name]
+        matching = {split: pattern for pattern, split in self.patterns.items() if fnmatchcase(name, pattern)}
+        if len(matching) > 1:
+            both = " and ".join(f"--{split} {pattern!r}" for split, pattern in matching.items())
+            raise DataError(f"record {name!r} matches {both}: it can be in one of them only")
+        return next(iter(matching), "")
 
 
 def _fraction(value: str | float) -> float | None:
@@ -120,6 +149,14 @@ def _fraction(value: str | float) -> float | None:
     except ValueError:
         return None
     return number if 0 < number < 1 else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(split: str, value: str | float) -> list[str]:

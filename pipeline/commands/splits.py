@@ -23,7 +23,9 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         "--alphabet", choices=["dna", "protein", "bytes"], default="dna", help="bytes for text"
     )
     parser.add_argument(
-        "--valid", metavar="X", help="validation: a fraction of each record, or record names a,b"
+        "--valid",
+        metavar="X",
+        help="validation: a fraction of each record, or records by name and pattern: 'chr8,*_alt'",
     )
     parser.add_argument("--test", metavar="X", help="test: likewise")
     parser.add_argument(

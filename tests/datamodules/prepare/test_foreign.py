@@ -304,7 +304,7 @@ def test_impossible_directories_and_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \*\.tar in it"):
         index(tmp_path)
     put(tmp_path / "a.tar", {"x.seq": b"ACGT"})
-    with pytest.raises(DataError, match="'y' is neither a fraction"):
+    with pytest.raises(DataError, match="no record is named 'y'"):
         index(tmp_path, valid="y")
     with pytest.raises(DataError, match="no base is left to train on"):
         index(tmp_path, valid="x")

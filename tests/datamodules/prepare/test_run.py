@@ -116,7 +116,7 @@ def test_text_becomes_shards(tmp_path: Path) -> None:
     ("text", "options", "message"),
     [
         (b">a\nACGT\n>a\nACGT\n", {}, "in.fa: a second record is named 'a'"),
-        (b">a\nACGT\n", {"valid": "b"}, "--valid 'b' is neither a fraction between 0 and 1 nor a record"),
+        (b">a\nACGT\n", {"valid": "b"}, "--valid: no record is named 'b'; the records are a$"),
         (b">a\nACGT\n", {"valid": "a"}, "--valid a name every record: leave one to train on"),
         (b">a\n>b\n", {}, "hold no base at all"),
         (b">a\nACGT\n", {"alphabet": "rna"}, "unknown alphabet 'rna'"),

@@ -58,8 +58,31 @@ def test_impossible_splits_are_refused(valid: str, test: str | None, message: st
         Splits.parse(valid, test)
 
 
+def check(valid: str, *names: str) -> None:
+    splits = Splits.parse(valid)
+    splits.check_names(splits.named & set(names), lambda: list(names))
+
+
 def test_named_record_must_exist() -> None:
-    Splits.parse("a").check_names({"a", "b"})
-    for value in ("1.5", "0", "b"):
-        with pytest.raises(DataError, match=f"--valid '{value}' is neither a fraction between 0 and 1 nor"):
-            Splits.parse(value).check_names(["a"])
+    check("a", "a", "b")
+    for value in ("1.5", "0"):
+        with pytest.raises(DataError, match=f"--valid: no record is named '{value}', and a fraction lies"):
+            check(value, "a")
+    with pytest.raises(DataError, match=r"^--valid: no record is named 'chrb'; did you mean 'chrB'\?"):
+        check("chrA,chrb", "chrA", "chrB")
+
+
+def test_patterns_name_records() -> None:
+    splits = Splits.parse("chr1?,*_alt", "chr1*,chr12")
+    assert splits.of("chr1_alt2", 9) == [Segment("test", 0, 9)]
+    assert splits.of("chr12", 9) == [Segment("test", 0, 9)]  # by name, whatever a pattern says
+    assert splits.of("CHR12", 9) == [Segment("train", 0, 9)]
+    with pytest.raises(
+        DataError, match=r"record 'chr19' matches --valid 'chr1\?' and --test 'chr1\*': it can"
+    ):
+        splits.of("chr19", 9)
+    check("c*", "chr1")
+    check("odd[1]", "odd[1]")
+    assert Splits.parse("odd[1]").of("odd[1]", 9) == [Segment("valid", 0, 9)]
+    with pytest.raises(DataError, match=r"--valid: no record matches 'k\*'; the records are chr1$"):
+        check("c*,k*", "chr1")
