@@ -51,13 +51,17 @@ def needed_bytes(parameters: int, stage: int, precision: str, last: Manifest | N
         last: the manifest of the run's last checkpoint, if there is one. If its stage and precision are the same, the
             next one has its size.
     """
+    estimate = expected_bytes(parameters, stage, precision)
     if last is not None and (last.stage, last.precision) == (stage, precision):
         estimate = last.size
-    else:
-        # Below stage 3, rank 0 also writes the weights that the forward pass uses.
-        weights = 0 if stage == 3 else 4 if precision == "32" else 2
-        estimate = parameters * (_STATES_BYTES + weights)
     return estimate + estimate // 50 + _SPARE_BYTES
+
+
+def expected_bytes(parameters: int, stage: int, precision: str) -> int:
+    """Bytes of a checkpoint, files of all ranks together, beside small ones. Arguments as for `needed_bytes`."""
+    # Below stage 3, rank 0 also writes the weights that the forward pass uses.
+    weights = 0 if stage == 3 else 4 if precision == "32" else 2
+    return parameters * (_STATES_BYTES + weights)
 
 
 def shortage(checkpoints: Path, needed: int) -> str | None:

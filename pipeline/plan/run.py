@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megabase.datamodules.batches.visits import Windows
 from megabase.pipeline.checkpoint.next_start import NextStart
-from megabase.pipeline.checkpoint.space import needed_bytes
+from megabase.pipeline.checkpoint.space import expected_bytes
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.plan.batches import Batches, batches_of
@@ -27,7 +27,7 @@ class Plan:
         memory: of a rank.
         batches: of the run.
         start: what the next start would do.
-        checkpoint_bytes: of one checkpoint, at most.
+        checkpoint_bytes: of one checkpoint.
         keep: newest checkpoints that are kept.
     """
 
@@ -65,6 +65,6 @@ def plan(config: RunConfig, ranks: int, windows: Windows, start: NextStart) -> P
         memory=memory_of(config, total, ranks, precision),
         batches=batches_of(config, ranks, windows),
         start=start,
-        checkpoint_bytes=needed_bytes(total, config.zero.stage, precision),
+        checkpoint_bytes=expected_bytes(total, config.zero.stage, precision),
         keep=config.checkpoint.keep,
     )

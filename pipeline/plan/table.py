@@ -16,7 +16,8 @@ Row = tuple[str, str, str]
 
 def as_table(plan: Plan) -> Table:
     """The plan as a table: what, how much, and how that comes about."""
-    table = new_table(("", "", ""), left=("",))
+    table = new_table(("what", "how much", "how"), left=("what", "how"))
+    table.show_header = False
     for row in [*_model(plan), *_batches(plan.batches), *_memory(plan), *_checkpoints(plan), _start(plan)]:
         table.add_row(*row)
     return table
@@ -63,9 +64,7 @@ def _memory(plan: Plan) -> list[Row]:
 
 def _checkpoints(plan: Plan) -> list[Row]:
     size = plan.checkpoint_bytes
-    kept = (
-        f"at most; checkpoint.keep={plan.keep}: {readable_size((plan.keep + 1) * size)} while one is written"
-    )
+    kept = f"checkpoint.keep={plan.keep}: {readable_size((plan.keep + 1) * size)} while one is written"
     return [("checkpoint", readable_size(size), kept)]
 
 
