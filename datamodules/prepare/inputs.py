@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 STDIN = "-"
 _SEQUENCES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".fas", ".fsa", ".fq", ".fastq", ".jsonl", ".ndjson")
-_SUFFIXES = {"dna": _SEQUENCES, "protein": (*_SEQUENCES, ".faa", ".pep")}
+_ANNOTATED = (".gb", ".gbk", ".gbff", ".genbank", ".embl")
+_SUFFIXES = {"dna": (*_SEQUENCES, *_ANNOTATED), "protein": (*_SEQUENCES, ".faa", ".pep")}
 """What a name must end in, before the suffix of a compression, for `expand` to take the file out of a directory."""
 
 _SHOWN = 3

@@ -1,4 +1,4 @@
-"""Reads records from FASTA, FASTQ and JSONL files, or one record per file for bytes; compressed or not.
+"""Reads records from FASTA, FASTQ, JSONL, GenBank and EMBL files, or one record per file for bytes; compressed or not.
 
 Memory holds one record at a time. Compression (gzip, bgzip, zstd) and formats are recognised by a file's first bytes.
 For bytes JSONL is recognised by its name alone, because any text may begin with a brace.
@@ -19,6 +19,7 @@ from isal import igzip, isal_zlib
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.prepare.annotated import read_annotated
 from megabase.datamodules.prepare.composition import Composition
 from megabase.datamodules.prepare.rewrite import with_numbers
 
@@ -30,6 +31,9 @@ _UNREAD = {
     b"PK\3\4": "zip",
 }
 """Compressions that cannot be read, by a file's first bytes."""
+
+_ANNOTATED = {b"LOCUS": "genbank", b"ID   ": "embl"}
+"""Formats with annotation, by a file's first bytes."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -202,10 +206,16 @@ def _records(path: Path, file: io.BufferedReader, alphabet: Alphabet, field: str
         return _jsonl(path, file, field)
     if alphabet.name == "bytes":
         return _text(path, file)
-    head = file.peek(1)[:1]
-    if head == b"{":
+    head = file.peek(1)
+    if head[:1] == b"{":
         return _jsonl(path, file, field)
-    return _sequences(path, file, "fastq" if head == b"@" else "fasta")
+    for start, form in _ANNOTATED.items():
+        if head.startswith(start):
+            return (
+                Record(name, about, path.name, bases)
+                for name, about, bases in read_annotated(path, file, form)
+            )
+    return _sequences(path, file, "fastq" if head[:1] == b"@" else "fasta")
 
 
 def _text(path: Path, file: io.BufferedReader) -> Iterator[Record]:
@@ -231,8 +241,8 @@ def _sequences(path: Path, file: io.BufferedReader, form: str) -> Iterator[Recor
     except (dnaio.FileFormatError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise DataError(
-            f"{path}: not {form.upper()} ({problem}): correct it, or give FASTA, FASTQ or JSONL, plain or in "
-            "gzip, bgzip or zstd; for text use --alphabet bytes"
+            f"{path}: not {form.upper()} ({problem}): correct it, or give FASTA, FASTQ, JSONL, GenBank or "
+            "EMBL, plain or in gzip, bgzip or zstd; for text use --alphabet bytes"
         ) from error
     if empty:
         raise DataError(f"{path}: the file holds no FASTA record")
