@@ -7,6 +7,7 @@ nothing heavy.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.files import directory_size, readable_size
 from megabase.pipeline.rundir.paths import CHECKPOINTS, RunPaths
 from megabase.pipeline.rundir.status import FINISHED, read_status
-from megabase.pipeline.tables import new_table
+from megabase.pipeline.tables import age, new_table
 
 VERIFIED = "verified"
 COMPLETE = "complete"
@@ -33,7 +34,7 @@ PARTIAL = "partial"
 DELETING = "deleting"
 UNKNOWN = "unknown"
 _NAME = re.compile(r"step-(0|[1-9][0-9]*)(\.partial|\.deleting|\.broken(?:-[0-9]+)?)?")
-_HEADINGS = ("checkpoint", "size", "age", "ranks", "stage", "precision", "valid loss", "state")
+_HEADINGS = ("checkpoint", "size", "age", "ranks", "stage", "precision", "valid bits/base", "state")
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def as_table(entries: Sequence[Entry]) -> Table:
         table.add_row(
             entry.name,
             readable_size(entry.bytes),
-            _age(now - entry.created),
+            age(now - entry.created),
             *("" if value is None else str(value) for value in (entry.ranks, entry.stage, entry.precision)),
-            "" if entry.valid_loss is None else f"{entry.valid_loss:.4f}",
+            "" if entry.valid_loss is None else f"{entry.valid_loss / math.log(2):.4f}",
             f"{entry.state}: {entry.reason}" if entry.reason else entry.state,
         )
     return table
@@ -267,11 +268,3 @@ def conclusions(run: Path, entries: Sequence[Entry]) -> list[str]:
             f"Checkpoints set aside as broken take {size}. Nothing deletes them automatically: remove them with rm -r."
         )
     return lines
-
-
-def _age(seconds: float) -> str:
-    """A time span for people, such as "3 d" or "59 min"."""
-    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(seconds, 0):.0f} s"

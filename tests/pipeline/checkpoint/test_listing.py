@@ -101,11 +101,11 @@ def test_the_table_names_the_checkpoint_to_resume_from(run: Path, capsys: pytest
         "stage",
         "precision",
         "valid",
-        "loss",
+        "bits/base",
         "state",
     ]
     row = next(line for line in lines if line.startswith("step-20 "))
-    assert re.search(r"59 min +2 +2 +32 +1\.2500  verified$", row), row
+    assert re.search(r"59 min +2 +2 +32 +1\.8034  verified$", row), row
     assert next(line for line in lines if line.startswith("step-10 ")).split()[3:5] == ["3", "d"]
     assert f"{run}: the next start resumes from step-20." in lines
     (run / "status.json").write_text('{"state": "finished", "step": 20}')
