@@ -23,6 +23,7 @@ from megabase.pipeline.commands import (
     prepare,
     submit,
     train,
+    watch,
 )
 from megabase.pipeline.commands.settings import refuse_dashes
 from megabase.pipeline.errors import RESUME_HINT, RunError, UserError
@@ -36,6 +37,7 @@ COMMANDS = {
     "data": data,
     "train": train,
     "submit": submit,
+    "watch": watch,
     "checkpoints": checkpoints,
     "export": export,
     "evaluate": evaluate,

@@ -115,22 +115,35 @@ def has_evaluation(path: Path, step: int) -> bool:
 
 
 class Tail:
-    """Reads a growing journal and returns each row once. Nothing may rewrite the file meanwhile."""
+    """Reads a growing journal and returns each row once. `was_rewritten` says whether that still holds."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self._inode: int | None = None
 
-    def new(self) -> list[Row]:
-        """The rows that are complete and were not returned before."""
+    def was_rewritten(self) -> bool:
+        """Whether the rows that were returned may not be those of the file any more: a start has dropped some."""
+        if self._inode is None:
+            return False
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return True
+        return found.st_ino != self._inode or found.st_size < self._offset
+
+    def new(self) -> Iterator[Row]:
+        """The rows that are complete and were not returned before. Raises ValueError for a line that is not JSON."""
         if not self._path.exists():
-            return []
+            return
         with self._path.open("rb") as file:
+            self._inode = os.fstat(file.fileno()).st_ino
             file.seek(self._offset)
-            text = file.read()
-        complete = text[: text.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
 
 
 def _line(row: Row) -> str:

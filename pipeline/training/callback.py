@@ -35,6 +35,7 @@ from megabase.pipeline.training.decide import (
     decide_after_broken_evaluation,
     due_at,
     must_settle,
+    must_write,
     situation_of,
 )
 from megabase.pipeline.training.guard import Trouble
@@ -204,7 +205,7 @@ class TrainingCallback(pl.Callback):
             recorder.add_samples(agreed)
             norm = strategy.gradient_norm()
             recorder.add(FinishedStep(self.step, nats, weights, module.step_targets, norm, applied))
-            if self.step % self._config.trainer.log_every_steps == 0:
+            if must_write(agreed, self._config.trainer.log_every_steps):
                 recorder.flush()
         reason = module.guard.finish(self.step, module.micro_nats, applied)
         module.next_step()

@@ -50,6 +50,15 @@ def must_settle(due: Due, previous: Agreed | None) -> bool:
     return due.checkpoint or due.evaluation or agreed_to_act
 
 
+def must_write(agreed: Agreed | None, log_every_steps: int) -> bool:
+    """Whether rank 0 now writes the journal, and shows progress, up to the step that was agreed on.
+
+    The row of a step is complete one step later, when the ranks have agreed on its samples. So the journal is written
+    up to multiples of `trainer.log_every_steps`, one step after each.
+    """
+    return agreed is not None and agreed.step % log_every_steps == 0
+
+
 @dataclass(frozen=True)
 class Situation:
     """What all ranks know after an optimizer step.

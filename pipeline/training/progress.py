@@ -1,68 +1,143 @@
-"""The progress of a training in one line: a bar on a terminal, plain lines in a log file."""
+"""The progress of a run for people: a block of figures that is redrawn on a terminal, plain lines elsewhere.
+
+`figures.py` says what is shown; this draws it. A training redraws when it writes its journal, `megabase watch` once a
+second. No thread runs in between, so training pays for nothing but its own calls.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from megabase.pipeline.log import PROGRESS, console
+from megabase.pipeline.training.figures import Figures, fields, line
+
+# A step that takes longer than this many seconds shows how far it is.
+LONG_STEP_S = 30.0
+# Without a terminal: the least seconds between two lines.
+LINE_S = 10.0
+# On a terminal: the least seconds between two drawings.
+DRAW_S = 1.0
+# Columns of the bar on a wide terminal.
+_BAR = 60
 
 
-class ProgressLine:
-    """Shows step, loss (nats), bits per base, tokens per second and the time left. For rank 0.
+class Display:
+    """Shows the figures of a run that trains. For rank 0.
 
     Args:
-        max_steps: the last step of the run.
-        start: optimizer steps done already.
-        every_s: without a terminal, the least seconds between two lines.
+        name: of the run.
+        figures: shown at each `update`; the caller adds the rows.
     """
 
-    def __init__(self, max_steps: int, start: int, every_s: float = 10.0) -> None:
-        self._max_steps = max_steps
-        self._every_s = every_s
-        self._last_line = 0.0
-        self._start_time, self._start = time.monotonic(), start
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=console(),
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task("train", total=max_steps, completed=start, text="")
-            self._bar.start()
+    def __init__(self, name: str, figures: Figures) -> None:
+        self._figures = figures
+        self._shown: int | None = None  # the step that was shown last
+        self._last = 0.0  # when that was
+        self._inner = InnerStep()
+        drawn = sys.stderr.isatty() and not console().is_dumb_terminal
+        self._block = Block(name, console()) if drawn else None
 
-    def update(self, step: int, loss: float, bits_per_base: float, tokens_per_second: float) -> None:
-        """Show the figures of a step."""
-        text = f"loss {loss:.4f}  {bits_per_base:.4f} bits/base  {tokens_per_second:,.0f} tokens/s"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, text=text)
-            return
+    def update(self) -> None:
+        """Show the figures, unless they were shown a moment ago (`DRAW_S`, `LINE_S`) and the run goes on."""
         now = time.monotonic()
-        if now - self._last_line >= self._every_s or step == self._max_steps:
-            self._last_line = now
-            seconds_per_step = (now - self._start_time) / max(step - self._start, 1)
-            left = clock(seconds_per_step * (self._max_steps - step))
-            self.print(f"step {step}/{self._max_steps}  {text}  {left} left")
+        last = self._figures.step == self._figures.max_steps
+        if last or now - self._last >= (DRAW_S if self._block else LINE_S):
+            self._show()
+            self._last = now
+
+    def within(self, step: int, done: int, of: int) -> None:
+        """Show progress inside a step, if it has taken longer than `LONG_STEP_S` seconds by now.
+
+        Call it after each micro batch; a call that shows nothing costs a microsecond.
+
+        Args:
+            step: number of the step under way.
+            done: micro batches of it that are done.
+            of: its micro batches.
+        """
+        text = self._inner.text(step, done, of, time.monotonic())
+        if not text:
+            return
+        if self._block:
+            self._block.draw(self._figures, time.time(), within=text)
+        else:
+            PROGRESS.info(text)
 
     def print(self, text: str) -> None:
-        """Print one line, above the bar if there is one."""
+        """Print one line, above the figures on a terminal."""
         PROGRESS.info(text)
 
     def close(self) -> None:
-        """Remove the bar from the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Show the last step, if it is not shown yet, and leave the figures on the terminal."""
+        if self._figures.step and self._shown != self._figures.step:
+            self._show()
+        if self._block:
+            self._block.draw(self._figures, time.time())
+            self._block.close()
+
+    def _show(self) -> None:
+        if self._block:
+            self._block.draw(self._figures, time.time())
+        else:
+            PROGRESS.info(line(self._figures, time.time()))
+        self._shown = self._figures.step
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+class InnerStep:
+    """Says how far a long step is, at most every `LONG_STEP_S` seconds."""
+
+    def __init__(self) -> None:
+        self._step, self._since, self._said = -1, 0.0, 0.0
+
+    def text(self, step: int, done: int, of: int, now: float) -> str:
+        """What to show; empty for nothing. Arguments as for `Display.within`; `now` in seconds."""
+        if step != self._step:
+            self._step, self._since, self._said = step, now, now
+        if done >= of or now - self._said < LONG_STEP_S:
+            return ""
+        self._said = now
+        return f"step {step:,}: {done:,} of {of:,} micro batches after {now - self._since:.0f} s"
+
+
+class Block:
+    """The figures of a run as a block of lines on a terminal, redrawn in place.
+
+    Args:
+        name: of the run.
+        terminal: what to draw on. Lines printed on it meanwhile appear above the block.
+    """
+
+    def __init__(self, name: str, terminal: Console) -> None:
+        self._name = name
+        self._live = Live(console=terminal, auto_refresh=False, vertical_overflow="crop")
+        self._live.start()
+        terminal.show_cursor(True)  # a process that is killed could not show it again
+
+    def draw(self, figures: Figures, now: float, **more: str) -> None:
+        """Draw the figures at `now` (Unix time), and then `more` lines: name=text."""
+        self._live.update(block(self._name, figures, now, **more), refresh=True)
+
+    def close(self) -> None:
+        """Leave the last drawing on the terminal."""
+        self._live.stop()
+
+
+def block(name: str, figures: Figures, now: float, **more: str) -> RenderableType:
+    """The figures of a run as lines, for a terminal of any width: its name and a bar, then a line for each field."""
+    head = Table.grid(padding=(0, 2))
+    head.add_column(overflow="fold")
+    head.add_column(max_width=_BAR)
+    bar = ProgressBar(total=max(figures.max_steps or 1, 1), completed=figures.step, width=None)
+    head.add_row(name, bar if figures.max_steps else "")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in (*fields(figures, now), *more.items()):
+        table.add_row(f"  {key}", value)
+    return Group(head, table)

@@ -1,4 +1,4 @@
-"""What rank 0 records and shows while a run trains: journal, speed, progress line, loss curve."""
+"""What rank 0 records and shows while a run trains: journal, speed, progress, loss curve."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import Journal, Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
+from megabase.pipeline.training.figures import Figures
 from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve
-from megabase.pipeline.training.progress import ProgressLine
+from megabase.pipeline.training.progress import Display
 from megabase.pipeline.training.speed import Speed
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class Recorder:
         self._history = History(config)
         self._speed = Speed(config, ranks)
         self._unwritten: list[FinishedStep] = []
-        self._progress: ProgressLine | None = None
+        self._figures = Figures(config.trainer.max_steps)
+        self._progress: Display | None = None
         self._journal: Journal | None = None
         self._performance: Journal | None = None
         self._drawn = False  # the loss curve has all rows
@@ -84,13 +86,17 @@ class Recorder:
                 f"{self._journal.path} ends at step {self._journal.last_step}, the checkpoint is of step"
                 f" {step}: the rows between are lost, training goes on"
             )
-        self._history = History(self._config, read(self._journal.path))
+        self._history = History(self._config)
+        self._figures = Figures(self._config.trainer.max_steps)
+        for row in read(self._journal.path):
+            self._history.add(row)
+            self._figures.add(row)
         # performance.jsonl keeps all rows: a step that is trained twice took its time twice.
         self._performance = Journal(self._paths.performance, sys.maxsize)
-        self._performance.append([{"step": step, "time": time.time(), "started": True}])
+        self._add_performance({"step": step, "time": time.time(), "started": True})
         if self._mirror:
             self._mirror.start()  # only now: MLflow must not get rows that the journal drops
-        self._progress = ProgressLine(self._config.trainer.max_steps, step)
+        self._progress = Display(self._config.run.name, self._figures)
         self._speed.restart()
 
     def add(self, step: FinishedStep) -> None:
@@ -113,16 +119,15 @@ class Recorder:
             return
         rows = [self._row(step) for step in complete]
         self._journal.append(rows)
+        for row in rows:
+            self._figures.add(row)
         self._drawn = False
         if self._speed.steps:
             speed = self._speed.measure()
             if self._skips:
                 speed["skipped_updates"] = self._history.skipped
-            last = rows[-1]
-            self._performance.append([{"step": last["step"], "time": time.time(), **speed}])
-            self._progress.update(
-                last["step"], last["loss"], last["bits_per_base"], speed["tokens_per_second"]
-            )
+            self._add_performance({"step": rows[-1]["step"], "time": time.time(), **speed})
+        self._progress.update()
 
     def _row(self, step: FinishedStep) -> Row:
         """The journal's row of a step; sets `trouble` if its numbers are bad. Reads the device."""
@@ -152,6 +157,7 @@ class Recorder:
         """Write the row of an evaluation and draw the loss curve."""
         assert self._journal and self._progress
         self._journal.append([row])
+        self._figures.add(row)
         self._speed.restart()
         orders = "  ".join(f"{row[key]:.4f}" for key in row if key.startswith("markov_"))
         line = f"step {row['step']}: validation {row['valid_bits_per_base']:.4f} bits/base (Markov 0, 1, ...: {orders})"
@@ -163,17 +169,21 @@ class Recorder:
 
     def add_checkpoint(self, saved: Saved) -> None:
         """Write the row of a published checkpoint."""
-        assert self._performance and self._progress
         row = {"step": saved.step, "time": time.time(), "checkpoint_bytes": saved.size}
         times = {"checkpoint_seconds": saved.seconds, "checkpoint_held_seconds": saved.held}
-        self._performance.append([row | times])
+        self._add_performance(row | times)
         self.print(
             f"step {saved.step}: checkpoint {saved.path} ({saved.size / 2**20:.1f} MiB, {saved.seconds:.1f} s, of which"
             f" training waited {saved.held:.1f} s)"
         )
 
+    def within(self, step: int, done: int, of: int) -> None:
+        """Show how far a long step is; see `Display.within`."""
+        if self._progress:
+            self._progress.within(step, done, of)
+
     def print(self, text: str) -> None:
-        """Print one line, above the progress bar if there is one."""
+        """Print one line, above the figures on a terminal."""
         assert self._progress
         self._progress.print(text)
 
@@ -190,6 +200,11 @@ class Recorder:
             if not self._drawn:
                 self._draw()
         self._journal = self._performance = self._progress = None
+
+    def _add_performance(self, row: Row) -> None:
+        assert self._performance
+        self._performance.append([row])
+        self._figures.add(row)
 
     def _draw(self) -> None:
         try:

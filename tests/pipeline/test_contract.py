@@ -19,6 +19,7 @@ COMMANDS = {
     "index": ["directory", *SPLITS],
     "data": ["directory", "--json", "--picture"],
     "checkpoints": ["directory", "--json", "--fast"],
+    "watch": ["directory", "--once"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run"],
     "export": ["directory", "output", "--format", "--step", "--dtype"],

@@ -57,15 +57,27 @@ def test_a_full_disk_is_one_message_and_closing_adds_none(tmp_path: Path) -> Non
 def test_tail_returns_each_complete_row_once(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     tail = Tail(path)
-    assert tail.new() == []
+    assert list(tail.new()) == []
     with path.open("a") as file:
         file.write('{"step": 1}\n{"step": 2')
         file.flush()
-        assert tail.new() == [{"step": 1}]
+        assert list(tail.new()) == [{"step": 1}]
         file.write('}\n{"step": 3}\n')
         file.flush()
-        assert tail.new() == [{"step": 2}, {"step": 3}]
-        assert tail.new() == []
+        assert list(tail.new()) == [{"step": 2}, {"step": 3}]
+        assert list(tail.new()) == []
+
+
+def test_tail_says_when_the_file_was_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert not tail.was_rewritten()
+    Journal(path, 0).append([{"step": 1}, {"step": 2}])
+    assert len(list(tail.new())) == 2 and not tail.was_rewritten()
+    Journal(path, 1)
+    assert tail.was_rewritten()
+    path.unlink()
+    assert tail.was_rewritten()
 
 
 def test_rows_of_the_checkpoint_s_copy_are_restored(tmp_path: Path) -> None:

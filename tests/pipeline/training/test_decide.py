@@ -14,6 +14,7 @@ from megabase.pipeline.training.decide import (
     decide_after_broken_evaluation,
     due_at,
     must_settle,
+    must_write,
     situation_of,
 )
 
@@ -172,3 +173,10 @@ def test_what_holds_in_every_situation() -> None:
         after = decide_after_broken_evaluation(situation)
         assert decision.save != after.save and decision.report_stop != after.report_stop
         assert after.end and after.publish and after.stopped_early and not after.evaluate
+
+
+def test_the_journal_is_written_up_to_multiples_of_the_interval() -> None:
+    # As in training: at each step the ranks learn what they agreed about the step before, unless that was settled.
+    agreed = [None, *(Agreed(step, False, False, 0, 0) for step in range(1, 31))]
+    assert [each and each.step for each in agreed if must_write(each, 10)] == [10, 20, 30]
+    assert [each and each.step for each in agreed if must_write(each, 1)] == list(range(1, 31))

@@ -10,6 +10,7 @@ from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.training import progress
 from megabase.pipeline.training import recorder as recorder_module
 from megabase.pipeline.training.recorder import FinishedStep, Recorder
 
@@ -58,6 +59,41 @@ def test_the_journal_has_the_weighted_mean_and_the_skipped_windows(tmp_path: Pat
     rows = list(read(run.directory / "metrics.jsonl"))
     assert [row["loss"] for row in rows] == [1.5, 8.0, 0.0]
     assert [row.get("skipped") for row in rows] == [None, 2, None]
+
+
+def test_the_last_step_is_shown_even_if_its_speed_was_measured_with_the_step_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(progress.PROGRESS, "info", lines.append)
+    run = settings("trainer.max_steps=2", "trainer.log_every_steps=1", root=tmp_path)
+    run.directory.mkdir()
+    recorder = Recorder(run, 1, None)
+    recorder.open(0)
+    for step in (1, 2):  # the ranks agree on a step while the next one is noted
+        recorder.add(FinishedStep(step, torch.tensor(4 * step * math.log(2)), None, 4, 1.0))
+        recorder.add_samples(Agreed(step - 1, False, False, 0, 0) if step > 1 else None)
+        recorder.flush()
+    recorder.add_samples(Agreed(2, False, False, 0, 0))
+    recorder.flush()
+    recorder.close()
+    assert lines[0].startswith("step 1/2  1.0000 bits/base ")
+    assert lines[-1].startswith("step 2/2  2.0000 bits/base ") and "tokens/s" in lines[-1]
+
+
+def test_a_resumed_run_shows_what_the_journal_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(progress.PROGRESS, "info", lines.append)
+    run = settings("trainer.max_steps=9", root=tmp_path)
+    run.directory.mkdir()
+    for start, nats in ((0, 4.0), (1, 0.0)):
+        recorder = Recorder(run, 1, None)
+        recorder.open(start)
+        recorder.add(FinishedStep(start + 1, torch.tensor(nats * math.log(2)), None, 4, 1.0))
+        recorder.add_samples(Agreed(start + 1, False, False, 0, 0))
+        recorder.flush()
+        recorder.close()
+    assert lines[-1].startswith("step 2/9  0.0000 bits/base (smoothed 0.49")
 
 
 def test_the_curve_is_drawn_again_at_the_end_only_if_it_lacks_rows(

@@ -1,0 +1,148 @@
+"""A run as another process sees it: figures and state, read from its run directory. Imports no torch.
+
+A start of the run rewrites its journal, because it drops rows that it will compute again: then all is read anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megabase.pipeline.errors import RESUME_HINT, UserError, first_line
+from megabase.pipeline.rundir.journal import Tail
+from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.rundir.status import read_status
+from megabase.pipeline.tables import age
+from megabase.pipeline.training.figures import Figures
+
+# A run that has not written a heartbeat for this many seconds is not believed to be running: it writes one every 10 s.
+SILENT_S = 90.0
+# What the states of status.json mean for someone who watches.
+MEANINGS = {
+    "finished": "finished",
+    "again": "stopped at a checkpoint; another start resumes from there",
+    "stopped": "stopped by a STOP file, at a checkpoint",
+    "failed": "failed; its log says why, and another start fails in the same way until that is repaired",
+    "crashed": "crashed; its log says why, and another start may succeed",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether a run trains.
+
+    Attributes:
+        text: for people.
+        finished: nothing more will come.
+    """
+
+    text: str
+    finished: bool = False
+
+
+class RunView:
+    """Follows one run directory.
+
+    Args:
+        directory: the run directory, whether its run has started or not.
+
+    Raises:
+        UserError: it is not a run directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        check_run_directory(directory)
+        self.paths = RunPaths(directory)
+        self.name = directory.resolve().name
+        self.figures = Figures()
+        self._tails: list[Tail] = []
+
+    def read(self) -> bool:
+        """Read what is new into `figures`; returns whether anything was.
+
+        Raises:
+            UserError: a journal cannot be read, or is damaged.
+        """
+        new = not self._tails or any(tail.was_rewritten() for tail in self._tails)
+        if new:
+            self.figures = Figures()
+            self._tails = [Tail(path) for path in (self.paths.metrics, self.paths.performance)]
+        self.figures.max_steps = self._max_steps()
+        for tail, path in zip(self._tails, (self.paths.metrics, self.paths.performance), strict=True):
+            try:
+                for row in tail.new():
+                    if not isinstance(row, dict) or "step" not in row:
+                        raise ValueError("no step")
+                    self.figures.add(row)
+                    new = True
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path} is damaged: a line is not a row of a journal ({first_line(error)})"
+                ) from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        return new
+
+    def state(self, now: float) -> State:
+        """Whether the run trains, at `now` (Unix time)."""
+        word, _ = read_status(self.paths.directory)
+        if not word:
+            return State("has not started yet")
+        if word != "running":
+            return State(MEANINGS.get(word, word), finished=word == "finished")
+        heartbeat = _read_json(self.paths.heartbeat(0))
+        written, doing = heartbeat.get("written"), heartbeat.get("doing", "training")
+        if not isinstance(written, int | float):
+            return State("running")
+        silent = now - written
+        if silent > SILENT_S:
+            return State(f"no sign of life for {age(silent)}: probably killed; {RESUME_HINT}")
+        host = heartbeat.get("host")
+        return State(f"{doing}{f', on {host}' if host else ''}")
+
+    def _max_steps(self) -> int | None:
+        """`trainer.max_steps` of the last start; None if its config cannot be read."""
+        if self.figures.max_steps is not None:
+            return self.figures.max_steps
+        with suppress(OSError, yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError):
+            return int(yaml.safe_load(self.paths.config.read_text())["trainer"]["max_steps"])
+        return None
+
+
+def check_run_directory(directory: Path) -> None:
+    """Raise UserError unless this is the directory of a run that has been started or submitted."""
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory}: {'a file' if directory.exists() else 'no such directory'}: give a run directory"
+        )
+    if _is_run(directory):
+        return
+    above = next((path for path in directory.resolve().parents if _is_run(path)), None)
+    if above:
+        raise UserError(f"{directory}: not a run directory, but inside one: give {above}")
+    with suppress(OSError):
+        runs = sorted(path for path in directory.iterdir() if path.is_dir() and _is_run(path))
+        if runs:
+            names = ", ".join(str(path) for path in runs[:5]) + (", ..." if len(runs) > 5 else "")
+            raise UserError(f"{directory}: holds runs, but is not one: give one of {names}")
+    raise UserError(f"{directory}: not a run directory: no run has started here (give <run.root>/<run.name>)")
+
+
+def _is_run(directory: Path) -> bool:
+    paths = RunPaths(directory)  # not its journal: a checkpoint has a copy
+    return any(path.exists() for path in (paths.config, paths.status, paths.submit_script))
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON file's mapping; empty if there is none, or it cannot be read at this moment."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+    return {}
