@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -20,7 +21,7 @@ from megabase.datamodules.batches.numbered import EvalBatches, NumberedBatches, 
 from megabase.datamodules.batches.visits import Windows, evaluation_windows, training_windows
 from megabase.datamodules.config import DataConfig, accumulation
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.segments import TEST, VALID
+from megabase.datamodules.index.segments import TEST, VALID, Part
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
 from megabase.datamodules.processes import end_with_parent, signals_blocked
@@ -64,6 +65,11 @@ class SequenceDataModule(pl.LightningDataModule):
         """Whether the split "valid" has a window."""
         return self._validation is not None
 
+    @property
+    def validation_windows(self) -> int:
+        """Number of windows of the split "valid"."""
+        return 0 if self._validation is None else len(self._validation.plan)
+
     def windows(self, split: str) -> Windows:
         """The windows of a split for evaluation. Raises DataError if there is none."""
         return evaluation_windows(self.config, self.index, split)
@@ -92,6 +98,13 @@ class SequenceDataModule(pl.LightningDataModule):
     def some_validation(self, most: int) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """`most` validation windows, spread evenly over the split (0: all); an empty list if there is none."""
         return [] if self._validation is None else self._eval_loader(self._validation, most)
+
+    def validation_parts(self, most: int) -> list[Part]:
+        """The parts of segments in the windows of `some_validation(most)`; empty if there is none."""
+        if self._validation is None:
+            return []
+        batches = EvalBatches(self._validation, self._place, most)
+        return self._validation.parts(batches.chosen(np.arange(batches.count)))
 
     def recall_probe(self, most: int) -> tuple[Iterable[Batch], Iterable[Batch]] | None:
         """Batches that measure recall: copies at the ends of validation windows with their sources, and without.

@@ -112,9 +112,9 @@ def _summarize(killed_at: int, resumed_at: int, seconds: float) -> None:
     """Print what the run has reached, how fast, and where its results are."""
     rows = list(read(PATHS.metrics))
     speed = [row for row in read(PATHS.performance) if "tokens_per_second" in row]
-    final = next(row for row in reversed(rows) if "valid_bits_per_base" in row)
-    bits = final["valid_bits_per_base"]
-    markov = [final[f"markov_{order}_bits_per_base"] for order in range(6)]
+    final = next(row for row in reversed(rows) if "full_valid_bits_per_base" in row)
+    bits = final["full_valid_bits_per_base"]
+    markov = [final[f"full_markov_{order}_bits_per_base"] for order in range(6)]
     rates = sorted(row["tokens_per_second"] for row in speed)
     memory = max(row["peak_memory_bytes"] for row in speed) / 2**20
     mlflow = json.loads(PATHS.mlflow.read_text()) if PATHS.mlflow.exists() else None

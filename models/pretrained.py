@@ -41,7 +41,7 @@ def from_pretrained(directory: str | Path) -> Reformer:
     for path in (directory / CONFIG, directory / WEIGHTS):
         if not path.exists():
             raise ConfigError(f"{path} is missing: give a directory that `megabase export` wrote")
-    config = _read_config(directory / CONFIG)
+    config = read_config(directory / CONFIG)
     weights = safetensors.read(directory / WEIGHTS)
     model = empty(config)
     expected = stored_shapes(model)
@@ -85,7 +85,7 @@ def filled(model: Reformer, weights: Mapping[str, Tensor]) -> Reformer:
     return model
 
 
-def _read_config(path: Path) -> ReformerConfig:
+def read_config(path: Path) -> ReformerConfig:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -41,6 +41,7 @@ SETTINGS = [
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_steps=1",
     "trainer.eval_every_steps=10",
+    "trainer.eval_sequences=4",
     "checkpoint.every_steps=5",
     "optim.warmup_steps=5",
     "optim.min_lr=1",

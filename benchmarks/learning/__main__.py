@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--heads", type=int, default=2)
     common.add_argument("--chunk", type=int, default=32, help="chunk_length of the lsh layers")
     common.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    common.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    common.add_argument("--threads", type=int, default=torch.get_num_threads())
     common.add_argument("--json", type=Path, help="write the table to this file")
     one = tables.add_parser("recall", parents=[common], help="random DNA with a copy in every window")
     one.add_argument("--copy", type=int, default=192, help="bases of the copy")

@@ -136,11 +136,15 @@ class EvalBatches(NumberedBatches):
     def numbers(self) -> Iterable[int]:
         return range(len(self))
 
+    def chosen(self, turns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids of the windows with these numbers, in [0, count)."""
+        return turns * len(self.windows.plan) // self.count
+
     def batch(self, number: int) -> Batch:
-        place, plan = self.place, self.windows.plan
+        place = self.place
         together = place.micro_batch * place.world_size
         turns = number * together + np.arange(together)
-        samples = np.where(turns < self.count, turns * len(plan) // self.count, FILLER)
+        samples = np.where(turns < self.count, self.chosen(turns), FILLER)
         visits = self.windows.visits(samples, visit_keys(EVALUATION_SEED, np.zeros_like(samples), samples))
         mine = slots(0, place.rank, place.world_size, place.micro_batch)
         return self.windows.batch(visits.part(mine), int(visits.labels.sum()))

@@ -23,7 +23,7 @@ from megabase.datamodules.batches.collate import (
 )
 from megabase.datamodules.config import MASKED, SKIP, DataConfig
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.segments import TRAIN
+from megabase.datamodules.index.segments import TRAIN, Part
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.hashing import Purpose, derived, uniform
 from megabase.datamodules.order.planning import plan_windows
@@ -99,6 +99,18 @@ class Windows:
         letters = self.plan.count_letters(rows, starts)
         labels = letters if self.mask_rate is None else masked_count(letters, self.mask_rate)
         return Visits(samples, keys, rows, starts, reverse, np.where(filler, 0, labels))
+
+    def parts(self, samples: NDArray[np.int64]) -> list[Part]:
+        """The parts of segments that lie in windows, without augmentation. samples: (windows,) int64 ids, no filler."""
+        found: list[Part] = []
+        rows, starts = self.plan.locate(samples)
+        for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+            if row != PACKED:
+                found.append(Part(row, start, self.plan.length))
+                continue
+            assert self.plan.tape is not None
+            found += [Part(piece.row, piece.start, piece.length) for piece in self.plan.tape.pieces(start)]
+        return found
 
     def batch(self, visits: Visits, targets: int) -> Batch:
         """Read some visits and make a batch of them.

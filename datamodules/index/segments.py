@@ -32,6 +32,14 @@ class Segment(NamedTuple):
     intervals: tuple[tuple[int, int], ...] = ()
 
 
+class Part(NamedTuple):
+    """Bases [start, start + length) of a row of the index."""
+
+    row: int
+    start: int
+    length: int
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """The index as columns, one entry per row, that is per segment.

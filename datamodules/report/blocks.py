@@ -5,12 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from megabase.datamodules.index.segments import Segments
+from megabase.datamodules.index.segments import Part, Segments
 
 
-def spread_blocks(
-    segments: Segments, rows: NDArray[np.int64], bases: int, block: int
-) -> Iterator[tuple[int, int, int]]:
+def spread_blocks(segments: Segments, rows: NDArray[np.int64], bases: int, block: int) -> Iterator[Part]:
     """Blocks of the segments in `rows`: all of them, or evenly spread ones of about `bases` bases together.
 
     Args:
@@ -20,7 +18,7 @@ def spread_blocks(
         block: bases of a block; the last of a segment may be shorter.
 
     Yields:
-        (row, start, length), always the same ones.
+        Always the same ones.
     """
     total = int(segments.length[rows].sum())
     passed = taken = 0
@@ -29,5 +27,5 @@ def spread_blocks(
             length = min(block, int(segments.length[row]) - start)
             if taken * total <= passed * bases:
                 taken += length
-                yield row, start, length
+                yield Part(row, start, length)
             passed += length

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megabase.models.config import ReformerConfig
 from megabase.pipeline.checkpoint.manifest import Manifest
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
@@ -14,7 +15,7 @@ from megabase.pipeline.rundir.environment import versions
 from megabase.pipeline.zero.settings import SavedLayout, layout_options
 
 # Settings that decide what a run computes: a checkpoint with another value belongs to another run...
-IDENTITY = ("model.", "data.", "run.seed")
+IDENTITY = ("model.", "data.", "run.seed", "run.init_")
 # ...except for these, which only change where and how fast it is computed.
 FREE = (
     "data.shards",
@@ -48,6 +49,15 @@ def manifest_of(config: RunConfig, step: int, *, ranks: int, data: str, alphabet
         versions=versions(),
         alphabet=alphabet,
     )
+
+
+def model_config(manifest: Manifest) -> ReformerConfig:
+    """The settings of a checkpoint's model. Raises ConfigError for a setting that is unknown or cannot work."""
+    prefix = "model."
+    settings = {
+        key.removeprefix(prefix): value for key, value in manifest.config.items() if key.startswith(prefix)
+    }
+    return ReformerConfig.from_dict(settings)
 
 
 def saved_layout(manifest: Manifest) -> SavedLayout:

@@ -32,11 +32,17 @@ class RunSettings:
         name: The run directory is `<root>/<name>/`. Training the same name again resumes the run.
         root: Directory of all runs. The default MLflow database is stored in it, too.
         seed: Weights, order, hashing and dropout are functions of this number.
+        init_from: A run directory, one of its checkpoints (RUN/checkpoints/step-N) or an export, whose weights the run
+            starts from at step 0. null: random weights. A run that resumes does not read it.
+        init_partial: Start weights that `init_from` does not have, or has in another shape, from random values. false:
+            refuse to start, and name them.
     """
 
     name: str = "???"
     root: str = "runs"
     seed: int = 1
+    init_from: str | None = None
+    init_partial: bool = False
 
     def validate(self) -> None:
         """Raise UserError for a name that cannot name a directory."""
@@ -89,8 +95,9 @@ class TrainerConfig:
         devices: Ranks on each node. null: one for each GPU of the node, or 1 on a node without GPUs.
         precision: `auto` (bf16 on GPUs, 32 on CPUs), `32`, `bf16` or `16` (GPUs only).
         eval_every_steps: Optimizer steps between evaluations on the validation split. 0: only at the end.
-        eval_sequences: Windows of one evaluation, spread evenly over the split. 0: all. The evaluation at the end
-            always uses all.
+        eval_sequences: Windows of one evaluation, spread evenly over the split, the same ones each time. 0: all. At
+            the end of a run the whole split is evaluated as well; the journal has it under names that begin with
+            `full_`.
         eval_recall: Windows in which each evaluation measures recall: how much better the last bases of a validation
             window are predicted if the same bases came before (docs/evaluate.md). It costs a forward pass of twice as
             many windows. 0: none.

@@ -23,10 +23,11 @@ from megabase.models.huggingface import to_huggingface
 from megabase.models.huggingface.settings import check_convertible
 from megabase.models.reformer import Reformer
 from megabase.pipeline.checkpoint.damage import checksum
+from megabase.pipeline.checkpoint.identity import model_config
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, Manifest, read_manifest
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.inference.model import RECORDED
-from megabase.pipeline.inference.weights import PREFIX, model_config, open_weights, read_checkpoint
+from megabase.pipeline.inference.weights import PREFIX, open_weights, read_checkpoint
 from megabase.pipeline.rundir.environment import versions
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.zero.states import Shards

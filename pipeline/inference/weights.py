@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from megabase.models import pretrained
-from megabase.models.config import ReformerConfig
 from megabase.models.reformer import Reformer
 from megabase.pipeline.checkpoint.choose import ATTEMPTS, choose_to_read
-from megabase.pipeline.checkpoint.identity import saved_layout
+from megabase.pipeline.checkpoint.identity import model_config, saved_layout
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.zero.states import Shards
@@ -61,15 +60,6 @@ def read_checkpoint(
         f"checkpoint {checkpoint} was deleted by its run while it was read: try again, or choose with --step a"
         " checkpoint that checkpoint.keep_every keeps"
     )
-
-
-def model_config(manifest: Manifest) -> ReformerConfig:
-    """The settings of a checkpoint's model. Raises ConfigError for a setting that is unknown or cannot work."""
-    prefix = "model."
-    settings = {
-        key.removeprefix(prefix): value for key, value in manifest.config.items() if key.startswith(prefix)
-    }
-    return ReformerConfig.from_dict(settings)
 
 
 def open_weights(checkpoint: Path, manifest: Manifest, model: Reformer) -> Shards:

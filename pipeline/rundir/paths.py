@@ -76,6 +76,11 @@ class RunPaths:
         return self.directory / "baselines.json"
 
     @property
+    def init_from(self) -> Path:
+        """Where the weights at step 0 come from, if `run.init_from` is set, and which of them fitted."""
+        return self.directory / "init_from.json"
+
+    @property
     def loss_curve(self) -> Path:
         """The loss curve, drawn."""
         return self.directory / "loss.png"

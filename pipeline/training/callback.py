@@ -8,9 +8,11 @@ step or on what was agreed, never on a rank's own clock or signals.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from megabase.datamodules.batches.collate import Batch
 from megabase.datamodules.config import SKIP
@@ -18,7 +20,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RESUME_HINT, RunError
-from megabase.pipeline.inference.scoring import Score, evaluate, measure_recall
+from megabase.pipeline.inference.scoring import SCORED, Score, evaluate, measure_recall
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
@@ -295,25 +297,45 @@ class TrainingCallback(pl.Callback):
             assert isinstance(sums, dict)
             return Score(**sums)
 
-        # The last evaluation of a run takes the whole split: its result is the one that is quoted.
-        last = self.step >= self._config.trainer.max_steps
-        loader = self._data.some_validation(0 if last else self._config.trainer.eval_sequences)
-        assert not isinstance(loader, list)  # evaluations are due only if there is a validation split
         trainer.lightning_module.eval()
-        device, group = strategy.root_device, self._groups.data.handle
-        result = evaluate(score, loader, device, group=group, stop=stop)
-        probe = self._data.recall_probe(most) if (most := self._config.trainer.eval_recall) else None
-        if probe and result is not None:
-            recall = measure_recall(score, probe, device, group=group, stop=stop)
-            result = None if recall is None else result | recall
+        result, full = self._measure(score, stop, strategy.root_device)
         trainer.lightning_module.train()
         agreement.settle()
         if self._recorder and result is not None:
             watchdog.beat("fitting Markov models", self.step)
-            skip = self._config.data.on_error == SKIP
-            orders = baselines(self._config.directory, self._data.index, skip)
-            self._recorder.add_evaluation(evaluation_row(self.step, result, orders))
+            skip, most = self._config.data.on_error == SKIP, self._config.trainer.eval_sequences
+            markov_bits = baselines(self._config.directory, self._data, most, skip)
+            self._recorder.add_evaluation(evaluation_row(self.step, result, full, markov_bits))
         return not stopped
+
+    def _measure(
+        self, score: Callable[[Batch], Score], stop: Callable[[], bool], device: torch.device
+    ) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+        """Score the windows of every evaluation with recall, and at the end of the run the whole validation split.
+
+        Args:
+            score, stop, device: see `evaluate`.
+
+        Returns:
+            Both results. The second is None before the end of the run; both are None if `stop` ended the evaluation.
+        """
+        group, settings = self._groups.data.handle, self._config.trainer
+
+        def score_windows(most: int) -> dict[str, float] | None:
+            loader = self._data.some_validation(most)
+            assert not isinstance(loader, list)  # evaluations are due only if there is a validation split
+            return evaluate(score, loader, device, group=group, stop=stop)
+
+        result, full = score_windows(settings.eval_sequences), None
+        probe = self._data.recall_probe(settings.eval_recall) if settings.eval_recall else None
+        if probe and result is not None:
+            recall = measure_recall(score, probe, device, group=group, stop=stop)
+            result = None if recall is None else result | recall
+        if result is not None and self.step >= settings.max_steps:
+            all_scored = not 0 < settings.eval_sequences < self._data.validation_windows
+            full = {key: result[key] for key in result if key in SCORED} if all_scored else score_windows(0)
+            result = None if full is None else result
+        return result, full
 
     def _save(self, trainer: pl.Trainer, *, final: bool) -> None:
         """Write a checkpoint of this step. With `checkpoint.background` only begin it, unless it is final."""

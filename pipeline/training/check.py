@@ -19,6 +19,7 @@ from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.environment import is_rank_zero
 from megabase.pipeline.rundir.lock import check_writable
 from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.training.initial import check_initial
 from megabase.pipeline.zero import passthrough
 
 
@@ -33,8 +34,8 @@ def check(config: RunConfig, ranks: int) -> Windows:
         The windows to train on, and with them the shards.
 
     Raises:
-        UserError: a setting cannot work, a STOP file holds the run, its directory cannot be written, or its newest
-            checkpoint belongs to another run.
+        UserError: a setting cannot work, a STOP file holds the run, its directory cannot be written, its newest
+            checkpoint belongs to another run, or `run.init_from` does not fit the model.
         DataError: the shards are missing or damaged, or do not fit `data.*`.
         ConfigError: `model.*` cannot work.
     """
@@ -57,6 +58,8 @@ def check(config: RunConfig, ranks: int) -> Windows:
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
     _check_newest_checkpoint(config, ranks, index)
+    if config.run.init_from and not list_checkpoints(RunPaths(config.directory).checkpoints):
+        check_initial(config, index.alphabet.name)
     return windows
 
 

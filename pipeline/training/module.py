@@ -6,6 +6,7 @@ Its losses stay on the device; `callback.py` reads them when it writes the journ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -40,6 +41,7 @@ class PretrainModule(pl.LightningModule):
     Args:
         config: of the run; `model.vocab_size` is set.
         data_ranks: number of ranks that train on different windows. Gradients are averaged over them.
+        initial: puts the weights of step 0 into the model that was built, on every rank; None: they are random.
 
     Attributes:
         step_nats: sum of nats of this rank in the optimizer step under way; fp32 scalar on the device.
@@ -51,7 +53,9 @@ class PretrainModule(pl.LightningModule):
         guard: judges the numbers of each step.
     """
 
-    def __init__(self, config: RunConfig, data_ranks: int) -> None:
+    def __init__(
+        self, config: RunConfig, data_ranks: int, initial: Callable[[Reformer], None] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.model: Reformer | None = None
@@ -62,6 +66,7 @@ class PretrainModule(pl.LightningModule):
         self.step_targets: float = 0
         self.guard = Guard(config)
         self._data_ranks = data_ranks
+        self._initial = initial
         self._totals: tuple[Tensor, Tensor | None] | None = None
 
     def configure_model(self) -> None:
@@ -70,6 +75,8 @@ class PretrainModule(pl.LightningModule):
             torch.manual_seed(self.config.run.seed)
             self.model = Reformer(self.config.model, first_label=FIRST_LETTER)
             refuse_shared_blocks(self.model, self.config.zero.stage)
+            if self._initial is not None:
+                self._initial(self.model)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note the ids of the samples while they are on the host: later that would synchronise the device."""

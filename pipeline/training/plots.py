@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megabase.pipeline.inference.scoring import bits
-from megabase.pipeline.rundir.journal import read
+from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 
 
@@ -44,8 +44,17 @@ def loss_curve(directory: Path) -> Path | None:
     )
     axes = panels[0, 0]
     axes.plot(*zip(*train, strict=True), linewidth=0.8, color="#7aa6c2", label="training")
+    full = [(row["step"], row["full_valid_bits_per_base"]) for row in rows if _differs(row)]
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", markersize=4, color="#b5472f", label="validation")
+        if full:
+            axes.plot(
+                *zip(*full, strict=True),
+                "x",
+                markersize=6,
+                color="#b5472f",
+                label="the whole validation split",
+            )
         for order in (0, 2, 5):
             value = next(
                 (row.get(f"markov_{order}_bits_per_base") for row in rows[::-1] if "valid_loss" in row), None
@@ -74,3 +83,9 @@ def loss_curve(directory: Path) -> Path | None:
     figure.savefig(partial, dpi=120)
     partial.rename(path)
     return path
+
+
+def _differs(row: Row) -> bool:
+    """Whether an evaluation at the end of a run scored more windows than those before."""
+    full = row.get("full_valid_bits_per_base")
+    return isinstance(full, float) and row["full_valid_bases"] != row["valid_bases"]

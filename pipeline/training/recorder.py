@@ -159,12 +159,13 @@ class Recorder:
         self._journal.append([row])
         self._figures.add(row)
         self._speed.restart()
-        orders = "  ".join(f"{row[key]:.4f}" for key in row if key.startswith("markov_"))
-        line = f"step {row['step']}: validation {row['valid_bits_per_base']:.4f} bits/base (Markov 0, 1, ...: {orders})"
+        line = f"step {row['step']}: validation {_against_markov(row)}"
         if "valid_recall_bits" in row:
             copy, gain = row["valid_copy_bits_per_base"], row["valid_recall_bits"]
             line += f"; a copy {copy:.4f}, {copy + gain:.4f} without its source"
         self.print(line)
+        if row.get("full_valid_bases") != row.get("valid_bases") and "full_valid_bases" in row:
+            self.print(f"step {row['step']}: the whole validation split {_against_markov(row, 'full_')}")
         self._draw()
 
     def add_checkpoint(self, saved: Saved) -> None:
@@ -212,3 +213,9 @@ class Recorder:
         except Exception as error:  # a picture that fails must not end training, nor hide why training ended
             logger.warning(f"the loss curve cannot be drawn: {first_line(error)}")
         self._drawn = True
+
+
+def _against_markov(row: Row, prefix: str = "") -> str:
+    """The bits per base of an evaluation beside those of Markov models. prefix: of the names in the row."""
+    orders = "  ".join(f"{row[key]:.4f}" for key in row if key.startswith(f"{prefix}markov_"))
+    return f"{row[f'{prefix}valid_bits_per_base']:.4f} bits/base (Markov 0, 1, ...: {orders})"

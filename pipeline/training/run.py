@@ -187,6 +187,7 @@ def _set_up_and_fit(
     """Choose a checkpoint, build everything, train; keeps `outcome` up to date."""
     from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.training.callback import TrainingCallback
+    from megabase.pipeline.training.initial import choose_initial
     from megabase.pipeline.training.module import PretrainModule
     from megabase.pipeline.training.resume import is_finished, prepare_run_directory, resume_point
     from megabase.pipeline.training.trainer import make_trainer
@@ -204,6 +205,7 @@ def _set_up_and_fit(
         if mirror:
             mirror.start()  # MLflow may lack the last rows
         return
+    initial = None if resume_from else choose_initial(config, data.index.alphabet.name, groups.world)
     prepare_run_directory(config, resume_from, groups.world)
     outcome.started = True
     if groups.world.rank == 0:
@@ -213,7 +215,7 @@ def _set_up_and_fit(
     callback = TrainingCallback(config, data, groups, stop, mirror)
     trainer = make_trainer(config, devices, groups, callback, saved)
     try:
-        module = PretrainModule(config, groups.data.size)
+        module = PretrainModule(config, groups.data.size, initial)
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)
     except SystemExit:  # which Lightning raises for a KeyboardInterrupt
         raise KeyboardInterrupt from None

@@ -7,11 +7,13 @@ its part of the model and one full layer.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Container
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+from torch import Tensor
 from torch.nn import Module
 
 # glibc's malloc_trim returns freed memory to the system. Without it the process would keep the freed memory of every
@@ -41,6 +43,26 @@ class Sharded(deepspeed.zero.Init):
             _zero_padding(parameter)
         if next(module.parameters(recurse=False), None) is not None:
             _trim(0)
+
+
+def fill(model: Module, names: Container[str], value_of: Callable[[str], Tensor]) -> None:
+    """Set weights of a model that may be sharded (stage 3). All ranks call it, before DeepSpeed's engine is made.
+
+    Args:
+        model: as every rank built it.
+        names: of the parameters to set.
+        value_of: name -> the full parameter. Called once for each, in order: on every rank, but on rank 0 alone for
+            sharded parameters.
+    """
+    for name, parameter in model.named_parameters():
+        if name not in names:
+            continue
+        if not hasattr(parameter, "ds_id"):
+            parameter.data.copy_(value_of(name))
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(value_of(name))
 
 
 def _zero_padding(parameter: Any) -> None:

@@ -188,10 +188,10 @@ def test_learns_to_copy(causal):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    start, end = losses[0], sum(losses[-40:]) / 40
-    print("nats per token at the start and the end:", start, end)
-    assert end < 0.5 * math.log(16)
-    assert max(losses[-40:]) - min(losses[-40:]) < 1.0
+        if len(losses) > 20 and max(losses[-20:]) < 0.5 * math.log(16):
+            break
+    print(f"nats per token at the start {losses[0]:.2f}, after {len(losses)} steps {losses[-1]:.2f}")
+    assert max(losses[-20:]) < 0.5 * math.log(16)
 
 
 def test_a_sequence_that_does_not_fit_is_refused():

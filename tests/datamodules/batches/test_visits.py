@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.datamodules.batches.collate import Batch
 from megabase.datamodules.config import CYCLE
 from megabase.datamodules.errors import DataError
@@ -122,6 +123,18 @@ def test_evaluation_has_no_augmentation_and_no_weights(genomes: ShardIndex) -> N
     settings = EVERYTHING | {"length": 50, "on_error": "raise"}
     assert all(map(same, plain, module(genomes, **settings).some_validation(0)))
     assert {batch.soft for batch in plain} == {None}
+
+
+def test_parts_of_the_validation_windows_hold_the_letters_that_are_scored(genomes: ShardIndex) -> None:
+    for pack, most in ((True, 0), (True, 2), (False, 0)):
+        data = module(genomes, length=50, pack=pack, min_real=0.0)
+        batches = data.some_validation(most)
+        expected = np.concatenate(
+            [batch.widened().labels[batch.widened().labels != -100] for batch in batches]
+        )
+        read = [genomes.alphabet.encode(genomes.read(*part)) for part in data.validation_parts(most)]
+        letters = np.concatenate(read)
+        assert letters[letters >= FIRST_LETTER].tolist() == expected.tolist()
 
 
 def test_mixture_is_read_in_its_proportions(genomes: ShardIndex) -> None:

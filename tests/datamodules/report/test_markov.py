@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.segments import Part
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.run import prepare
-from megabase.datamodules.report.markov import bits_per_base
+from megabase.datamodules.report.markov import bits_of_parts, bits_per_base
 
 
 def test_e_coli_s_published_figures(ecoli_shards: ShardIndex) -> None:
@@ -97,3 +98,18 @@ def test_unreadable_bases_are_left_out_on_request(lambda_fasta: Path, tmp_path: 
     partial = bits_per_base(damaged, [2], skip=True)
     assert partial != whole
     assert partial[2] == pytest.approx(whole[2], abs=0.05)
+
+
+def test_parts_are_scored_with_the_letters_before_them(gappy_shards: ShardIndex) -> None:
+    row = int(gappy_shards.segments.rows_of("train")[0])
+    train = [
+        gappy_shards.read(each, 0, int(gappy_shards.segments.length[each])).tobytes().decode()
+        for each in gappy_shards.segments.rows_of("train")
+    ]
+    first = next(text for text in train)
+    parts = {"two": [Part(row, 0, 40), Part(row, 60, 30)], "one": [Part(row, 60, 30)]}
+    found = bits_of_parts(gappy_shards, parts, [2])
+    assert found["two"][2] == pytest.approx(naive(train, [first[:40], first[58:90]], 2))
+    assert found["one"][2] == pytest.approx(naive(train, [first[58:90]], 2))
+    with pytest.raises(DataError, match="nothing holds no run of 3 letters"):
+        bits_of_parts(gappy_shards, {"nothing": []}, [2])

@@ -324,5 +324,5 @@ def test_the_loss_of_an_export_is_that_of_the_journal(undisturbed: Path, tmp_pat
         bases += int((wide.labels != -100).sum())
     row = [row for row in read(undisturbed / "metrics.jsonl") if "valid_loss" in row][-1]
     assert row["step"] == json.loads((tmp_path / "out" / "config.json").read_text())["step"]
-    assert bases == row["valid_bases"]
-    assert nats / bases == pytest.approx(row["valid_loss"], rel=1e-6)
+    assert bases == row["full_valid_bases"]
+    assert nats / bases == pytest.approx(row["full_valid_loss"], rel=1e-6)

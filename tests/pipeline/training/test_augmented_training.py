@@ -59,4 +59,4 @@ def test_one_rank_and_two_train_on_and_skip_the_same_windows(
     evaluations = [row for run in runs for row in read(run / "metrics.jsonl") if "valid_loss" in row]
     damaged, windows = BLOCK_BYTES // 512, round(0.4 * 48_502) // 512
     expected = ((windows - damaged) * 512, damaged)
-    assert [(row["valid_bases"], row["valid_skipped"]) for row in evaluations] == [expected] * 2
+    assert [(row["full_valid_bases"], row["full_valid_skipped"]) for row in evaluations] == [expected] * 2

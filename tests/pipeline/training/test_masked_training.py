@@ -55,7 +55,7 @@ def test_one_rank_and_two_under_zero_3_train_the_same(lambda_shards: Path, tmp_p
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
     one, other = evaluations
-    assert one["valid_bases"] == other["valid_bases"] == 4850 // 512 * round(0.2 * 512)
+    assert one["full_valid_bases"] == other["full_valid_bases"] == 4850 // 512 * round(0.2 * 512)
     assert one["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-4)
     assert one["valid_bits_per_base"] == bits(one["valid_loss"])
     # Recall of masked bases.

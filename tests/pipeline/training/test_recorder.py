@@ -12,6 +12,7 @@ from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.training import progress
 from megabase.pipeline.training import recorder as recorder_module
+from megabase.pipeline.training.baselines import Baselines, evaluation_row
 from megabase.pipeline.training.recorder import FinishedStep, Recorder
 
 
@@ -114,6 +115,28 @@ def test_the_curve_is_drawn_again_at_the_end_only_if_it_lacks_rows(
             recorder.add_samples(Agreed(step, False, False, 0, 0))
             recorder.flush()
             if step == 1:
-                recorder.add_evaluation({"step": 1, "valid_loss": 1.4, "valid_bits_per_base": 2.0})
+                recorder.add_evaluation(
+                    {"step": 1, "valid_loss": 1.4, "valid_bits_per_base": 2.0, "markov_0_bits_per_base": 2.0}
+                )
         recorder.close()
         assert drawn == expected
+
+
+def test_the_evaluation_at_the_end_prints_the_whole_split_beside_the_windows_of_every_evaluation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = settings(root=tmp_path)
+    run.directory.mkdir()
+    recorder = Recorder(run, 1, None)
+    recorder.open(0)
+    scored = {"valid_loss": 1.3, "valid_bits_per_base": 1.9, "valid_bases": 64}
+    full = {"valid_loss": 1.2, "valid_bits_per_base": 1.8, "valid_bases": 512}
+    row = evaluation_row(5, scored, full, Baselines([2.0, 1.95], [1.99, 1.94]))
+    assert row["valid_loss"] == 1.3 and row["markov_1_bits_per_base"] == 1.95
+    assert row["full_valid_loss"] == 1.2 and row["full_markov_1_bits_per_base"] == 1.94
+    assert "full_valid_loss" not in evaluation_row(4, scored, None, Baselines([2.0], [2.0]))
+    caplog.set_level("INFO", logger="megabase")
+    recorder.add_evaluation(row)
+    recorder.close()
+    assert "step 5: validation 1.9000 bits/base (Markov 0, 1, ...: 2.0000  1.9500)" in caplog.text
+    assert "the whole validation split 1.8000 bits/base (Markov 0, 1, ...: 1.9900  1.9400)" in caplog.text

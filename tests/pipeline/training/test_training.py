@@ -53,11 +53,16 @@ def test_rows_of_evaluations_have_the_markov_models(undisturbed: Path) -> None:
     assert [row["step"] for row in rows] == [10, 20, 30, STEPS]
     for row in rows:
         assert row["valid_bits_per_base"] == bits(row["valid_loss"])
-        assert row["valid_bases"] == 4850 // 512 * 512
-        assert 1.9 < row["markov_0_bits_per_base"] < 2.05
+        assert row["valid_bases"] == 4 * 512
+        assert 1.9 < row["markov_0_bits_per_base"] == rows[0]["markov_0_bits_per_base"] < 2.05
+        assert ("full_valid_loss" in row) == (row["step"] == STEPS)
         # 8 copies of 64 bases, 40 of which are scored. A model of 40 steps has no recall yet.
         assert abs(row["valid_copy_bits_per_base"] - row["valid_bits_per_base"]) < 0.2
         assert abs(row["valid_recall_bits"]) < 0.1
+    # The end of the run has both: the windows of every evaluation, and the whole split with Markov models of its own.
+    assert rows[-1]["full_valid_bases"] == 4850 // 512 * 512
+    assert rows[-1]["full_valid_loss"] != rows[-1]["valid_loss"]
+    assert rows[-1]["full_markov_0_bits_per_base"] != rows[-1]["markov_0_bits_per_base"]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,6 @@ def test_a_second_job_is_refused_and_a_signal_stops_a_run_that_saves_at_every_st
     pace = [
         "checkpoint.every_steps=1",
         "trainer.eval_every_steps=1",
-        "trainer.eval_sequences=4",
         "data.workers=2",
     ]
     settings = train_settings(

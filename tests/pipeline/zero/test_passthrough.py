@@ -209,11 +209,12 @@ def test_a_key_without_effect_names_what_it_needs(settings: list[str], needed: s
 
 
 @pytest.mark.slow
-def test_a_check_without_keys_for_deepspeed_does_not_import_it() -> None:
+def test_the_launcher_and_a_check_without_keys_for_deepspeed_do_not_import_it() -> None:
     program = (
         "import sys\n"
         "from megabase.pipeline.config.load import load\n"
         "from megabase.pipeline.zero import passthrough\n"
+        "import megabase.pipeline.training.run\n"
         "passthrough.check(load([], ['run.name=x', 'data.shards=y', 'zero.offload=cpu', 'zero.stage=3']))\n"
         "assert 'deepspeed' not in sys.modules"
     )

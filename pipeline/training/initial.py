@@ -1,0 +1,258 @@
+"""The weights that a new run starts from (`run.init_from`): which of a source's weights fit its model, and how.
+
+A weight fits if the source has one of the same name and shape. A position table of another length fits as well: its
+rows are repeated or cut (Beltagy et al. 2020, section 5, extend learned positions in this way). Nothing else of the
+source is used: the new run has its own step, optimizer states, data and order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabase.datamodules.errors import DataError
+from megabase.datamodules.files import publish_json
+from megabase.models import pretrained
+from megabase.models.config import ConfigError, ReformerConfig
+from megabase.models.reformer import Reformer
+from megabase.pipeline.config.keys import flatten
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.inference.source import Description, OpenSource, describe, open_source
+from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.rundir.paths import RunPaths
+
+logger = logging.getLogger(__name__)
+
+# Tables of positions, which fit another number of rows. Axial rows do so only if the columns are the same.
+TABLE = "body.embedding.positions.table"
+ROWS, COLUMNS = "body.embedding.positions.rows", "body.embedding.positions.columns"
+MISSING = "not in the source"
+# An error names so many weights.
+NAMED = 16
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which weights of a model come from a source.
+
+    Attributes:
+        copied: taken as they are.
+        repeated: position tables of another length: name -> (rows of the source, rows of the model).
+        fresh: weights that do not fit, which start from random values: name -> why.
+        unused: weights of the source that the model does not have.
+    """
+
+    copied: tuple[str, ...]
+    repeated: Mapping[str, tuple[int, int]]
+    fresh: Mapping[str, str]
+    unused: tuple[str, ...]
+
+    def value(self, name: str, weight: Tensor) -> Tensor:
+        """The model's weight `name`, made from the source's."""
+        if name not in self.repeated:
+            return weight
+        return weight[torch.arange(self.repeated[name][1]) % len(weight)]
+
+
+def fit_weights(source: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> Fit:
+    """Compare the shapes of a source's weights with those of a model, both by name."""
+    copied, repeated, fresh = [], {}, {}
+    for name, shape in wanted.items():
+        found = source.get(name)
+        if found == shape:
+            copied.append(name)
+        elif found is None:
+            fresh[name] = MISSING
+        elif _is_longer_table(name, found, shape, source, wanted):
+            repeated[name] = (found[0], shape[0])
+        else:
+            fresh[name] = f"{tuple(shape)}, in the source {tuple(found)}"
+    if COLUMNS in fresh and ROWS in copied:
+        # Rows of another width in columns: the same row stands for other positions.
+        copied.remove(ROWS)
+        fresh[ROWS] = "its columns do not fit"
+    unused = tuple(name for name in source if name not in wanted)
+    missing_last = dict(sorted(fresh.items(), key=lambda item: item[1] == MISSING))
+    return Fit(tuple(copied), repeated, missing_last, unused)
+
+
+def _is_longer_table(
+    name: str,
+    found: torch.Size,
+    shape: torch.Size,
+    source: Mapping[str, torch.Size],
+    wanted: Mapping[str, torch.Size],
+) -> bool:
+    """Whether this is a table of positions that differs only in its number of rows."""
+    if found[1:] != shape[1:]:
+        return False
+    return name == TABLE or (name == ROWS and source.get(COLUMNS) == wanted.get(COLUMNS))
+
+
+def check_initial(config: RunConfig, alphabet: str) -> tuple[Description, Fit]:
+    """What `run.init_from` holds and how it fits the model of a run, from settings alone.
+
+    Args:
+        config: of the run; `model.vocab_size` is set.
+        alphabet: of its shards.
+
+    Raises:
+        UserError: there is no such source, or it has another alphabet, or weights do not fit and `run.init_partial` is
+            false.
+        ConfigError: the source's settings cannot work.
+    """
+    assert config.run.init_from is not None
+    return _fitting(config, alphabet, describe(Path(config.run.init_from)))
+
+
+def _fitting(config: RunConfig, alphabet: str, source: Description) -> tuple[Description, Fit]:
+    if source.alphabet not in (None, alphabet):
+        raise UserError(
+            f"run.init_from={config.run.init_from}: its tokens are of the alphabet {source.alphabet}, those of"
+            f" {config.data.shards} of {alphabet}: prepare the data with --alphabet {source.alphabet}"
+        )
+    fit = fit_weights(source.shapes, pretrained.stored_shapes(pretrained.empty(config.model)))
+    if fit.fresh and not config.run.init_partial:
+        raise UserError(
+            f"run.init_from={config.run.init_from}: {len(fit.fresh)} weights of the model do not fit: "
+            f"{_listed(fit.fresh)}.{_hint(fit, source, config.model)} Change the settings under model, or set"
+            " run.init_partial=true to start these weights from random values"
+        )
+    return source, fit
+
+
+def _listed(fresh: Mapping[str, str]) -> str:
+    named = [f"{name} ({reason})" for name, reason in list(fresh.items())[:NAMED]]
+    more = len(fresh) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more else "")
+
+
+def _hint(fit: Fit, source: Description, model: ReformerConfig) -> str:
+    """How to keep axial positions, where their columns do not fit."""
+    if COLUMNS not in fit.fresh or source.model.positions != "axial" or not model.max_length:
+        return ""
+    columns = source.shapes[COLUMNS][0]
+    return f" To keep its positions, set model.axial_shape=[{-(-model.max_length // columns)},{columns}]."
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Fills a new model with the weights of an opened source. Called by `PretrainModule.configure_model`.
+
+    Attributes:
+        checkpoint: the checkpoint or the export; its files were checked.
+        fit: which of its weights the model takes.
+    """
+
+    checkpoint: Path
+    fit: Fit
+
+    def __call__(self, model: Reformer) -> None:
+        """Copy the weights. All ranks call it; where the model is sharded, rank 0 alone reads the source."""
+        from megabase.pipeline.zero.construction import fill
+
+        opened: list[OpenSource] = []
+
+        def value_of(name: str) -> Tensor:
+            if not opened:
+                opened.append(open_source(self.checkpoint, check_files=False))
+            return self.fit.value(name, opened[0].read(name))
+
+        fill(model, {*self.fit.copied, *self.fit.repeated}, value_of)
+
+
+def choose_initial(config: RunConfig, alphabet: str, world: Group) -> InitialWeights | None:
+    """The weights that a start at step 0 takes; None without `run.init_from`. All ranks call it.
+
+    Raises:
+        RunError: on every rank, if rank 0 cannot use the source: see `check_initial` and `open_source`.
+    """
+    if config.run.init_from is None:
+        return None
+    error, chosen = None, None
+    if world.rank == 0:
+        try:
+            chosen = open_initial(config, alphabet)
+        except (UserError, ConfigError, DataError, RunError) as caught:
+            error = str(caught)
+    world.check(error)
+    result: InitialWeights = world.broadcast(chosen)
+    return result
+
+
+def open_initial(config: RunConfig, alphabet: str) -> InitialWeights:
+    """Check the source's files and how they fit, and write `init_from.json` into the run directory. For rank 0.
+
+    A run that starts at step 0 once more takes the same checkpoint as before, even if its source has trained on.
+
+    Raises:
+        UserError, ConfigError, RunError: see `check_initial` and `open_source`, or the file cannot be written.
+    """
+    record = RunPaths(config.directory).init_from
+    assert config.run.init_from is not None
+    opened = open_source(_recorded(record, config.run.init_from) or Path(config.run.init_from))
+    source, fit = _fitting(config, alphabet, opened.description)
+    initial = InitialWeights(source.path.absolute(), fit)
+    try:
+        config.directory.mkdir(parents=True, exist_ok=True)
+        publish_json(record, _record(config, source, initial))
+    except OSError as error:
+        raise RunError(f"{record} cannot be written: {error.strerror or error}") from None
+    _report(source, fit, config)
+    return initial
+
+
+def _recorded(record: Path, init_from: str) -> Path | None:
+    """The checkpoint that an earlier start at step 0 took, if it is still there."""
+    try:
+        kept: dict[str, Any] = json.loads(record.read_bytes())
+        path = Path(kept["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if kept.get("init_from") != init_from:
+        return None
+    if not path.exists():
+        logger.warning(
+            f"{path}, which this run took its weights from, is gone: it takes newer ones of {init_from}"
+        )
+        return None
+    return path
+
+
+def _record(config: RunConfig, source: Description, initial: InitialWeights) -> dict[str, Any]:
+    return {
+        "init_from": config.run.init_from,
+        "checkpoint": str(initial.checkpoint),
+        "step": source.step,
+        "changed": _changed(source.model, config.model),
+        "copied": len(initial.fit.copied),
+        "repeated": dict(initial.fit.repeated),
+        "fresh": dict(initial.fit.fresh),
+        "unused": list(initial.fit.unused),
+    }
+
+
+def _changed(before: ReformerConfig, now: ReformerConfig) -> dict[str, list[Any]]:
+    """The settings under `model` that differ: key -> [in the source, in the run]."""
+    old, new = (flatten(asdict(each), "model.") for each in (before, now))
+    return {key: [old.get(key), new[key]] for key in new if old.get(key) != new[key]}
+
+
+def _report(source: Description, fit: Fit, config: RunConfig) -> None:
+    lines = [f"{len(fit.copied)} weights from {source.path} (step {source.step:,})"]
+    lines += [f"{name}: {old:,} rows repeated to {new:,}" for name, (old, new) in fit.repeated.items()]
+    if fit.fresh:
+        lines.append(f"random at the start: {_listed(fit.fresh)}")
+    if fit.unused:
+        lines.append(f"not used: {', '.join(fit.unused[:NAMED])}{' ...' if len(fit.unused) > NAMED else ''}")
+    changed = _changed(source.model, config.model).items()
+    lines += [f"{key}: there {old}, here {new}" for key, (old, new) in changed]
+    logger.info(f"run.init_from: {'; '.join(lines)}")
