@@ -145,26 +145,28 @@ def _hint(fit: Fit, source: Description, model: ReformerConfig) -> str:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Fills a new model with the weights of an opened source. Called by `PretrainModule.configure_model`.
+    """Fills a new model with the weights of a source. `PretrainModule.configure_model` calls it.
 
     Attributes:
-        checkpoint: the checkpoint or the export; its files were checked.
+        source: opened, and its files were checked. Opened before the model is built: under stage 3 DeepSpeed shards
+            every module that is built meanwhile, and opening a source builds one.
         fit: which of its weights the model takes.
     """
 
-    checkpoint: Path
+    source: OpenSource
     fit: Fit
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint or the export, absolute."""
+        return self.source.description.path.absolute()
 
     def __call__(self, model: Reformer) -> None:
         """Copy the weights. All ranks call it; where the model is sharded, rank 0 alone reads the source."""
         from megabase.pipeline.zero.construction import fill
 
-        opened: list[OpenSource] = []
-
         def value_of(name: str) -> Tensor:
-            if not opened:
-                opened.append(open_source(self.checkpoint, check_files=False))
-            return self.fit.value(name, opened[0].read(name))
+            return self.fit.value(name, self.source.read(name))
 
         fill(model, {*self.fit.copied, *self.fit.repeated}, value_of)
 
@@ -184,8 +186,8 @@ def choose_initial(config: RunConfig, alphabet: str, world: Group) -> InitialWei
         except (UserError, ConfigError, DataError, RunError) as caught:
             error = str(caught)
     world.check(error)
-    result: InitialWeights = world.broadcast(chosen)
-    return result
+    path, fit = world.broadcast((chosen.checkpoint, chosen.fit) if chosen else None)
+    return chosen or InitialWeights(open_source(path, check_files=False), fit)
 
 
 def open_initial(config: RunConfig, alphabet: str) -> InitialWeights:
@@ -200,7 +202,7 @@ def open_initial(config: RunConfig, alphabet: str) -> InitialWeights:
     assert config.run.init_from is not None
     opened = open_source(_recorded(record, config.run.init_from) or Path(config.run.init_from))
     source, fit = _fitting(config, alphabet, opened.description)
-    initial = InitialWeights(source.path.absolute(), fit)
+    initial = InitialWeights(opened, fit)
     try:
         config.directory.mkdir(parents=True, exist_ok=True)
         publish_json(record, _record(config, source, initial))

@@ -14,7 +14,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.export import export
 from megabase.pipeline.inference.model import load_model
-from megabase.pipeline.inference.source import open_source
+from megabase.pipeline.training.check import check
 from megabase.pipeline.training.initial import check_initial, fit_weights, open_initial
 from tests.conftest import train_settings
 from tests.pipeline.inference.test_export import CONFIG, TIED, damage, write_checkpoint
@@ -161,7 +161,7 @@ def test_a_second_start_at_step_0_takes_the_same_checkpoint(
     config = settings(tmp_path, run, CONFIG)
     first = open_initial(config, "dna")
     write_checkpoint(run, CONFIG, 5)
-    assert open_initial(config, "dna") == first
+    assert open_initial(config, "dna").checkpoint == first.checkpoint
     first.checkpoint.rename(run / "gone")
     again = open_initial(config, "dna")
     assert (
@@ -199,4 +199,6 @@ def test_ranks_of_another_stage_start_with_the_weights_and_do_not_read_them_agai
         from_pretrained(tmp_path / "out").state_dict(),
     )
     assert all(torch.equal(weight, trained[name]) for name, weight in started.items())
-    assert open_source(tmp_path / "new").description.model.max_length == 256
+    # A start that resumes does not read the source, and says so if another one is asked for.
+    with pytest.raises(UserError, match=r"run.init_from: checkpoint '.*', config '/elsewhere'"):
+        check(load([], [*arguments, "run.init_from=/elsewhere"]), 2)
