@@ -17,6 +17,7 @@ from typing import Any
 from megabase.datamodules.config import CAUSAL, MASKED, DataConfig
 from megabase.models.config import ReformerConfig
 from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
 
 PRECISIONS = ("16", "32", "auto", "bf16")
@@ -272,38 +273,6 @@ class TrackingConfig:
     enabled: bool = True
     uri: str | None = None
     experiment: str = "megabase"
-
-
-@dataclass
-class SlurmConfig:
-    """What a job requests from SLURM. Nodes and ranks are `trainer.nodes` and `trainer.devices`.
-
-    Attributes:
-        partition: Partition. null: the cluster's default.
-        account: Account. null: the cluster's default.
-        qos: Quality of service. null: the cluster's default.
-        constraint: Required features of a node. null: none.
-        time: Time limit of one start: "HH:MM:SS", "D-HH:MM:SS", or a bare number of seconds. null: the partition's
-            limit. The job is requeued at the limit, so this need not cover the whole training.
-        signal_seconds: Seconds before the time limit at which SLURM signals the job to write a checkpoint and stop.
-            SLURM may signal a minute early. Allow twice the time of a step and a checkpoint.
-        cpus_per_task: CPUs of each rank, shared with its data workers. null: the cluster's default.
-        mem: Memory of each node, such as "64G". null: the cluster's default.
-        gpus: Type of GPU, such as "h100". "any": any type. null: no GPUs, the run trains on CPUs. Each node gets
-            `trainer.devices` of them.
-        extra: Further sbatch options, such as ["--exclusive", "--mail-type=FAIL"].
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time: str | None = None
-    signal_seconds: int = 120
-    cpus_per_task: int | None = None
-    mem: str | None = None
-    gpus: str | None = "any"
-    extra: list[str] = field(default_factory=list)
 
 
 @dataclass

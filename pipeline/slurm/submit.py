@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megabase.pipeline.config.schema import RunConfig, SlurmConfig
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.paths import RunPaths
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.rundir.paths import RunPaths
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def loss_curve(directory: Path) -> Path | None:
@@ -44,26 +48,8 @@ def loss_curve(directory: Path) -> Path | None:
     )
     axes = panels[0, 0]
     axes.plot(*zip(*train, strict=True), linewidth=0.8, color="#7aa6c2", label="training")
-    full = [(row["step"], row["full_valid_bits_per_base"]) for row in rows if _differs(row)]
     if valid:
-        axes.plot(*zip(*valid, strict=True), "o-", markersize=4, color="#b5472f", label="validation")
-        if full:
-            axes.plot(
-                *zip(*full, strict=True),
-                "x",
-                markersize=6,
-                color="#b5472f",
-                label="the whole validation split",
-            )
-        for order in (0, 2, 5):
-            value = next(
-                (row.get(f"markov_{order}_bits_per_base") for row in rows[::-1] if "valid_loss" in row), None
-            )
-            if value is not None:
-                axes.axhline(value, linestyle=":", linewidth=1, color="#555555")
-                axes.annotate(
-                    f"Markov order {order}", (train[-1][0], value), ha="right", va="bottom", fontsize=8
-                )
+        _draw_evaluations(axes, rows, valid, right=train[-1][0])
     starts = [row["step"] for row in read(RunPaths(directory).performance) if row.get("started")]
     for number, step in enumerate(starts[1:]):
         axes.axvline(step, color="#999999", linewidth=1, label="resumed" if number == 0 else None)
@@ -83,6 +69,27 @@ def loss_curve(directory: Path) -> Path | None:
     figure.savefig(partial, dpi=120)
     partial.rename(path)
     return path
+
+
+def _draw_evaluations(axes: Axes, rows: list[Row], valid: list[tuple[int, float]], right: int) -> None:
+    """Draw the curve of validation, the whole split at the end, and the lines of Markov models.
+
+    Args:
+        axes: to draw on.
+        rows: of the journal.
+        valid: (step, bits per base) of every evaluation.
+        right: the step at which the names of the lines end.
+    """
+    axes.plot(*zip(*valid, strict=True), "o-", markersize=4, color="#b5472f", label="validation")
+    full = [(row["step"], row["full_valid_bits_per_base"]) for row in rows if _differs(row)]
+    if full:
+        axes.plot(*zip(*full, strict=True), "x", color="#b5472f", label="the whole validation split")
+    last = next(row for row in reversed(rows) if "valid_loss" in row)
+    for order in (0, 2, 5):
+        value = last.get(f"markov_{order}_bits_per_base")
+        if value is not None:
+            axes.axhline(value, linestyle=":", linewidth=1, color="#555555")
+            axes.annotate(f"Markov order {order}", (right, value), ha="right", va="bottom", fontsize=8)
 
 
 def _differs(row: Row) -> bool:

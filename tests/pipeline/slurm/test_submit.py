@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megabase.pipeline.config.schema import RunConfig, SlurmConfig
+from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.slurm import submit
 from megabase.pipeline.slurm.submit import TRAIN_SCRIPT, call_for, sbatch_call
