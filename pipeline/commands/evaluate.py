@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megabase.pipeline.commands.choice import add_choice, chosen
 from megabase.pipeline.errors import UserError
 
 HELP = "how well a model predicts held-out sequence, and what its context gains"
@@ -33,9 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="bases of a window (default: those of the training). With several, the longest is that, and the same bases"
         " are scored in contexts of each length as well",
     )
-    parser.add_argument(
-        "--step", metavar="N", help="step of the checkpoint, or best (default: the newest that verifies)"
-    )
+    add_choice(parser)
     parser.add_argument(
         "--windows", type=int, default=0, metavar="N", help="windows, spread over the split (default: all)"
     )
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 0:
             raise UserError(f"--{name} {getattr(options, name)}: must be 0 or more")
     given = {name: value for name, value in vars(options).items() if name != "command"}
-    given |= {"settings": tuple(options.settings), "step": _step(options.step)}
+    given |= {"settings": tuple(options.settings), "step": chosen(options.step)}
     from megabase.pipeline.bench.options import lengths_of
     from megabase.pipeline.inference.evaluation.run import EvaluateOptions
     from megabase.pipeline.inference.evaluation.run import run as evaluate
@@ -67,14 +66,6 @@ def run(options: argparse.Namespace) -> int:
     length = given.pop("length")
     lengths = tuple(lengths_of("--length", length)) if length is not None else ()
     return evaluate(EvaluateOptions(**given, lengths=lengths), _arguments(options))
-
-
-def _step(text: str | None) -> int | str | None:
-    if text is None or text == "best":
-        return text
-    if not text.isdecimal():
-        raise UserError(f"--step {text}: give the step of a checkpoint, or best")
-    return int(text)
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

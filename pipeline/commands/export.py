@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megabase.pipeline.commands.choice import add_choice, chosen
+
 HELP = "a run's weights as one file"
 DESCRIPTION = (
     "Write the weights of a run's newest checkpoint that verifies as one model, without ranks or DeepSpeed."
@@ -26,9 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="safetensors (the default): in pieces, in little memory; huggingface: for transformers, if"
         " the model can be converted; needs three times the memory of the model",
     )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint (default: the newest that verifies)"
-    )
+    add_choice(parser)
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the exported weights (default: fp32)"
     )
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         Path(options.directory),
         options.output,
         form=options.format,
-        step=options.step,
+        step=chosen(options.step),
         dtype=options.dtype,
     )
     print(f"{options.output}: the weights of {checkpoint}")

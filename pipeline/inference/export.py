@@ -26,7 +26,7 @@ from megabase.pipeline.checkpoint.damage import checksum
 from megabase.pipeline.checkpoint.identity import model_config
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, Manifest, read_manifest
 from megabase.pipeline.errors import RunError, UserError
-from megabase.pipeline.inference.model import RECORDED
+from megabase.pipeline.inference.model import RECORDED, chosen_step
 from megabase.pipeline.inference.weights import PREFIX, open_weights, read_checkpoint
 from megabase.pipeline.rundir.environment import versions
 from megabase.pipeline.rundir.paths import RunPaths
@@ -40,7 +40,7 @@ SOURCE = "source.json"
 PIECE = 1 << 22
 
 
-def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> Path:
+def export(run: Path, out: Path, *, form: str, step: int | str | None, dtype: str) -> Path:
     """Write the weights of a run to the new directory `out`.
 
     A run that trains may delete the checkpoint while it is read. Without `step`, the newest one left is then used.
@@ -49,7 +49,7 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
         run: a run directory; it may be training.
         out: a directory that does not exist yet.
         form: safetensors or huggingface.
-        step: step of the checkpoint; None: the newest intact one.
+        step: step of the checkpoint; BEST: the one with the lowest validation loss; None: the newest intact one.
         dtype: dtype of the exported weights, fp32 or bf16. Those of a checkpoint are fp32.
 
     Returns:
@@ -65,7 +65,7 @@ def export(run: Path, out: Path, *, form: str, step: int | None, dtype: str) -> 
     _check_output(run, out, partial)
     checkpoint, _ = read_checkpoint(
         run,
-        step,
+        chosen_step(run, step),
         lambda checkpoint: _export(checkpoint, out, partial, form=form, dtype=dtype),
         None if form == SAFETENSORS else _check_convertible,
     )

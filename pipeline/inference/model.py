@@ -90,7 +90,7 @@ def load_model(path: Path, step: int | str | None = None, settings: Sequence[str
         RunError: the checkpoint cannot be read.
     """
     if RunPaths(path).checkpoints.is_dir():
-        return _of_run(path, best_step(path) if step == BEST else step, settings)  # type: ignore[arg-type]
+        return _of_run(path, chosen_step(path, step), settings)
     if not (path / pretrained.CONFIG).exists():
         raise UserError(
             f"{path} holds no model: give a run directory, <run.root>/<run.name>, or what `megabase export` wrote"
@@ -100,13 +100,21 @@ def load_model(path: Path, step: int | str | None = None, settings: Sequence[str
     return _of_export(path, settings)
 
 
+def chosen_step(run: Path, step: int | str | None) -> int | None:
+    """The step of a checkpoint of a run, where BEST stands for `best_step`."""
+    if isinstance(step, str):
+        assert step == BEST
+        return best_step(run)
+    return step
+
+
 def best_step(run: Path) -> int:
     """The step of the checkpoint with the lowest validation loss. Raises UserError if none has one."""
     losses = validation_losses(RunPaths(run).metrics)
     steps = [step for step in map(step_of, list_checkpoints(RunPaths(run).checkpoints)) if step in losses]
     if not steps:
         raise UserError(
-            f"--step {BEST}: no checkpoint of {run} has a validation loss; `megabase checkpoints {run}` lists them"
+            f"--best: no checkpoint of {run} has a validation loss; `megabase checkpoints {run}` lists them"
         )
     return min(steps, key=lambda step: (losses[step], -step))
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "watch": ["directory", "--once"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run"],
-    "export": ["directory", "output", "--format", "--step", "--dtype"],
+    "export": ["directory", "output", "--format", "--step", "--best", "--dtype"],
     "evaluate": [
         "model",
         "settings",
@@ -30,6 +30,7 @@ COMMANDS = {
         "--shards",
         "--length",
         "--step",
+        "--best",
         "--windows",
         "--recall",
         "--bed",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megabase.models.config import ConfigError
+from megabase.pipeline import cli
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.export import export
 from megabase.pipeline.inference.model import best_step, load_model
@@ -45,8 +46,19 @@ def test_the_newest_intact_or_the_best_checkpoint(run: Path, capsys: pytest.Capt
     message = capsys.readouterr().err
     assert "step-10 is broken" in message and "trying the one before" in message
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"--step best: no checkpoint of .* has a validation loss"):
+    with pytest.raises(UserError, match=r"--best: no checkpoint of .* has a validation loss"):
         load_model(run, "best")
+
+
+def test_the_best_checkpoint_is_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, flags in enumerate((["--best"], ["--step", "best"], ["--step", "5"])):
+        out = tmp_path / f"out-{number}"
+        assert cli.main(["export", str(run), str(out), *flags]) == 0
+        assert json.loads((out / "config.json").read_text())["step"] == 5
+    assert cli.main(["export", str(run), str(tmp_path / "out"), "--step", "last"]) == 2
+    assert "--step last: give the step of a checkpoint, or best" in capsys.readouterr().err
 
 
 def test_settings_of_the_run_are_kept_and_may_be_replaced(run: Path, tmp_path: Path) -> None:
