@@ -11,6 +11,7 @@ import mmap
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.composition import Composition
 from megabase.datamodules.prepare.records import Names, compression
-from megabase.datamodules.prepare.splits import Splits
+from megabase.datamodules.prepare.splits import END, Splits, draw
 from megabase.datamodules.prepare.tars import headers
 from megabase.datamodules.progress import bar
 
@@ -87,6 +88,7 @@ def index_tars(
     valid: str | float | None = None,
     test: str | float | None = None,
     intervals: str | Path | None = None,
+    split_by: str = END,
     allow_other: bool = False,
     progress: bool = True,
 ) -> ShardIndex:
@@ -100,6 +102,7 @@ def index_tars(
         directory: where the tars lie.
         alphabet: "dna", "protein" or "bytes".
         valid, test, intervals: which bases are for validation and test, see `Splits.parse`.
+        split_by: what a fraction takes, see `Splits.parse`.
         allow_other: accept tars that hold RNA, DNA for protein, or mostly N: see `Composition.check`.
         progress: show a bar over the tars' bytes on stderr.
 
@@ -110,7 +113,7 @@ def index_tars(
             The directory is then unchanged.
     """
     directory, letters = Path(directory), Alphabet.named(alphabet)
-    splits = Splits.parse(valid, test, intervals)
+    splits = Splits.parse(valid, test, intervals, split_by)
     tars = _tars(directory)
     index = directory / INDEX_NAME
     if index.exists():
@@ -190,7 +193,9 @@ class _Rows:
     def _add_record(self, name: str, source: str, shard: str, sequence: _Sequence) -> None:
         if name in self._splits.named:
             self._in_split.add(name)
-        for segment in self._splits.of(name, len(sequence.bases)):
+        for segment in self._splits.of(
+            name, len(sequence.bases), partial(draw, sequence.bases, self._alphabet)
+        ):
             row = segment_row(
                 name,
                 source,

@@ -23,7 +23,7 @@ from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.inputs import check_inputs, expand, pipes_as_files, prefixed, prefixes
 from megabase.datamodules.prepare.records import Names, read_file, second_record, told_apart
-from megabase.datamodules.prepare.splits import Splits
+from megabase.datamodules.prepare.splits import END, Splits, draw
 from megabase.datamodules.prepare.unfinished import (
     Unfinished,
     Unit,
@@ -66,6 +66,7 @@ def prepare(
     valid: str | float | None = None,
     test: str | float | None = None,
     intervals: str | Path | None = None,
+    split_by: str = END,
     shard_bytes: int = SHARD_BYTES,
     jobs: int | None = None,
     field: str = "text",
@@ -85,8 +86,9 @@ def prepare(
             call with one does not continue after a kill.
         output: the directory to make.
         alphabet: "dna", "protein" or "bytes".
-        valid, test: a fraction in (0, 1), taken from the end of every record, or comma separated record names.
+        valid, test: a fraction in (0, 1), or comma separated record names and patterns of them.
         intervals: a BED file in place of the two, see `Bed.read`.
+        split_by: "end" takes a fraction from the end of every record, "record" whole records, see `draw`.
         shard_bytes: largest size of a shard, unless a single record is larger.
         jobs: processes; None for one per CPU of this process. Jobs beyond the number of units are not used.
         field: key of the sequence in a line of JSONL.
@@ -105,7 +107,7 @@ def prepare(
             f"{output}: shards are written to a local directory: give one, and copy them afterwards"
         )
     output = Path(output).absolute()
-    paths, splits = expand(inputs, alphabet), Splits.parse(valid, test, intervals)
+    paths, splits = expand(inputs, alphabet), Splits.parse(valid, test, intervals, split_by)
     letters, jobs = Alphabet.named(alphabet), checked_jobs(jobs)
     check_inputs(paths)
     check_output(output)
@@ -115,6 +117,7 @@ def prepare(
         "--valid": str(valid),
         "--test": str(test),
         "--intervals": digest(Path(intervals)) if intervals is not None else None,
+        "--split-by": split_by if split_by != END else None,
         "--field": field,
         "--prefix-names": prefix_names or None,
         "shard_bytes": shard_bytes,
@@ -195,7 +198,8 @@ def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None
                     if job.prefixes:
                         record = replace(record, name=prefixed(job.prefixes[path], path, record.name))
                     names.add(record.name, str(path), str(path))
-                    writer.write(record, job.splits.of(record.name, len(record.sequence)))
+                    drawn = partial(draw, record.sequence, job.alphabet)
+                    writer.write(record, job.splits.of(record.name, len(record.sequence), drawn))
             part = writer.finish()
         if states(unit) != inputs:
             raise DataError(f"{unit}: changed while it was read: wait until it is complete")
@@ -269,9 +273,14 @@ def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Seq
     splits.check_names(found, lambda: _names(parts))
     if not any(part.bases for part in parts):
         raise DataError(f"{paths[0]}: the input's records hold no base at all")
-    if any(pc.any(pc.equal(part.rows["split"], TRAIN)).as_py() for part in parts):
-        return
-    if splits.bed:
-        raise DataError(f"{splits.bed.path}: no interval is for training: its split must be {TRAIN}")
-    what = "name every record" if splits.records else "take every base"
-    raise DataError(f"{rule} {what}: leave one to train on")
+    present = {split for part in parts for split in pc.unique(part.rows["split"]).to_pylist()}
+    if TRAIN not in present:
+        if splits.bed:
+            raise DataError(f"{splits.bed.path}: no interval is for training: its split must be {TRAIN}")
+        what = "name every record" if splits.records else "take every base"
+        raise DataError(f"{rule} {what}: leave one to train on")
+    if splits.by != END and (empty := splits.fractions.keys() - present):
+        raise DataError(
+            f"--split-by {splits.by} gives no record to {' or '.join(sorted(empty))}: there are too few records for "
+            f"{rule}: name them, or take a fraction of every record with --split-by {END}"
+        )

@@ -1,20 +1,28 @@
 """Decides which part of a record is for training, for validation and for the test.
 
 A split is a fraction, taken from the end of every record (train, valid, test in that order), or a list of records that
-belong to it from end to end, by name or pattern. A record in a list is not cut by the other split's fraction. Or a BED
-file assigns intervals to splits (see `bed`).
+belong to it from end to end, by name or pattern. A record in a list is not cut by the other split's fraction. Or a
+fraction is of whole records, drawn by a hash of their bases, for reads, contigs and short documents. Or a BED file
+assigns intervals to splits (see `bed`).
 """
 
 import glob
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
+from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segment
 from megabase.datamodules.prepare.bed import Bed
 from megabase.datamodules.prepare.closest import hint
+
+END, RECORD = "end", "record"
+"""What a fraction takes: the end of every record, or whole records."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,14 @@ class Splits:
         fractions: split -> fraction of every record.
         records: record, or pattern of records -> the split that they belong to from end to end.
         bed: used in place of the two, unless None.
+        by: what a fraction takes, `END` or `RECORD`.
+        patterns: those of `records` that are patterns.
     """
 
     fractions: dict[str, float]
     records: dict[str, str]
     bed: Bed | None = None
+    by: str = END
     patterns: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +53,7 @@ class Splits:
         valid: str | float | None = None,
         test: str | float | None = None,
         intervals: str | Path | None = None,
+        by: str = END,
     ) -> "Splits":
         """Read the options of `megabase prepare`.
 
@@ -49,14 +61,19 @@ class Splits:
             valid, test: a fraction in (0, 1), comma separated record names and patterns (`*`, `?`, `[`), or None for no
                 such split. A number outside (0, 1) is a name, since chromosomes have names like "1" and "22".
             intervals: a BED file (see `Bed.read`), in place of the two.
+            by: what a fraction takes, `END` or `RECORD`.
 
         Raises:
             DataError: the fractions leave nothing to train on, a name is in both lists, a list is empty, intervals are
-                given together with one of the two, or as `Bed.read`.
+                given together with one of the two, there is no fraction to split by record, or as `Bed.read`.
         """
+        if by not in (END, RECORD):
+            raise DataError(f"--split-by {by}: choose one of {END}, {RECORD}")
         if intervals is not None:
             if valid is not None or test is not None:
                 raise DataError(f"--intervals {intervals} with --valid or --test: give one of them, not both")
+            if by != END:
+                raise DataError(f"--intervals {intervals} with --split-by {by}: give one of them, not both")
             return cls({}, {}, Bed.read(Path(intervals)))
         fractions: dict[str, float] = {}
         records: dict[str, str] = {}
@@ -74,19 +91,22 @@ class Splits:
             raise DataError(
                 f"--valid {valid} and --test {test} leave nothing to train on: their sum must be below 1"
             )
-        return cls(fractions, records)
+        if by != END and not fractions:
+            raise DataError(f"--split-by {by} needs a fraction: add --valid 0.1")
+        return cls(fractions, records, by=by)
 
     @property
     def named(self) -> Set[str]:
         """The records and patterns of records that a list or the BED file names. All must exist in the input."""
         return self.bed.intervals.keys() if self.bed else self.records.keys()
 
-    def of(self, name: str, length: int) -> list[Segment]:
+    def of(self, name: str, length: int, drawn: Callable[[], float] = float) -> list[Segment]:
         """Cut a record into segments.
 
         Args:
             name: name of the record.
-            length: its bases. A fraction x takes round(x * length) of them.
+            length: its bases. A fraction x of the end takes round(x * length) of them.
+            drawn: returns a number in [0, 1), see `draw`; called if the record is drawn.
 
         Returns:
             The segments in order, without empty ones.
@@ -98,6 +118,8 @@ class Splits:
             return self.bed.territories(name, length)
         if split := self._named(name):
             segments = [Segment(split, 0, length)]
+        elif self.by == RECORD:
+            segments = [Segment(self._drawn(drawn()), 0, length)]
         else:
             parts = {split: round(x * length) for split, x in self.fractions.items()}
             parts = {TRAIN: max(length - sum(parts.values()), 0), **parts}
@@ -131,6 +153,14 @@ class Splits:
             number = ", and a fraction lies between 0 and 1" if _is_number(name) else ""
             raise DataError(f"--{self.records[name]}: no record {what} {name!r}{number}{hint(name, names)}")
 
+    def _drawn(self, number: float) -> str:
+        """The split of a record by its number in [0, 1)."""
+        for split, fraction in self.fractions.items():
+            if number < fraction:
+                return split
+            number -= fraction
+        return TRAIN
+
     def _named(self, name: str) -> str:
         """The split whose list has a record, by its name or else by a pattern; empty if none has."""
         if name in self.records:
@@ -140,6 +170,20 @@ class Splits:
             both = " and ".join(f"--{split} {pattern!r}" for split, pattern in matching.items())
             raise DataError(f"record {name!r} matches {both}: it can be in one of them only")
         return next(iter(matching), "")
+
+
+def draw(bases: bytes | memoryview, alphabet: Alphabet) -> float:
+    """A number in [0, 1) for a record, from a hash of its bases, so that equal records are in one split.
+
+    Neither case nor strand matters where the alphabet has them. A record that is added, removed or renamed does not
+    change the numbers of the others.
+    """
+    content = bytes(bases)
+    if alphabet.soft is not None:
+        content = content.upper()
+    if alphabet.complement is not None:
+        content = min(content, alphabet.reverse_complement(np.frombuffer(content, np.uint8)).tobytes())
+    return int.from_bytes(blake2b(content, digest_size=6).digest()) / (1 << 48)
 
 
 def _fraction(value: str | float) -> float | None:

@@ -12,24 +12,30 @@ if TYPE_CHECKING:
     from megabase.datamodules.index.shard_index import ShardIndex
 
 
-_NAMES = ("alphabet", "valid", "test", "intervals", "allow_other")
+_NAMES = ("alphabet", "valid", "test", "intervals", "split_by", "allow_other")
 # Bytes of sequences that are not letters: they stay in the shards and have no loss.
 _OTHERS = {"dna": "N, IUPAC codes, U, gaps", "protein": "X, B, Z, J, U, O, stops, gaps"}
 
 
 def add_splits(parser: argparse.ArgumentParser) -> None:
-    """Declare --alphabet, --valid, --test, --intervals and --allow-other."""
+    """Declare --alphabet, --valid, --test, --intervals, --split-by and --allow-other."""
     parser.add_argument(
         "--alphabet", choices=["dna", "protein", "bytes"], default="dna", help="bytes for text"
     )
     parser.add_argument(
         "--valid",
         metavar="X",
-        help="validation: a fraction of each record, or records by name and pattern: 'chr8,*_alt'",
+        help="validation: a fraction, or records by name and pattern: 'chr8,*_alt'",
     )
     parser.add_argument("--test", metavar="X", help="test: likewise")
     parser.add_argument(
         "--intervals", type=Path, metavar="BED", help="chr, start, end, split: instead of --valid and --test"
+    )
+    parser.add_argument(
+        "--split-by",
+        choices=["end", "record"],
+        default="end",
+        help="a fraction is the end of every record, or whole records: for reads and contigs (default: end)",
     )
     parser.add_argument(
         "--allow-other",

@@ -13,7 +13,7 @@ from megabase.pipeline.commands.settings import HELP_ON_SETTINGS, split_settings
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.schema import RunConfig
 
-SPLITS = ["--alphabet", "--valid", "--test", "--intervals", "--allow-other"]
+SPLITS = ["--alphabet", "--valid", "--test", "--intervals", "--split-by", "--allow-other"]
 COMMANDS = {
     "prepare": ["inputs", "output", *SPLITS, "--field", "--prefix-names", "--jobs", "--check"],
     "index": ["directory", *SPLITS],

@@ -148,6 +148,21 @@ def test_intervals_are_the_splits(tmp_path: Path, lambda_fasta: Path, lambda_bas
         prepare([lambda_fasta], tmp_path / "none", intervals=bed, progress=False)
 
 
+def test_reads_are_split_whole(tmp_path: Path) -> None:
+    reads, chance = tmp_path / "reads.fa", np.random.default_rng(2)
+    bases = np.frombuffer(b"ACGT", np.uint8)
+    reads.write_bytes(b"".join(b">%d\n%s\n" % (n, chance.choice(bases, 50).tobytes()) for n in range(300)))
+    index = prepare([reads], tmp_path / "out", valid=0.2, split_by="record", progress=False)
+    assert set(index.segments.length) == {50}
+    assert 30 < (index.segments.split == "valid").sum() < 90
+    reads.write_bytes(b">a\nACGT\n>b\nCCGT\n")
+    with pytest.raises(
+        DataError,
+        match=r"--split-by record gives no record to valid: there are too few",
+    ):
+        prepare([reads], tmp_path / "none", valid=0.001, split_by="record", progress=False)
+
+
 def test_the_bar_reaches_the_input_s_bytes(
     lambda_fasta: Path,
     tmp_path: Path,

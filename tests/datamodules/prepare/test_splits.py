@@ -1,10 +1,13 @@
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import Segment
-from megabase.datamodules.prepare.splits import Splits
+from megabase.datamodules.prepare.splits import Splits, draw
 
 
 def test_fractions_come_from_the_end_in_order() -> None:
@@ -86,3 +89,45 @@ def test_patterns_name_records() -> None:
     assert Splits.parse("odd[1]").of("odd[1]", 9) == [Segment("valid", 0, 9)]
     with pytest.raises(DataError, match=r"--valid: no record matches 'k\*'; the records are chr1$"):
         check("c*,k*", "chr1")
+
+
+DRAWN = [0.177144, 0.260688, 0.866604]
+DNA, PROTEIN, BYTES = map(Alphabet.named, ("dna", "protein", "bytes"))
+
+
+def test_equal_records_are_drawn_alike() -> None:
+    assert draw(b"ACGTTN", DNA) == draw(memoryview(b"acgTTn"), DNA) == draw(b"NAACGT", DNA)
+    assert draw(b"MKV", PROTEIN) == draw(b"mkv", PROTEIN) != draw(b"VKM", PROTEIN)
+    assert draw(b"The", BYTES) != draw(b"the", BYTES)
+    # Other values would move the records of shards that exist to other splits.
+    assert [round(draw(text, DNA), 6) for text in (b"ACGT", b"AAAA", b"")] == DRAWN
+
+
+def test_fractions_of_whole_records() -> None:
+    chance = random.Random(1)
+    reads = ["".join(chance.choices("ACGT", k=100)).encode() for _ in range(4000)]
+    splits = Splits.parse("0.1", "0.2", by="record")
+    found = [splits.of("r", 100, lambda read=read: draw(read, DNA)) for read in reads]
+    assert all(len(segments) == 1 and segments[0][1:3] == (0, 100) for segments in found)
+    names = [segments[0].split for segments in found]
+    for split, fraction in (("valid", 0.1), ("test", 0.2), ("train", 0.7)):
+        assert abs(names.count(split) / len(reads) - fraction) < 0.03
+    # A test split that is added later takes nothing from validation.
+    before = [
+        Splits.parse("0.1", by="record").of("r", 100, lambda read=read: draw(read, DNA)) for read in reads
+    ]
+    assert [one for one, two in zip(before, found, strict=True) if two[0].split == "valid"] == [
+        two for two in found if two[0].split == "valid"
+    ]
+    assert Splits.parse("0.9", "r", by="record").of("r", 5) == [Segment("test", 0, 5)]
+    assert splits.of("r", 0) == []
+
+
+def test_splitting_by_record_needs_a_fraction() -> None:
+    for valid, by, message in (
+        ("a", "record", "--split-by record needs a fraction: add --valid 0.1"),
+        (None, "record", "--split-by record needs a fraction"),
+        ("0.1", "chance", "--split-by chance: choose one of end, record"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Splits.parse(valid, by=by)
