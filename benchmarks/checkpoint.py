@@ -195,7 +195,7 @@ def start(task: Task) -> Times:
         str(Path(__file__).with_name("checkpoint_run.py")),
         json.dumps(asdict(task)),
     ]
-    if supervise(command, task.ranks, StopRequest()) != 0:
+    if supervise(command, task.ranks, StopRequest(), hint=str) != 0:
         raise SystemExit(f"{task.contestant} failed; its message is above")
     return Times(**json.loads((Path(task.directory) / "times.json").read_text()))
 

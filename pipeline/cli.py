@@ -26,7 +26,7 @@ from megabase.pipeline.commands import (
     watch,
 )
 from megabase.pipeline.commands.settings import refuse_dashes
-from megabase.pipeline.errors import RESUME_HINT, RunError, UserError
+from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.ranks.stop import INTERRUPTED
 
 logger = logging.getLogger("megabase.pipeline.cli")  # __name__ is __main__ under `python -m`
@@ -106,7 +106,7 @@ def _run(words: Sequence[str]) -> int:
         return COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         if not _is_rank():  # the supervisor reports an interrupted rank
-            logger.error("interrupted%s", f"; {RESUME_HINT}" if "train" in words[:1] else "")
+            logger.error("interrupted")
         return INTERRUPTED
     except RunError as error:
         _report(error)

@@ -17,10 +17,6 @@ class RunError(Exception):
         self.temporary = temporary
 
 
-# The end of a message about a run that was interrupted.
-RESUME_HINT = "the same command resumes from the newest checkpoint, or begins at step 0 if there is none"
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its type if it has none."""
     message = str(error).strip()

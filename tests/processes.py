@@ -174,7 +174,7 @@ def run_ranks(ranks: int, main: Callable[..., None], *arguments: str) -> tuple[i
         "from megabase.pipeline.ranks.supervisor import supervise\n"
         "from megabase.pipeline.ranks.stop import StopRequest\n"
         "log.set_up()\n"
-        f"sys.exit(supervise([sys.executable, '-c', {of_rank!r}], {ranks}, StopRequest()))\n"
+        f"sys.exit(supervise([sys.executable, '-c', {of_rank!r}], {ranks}, StopRequest(), hint=str))\n"
     )
     return Python("-c", supervisor, cwd=ROOT).wait(RANKS_S)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from megabase.models.config import BEFORE_THE_SETTING
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.rundir.paths import PUBLISHED
 
 MANIFEST = "megabase.json"
 # Version 2 had no `alphabet`.
@@ -29,7 +30,6 @@ _BEFORE_THE_SETTING = {f"model.{key}": value for key, value in BEFORE_THE_SETTIN
 # A manifest has about 200 bytes for each file: this is enough for a hundred thousand ranks.
 MAX_MANIFEST_BYTES = 64 << 20
 _LARGEST = 2**63
-_PUBLISHED = re.compile(r"step-(0|[1-9][0-9]*)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,7 +83,7 @@ class Damaged(Exception):
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """The published checkpoints in a directory, newest first."""
-    found = [path for path in checkpoints.glob("step-*") if _PUBLISHED.fullmatch(path.name)]
+    found = [path for path in checkpoints.glob("step-*") if PUBLISHED.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -116,7 +116,7 @@ def read_manifest(path: Path) -> Manifest:
     manifest = Manifest(**content)
     if not intact:
         raise Damaged(f"{MANIFEST} has changed since it was written")
-    if _PUBLISHED.fullmatch(path.name) and step_of(path) != manifest.step:
+    if PUBLISHED.fullmatch(path.name) and step_of(path) != manifest.step:
         raise Damaged(f"{MANIFEST} is of step {manifest.step}")
     manifest.config = _BEFORE_THE_SETTING | manifest.config
     return manifest

@@ -28,9 +28,10 @@ from megabase.pipeline.checkpoint.publish import DiskFull
 from megabase.pipeline.checkpoint.retention import prune, validation_losses
 from megabase.pipeline.checkpoint.space import describe_shortage
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.errors import RESUME_HINT, RunError
+from megabase.pipeline.errors import RunError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.paths import METRICS, RunPaths
 from megabase.pipeline.zero.checkpoint_engine import DIRECTORY, LATEST, Storage
 from megabase.pipeline.zero.parameters import full_size
@@ -232,7 +233,8 @@ class Saver:
         message = f"the checkpoint of step {step} is not written: {why}"
         if must:
             raise RunError(
-                f"{message}. Earlier checkpoints are unchanged; {RESUME_HINT}", temporary=temporary
+                f"{message}. Earlier checkpoints are unchanged; {resume_hint(self._config.directory)}",
+                temporary=temporary,
             )
         if self._world.rank == 0:
             logger.warning(f"{message}. Training continues without it")

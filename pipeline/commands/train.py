@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megabase.pipeline.commands.settings import add_settings, split_settings
+from megabase.pipeline.ranks.environment import is_rank
 from megabase.pipeline.ranks.stop import StopRequest
 
 HELP = "train, or resume, the run that a config describes"
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         dry_run(load(*split_settings(options.settings)), options.settings)
         return 0
     # Before torch is imported, which takes seconds: a signal that comes meanwhile must not be lost.
-    stop = StopRequest().listen()
+    stop = StopRequest(answers=not is_rank()).listen()
     from megabase.pipeline.config.load import load
     from megabase.pipeline.training.run import train
 

@@ -7,6 +7,7 @@ torch takes.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -14,7 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# The supervisor passes a Ctrl-C on as this signal. It cannot take SIGINT: a terminal sends that to the ranks as well,
+# and a second one interrupts them.
+CTRL_C = signal.SIGUSR2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, CTRL_C)
+# What set the flag, for people.
+REASONS = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGUSR1: "SIGUSR1",
+    signal.SIGINT: "Ctrl-C (SIGINT)",
+    CTRL_C: "Ctrl-C (SIGINT)",
+}
+# The answer to the first Ctrl-C.
+ANSWER = "stopping after this step, with a checkpoint; press Ctrl-C again to end now"
 
 # Exit code of `megabase train` when it has written a checkpoint and should be started again (EX_TEMPFAIL).
 EXIT_AGAIN = 75
@@ -27,22 +40,27 @@ POLL_S = 1.0
 class StopRequest:
     """A flag: true after the first request to stop. Later requests change nothing, but a second Ctrl-C interrupts.
 
+    Args:
+        answers: this is the process that a user started: it answers the first Ctrl-C at once, and each later one
+            interrupts it. A rank is interrupted once, so that it can write its status.
+
     Attributes:
-        reason: what set the flag first: a signal's name, the STOP file's path or the setting `trainer.max_minutes`.
+        reason: what set the flag first: one of REASONS, the STOP file's path or the setting `trainer.max_minutes`.
         by_person: whether the STOP file exists. Then no job script should start the run again.
         minutes: time limit, counted from the construction of this object, at which `watch` sets the flag; 0: none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, answers: bool = False) -> None:
         # Plain attributes: a handler may interrupt another handler and must take no lock.
         self.reason = ""
         self.by_person = False
         self.minutes = 0.0
-        self._interrupted = False
+        self._answers = answers
+        self._presses = 0  # of Ctrl-C
         self._began = time.monotonic()
 
     def listen(self) -> StopRequest:
-        """Handle SIGTERM, SIGUSR1 and SIGINT of this process, from now until it ends; returns itself."""
+        """Handle STOP_SIGNALS of this process, from now until it ends; returns itself."""
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._handle)
         # A supervisor starts its ranks with these signals blocked: a signal that arrived meanwhile is delivered now.
@@ -71,8 +89,13 @@ class StopRequest:
             time.sleep(POLL_S)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if signum == signal.SIGINT:
-            if self._interrupted:
+        self.reason = self.reason or REASONS[signal.Signals(signum)]
+        if signum == CTRL_C:
+            self._presses = max(self._presses, 1)
+        elif signum == signal.SIGINT:
+            self._presses += 1
+            if self._presses == 1 and self._answers:
+                # Not through `logging`: this may interrupt a thread that holds its lock.
+                os.write(2, f"{chr(10) * os.isatty(2)}megabase: {ANSWER}\n".encode())
+            elif self._presses == 2 or (self._presses > 2 and self._answers):
                 raise KeyboardInterrupt
-            self._interrupted = True
-        self.reason = self.reason or signal.Signals(signum).name

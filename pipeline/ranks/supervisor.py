@@ -9,15 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import megabase
 from megabase.datamodules.processes import end_with_parent, signals_blocked
-from megabase.pipeline.errors import RESUME_HINT
-from megabase.pipeline.ranks.stop import INTERRUPTED, STOP_SIGNALS, StopRequest
+from megabase.pipeline.ranks.stop import CTRL_C, INTERRUPTED, REASONS, STOP_SIGNALS, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,8 @@ logger = logging.getLogger(__name__)
 GRACE_S = 10.0
 # Seconds to wait for a killed process: while it waits for a disk that does not respond, it does not end.
 KILLED_WAIT_S = 30.0
+# The signal that tells rank 0 what set the flag.
+_PASSED_ON = {REASONS[number]: number for number in (signal.SIGTERM, signal.SIGUSR1, CTRL_C)}
 # Set in the environment of the ranks that `supervise` starts.
 _SUPERVISED = "MEGABASE_SUPERVISED"
 
@@ -47,31 +48,36 @@ def megabase_command(*arguments: str) -> list[str]:
     return [sys.executable, *([] if in_source_tree else ["-P"]), "-m", "megabase.pipeline.cli", *arguments]
 
 
-def supervise(command: Sequence[str], ranks: int, stop: StopRequest, *, hint: str = RESUME_HINT) -> int:
+def supervise(command: Sequence[str], ranks: int, stop: StopRequest, *, hint: Callable[[], str]) -> int:
     """Start `ranks` processes of `command` on this machine and wait for them.
 
     If a rank fails, the others are killed GRACE_S seconds later. A signal that sets `stop` is passed on to rank 0; the
-    ranks then agree on the step to stop at. If this process dies, the kernel kills the ranks.
+    ranks then agree on the step to stop at. A KeyboardInterrupt interrupts the ranks, which have GRACE_S seconds to
+    write their status. If this process dies, the kernel kills the ranks.
 
     Args:
         command: the command line of one rank, which reads torchrun's variables from its environment.
         ranks: number of processes.
         stop: set by the signals of this process.
-        hint: the end of a message about a rank that was interrupted or killed.
+        hint: returns the end of a message about a rank that was interrupted or killed.
 
     Returns:
         The exit code of rank 0, or of the first rank that failed; 1 if a signal ended that rank.
+
+    Raises:
+        KeyboardInterrupt: this process was interrupted; all ranks have ended.
     """
     processes = _start(command, ranks)
     signal_sent = False
     try:
         while processes[0].poll() is None and all(p.poll() in (None, 0) for p in processes[1:]):
             if stop and not signal_sent:
-                # Not SIGINT: a terminal sends that to the ranks as well, and a second SIGINT interrupts them.
-                terminated = stop.reason == signal.SIGTERM.name
-                processes[0].send_signal(signal.SIGTERM if terminated else signal.SIGUSR1)
+                processes[0].send_signal(_PASSED_ON.get(stop.reason, signal.SIGUSR1))
                 signal_sent = True
             time.sleep(0.1)
+    except KeyboardInterrupt:
+        _interrupt(processes)
+        raise
     except BaseException:
         for process in processes:
             process.kill()
@@ -108,7 +114,23 @@ def _start(command: Sequence[str], ranks: int) -> list[subprocess.Popen[bytes]]:
         ]
 
 
-def _end(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
+def _interrupt(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Interrupt the ranks; kill those that have not ended GRACE_S seconds later, or at another KeyboardInterrupt."""
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + GRACE_S
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILLED_WAIT_S)
+
+
+def _end(processes: list[subprocess.Popen[bytes]], hint: Callable[[], str]) -> int:
     """Give the ranks GRACE_S seconds to exit, and kill the rest; returns the first failed rank's exit code, or 0."""
     failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
     deadline = time.monotonic() + GRACE_S
@@ -122,9 +144,9 @@ def _end(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
     for rank in failed:
         code = processes[rank].returncode
         if code == INTERRUPTED:
-            logger.error(f"rank {rank} was interrupted; {hint}")
+            logger.error(f"rank {rank} was interrupted; {hint()}")
         if code < 0:
             name = signal.Signals(-code).name
-            logger.error(f"rank {rank} was ended by {name}; {hint}")
+            logger.error(f"rank {rank} was ended by {name}; {hint()}")
     code = processes[failed[0] if failed else 0].returncode
     return 1 if code < 0 else code

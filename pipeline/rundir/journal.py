@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megabase.datamodules.files import publish
-from megabase.pipeline.errors import RESUME_HINT, RunError
+from megabase.pipeline.errors import RunError
 from megabase.pipeline.files import is_disk_full
+from megabase.pipeline.rundir.hint import resume_hint
 
 Row = dict[str, Any]
 
@@ -56,7 +57,8 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(
-                f"{self.path} cannot be written: {error}; {RESUME_HINT}", temporary=not is_disk_full(error)
+                f"{self.path} cannot be written: {error}; {resume_hint(self.path.parent)}",
+                temporary=not is_disk_full(error),
             ) from error
 
     def close(self) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 # The journal. A checkpoint holds a copy of it, up to its step, under this name.
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+
+
+# The name of a published checkpoint, with its step.
+PUBLISHED = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class RunPaths:
     def checkpoints(self) -> Path:
         """Directory of checkpoints, `step-N`."""
         return self.directory / CHECKPOINTS
+
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest published checkpoint, by its name; None if there is none."""
+        found = (PUBLISHED.fullmatch(path.name) for path in self.checkpoints.glob("step-*"))
+        return max((int(match[1]) for match in found if match), default=None)
 
     @property
     def logs(self) -> Path:

@@ -13,8 +13,8 @@ from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
-FINISHED = "finished"
-"""The state of a run that has nothing left to do; `training/outcome.py` has the others."""
+RUNNING, FINISHED = "running", "finished"
+"""States of a run; `training/outcome.py` has the others."""
 
 # In this environment variable the job script passes the path of the file to which it wants the status written.
 STATUS_FILE_VARIABLE = "MEGABASE_STATUS_FILE"

@@ -19,12 +19,13 @@ from megabase.datamodules.config import SKIP
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.errors import RESUME_HINT, RunError
+from megabase.pipeline.errors import RunError
 from megabase.pipeline.inference.scoring import SCORED, Score, evaluate, measure_recall
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.ranks.stop import StopRequest
+from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.journal import has_evaluation
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
@@ -238,7 +239,8 @@ class TrainingCallback(pl.Callback):
         if trouble := self._world.broadcast(trouble):
             raise RunError(
                 f"{trouble.text}: stopped before a checkpoint of it was written; {self._report_windows(trouble)};"
-                f" {RESUME_HINT}, and meets the same numbers unless a setting is changed: {trouble.way_out}"
+                f" {resume_hint(self._config.directory)}, and it meets the same numbers unless a setting is changed:"
+                f" {trouble.way_out}"
             )
         return agreed
 

@@ -11,7 +11,7 @@ from megabase.models.config import ConfigError
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.ranks import supervisor
 from megabase.pipeline.ranks.failure import report_failure
-from megabase.pipeline.rundir.status import write_launcher_status, write_status
+from megabase.pipeline.rundir.status import RUNNING, write_launcher_status, write_status
 from megabase.pipeline.tracking.mirror import Mirror
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ def state_of(error: BaseException) -> str:
 
 def write_running(directory: Path, step: int) -> None:
     """Write that the run trains, for people and for the job script. For rank 0."""
-    write_status(directory, "running", step)
-    write_launcher_status("running", step, directory)
+    write_status(directory, RUNNING, step)
+    write_launcher_status(RUNNING, step, directory)
 
 
 def conclude(

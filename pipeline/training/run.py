@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megabase.datamodules.batches.visits import Windows
+from megabase.datamodules.files import FileLock, LockHeldError
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.pipeline.checkpoint.identity import saved_layout
 from megabase.pipeline.checkpoint.next_start import next_start
@@ -24,10 +25,11 @@ from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.ranks import rendezvous, supervisor, watchdog
 from megabase.pipeline.ranks.environment import complete_environment, is_rank, is_rank_zero, local_devices
 from megabase.pipeline.ranks.groups import Group, Groups
-from megabase.pipeline.ranks.stop import EXIT_AGAIN, StopRequest
+from megabase.pipeline.ranks.stop import EXIT_AGAIN, INTERRUPTED, StopRequest
+from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.lock import lock_run
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.rundir.status import FINISHED, read_status, write_launcher_status
+from megabase.pipeline.rundir.status import FINISHED, RUNNING, read_status, write_launcher_status
 from megabase.pipeline.tracking.mirror import Mirror, is_complete
 from megabase.pipeline.training.check import check
 from megabase.pipeline.training.machine import check_machine, warnings_about
@@ -45,7 +47,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
         stop: set by the signals of this process.
 
     Returns:
-        The exit code: 0 finished, EXIT_AGAIN stopped at a checkpoint, 1 failed.
+        The exit code: 0 finished, EXIT_AGAIN stopped at a checkpoint, 1 failed, INTERRUPTED by a second Ctrl-C.
 
     Raises:
         UserError, DataError, ConfigError: bad input; nothing has been started or changed.
@@ -80,7 +82,25 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
         f" run directory {config.directory}"
     )
     command = supervisor.megabase_command("train", *arguments)
-    return supervisor.supervise(command, devices, stop)
+    try:
+        return supervisor.supervise(command, devices, stop, hint=lambda: resume_hint(config.directory))
+    except KeyboardInterrupt:
+        _conclude_interrupted(config)
+        return INTERRUPTED
+
+
+def _conclude_interrupted(config: RunConfig) -> None:
+    """After a second Ctrl-C: write what rank 0 could not, if it was killed before it wrote how the run ended."""
+    logger.error(f"interrupted; {resume_hint(config.directory)}")
+    try:
+        lock = FileLock.take(RunPaths(config.directory).lock)
+    except (LockHeldError, OSError):
+        return  # another job trains the run, and its status is that job's
+    state, step = read_status(config.directory)
+    if state == RUNNING:
+        mirror = Mirror(config, config.directory).start() if config.tracking.enabled else None
+        conclude(Outcome("crashed", step or 0, started=True), config.directory, 0, mirror, None)
+    lock.close()
 
 
 def has_finished(config: RunConfig, ranks: int, index: ShardIndex) -> bool:
@@ -127,7 +147,7 @@ def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
         logger.info(f"finished: {config.directory}")
         return 0
     first = f"remove {RunPaths(config.directory).stop}, then " if state == "stopped" else ""
-    logger.info(f"stopped: {config.directory}; {first}the same command goes on where it was")
+    logger.info(f"stopped: {config.directory}; {first}{resume_hint(config.directory)}")
     return EXIT_AGAIN
 
 

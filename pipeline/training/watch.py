@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from megabase.pipeline.errors import RESUME_HINT, UserError, first_line
+from megabase.pipeline.errors import UserError, first_line
+from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.journal import Tail
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import read_status
@@ -102,7 +103,9 @@ class RunView:
             return State("running")
         silent = now - written
         if silent > SILENT_S:
-            return State(f"no sign of life for {age(silent)}: probably killed; {RESUME_HINT}")
+            return State(
+                f"no sign of life for {age(silent)}: probably killed; {resume_hint(self.paths.directory)}"
+            )
         host = heartbeat.get("host")
         return State(f"{doing}{f', on {host}' if host else ''}")
 

@@ -137,7 +137,7 @@ def run(options: EvaluateOptions, arguments: Sequence[str]) -> int:
         logger.info(f"starting {devices} ranks")
         step = [] if task.step is None else ["--step", str(task.step)]
         command = supervisor.megabase_command("evaluate", *arguments, *step)
-        return supervisor.supervise(command, devices, StopRequest(), hint="nothing was written")
+        return supervisor.supervise(command, devices, StopRequest(), hint=lambda: "nothing was written")
     _finish(options, evaluate_model(options, task, None))
     return 0
 

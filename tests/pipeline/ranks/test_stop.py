@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megabase.pipeline.ranks import stop as stop_module
-from megabase.pipeline.ranks.stop import StopRequest
+from megabase.pipeline.ranks.stop import ANSWER, CTRL_C, StopRequest
 
 # Another process sends as fast as it can, so that handlers interrupt handlers.
 PROGRAM = """
@@ -48,9 +48,33 @@ def test_a_second_ctrl_c_interrupts_whatever_came_before(before: list[signal.Sig
     stop = StopRequest()
     for signum in [*before, signal.SIGINT]:
         stop._handle(signum, None)
-    assert stop.reason == [*before, signal.SIGINT][0].name
+    assert stop.reason == (before[0].name if before else "Ctrl-C (SIGINT)")
     with pytest.raises(KeyboardInterrupt):
         stop._handle(signal.SIGINT, None)
+    stop._handle(signal.SIGINT, None)  # a rank is interrupted once: meanwhile it writes its status
+
+
+@pytest.mark.parametrize("first", [[signal.SIGINT, CTRL_C], [signal.SIGINT], [CTRL_C]])
+def test_the_terminals_signal_and_the_supervisors_are_one_ctrl_c(first: list[signal.Signals]) -> None:
+    stop = StopRequest()
+    for signum in first:
+        stop._handle(signum, None)
+    assert stop.reason == "Ctrl-C (SIGINT)"
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
+
+
+def test_the_process_that_the_user_started_answers_the_first_ctrl_c(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    stop = StopRequest(answers=True)
+    stop._handle(signal.SIGINT, None)
+    assert capfd.readouterr().err == f"megabase: {ANSWER}\n"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            stop._handle(signal.SIGINT, None)
+    StopRequest()._handle(signal.SIGINT, None)
+    assert capfd.readouterr().err == ""
 
 
 def wait_for(stop: StopRequest) -> str:

@@ -48,7 +48,8 @@ def test_a_full_disk_is_one_message_and_closing_adds_none(tmp_path: Path) -> Non
     journal.close()
     journal._file = Path("/dev/full").open("a")  # noqa: SIM115
     with pytest.raises(
-        RunError, match=r"metrics\.jsonl cannot be written: .*No space left.* same command resumes"
+        RunError,
+        match=r"metrics\.jsonl cannot be written: .*No space left.* run it again to begin from step 0",
     ):
         journal.append([{"step": 1, "loss": 2.0}])
     journal.close()

@@ -69,7 +69,7 @@ def arrange(moment: str) -> None:
 if __name__ == "__main__":
     moment, *settings = sys.argv[1:]
     if "RANK" not in os.environ:
-        sys.exit(supervise([sys.executable, *sys.argv], 2, StopRequest().listen()))
+        sys.exit(supervise([sys.executable, *sys.argv], 2, StopRequest().listen(), hint=str))
     if os.environ["RANK"] == "1":
         arrange(moment)
     sys.exit(cli.main(["train", *settings]))

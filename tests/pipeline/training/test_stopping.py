@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megabase.pipeline.ranks.stop import EXIT_AGAIN
+from megabase.pipeline.ranks.stop import ANSWER, EXIT_AGAIN, INTERRUPTED
 from megabase.pipeline.ranks.supervisor import free_port
 from tests.conftest import train_settings, training_rows
 from tests.processes import Python
@@ -61,7 +61,7 @@ def test_a_stop_file_stops_until_it_is_removed_and_max_minutes_stop_by_themselve
     (run / "STOP").touch()
     code, output = job.wait()
     assert code == EXIT_AGAIN, output
-    assert f"stopping: {run / 'STOP'}" in output and f"remove {run / 'STOP'}, then the same" in output
+    assert f"stopping: {run / 'STOP'}" in output and f"remove {run / 'STOP'}, then run it again" in output
     stopped_at = newest(run)
     assert status(run) == {"state": "stopped", "step": stopped_at}
 
@@ -78,6 +78,19 @@ def test_a_stop_file_stops_until_it_is_removed_and_max_minutes_stop_by_themselve
     assert "stopping: trainer.max_minutes=0.001" in output
     assert status(run) == {"state": "again", "step": newest(run)}
     assert newest(run) > stopped_at
+
+    # A rank that does not move: the first Ctrl-C is answered all the same, and the second ends the run now.
+    job = start_job("train", *settings)
+    job.until(lambda: status(run)["state"] == "running" and (run / "logs" / "rank-1.heartbeat").exists())
+    job.until(lambda: len(job.children()) == 2)
+    os.kill(job.children()[1], signal.SIGSTOP)
+    job.send_signal(signal.SIGINT)
+    job.until(lambda: ANSWER in job.stderr())
+    job.send_signal(signal.SIGINT)
+    code, output = job.wait(60)
+    assert code == INTERRUPTED, output
+    assert f"interrupted; run it again to resume from step {newest(run)}" in output
+    assert status(run)["state"] == "crashed"
 
 
 def test_the_stacks_of_a_rank_that_hangs_are_written_and_the_job_ends(

@@ -94,7 +94,7 @@ def test_a_killed_run_is_recognized_by_its_heartbeat(run: RunPaths) -> None:
     view = RunView(run.directory)
     assert view.state(1005.0).text == "evaluating, on n1"
     silent = view.state(1000.0 + 2 * SILENT_S).text
-    assert silent.startswith("no sign of life for 3 min: probably killed; the same command resumes")
+    assert silent.startswith("no sign of life for 3 min: probably killed; run it again to begin from step 0")
 
 
 @pytest.mark.parametrize(
