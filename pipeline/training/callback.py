@@ -127,6 +127,9 @@ class TrainingCallback(pl.Callback):
         if trainer.global_step != self.step:
             self.step = trainer.global_step
             self._between_steps(trainer)
+        elif self._recorder:
+            assert isinstance(module, PretrainModule)
+            self._recorder.within(self.step + 1, len(module.micro_nats), trainer.accumulate_grad_batches)
         watchdog.beat("training", self.step)
         self._idle_since = time.monotonic()
 

@@ -114,7 +114,7 @@ def _fields(figures: Figures, now: float) -> list[tuple[str, str]]:
         ("loss", _loss(figures)),
         ("speed", "" if speed is None else f"{speed:,.0f} tokens/s"),
         ("validation", "" if figures.evaluation is None else _validation(figures.evaluation)),
-        ("recall", "" if figures.evaluation is None else _recall(figures.evaluation)),
+        ("recall", "" if figures.evaluation is None else recall(figures.evaluation)),
         ("checkpoint", "" if figures.checkpoint is None else _checkpoint(figures.checkpoint, now)),
     ]
 
@@ -145,12 +145,13 @@ def _validation(row: Row) -> str:
     return f"{text} (Markov order {order}: {float(row[orders[-1]]):.4f})"
 
 
-def _recall(row: Row) -> str:
+def recall(row: Row) -> str:
+    """What an evaluation says of recall; empty if it was not measured."""
     if "valid_recall_bits" not in row:
         return ""
     copy = float(row["valid_copy_bits_per_base"])
     without = copy + float(row["valid_recall_bits"])
-    return f"a copy {copy:.4f} bits/base, {without:.4f} without its source"
+    return f"a repeated stretch {copy:.4f} bits/base, {without:.4f} if it had not come before"
 
 
 def _checkpoint(row: Row, now: float) -> str:

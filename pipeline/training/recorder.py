@@ -18,7 +18,7 @@ from megabase.pipeline.ranks.agreement import Agreed
 from megabase.pipeline.rundir.journal import Journal, Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
-from megabase.pipeline.training.figures import Figures
+from megabase.pipeline.training.figures import Figures, recall
 from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve
@@ -160,9 +160,8 @@ class Recorder:
         self._figures.add(row)
         self._speed.restart()
         line = f"step {row['step']}: validation {_against_markov(row)}"
-        if "valid_recall_bits" in row:
-            copy, gain = row["valid_copy_bits_per_base"], row["valid_recall_bits"]
-            line += f"; a copy {copy:.4f}, {copy + gain:.4f} without its source"
+        if text := recall(row):
+            line += f"; {text}"
         self.print(line)
         if row.get("full_valid_bases") != row.get("valid_bases") and "full_valid_bases" in row:
             self.print(f"step {row['step']}: the whole validation split {_against_markov(row, 'full_')}")

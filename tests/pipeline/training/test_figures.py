@@ -70,7 +70,7 @@ def test_fields_show_the_last_evaluation_and_checkpoint() -> None:
         ("step", "1,234 of 2,000 (61.7%)"),
         ("loss", "1.5000 bits/base (smoothed 1.5000)"),
         ("validation", "1.9000 bits/base at step 40 (Markov order 5: 1.9500)"),
-        ("recall", "a copy 1.2000 bits/base, 1.9000 without its source"),
+        ("recall", "a repeated stretch 1.2000 bits/base, 1.9000 if it had not come before"),
         ("checkpoint", "step 50, written 2 h ago"),
     ]
     assert fields(figures_of([], None), 0.0) == []
