@@ -269,7 +269,10 @@ def train_peer(task: Task, watch: Watch) -> None:
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    module, data = PretrainModule(config, task.ranks), SequenceDataModule(config.data, config.run.seed)
+    module, data = (
+        PretrainModule(config, task.ranks, log=False),
+        SequenceDataModule(config.data, config.run.seed),
+    )
     quiet(trainer).fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)
     dist.destroy_process_group()
 

@@ -1,11 +1,13 @@
 """The LightningModule around the Reformer: the loss of a global batch, the optimizer, the learning rate.
 
-Its losses stay on the device; `callback.py` reads them when it writes the journal.
+Its losses stay on the device; `callback.py` reads them when it writes the journal. Under a Trainer of the user's own,
+without that callback, the module logs them as Lightning modules do (docs/lightning.md).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from megabase.datamodules.alphabet import FIRST_LETTER
+from megabase.datamodules.config import accumulation
 from megabase.models import Reformer
 from megabase.models.chance import Seeds
 from megabase.models.reversible import ReversibleStack
@@ -40,8 +44,11 @@ class PretrainModule(pl.LightningModule):
 
     Args:
         config: of the run; `model.vocab_size` is set.
-        data_ranks: number of ranks that train on different windows. Gradients are averaged over them.
+        data_ranks: number of ranks that train on different windows. Gradients are averaged over them. None: all ranks
+            of the Trainer.
         initial: puts the weights of step 0 into the model that was built, on every rank; None: they are random.
+        log: log train/loss at each step, and valid/loss and valid/bits_per_base at each validation, for the loggers
+            and callbacks of a Trainer; `guard.*` then has no effect. False where `TrainingCallback` records the run.
 
     Attributes:
         step_nats: sum of nats of this rank in the optimizer step under way; fp32 scalar on the device.
@@ -54,7 +61,12 @@ class PretrainModule(pl.LightningModule):
     """
 
     def __init__(
-        self, config: RunConfig, data_ranks: int, initial: Callable[[Reformer], None] | None = None
+        self,
+        config: RunConfig,
+        data_ranks: int | None = None,
+        initial: Callable[[Reformer], None] | None = None,
+        *,
+        log: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -67,6 +79,9 @@ class PretrainModule(pl.LightningModule):
         self.guard = Guard(config)
         self._data_ranks = data_ranks
         self._initial = initial
+        self._logs = log
+        self._valid_sums: Tensor | None = None  # (2,) fp64: nats and scored bases of this rank
+        self._logged_step = -1
         self._totals: tuple[Tensor, Tensor | None] | None = None
 
     def configure_model(self) -> None:
@@ -97,9 +112,12 @@ class PretrainModule(pl.LightningModule):
             micro_scored = scored(wide, batch.skipped)
             self.step_scored = micro_scored if self.step_scored is None else self.step_scored + micro_scored
         # Undo that DeepSpeed averages gradients over ranks, and Lightning the loss over the micro batches of a step.
-        micro_batches = self._data_ranks * self.trainer.accumulate_grad_batches
+        micro_batches = (self._data_ranks or self.trainer.world_size) * self.trainer.accumulate_grad_batches
         loss = nats * (micro_batches / max(batch.targets, 1))
-        if self.guard.skips and self._is_last_micro_batch():
+        if self._logs:
+            if self._is_last_micro_batch():
+                self._log_step()
+        elif self.guard.skips and self._is_last_micro_batch():
             total, _ = step_loss(*self.totals(), self.step_targets)
             if self.guard.is_bad(total):
                 loss = loss * math.nan  # makes DeepSpeed skip the update of the step on every rank
@@ -126,8 +144,14 @@ class PretrainModule(pl.LightningModule):
         self.step_samples, self.micro_nats = [], []
 
     def on_train_start(self) -> None:
-        """With `guard.on_bad=skip`, give every rank the last rows of the journal, to judge the next losses."""
-        if self.guard.skips:
+        """With `guard.on_bad=skip`, give every rank the last rows of the journal, to judge the next losses.
+
+        Raises:
+            UserError, DataError: the user's own Trainer would not make steps of `data.global_batch` windows.
+        """
+        if self._logs:
+            self._check_trainer()
+        elif self.guard.skips:
             rows = recent_rows(self.config, self.global_step) if self.trainer.is_global_zero else []
             self.guard.resume(self.trainer.strategy.broadcast(rows))
 
@@ -139,13 +163,52 @@ class PretrainModule(pl.LightningModule):
     def _is_last_micro_batch(self) -> bool:
         return len(self.micro_nats) == self.trainer.accumulate_grad_batches
 
+    def _log_step(self) -> None:
+        """Log the loss of the step, summed over all ranks and divided by the weight of their labels."""
+        nats, scored = self.totals()
+        weight = max(self.step_targets, 1) if scored is None else scored[0].clamp(min=1)
+        self.log("train/loss", (nats / weight).float(), prog_bar=True, batch_size=1)
+
+    def _check_trainer(self) -> None:
+        data = self.config.data
+        needed = accumulation(data.global_batch, data.micro_batch, self.trainer.world_size)
+        if needed != (given := self.trainer.accumulate_grad_batches):
+            raise UserError(
+                f"accumulate_grad_batches={given}: with {self.trainer.world_size} ranks and data.micro_batch="
+                f"{data.micro_batch}, steps of data.global_batch={data.global_batch} windows need"
+                f" Trainer(accumulate_grad_batches={needed})"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin with empty sums."""
+        self._valid_sums = None
+
     def validation_step(self, batch: Any, batch_index: int) -> dict[str, Tensor]:
         """The `Score` of one batch, as a dictionary."""
         assert self.model is not None
-        return score_batch(self.model, batch, self.config.run.seed)._asdict()
+        score = score_batch(self.model, batch, self.config.run.seed)
+        if self._logs:
+            sums = torch.stack([score.nats.double(), score.bases.double()])
+            self._valid_sums = sums if self._valid_sums is None else self._valid_sums + sums
+        return score._asdict()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, with weight decay on matrices only, not on norms, biases and scales."""
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over all scored bases of all ranks. All ranks have equally many batches."""
+        if self._valid_sums is None:
+            return
+        total = self.trainer.strategy.reduce(self._valid_sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        loss = (total[0] / total[1]).float()
+        # Lightning advises to average over ranks, but each has the same value already.
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True")
+        self.log("valid/loss", loss, batch_size=1)
+        self.log("valid/bits_per_base", loss / math.log(2), prog_bar=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with weight decay on matrices only, not on norms, biases and scales.
+
+        A Trainer of the user's own also gets the learning rate as a scheduler, which its LearningRateMonitor reads.
+        """
         optim = self.config.optim
         decays = (optim.weight_decay, 0.0)
         groups = [
@@ -154,12 +217,20 @@ class PretrainModule(pl.LightningModule):
             if group
         ]
         # In every other case DeepSpeed wraps the optimizer and measures the gradient norm itself.
-        plain = self.config.zero.stage == 0 and precision_of(self.config.trainer.precision) == "32"
+        plain = (
+            not self._logs
+            and self.config.zero.stage == 0
+            and precision_of(self.config.trainer.precision) == "32"
+        )
         kind = PlainAdamW if plain else torch.optim.AdamW
         adam = kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
         if isinstance(adam, PlainAdamW):
             adam.drops = self.guard.skips
-        return adam
+        if not self._logs:
+            return adam
+        steps = self.config.trainer.max_steps
+        rate = LambdaLR(adam, lambda step: learning_rate(step, optim, steps) / optim.lr)
+        return [adam], [{"scheduler": rate, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add `parameters`: their names in the order of the optimizer's groups, by which its states are numbered."""
@@ -179,6 +250,11 @@ class PretrainModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Set the learning rate, a function of the step's number: there is no schedule to restore on resume."""
+        if self._logs:
+            if self.global_step != self._logged_step:
+                self.next_step()
+                self._logged_step = self.global_step
+            return
         rate = learning_rate(self.global_step, self.config.optim, self.config.trainer.max_steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate

@@ -235,7 +235,7 @@ def _set_up_and_fit(
     callback = TrainingCallback(config, data, groups, stop, mirror)
     trainer = make_trainer(config, devices, groups, callback, saved)
     try:
-        module = PretrainModule(config, groups.data.size, initial)
+        module = PretrainModule(config, groups.data.size, initial, log=False)
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)
     except SystemExit:  # which Lightning raises for a KeyboardInterrupt
         raise KeyboardInterrupt from None

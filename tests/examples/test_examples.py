@@ -64,6 +64,16 @@ def test_compare_attention() -> None:
 
 
 @pytest.mark.slow
+def test_lightning(tmp_path: Path) -> None:
+    lines = run("lightning.py", "2", str(tmp_path))
+    train, valid = (next(line for line in lines if line.startswith(name)) for name in ("train/", "valid/"))
+    assert 1.2 < float(train.split()[1]) < 1.6 and "after 2 steps" in train
+    assert 1.8 < float(valid.split()[1]) < 2.3 and Path(valid.split()[-1]).exists()
+    [metrics] = tmp_path.rglob("metrics.csv")
+    assert {"train/loss", "valid/loss", "lr-AdamW/pg1"} <= set(metrics.read_text().splitlines()[0].split(","))
+
+
+@pytest.mark.slow
 def test_scoring_without_an_export_says_how_to_call_it() -> None:
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / "score_and_generate.py")], capture_output=True, text=True, timeout=300
