@@ -53,7 +53,7 @@ def segment_row(
     alphabet: Alphabet,
     line_bases: int = 0,
     line_bytes: int = 0,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One row of `SCHEMA`.
 
     Args:

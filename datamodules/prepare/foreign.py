@@ -23,11 +23,14 @@ from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.files import sync
 from megabase.datamodules.index.index_file import INDEX_NAME, RowBatches, segment_row, write_index
+from megabase.datamodules.index.leakage import write_leakage
 from megabase.datamodules.index.lines import byte_of, without_line_ends
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.composition import Composition
+from megabase.datamodules.prepare.leaks import leaks_of, warn
 from megabase.datamodules.prepare.records import Names, compression
+from megabase.datamodules.prepare.sketch import Sampler, scale_for
 from megabase.datamodules.prepare.splits import END, Splits, draw
 from megabase.datamodules.prepare.tars import headers
 from megabase.datamodules.progress import bar
@@ -118,16 +121,20 @@ def index_tars(
     index = directory / INDEX_NAME
     if index.exists():
         raise DataError(f"{index}: exists already: remove it to index the tars again")
-    rows, sizes = _Rows(letters, splits, allow_other), {path.name: path.stat().st_size for path in tars}
+    sizes = {path.name: path.stat().st_size for path in tars}
+    sampled = letters.name == "dna" and splits.hold_out
+    rows = _Rows(letters, splits, allow_other, Sampler(scale_for(sum(sizes.values()))) if sampled else None)
     with bar("Indexing", sum(sizes.values()), progress) as report:
         for path in tars:
             rows.add(path)
             report(sizes[path.name])
     rows.check(directory)
+    leaks = leaks_of([rows.sampler.finish()]) if rows.sampler else []
     partial = index.with_name(f"{INDEX_NAME}.partial")
     try:
         write_index(partial, rows.batches(), letters, sizes, list(rows.sources))
         sync(partial)
+        write_leakage(directory, leaks)
         partial.rename(index)
     except OSError as error:
         raise DataError(
@@ -135,13 +142,17 @@ def index_tars(
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+    warn(leaks)
     return ShardIndex.open(directory)
 
 
 class _Rows:
     """Collects the rows of the index tar by tar, and checks what concerns all of them."""
 
-    def __init__(self, alphabet: Alphabet, splits: Splits, allow_other: bool) -> None:
+    def __init__(
+        self, alphabet: Alphabet, splits: Splits, allow_other: bool, sampler: Sampler | None
+    ) -> None:
+        self.sampler = sampler
         self.sources: dict[str, None] = {}
         self._allow_other = allow_other
         self._alphabet = alphabet
@@ -209,6 +220,9 @@ class _Rows:
             )
             self._trained = self._trained or segment.split == TRAIN
             self._rows.add(row)
+            if self.sampler is not None:
+                bases = sequence.bases[segment.start : segment.start + segment.length]
+                self.sampler.add(segment.split, bases, row["gaps"])
 
 
 def _tars(directory: Path) -> list[Path]:

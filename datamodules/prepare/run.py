@@ -22,7 +22,9 @@ from megabase.datamodules.index.index_file import INDEX_VERSION
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.inputs import check_inputs, expand, pipes_as_files, prefixed, prefixes
-from megabase.datamodules.prepare.records import Names, read_file, second_record, told_apart
+from megabase.datamodules.prepare.leaks import leaks_of, warn
+from megabase.datamodules.prepare.records import Names, compression, read_file, second_record, told_apart
+from megabase.datamodules.prepare.sketch import Sampling, scale_for
 from megabase.datamodules.prepare.splits import END, Splits, draw
 from megabase.datamodules.prepare.unfinished import (
     Unfinished,
@@ -36,6 +38,7 @@ from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.prepare.writer import SHARD_BYTES, Part, ShardWriter
 from megabase.datamodules.progress import bar
 
+_PACKED = 4  # bases in a byte of compressed DNA, about
 _UNITS_PER_SHARD = 8
 """Small files share a unit of up to 1/8 of a shard: enough units to keep the processes busy, and few small shards."""
 
@@ -48,6 +51,7 @@ class _Job:
         folder: of the shards.
         prefixes: what is put before the names of the records of each file; empty for nothing.
         field, allow_other: as in `read_file`.
+        sampling: how 31-mers are sampled; None if they are not.
     """
 
     folder: Path
@@ -57,6 +61,7 @@ class _Job:
     prefixes: dict[Path, str]
     field: str
     allow_other: bool
+    sampling: Sampling | None
 
 
 def prepare(
@@ -126,21 +131,33 @@ def prepare(
     rule = " and ".join(
         f"{option} {value}" for option, value in (("--valid", valid), ("--test", test)) if value is not None
     )
-    with pipes_as_files(paths, output.parent) as files, unfinished(output, arguments, files == paths) as work:
-        names = prefixes(files) if prefix_names else {}
-        job = _Job(work.folder, letters, splits, shard_bytes, names, field, allow_other)
-        units = _units(files, [path.stat().st_size for path in files], shard_bytes)
-        parts = _written(work, units, job, jobs, progress)
-        try:
-            _check_complete(files, splits, rule, parts)
-        except DataError:
-            work.forget(units)  # this needs other arguments, which start from the beginning
-            raise
-        try:
-            work.publish(output, letters, parts)
-        except OSError as error:
-            raise work.resumable(_unwritable(work.folder, error)) from error
+    with pipes_as_files(paths, output.parent) as files:
+        sizes = [path.stat().st_size for path in files]
+        sampling = _sampling(files, sizes) if letters.name == "dna" and splits.hold_out else None
+        arguments["31-mers"] = sampling and [sampling.scale, sampling.of_records]
+        with unfinished(output, arguments, continues=files == paths) as work:
+            names = prefixes(files) if prefix_names else {}
+            job = _Job(work.folder, letters, splits, shard_bytes, names, field, allow_other, sampling)
+            units = _units(files, sizes, shard_bytes)
+            parts = _written(work, units, job, jobs, progress)
+            try:
+                _check_complete(files, splits, rule, parts)
+            except DataError:
+                work.forget(units)  # this needs other arguments, which start from the beginning
+                raise
+            leaks = leaks_of([part.kmers for part in parts if part.kmers is not None])
+            try:
+                work.publish(output, letters, parts, leaks)
+            except OSError as error:
+                raise work.resumable(_unwritable(work.folder, error)) from error
+    warn(leaks)
     return ShardIndex.open(output)
+
+
+def _sampling(files: Sequence[Path], sizes: Sequence[int]) -> Sampling:
+    """How 31-mers are sampled of files of these sizes."""
+    bases = sum(size * (_PACKED if compression(path) else 1) for path, size in zip(files, sizes, strict=True))
+    return Sampling(scale_for(bases))
 
 
 def _units(paths: Sequence[Path], sizes: Sequence[int], shard_bytes: int) -> list[Unit]:
@@ -192,7 +209,7 @@ def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None
             yield file
 
     try:
-        with ShardWriter(work.folder, unit.number, job.alphabet, job.shard_bytes) as writer:
+        with ShardWriter(work.folder, unit.number, job.alphabet, job.shard_bytes, job.sampling) as writer:
             for path in unit.paths:
                 for record in read_file(path, job.alphabet, counted, job.field, job.allow_other):
                     if job.prefixes:

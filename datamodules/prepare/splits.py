@@ -96,6 +96,11 @@ class Splits:
         return cls(fractions, records, by=by)
 
     @property
+    def hold_out(self) -> bool:
+        """Whether anything is for validation or test."""
+        return bool(self.fractions or self.records or self.bed)
+
+    @property
     def named(self) -> Set[str]:
         """The records and patterns of records that a list or the BED file names. All must exist in the input."""
         return self.bed.intervals.keys() if self.bed else self.records.keys()

@@ -3,6 +3,7 @@
     .lock                 held while a prepare, or a worker that outlives it, is running
     arguments.json        the arguments: only a call with the same ones may continue
     part-UUUUU-SSSSS.tar  shards of unit UUUUU of the input
+    part-UUUUU.kmers      the unit's sampled 31-mers, if they are needed
     part-UUUUU.parquet    the unit's manifest, published last: rows of the index, sizes of the shards, and sizes and
                           times of the input files
 
@@ -16,9 +17,10 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,11 +29,14 @@ from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.files import FileLock, LockHeldError, sync
 from megabase.datamodules.index.index_file import INDEX_NAME, METADATA_KEY, SCHEMA, write_index
+from megabase.datamodules.index.leakage import Leakage, write_leakage
+from megabase.datamodules.prepare.sketch import Kmers
 from megabase.datamodules.prepare.writer import Part
 
 log = logging.getLogger(__name__)
 
 _LOCK, _ARGUMENTS = ".lock", "arguments.json"
+_KMERS = ".kmers"
 _LOCK_TRIES, _LOCK_WAIT_S = 30, 0.1  # the workers of a killed prepare end a moment after it
 
 
@@ -82,7 +87,7 @@ class Unfinished:
                     )
             if unit and manifest.inputs == states(unit):  # else the files are grouped differently now
                 kept.append(unit)
-                files.update((path.name, *manifest.part.sizes))
+                files.update((path.name, path.with_suffix(_KMERS).name, *manifest.part.sizes))
         for path in list(self.folder.iterdir()):
             if path.name not in files:
                 path.unlink()
@@ -98,6 +103,8 @@ class Unfinished:
             "bases": part.bases,
         }
         path = self._manifest(unit.number)
+        if part.kmers is not None:
+            _write_kmers(path.with_suffix(_KMERS), part.kmers)
         new = path.with_suffix(".new")
         with new.open("wb") as file:  # pyarrow would read a path with a colon as a URL
             pq.write_table(part.rows.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), file)
@@ -111,9 +118,11 @@ class Unfinished:
 
     def part(self, unit: Unit) -> Part:
         """What a finished unit wrote."""
-        manifest = _read_manifest(self._manifest(unit.number))
+        path = self._manifest(unit.number)
+        manifest = _read_manifest(path)
         assert manifest is not None
-        return manifest.part
+        kmers = path.with_suffix(_KMERS)
+        return replace(manifest.part, kmers=_read_kmers(kmers) if kmers.exists() else None)
 
     def can_continue(self) -> bool:
         """Whether another call could use what is finished."""
@@ -125,8 +134,10 @@ class Unfinished:
             return error
         return DataError(f"{error}; what is finished stays in {self.folder}, and the same command continues")
 
-    def publish(self, output: Path, alphabet: Alphabet, parts: Sequence[Part]) -> None:
-        """Give the shards consecutive numbers, write the index, and rename the directory to `output`.
+    def publish(
+        self, output: Path, alphabet: Alphabet, parts: Sequence[Part], leaks: Sequence[Leakage]
+    ) -> None:
+        """Give the shards consecutive numbers, write index and leakage, and rename the directory to `output`.
 
         Raises:
             DataError: `output` exists by now; the finished units stay.
@@ -142,12 +153,13 @@ class Unfinished:
         index = self.folder / INDEX_NAME
         write_index(index, batches, alphabet, sizes, sources)
         sync(index)
+        write_leakage(self.folder, leaks)
         for name, new in names.items():
             (self.folder / name).rename(self.folder / new)
         sync(self.folder)
         self.folder.rename(output)
         sync(output.parent)
-        for path in output.glob("part-*.parquet"):
+        for path in (*output.glob("part-*.parquet"), *output.glob(f"part-*{_KMERS}")):
             path.unlink()
         (output / _ARGUMENTS).unlink()
         (output / _LOCK).unlink()
@@ -225,6 +237,25 @@ def _read_manifest(path: Path) -> Manifest | None:
         return Manifest(about["inputs"], part)
     except (pa.ArrowException, OSError, TypeError, KeyError, ValueError):
         return None
+
+
+def _write_kmers(path: Path, kmers: dict[str, Kmers]) -> None:
+    bounds = np.concatenate([[0], np.cumsum([len(each) for each in kmers.values()], dtype=np.int64)])
+    lists = pa.LargeListArray.from_arrays(bounds, np.concatenate([np.zeros(0, np.uint64), *kmers.values()]))
+    table = pa.table({"key": pa.array(kmers, pa.string()), "kmers": lists})
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        pq.write_table(table, file)
+    sync(new)
+    new.rename(path)
+
+
+def _read_kmers(path: Path) -> dict[str, Kmers]:
+    table = pq.read_table(pa.BufferReader(path.read_bytes()), use_threads=False)
+    lists = table.column("kmers").combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    bounds = np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))[:-1]
+    return dict(zip(table.column("key").to_pylist(), np.split(values, bounds), strict=True))
 
 
 def _renamed(rows: pa.Table, names: dict[str, str]) -> pa.Table:

@@ -18,6 +18,7 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.index_file import SCHEMA, RowBatches, segment_row
 from megabase.datamodules.index.segments import Segment
 from megabase.datamodules.prepare.records import Record
+from megabase.datamodules.prepare.sketch import Kmers, Sampler, Sampling
 from megabase.datamodules.prepare.tar_writer import TarWriter, size_in_tar
 
 SHARD_BYTES = 256 << 20
@@ -33,6 +34,7 @@ class Part:
         sources: names of the input files, in order.
         unlisted: names of the records that have no row.
         bases: of all records.
+        kmers: the sampled 31-mers, by the key that the writer was given; None if they were not sampled.
     """
 
     rows: pa.Table
@@ -40,6 +42,7 @@ class Part:
     sources: list[str]
     unlisted: list[str]
     bases: int
+    kmers: dict[str, Kmers] | None = None
 
 
 class ShardWriter:
@@ -49,13 +52,21 @@ class ShardWriter:
     shard of its own. Memory holds one record and the rows.
     """
 
-    def __init__(self, folder: Path, unit: int, alphabet: Alphabet, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        unit: int,
+        alphabet: Alphabet,
+        shard_bytes: int = SHARD_BYTES,
+        sampling: Sampling | None = None,
+    ) -> None:
         """
         Args:
             folder: where the shards are written.
             unit: number of the unit.
             alphabet: decides which bases are letters.
             shard_bytes: largest size of a shard that holds more than one record.
+            sampling: how 31-mers are sampled; None if they are not.
 
         Raises:
             DataError: shard_bytes is below 1.
@@ -74,6 +85,8 @@ class ShardWriter:
         self._records = 0
         self._bases = 0
         self._rows = RowBatches()
+        self._sampling = sampling
+        self._sampler = Sampler(sampling.scale) if sampling else None
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -113,7 +126,8 @@ class ShardWriter:
         """Wait until the last shard is on disk; returns what was written."""
         self._finish_shard()
         rows = pa.Table.from_batches(self._rows.all(), SCHEMA)
-        return Part(rows, self._sizes, list(self._sources), self._unlisted, self._bases)
+        kmers = self._sampler.finish() if self._sampler else None
+        return Part(rows, self._sizes, list(self._sources), self._unlisted, self._bases, kmers)
 
     def _shard_for(self, size: int) -> TarWriter:
         """The open shard if `size` more bytes fit, else the next one."""
@@ -133,14 +147,15 @@ class ShardWriter:
 
     def _add_row(self, record: Record, segment: Segment, offset: int) -> None:
         bases = memoryview(record.sequence)[segment.start : segment.start + segment.length]
-        self._rows.add(
-            segment_row(
-                record.name,
-                record.source,
-                segment,
-                self._name,
-                offset + segment.start,
-                bases,
-                self._alphabet,
-            )
+        row = segment_row(
+            record.name,
+            record.source,
+            segment,
+            self._name,
+            offset + segment.start,
+            bases,
+            self._alphabet,
         )
+        self._rows.add(row)
+        if self._sampler is not None and self._sampling is not None:
+            self._sampler.add(self._sampling.key(record.name, segment.split), bases, row["gaps"])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megabase.datamodules.config import DataConfig
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.leakage import read_leakage
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segments
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.planning import plan_windows
@@ -28,6 +29,7 @@ class SplitReport:
         segments: parts of records that belong to it.
         bases: of all segments.
         letters: bases that are letters of the alphabet.
+        leakage: fraction of its 31-mers that occur in training; None where `prepare` did not measure it.
         windows: by name of LENGTHS, the number of windows with default settings.
     """
 
@@ -35,6 +37,7 @@ class SplitReport:
     segments: int
     bases: int
     letters: int
+    leakage: float | None
     windows: dict[str, int]
 
 
@@ -81,6 +84,7 @@ def describe(index: ShardIndex) -> Description:
     if not len(segments):
         raise DataError(f"{index.directory}: the index has no row: prepare the shards again")
     lengths = record_lengths(segments)
+    leaks = {leak.split: leak.share for leak in read_leakage(index.store)}
     longest, shortest = max(lengths, key=lengths.__getitem__), min(lengths, key=lengths.__getitem__)
     return Description(
         directory=str(index.directory),
@@ -90,12 +94,12 @@ def describe(index: ShardIndex) -> Description:
         bytes=sum(index.sizes.values()),
         longest=RecordReport(longest, lengths[longest]),
         shortest=RecordReport(shortest, lengths[shortest]),
-        splits=[_describe_split(segments, split) for split in in_order(segments.splits())],
+        splits=[_describe_split(segments, split, leaks.get(split)) for split in in_order(segments.splits())],
         sources=_sum_by(segments.source, segments.length),
     )
 
 
-def _describe_split(segments: Segments, split: str) -> SplitReport:
+def _describe_split(segments: Segments, split: str, leakage: float | None) -> SplitReport:
     rows = segments.rows_of(split)
     bases = int(segments.length[rows].sum())
     return SplitReport(
@@ -103,6 +107,7 @@ def _describe_split(segments: Segments, split: str) -> SplitReport:
         segments=len(rows),
         bases=bases,
         letters=segments.letters_of(split),
+        leakage=leakage,
         windows={name: _windows(segments, split, length) for name, length in LENGTHS.items()},
     )
 

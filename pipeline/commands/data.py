@@ -68,10 +68,12 @@ def _splits_table(splits: list[SplitReport]) -> Table:
     from megabase.pipeline.tables import new_table
 
     columns = ["split", "segments", "bases", "letters", *(f"{name} windows" for name in LENGTHS)]
-    table = new_table(columns, left=["split"])
+    is_measured = any(part.leakage is not None for part in splits)
+    table = new_table([*columns, *(["31-mers in train"] if is_measured else [])], left=["split"])
     for part in splits:
         numbers = (part.segments, part.bases, part.letters, *part.windows.values())
-        table.add_row(part.split, *(f"{number:,}" for number in numbers))
+        leakage = "-" if part.leakage is None else f"{part.leakage:.1%}"
+        table.add_row(part.split, *(f"{number:,}" for number in numbers), *([leakage] if is_measured else []))
     return table
 
 

@@ -51,11 +51,15 @@ def splits_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def print_splits(directory: str, index: ShardIndex) -> None:
     """Print how many records, shards and bases of each split `directory` holds."""
+    from megabase.datamodules.index.leakage import read_leakage
+
     segments = index.segments
     records = len(set(segments.record))
     print(f"{directory}: {counted(records, 'record')} in {counted(len(index.sizes), 'shard')}")
+    leaks = {leak.split: leak.share for leak in read_leakage(index.store)}
     for split in segments.splits():
         total = int(segments.length[segments.rows_of(split)].sum())
         others = total - segments.letters_of(split)
         what = f", {others:,} of them not {index.alphabet.in_words} ({_OTHERS[index.alphabet.name]})"
-        print(f"  {split:5} {total:>15,} bases{what if others else ''}")
+        leak = f", {leaks[split]:.1%} of its 31-mers in train" if split in leaks else ""
+        print(f"  {split:5} {total:>15,} bases{leak}{what if others else ''}")

@@ -47,6 +47,8 @@ def test_numbers_are_those_counted_by_hand(gappy_shards: ShardIndex, gappy_recor
         for name, length in report.LENGTHS.items():
             assert part.windows[name] == sum(windows_in(segment, length) for segment in segments)
     assert found.splits[0].windows["1k"] > 0
+    assert found.splits[0].leakage is None
+    assert found.splits[1].leakage == 0
     assert sum(found.sources.values()) == sum(map(len, gappy_records.values()))
 
 

@@ -35,6 +35,17 @@ def test_tables_hold_the_numbers(shards: Path, capsys: pytest.CaptureFixture[str
     assert len({len(row) for row in rows[: len(found.splits)]}) == 1
 
 
+def test_leakage_is_shown_where_it_was_measured(
+    shards: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["data", str(shards)]) == 0  # too few 31-mers
+    assert "31-mers" not in capsys.readouterr().out
+    assert cli.main(["data", str(lambda_shards)]) == 0
+    heading, train, valid = capsys.readouterr().out.splitlines()[2:5]
+    assert heading.endswith("31-mers in train")
+    assert train.split()[-1] == "-" and valid.split()[-1].endswith("%")
+
+
 def test_many_files_are_cut_short(
     shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
