@@ -184,6 +184,16 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, dim)
         nn.init.normal_(self.weight, std=(2 * dim) ** -0.5 if tied else 1.0)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Vectors (..., dim) of tokens (...). Raises ValueError for a token outside the vocabulary, on CPUs."""
+        try:
+            return super().forward(tokens)
+        except IndexError:  # a GPU reports it by itself, later; to check there would make the host wait
+            raise ValueError(
+                f"tokens from {tokens.min()} to {tokens.max()}: the model has the ids 0 to {self.num_embeddings - 1}"
+                " (megabase.datamodules.alphabet.Alphabet.encode makes them)"
+            ) from None
+
 
 class LanguageHead(nn.Module):
     """Hidden states (batch, length, 2·dim) -> logits, or with labels -> the loss.

@@ -169,8 +169,8 @@ def _classes(model: Reformer | ReformerClassifier) -> int:
         return 0
     if not isinstance(model.head, FirstTokenHead):
         raise ConfigError(
-            "model.classifier=mean has no counterpart in transformers' Reformer, which classifies by the first "
-            "token: only a model trained with model.classifier=first can be converted"
+            "transformers' Reformer has no counterpart of model.classifier=mean: it classifies by the first token; "
+            "retrain with model.classifier=first"
         )
     return model.head.output.out_features
 

@@ -107,20 +107,23 @@ def check_convertible(config: ReformerConfig) -> None:
     for kind in sorted(set(config.pattern) - set(PROJECTIONS)):
         raise ConfigError(f"transformers' Reformer has no {kind!r} layers (model.layers): take local and lsh")
     lsh, local = "lsh" in config.pattern, "local" in config.pattern
+    unknown, instead = [], []
     for key, value, known, matters in (
-        ("positions", config.positions, ("axial", "learned"), True),
+        ("positions", config.positions, ("learned", "axial"), True),
         ("norm", config.norm, ("layer",), True),
         ("conv", config.conv, (0,), True),
-        ("feedforward.activation", config.feedforward.activation, ("relu", "gelu"), True),
+        ("feedforward.activation", config.feedforward.activation, ("gelu", "relu"), True),
         ("local.attend", config.local.attend, ("chunk",), local),
         ("lsh.attend", config.lsh.attend, ("chunk",), lsh),
         ("lsh.duplicates", config.lsh.duplicates, ("average",), lsh),
     ):
         if matters and value not in known:
-            raise ConfigError(
-                f"model.{key}={value} has no counterpart in transformers' Reformer, which has only "
-                f"{' and '.join(map(str, known))}: only a model trained with that can be converted"
-            )
+            unknown.append(f"model.{key}={value}")
+            instead.append(f"model.{key}={known[0]}")
+    if unknown:
+        raise ConfigError(
+            f"transformers' Reformer has no counterpart of {', '.join(unknown)}: retrain with {' '.join(instead)}"
+        )
 
 
 def _convert(config: ReformerConfig, kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
-from megabase.pipeline.errors import RunError, UserError, first_line
+from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.ranks import rendezvous
 from megabase.pipeline.ranks.environment import is_rank_zero, rank_name
 
@@ -64,9 +64,11 @@ def report_failure(error: BaseException) -> None:
         if not is_rank_zero() and _rank_zero_reports():
             return
         line = ("" if is_rank_zero() else name) + " ".join(str(error).split())
-    elif isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
-        problem = f"lost the connection to another rank ({first_line(error)})"
-        line = f"{name}{problem}: look for that rank's own messages, or in its node's log"
+    elif isinstance(error, RuntimeError) and (lost := _PEER_LOST.search(str(error))):
+        line = (
+            f"{name}lost the connection to another rank ({lost[0].lower()}): that rank's own message above, or in the"
+            " log of its node, says why"
+        )
     else:
         traceback.print_exception(error)
     if line:

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megabase.pipeline.config.schema import RunConfig
@@ -108,13 +109,35 @@ def submit(call: Sequence[str], run_dir: Path) -> int:
     """Run an sbatch call and return the job's id. Writes `submit.sbatch`, the script and the call, to `run_dir`.
 
     Raises:
-        UserError: there is no sbatch, or it refuses the job; the message has sbatch's own words.
+        UserError: there is no sbatch, or it refuses the job; the message has sbatch's own words. Directories that were
+            made for the job are removed.
     """
     script = Path(next(word for word in call[1:] if not word.startswith("-")))
     shebang, rest = script.read_text().split("\n", 1)
     paths = RunPaths(run_dir)
+    # The directory of the log must exist when the job starts.
+    made = [path for path in (paths.logs, *paths.logs.parents) if not path.exists()]
     paths.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        printed = _run_sbatch(call)
+    except UserError:
+        for path in made:
+            with suppress(OSError):  # another process has written there
+                path.rmdir()
+        raise
     paths.submit_script.write_text(f"{shebang}\n# {shlex.join(call)}\n{rest}")
+    # sbatch of some sites prints a greeting first. The last line is JOBID or JOBID;CLUSTER.
+    job = re.search(r"^(\d+)(;.*)?\s*\Z", printed, re.MULTILINE)
+    if not job:
+        raise UserError(
+            "sbatch printed no job id, so it is not known whether it took the job; it printed:"
+            f" {' '.join(printed.split())}"
+        )
+    return int(job[1])
+
+
+def _run_sbatch(call: Sequence[str]) -> str:
+    """Run an sbatch call; returns what it printed. Raises UserError if there is no sbatch, or it refuses the job."""
     try:
         done = subprocess.run(call, env=_job_environment(), capture_output=True, text=True)
     except FileNotFoundError:
@@ -123,13 +146,7 @@ def submit(call: Sequence[str], run_dir: Path) -> int:
     if done.returncode:
         hint = "; for a cluster without GPUs set slurm.gpus=null" if "gres" in answer.lower() else ""
         raise UserError(f"sbatch refuses: {answer or f'exit code {done.returncode}'}{hint}")
-    # sbatch of some sites prints a greeting first. The last line is JOBID or JOBID;CLUSTER.
-    job = re.search(r"^(\d+)(;.*)?\s*\Z", done.stdout, re.MULTILINE)
-    if not job:
-        raise UserError(
-            f"sbatch printed no job id, so it is not known whether it took the job; it printed: {answer}"
-        )
-    return int(job[1])
+    return done.stdout
 
 
 def _check_options(slurm: SlurmConfig, name: str) -> None:

@@ -107,6 +107,16 @@ def test_local_and_lsh_layers_may_have_their_own_dropout():
         assert torch.equal(models[0](x), models[1](x)) != differs
 
 
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_tokens_outside_the_vocabulary_are_named(wrong):
+    model = Reformer(dataclasses.replace(SMALL, vocab_size=9))
+    x = torch.tensor([[1, 2, wrong]])
+    with pytest.raises(
+        ValueError, match=rf"tokens from {min(1, wrong)} to {max(2, wrong)}: the model has the ids 0 to 8"
+    ):
+        model(x)
+
+
 def test_every_norm_has_the_epsilon_of_the_config():
     norms = [m for m in Reformer(dataclasses.replace(SMALL, norm_eps=0.5)).modules() if isinstance(m, Norm)]
     assert len(norms) == 7

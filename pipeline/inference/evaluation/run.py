@@ -297,7 +297,17 @@ def _check_length(model: ReformerConfig, length: int) -> None:
     try:
         model.validate(length)
     except ConfigError as error:
-        raise UserError(f"--length {length}: the model cannot take it: {error}") from None
+        longest = model.max_length
+        if "linformer" in model.layers and longest:
+            why = f"its linformer layers take {longest} bases only: give --length {longest}"
+        elif longest and length > longest:
+            why = (
+                f"its table of positions (model.positions={model.positions}) ends at {longest}: give --length {longest}"
+                " or less; models trained with model.positions=rotary take any length"
+            )
+        else:
+            why = str(error)
+        raise UserError(f"--length {length}: the model cannot take it: {why}") from None
 
 
 def _count(most: int, windows: Windows) -> int:

@@ -57,7 +57,11 @@ def test_settings_of_kinds_of_layers_that_the_model_lacks_do_not_matter():
     ("changes", "message"),
     [
         ({"positions": "rotary"}, "model.positions=rotary"),
-        ({"positions": "none"}, "only axial and learned"),
+        ({"positions": "none"}, "model.positions=none: retrain with model.positions=learned$"),
+        (
+            {"positions": "rotary", "conv": 4},
+            "of model.positions=rotary, model.conv=4: retrain with model.positions=learned model.conv=0$",
+        ),
         ({"norm": "rms"}, "model.norm=rms"),
         ({"conv": 4}, "model.conv=4"),
         ({"layers": ["local", "full"]}, "'full' layers"),

@@ -174,8 +174,22 @@ def test_a_refusal_is_one_line(
 ) -> None:
     fake_sbatch(monkeypatch, tmp_path, body)
     with pytest.raises(UserError, match=message) as error:
-        submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "run")
+        submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "runs" / "run")
     assert "\n" not in str(error.value)
+    if "nonsense" not in body:  # then the job may run, and write its log
+        assert [path.name for path in tmp_path.iterdir()] == ["sbatch"]
+
+
+def test_a_refusal_leaves_a_run_that_was_there_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_sbatch(monkeypatch, tmp_path, "exit 1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "submit.sbatch").write_text("before")
+    with pytest.raises(UserError):
+        submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["submit.sbatch"]
+    assert (tmp_path / "run" / "submit.sbatch").read_text() == "before"
 
 
 def test_without_sbatch_the_message_says_where_to_submit(

@@ -150,7 +150,7 @@ def test_bad_input_is_named(
         ([run, *good, "--length", "9000"], "split 'valid' has no window of data.length 9000"),
         (
             [tmp_path / "table", *good, "--length", "128"],
-            "--length 128: the model cannot take it: sequences of 128",
+            "--length 128: the model cannot take it: its table of positions (model.positions=learned) ends at 64: give",
         ),
         ([run, *good, "--length", "1x"], "--length: '1x' is not a length"),
         ([run, *good, "--step", "newest"], "--step newest: give the step of a checkpoint, or best"),
