@@ -31,7 +31,7 @@ from megabase.datamodules.prepare.composition import Composition
 from megabase.datamodules.prepare.leaks import leaks_of, warn
 from megabase.datamodules.prepare.records import Names, compression
 from megabase.datamodules.prepare.sketch import Sampler, scale_for
-from megabase.datamodules.prepare.splits import END, Splits, draw
+from megabase.datamodules.prepare.splits import END, SIMILARITY, Splits, draw
 from megabase.datamodules.prepare.tars import headers
 from megabase.datamodules.progress import bar
 
@@ -117,6 +117,8 @@ def index_tars(
     """
     directory, letters = Path(directory), Alphabet.named(alphabet)
     splits = Splits.parse(valid, test, intervals, split_by)
+    if split_by == SIMILARITY:
+        raise DataError(f"index --split-by {SIMILARITY}: only `megabase prepare` can: use --split-by record")
     tars = _tars(directory)
     index = directory / INDEX_NAME
     if index.exists():

@@ -24,8 +24,9 @@ from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.prepare.inputs import check_inputs, expand, pipes_as_files, prefixed, prefixes
 from megabase.datamodules.prepare.leaks import leaks_of, warn
 from megabase.datamodules.prepare.records import Names, compression, read_file, second_record, told_apart
-from megabase.datamodules.prepare.sketch import Sampling, scale_for
-from megabase.datamodules.prepare.splits import END, Splits, draw
+from megabase.datamodules.prepare.relatives import checked_threshold, split_by_similarity
+from megabase.datamodules.prepare.sketch import Sampling, finest_scale, scale_for
+from megabase.datamodules.prepare.splits import END, SIMILARITY, Splits, draw
 from megabase.datamodules.prepare.unfinished import (
     Unfinished,
     Unit,
@@ -72,6 +73,7 @@ def prepare(
     test: str | float | None = None,
     intervals: str | Path | None = None,
     split_by: str = END,
+    similarity: float | None = None,
     shard_bytes: int = SHARD_BYTES,
     jobs: int | None = None,
     field: str = "text",
@@ -93,7 +95,9 @@ def prepare(
         alphabet: "dna", "protein" or "bytes".
         valid, test: a fraction in (0, 1), or comma separated record names and patterns of them.
         intervals: a BED file in place of the two, see `Bed.read`.
-        split_by: "end" takes a fraction from the end of every record, "record" whole records, see `draw`.
+        split_by: "end" takes a fraction from the end of every record, "record" whole records, see `draw`, "similarity"
+            whole groups of similar records, see `relatives`.
+        similarity: of records of different groups, the smaller shares at most this fraction of its 31-mers; None: 0.1.
         shard_bytes: largest size of a shard, unless a single record is larger.
         jobs: processes; None for one per CPU of this process. Jobs beyond the number of units are not used.
         field: key of the sequence in a line of JSONL.
@@ -114,6 +118,7 @@ def prepare(
     output = Path(output).absolute()
     paths, splits = expand(inputs, alphabet), Splits.parse(valid, test, intervals, split_by)
     letters, jobs = Alphabet.named(alphabet), checked_jobs(jobs)
+    threshold = checked_threshold(similarity, split_by, alphabet)
     check_inputs(paths)
     check_output(output)
     arguments: dict[str, object] = {
@@ -123,6 +128,7 @@ def prepare(
         "--test": str(test),
         "--intervals": digest(Path(intervals)) if intervals is not None else None,
         "--split-by": split_by if split_by != END else None,
+        "--similarity": similarity,
         "--field": field,
         "--prefix-names": prefix_names or None,
         "shard_bytes": shard_bytes,
@@ -133,7 +139,7 @@ def prepare(
     )
     with pipes_as_files(paths, output.parent) as files:
         sizes = [path.stat().st_size for path in files]
-        sampling = _sampling(files, sizes) if letters.name == "dna" and splits.hold_out else None
+        sampling = _sampling(files, sizes, split_by) if letters.name == "dna" and splits.hold_out else None
         arguments["31-mers"] = sampling and [sampling.scale, sampling.of_records]
         with unfinished(output, arguments, continues=files == paths) as work:
             names = prefixes(files) if prefix_names else {}
@@ -141,6 +147,8 @@ def prepare(
             units = _units(files, sizes, shard_bytes)
             parts = _written(work, units, job, jobs, progress)
             try:
+                if split_by == SIMILARITY:
+                    parts = split_by_similarity(parts, splits.fractions, threshold)
                 _check_complete(files, splits, rule, parts)
             except DataError:
                 work.forget(units)  # this needs other arguments, which start from the beginning
@@ -154,10 +162,10 @@ def prepare(
     return ShardIndex.open(output)
 
 
-def _sampling(files: Sequence[Path], sizes: Sequence[int]) -> Sampling:
-    """How 31-mers are sampled of files of these sizes."""
+def _sampling(files: Sequence[Path], sizes: Sequence[int], split_by: str) -> Sampling:
+    """How 31-mers are sampled of files of these sizes: by record, as finely as possible, to compare short records."""
     bases = sum(size * (_PACKED if compression(path) else 1) for path, size in zip(files, sizes, strict=True))
-    return Sampling(scale_for(bases))
+    return Sampling(finest_scale(bases), True) if split_by == SIMILARITY else Sampling(scale_for(bases))
 
 
 def _units(paths: Sequence[Path], sizes: Sequence[int], shard_bytes: int) -> list[Unit]:

@@ -21,8 +21,8 @@ from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segment
 from megabase.datamodules.prepare.bed import Bed
 from megabase.datamodules.prepare.closest import hint
 
-END, RECORD = "end", "record"
-"""What a fraction takes: the end of every record, or whole records."""
+END, RECORD, SIMILARITY = "end", "record", "similarity"
+"""What a fraction takes: the end of every record, whole records, or whole groups of similar records."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Splits:
         fractions: split -> fraction of every record.
         records: record, or pattern of records -> the split that they belong to from end to end.
         bed: used in place of the two, unless None.
-        by: what a fraction takes, `END` or `RECORD`.
+        by: what a fraction takes, `END`, `RECORD` or `SIMILARITY`.
         patterns: those of `records` that are patterns.
     """
 
@@ -61,14 +61,15 @@ class Splits:
             valid, test: a fraction in (0, 1), comma separated record names and patterns (`*`, `?`, `[`), or None for no
                 such split. A number outside (0, 1) is a name, since chromosomes have names like "1" and "22".
             intervals: a BED file (see `Bed.read`), in place of the two.
-            by: what a fraction takes, `END` or `RECORD`.
+            by: what a fraction takes, `END`, `RECORD` or `SIMILARITY`.
 
         Raises:
             DataError: the fractions leave nothing to train on, a name is in both lists, a list is empty, intervals are
-                given together with one of the two, there is no fraction to split by record, or as `Bed.read`.
+                given together with one of the two, there is no fraction to split by record, or names beside similarity,
+                or as `Bed.read`.
         """
-        if by not in (END, RECORD):
-            raise DataError(f"--split-by {by}: choose one of {END}, {RECORD}")
+        if by not in (END, RECORD, SIMILARITY):
+            raise DataError(f"--split-by {by}: choose one of {END}, {RECORD}, {SIMILARITY}")
         if intervals is not None:
             if valid is not None or test is not None:
                 raise DataError(f"--intervals {intervals} with --valid or --test: give one of them, not both")
@@ -93,6 +94,11 @@ class Splits:
             )
         if by != END and not fractions:
             raise DataError(f"--split-by {by} needs a fraction: add --valid 0.1")
+        if by == SIMILARITY and records:
+            raise DataError(
+                f"--split-by {by} with record {next(iter(records))!r}: it takes fractions only, since relatives of a "
+                "named record could be in training"
+            )
         return cls(fractions, records, by=by)
 
     @property
@@ -106,7 +112,7 @@ class Splits:
         return self.bed.intervals.keys() if self.bed else self.records.keys()
 
     def of(self, name: str, length: int, drawn: Callable[[], float] = float) -> list[Segment]:
-        """Cut a record into segments.
+        """Cut a record into segments. By similarity, every record is for training until all of them are known.
 
         Args:
             name: name of the record.
@@ -125,6 +131,8 @@ class Splits:
             segments = [Segment(split, 0, length)]
         elif self.by == RECORD:
             segments = [Segment(self._drawn(drawn()), 0, length)]
+        elif self.by == SIMILARITY:
+            segments = [Segment(TRAIN, 0, length)]
         else:
             parts = {split: round(x * length) for split, x in self.fractions.items()}
             parts = {TRAIN: max(length - sum(parts.values()), 0), **parts}

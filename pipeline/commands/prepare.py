@@ -30,6 +30,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put the name of the file before each record's: assembly1.contig_1",
     )
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        metavar="X",
+        help="with --split-by similarity: records that share a larger fraction of their 31-mers are in one split "
+        "(default: 0.1)",
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per CPU)")
     parser.add_argument(
         "--check", action="store_true", help="verify the shards OUTPUT against their checksums"
@@ -54,6 +61,7 @@ def _prepare(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         field=options.field,
         prefix_names=options.prefix_names,
+        similarity=options.similarity,
         progress=sys.stderr.isatty(),
         **splits_of(options),
     )

@@ -33,9 +33,10 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split-by",
-        choices=["end", "record"],
+        choices=["end", "record", "similarity"],
         default="end",
-        help="a fraction is the end of every record, or whole records: for reads and contigs (default: end)",
+        help="a fraction is the end of every record; whole records: for reads and contigs; or whole groups of similar "
+        "records: for many genomes (default: end)",
     )
     parser.add_argument(
         "--allow-other",

@@ -15,7 +15,16 @@ from megabase.pipeline.config.schema import RunConfig
 
 SPLITS = ["--alphabet", "--valid", "--test", "--intervals", "--split-by", "--allow-other"]
 COMMANDS = {
-    "prepare": ["inputs", "output", *SPLITS, "--field", "--prefix-names", "--jobs", "--check"],
+    "prepare": [
+        "inputs",
+        "output",
+        *SPLITS,
+        "--field",
+        "--prefix-names",
+        "--similarity",
+        "--jobs",
+        "--check",
+    ],
     "index": ["directory", *SPLITS],
     "data": ["directory", "--json", "--picture"],
     "checkpoints": ["directory", "--json", "--fast"],
