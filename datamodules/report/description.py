@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megabase.datamodules.config import DataConfig
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.leakage import read_leakage
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segments
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.order.planning import plan_windows
+from megabase.datamodules.report.lengths import count_windows
 
 LENGTHS = {"1k": 1 << 10, "8k": 8 << 10, "32k": 32 << 10, "131k": 128 << 10, "1M": 1 << 20}
 """Context lengths that windows are counted for, by name."""
@@ -108,15 +107,8 @@ def _describe_split(segments: Segments, split: str, leakage: float | None) -> Sp
         bases=bases,
         letters=segments.letters_of(split),
         leakage=leakage,
-        windows={name: _windows(segments, split, length) for name, length in LENGTHS.items()},
+        windows={name: count_windows(segments, split, length) for name, length in LENGTHS.items()},
     )
-
-
-def _windows(segments: Segments, split: str, length: int) -> int:
-    try:
-        return len(plan_windows(segments, split, length, DataConfig().min_real))
-    except DataError:  # the split has no window of that length
-        return 0
 
 
 def record_lengths(segments: Segments) -> dict[str, int]:

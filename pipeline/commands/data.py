@@ -1,4 +1,4 @@
-"""`megabase data INDEX`: what is in a shard set."""
+"""`megabase data SHARDS`: what is in a shard set."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from megabase.datamodules.report.description import Description, SplitReport
+    from megabase.datamodules.report.lengths import LengthReport
 
 HELP = "what is in a shard set"
 MOST_SOURCES = 8
+MUCH = 0.2  # a split that loses a larger fraction of its bases to short records gets a hint
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("directory", metavar="INDEX", help="directory or URL of the shards")
+    parser.add_argument("directory", metavar="SHARDS", help="directory or URL of the shards")
+    parser.add_argument(
+        "--length", type=int, metavar="L", help="count the windows of data.length L, and what is in none"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="base composition and runs of N, drawn"
@@ -29,17 +34,22 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from megabase.datamodules.index.shard_index import ShardIndex
-    from megabase.datamodules.report import description, picture
+    from megabase.datamodules.report import description, lengths, picture
     from megabase.pipeline.tables import show
 
     index = ShardIndex.open(options.directory)
     found = description.describe(index)
+    at_length = []
+    if options.length is not None:
+        at_length = [lengths.at_length(index.segments, part.split, options.length) for part in found.splits]
     if options.picture:
         picture.draw(index, options.picture)
     if options.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        more = {"length": [report.as_dict() for report in at_length]} if at_length else {}
+        print(json.dumps({**found.as_dict(), **more}, indent=2))
     else:
         show(*_parts(found))
+        show(*_parts_at_length(at_length))
     return 0
 
 
@@ -75,6 +85,33 @@ def _splits_table(splits: list[SplitReport]) -> Table:
         leakage = "-" if part.leakage is None else f"{part.leakage:.1%}"
         table.add_row(part.split, *(f"{number:,}" for number in numbers), *([leakage] if is_measured else []))
     return table
+
+
+def _parts_at_length(reports: list[LengthReport]) -> Iterator[Table | str]:
+    """The windows of one length, and a hint for each split that loses much to short records."""
+    from megabase.pipeline.tables import counted, new_table
+
+    if not reports:
+        return
+    length = reports[0].length
+    places = ["in windows", "in shorter segments", "behind the last window", "few letters"]
+    columns = ["split", f"windows of {length:,}", *places]
+    table = new_table(columns, left=["split"])
+    for found in reports:
+        inside = found.bases - found.short_bases - found.end_bases - found.sparse_bases
+        parts = (inside, found.short_bases, found.end_bases, found.sparse_bases)
+        table.add_row(
+            found.split, f"{found.windows:,}", *(f"{part:,} ({part / found.bases:.1%})" for part in parts)
+        )
+    yield table
+    for found in reports:
+        if found.short_bases > MUCH * found.bases:
+            segments = counted(found.short_segments, "segment")
+            yield (
+                f"{found.split}: {segments} with {found.short_bases / found.bases:.1%} of its bases "
+                f"{'is' if found.short_segments == 1 else 'are'} shorter than {length:,}: data.pack=true joins short "
+                f"ones ({counted(found.packed_windows, 'window')} instead of {found.windows:,}), or lower data.length"
+            )
 
 
 def _sources_table(sources: list[tuple[str, int]]) -> Table:

@@ -26,7 +26,7 @@ COMMANDS = {
         "--check",
     ],
     "index": ["directory", *SPLITS],
-    "data": ["directory", "--json", "--picture"],
+    "data": ["directory", "--length", "--json", "--picture"],
     "checkpoints": ["directory", "--json", "--fast"],
     "watch": ["directory", "--once"],
     "train": ["settings", "--dry-run"],

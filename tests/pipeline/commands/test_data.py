@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,29 @@ def test_tables_hold_the_numbers(shards: Path, capsys: pytest.CaptureFixture[str
         assert row.split() == [part.split, *(f"{number:,}" for number in numbers)]
     assert [row.split() for row in rows[-3:]] == [["file", "bases"], ["one.fa", "12,000"], ["two.fa", "200"]]
     assert len({len(row) for row in rows[: len(found.splits)]}) == 1
+
+
+def test_windows_of_one_length_and_what_is_in_none(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", str(shards), "--length", "4000"]) == 0
+    *_, heading, train, valid = capsys.readouterr().out.splitlines()
+    assert heading.split()[:4] == ["split", "windows", "of", "4,000"]
+    # Segments of 6,000 and 100 bases, in each split.
+    numbers = ["1", "4,000", "(65.6%)", "100", "(1.6%)", "2,000", "(32.8%)", "0", "(0.0%)"]
+    assert train.split() == ["train", *numbers] and valid.split() == ["valid", *numbers]
+
+
+def test_short_records_get_a_hint(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", str(shards), "--length", "6050"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "train: 2 segments with 100.0% of its bases are shorter than 6,050: data.pack=true joins short ones (1 window "
+        "instead of 0), or lower data.length" in printed
+    )
+    assert cli.main(["data", str(shards), "--length", "6050", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["length"][0]
+    assert report["windows"] == 0 and report["short_bases"] == 6100 and report["packed_windows"] == 1
+    assert cli.main(["data", str(shards), "--length", "0"]) == 2
+    assert "--length 0: must be at least 1 base" in capsys.readouterr().err
 
 
 def test_leakage_is_shown_where_it_was_measured(
