@@ -126,6 +126,8 @@ def _merge(base: Any, change: Any, source: str) -> Any:
                 f"{source}: {section} is a section of settings, not one value: write {section}.NAME=VALUE (in a file,"
                 f" `NAME: VALUE` indented below `{section.rpartition('.')[2]}:`); docs/settings.md lists the names"
             ) from None
+        if "to Dict[" in problem:
+            problem = f"must hold names and values, such as '{key}={{NAME: VALUE}}'"
         if "ListConfig" in problem:
             problem = f"must be a list, such as '{key}=[a,b]'"
         raise UserError(f"{source}: {key}: {problem}") from None

@@ -59,19 +59,24 @@ def closest(unknown: str) -> list[str]:
     known = list(dotted(RunConfig()))
     if unknown in known:
         return [unknown]
-    close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.8)
-    if close:
-        return close
-    name = unknown.rpartition(".")[2]
+    section, _, name = unknown.rpartition(".")
+    inside = _within(section, name, 0.75)
     same = [key for key in known if key.rpartition(".")[2] == name]
-    if same:
-        return same[:_SHOWN]
-    if name in OTHER_NAMES:
-        return [OTHER_NAMES[name]]
+    other = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
+    if found := inside or same[:_SHOWN] or other or _within(section, name, 0.5):
+        return found
+    if section in sections():
+        return []
     similar = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in known}, n=1, cutoff=0.75)
     if similar:
         return [key for key in known if key.rpartition(".")[2] == similar[0]][:_SHOWN]
     return difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+
+
+def _within(section: str, name: str, cutoff: float) -> list[str]:
+    """The setting of a section whose name is the closest, if it is close enough; empty if there is no such section."""
+    names = [key.removeprefix(f"{section}.") for key in dotted(RunConfig()) if key.startswith(f"{section}.")]
+    return [f"{section}.{close}" for close in difflib.get_close_matches(name, names, n=1, cutoff=cutoff)]
 
 
 def hint(unknown: str) -> str:

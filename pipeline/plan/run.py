@@ -28,6 +28,7 @@ class Plan:
         batches: of the run.
         start: what the next start would do.
         checkpoint_bytes: of one checkpoint.
+        init_from: where a new run's weights come from; None: they are random.
         keep: newest checkpoints that are kept.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     batches: Batches
     start: NextStart
     checkpoint_bytes: int
+    init_from: str | None
     keep: int
 
 
@@ -66,5 +68,6 @@ def plan(config: RunConfig, ranks: int, windows: Windows, start: NextStart) -> P
         batches=batches_of(config, ranks, windows),
         start=start,
         checkpoint_bytes=expected_bytes(total, config.zero.stage, precision),
+        init_from=config.run.init_from,
         keep=config.checkpoint.keep,
     )

@@ -73,6 +73,7 @@ def _start(plan: Plan) -> Row:
     if start.finished:
         return ("start", f"step {start.step:,}", "finished: nothing is left to do")
     if not start.step:
-        return ("start", "step 0", f"a new run in {plan.directory}")
+        weights = f", from the weights of {plan.init_from}" if plan.init_from else ""
+        return ("start", "step 0", f"a new run in {plan.directory}{weights}")
     unchecked = "" if start.verified else "; its checksums were not compared"
     return ("start", f"step {start.step:,}", f"resumes from its checkpoint{unchecked}")

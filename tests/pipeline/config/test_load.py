@@ -91,6 +91,10 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
         ("optm.lr=1", r"unknown key 'optm\.lr'; did you mean 'optim\.lr'\?"),
         ("model=big", r"model is a section of settings, not one value: write model\.NAME=VALUE"),
         ("model.lsh=4", r"model\.lsh is a section of settings, not one value: write model\.lsh\.NAME=VALUE"),
+        (
+            "data.mixture=5",
+            r"data\.mixture: must hold names and values, such as 'data\.mixture=\{NAME: VALUE\}'",
+        ),
         ("optim=", r"optim is a section of settings"),
         ("nonsense", r"'nonsense' is neither a config file nor KEY=VALUE"),
         ("optim.lr=[", r"optim\.lr=\["),

@@ -24,6 +24,7 @@ from megabase.pipeline.config.schema import RunConfig
         ("max_step", ["trainer.max_steps"]),
         ("data.length", ["data.length"]),
         ("zzzz.q", []),
+        ("model.lsh.foo", []),
     ],
 )
 def test_the_closest_settings(unknown: str, meant: list[str]) -> None:
@@ -39,6 +40,7 @@ def test_where_nothing_is_close_the_hint_names_what_there_is() -> None:
         field.name for field in dataclasses.fields(RunConfig)
     )
     assert hint("zero.zzzz").startswith("zero has stage, offload, ")
+    assert hint("model.lsh.foo").startswith("model.lsh has rounds, ")
 
 
 def test_sections() -> None:
