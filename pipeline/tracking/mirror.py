@@ -133,7 +133,7 @@ class Mirror:
         self._send(client)
         if finishing:
             paths = self._paths
-            for artifact in (paths.loss_curve, paths.config, paths.environment):
+            for artifact in (paths.loss_curve, paths.config, paths.environment, paths.init_from):
                 if artifact.exists():
                     client.log_artifact(self._run_id, str(artifact))
             client.set_terminated(self._run_id, status=self._status)
