@@ -1,4 +1,4 @@
-"""`megabase prepare --check`: compares every base and every tar member of a shard set with its index."""
+"""`megabase prepare --check`: compares every base and tar member of a shard set with its index, and lists damage."""
 
 import io
 import json
@@ -7,13 +7,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index_file import BLOCK_BYTES
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.index.store import Store, StoreError
 from megabase.datamodules.prepare.tars import headers
@@ -21,7 +22,38 @@ from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.progress import bar
 
 _READ_BYTES = 1 << 20
-_SHOWN = 5
+
+
+class Damage(NamedTuple):
+    """A segment, or a whole shard, that is not what the index says.
+
+    Attributes:
+        shard: file name of the tar.
+        record, split: of the segment; empty for a whole shard.
+        start, end: bases of the record from the first to the last damaged one, to whole checksum blocks; 0 for a shard.
+        problem: what was found.
+    """
+
+    shard: str
+    record: str
+    split: str
+    start: int
+    end: int
+    problem: str
+
+
+class DamageError(DataError):
+    """Shards are damaged. damages: all that was found, by shard and record."""
+
+    def __init__(self, output: str | Path, index: ShardIndex, damages: list[Damage]) -> None:
+        segments = {(damage.record, damage.split) for damage in damages if damage.record}
+        shards = {damage.shard for damage in damages}
+        parts = f"{len(segments):,} of {len(index.segments):,} segments, " if segments else ""
+        super().__init__(
+            f"{output}: damage in {parts}{len(shards):,} of {len(index.sizes):,} shards: copy "
+            f"{'this shard' if len(shards) == 1 else 'these shards'} again, or prepare all of them again"
+        )
+        self.damages = damages
 
 
 def check(output: str | Path, jobs: int | None = None, progress: bool = True) -> int:
@@ -36,9 +68,9 @@ def check(output: str | Path, jobs: int | None = None, progress: bool = True) ->
         The number of bases that were compared with their checksums.
 
     Raises:
-        DataError: bases differ from their checksum (the message names the first place of every segment); a row of the
-            index lies outside the members of its tar, or in another record's; a tar is damaged; or as
-            `ShardIndex.open`. The message names shard and record.
+        DamageError: bases differ from their checksum or cannot be read; a row of the index lies outside the members of
+            its tar, or in another record's; a tar is damaged.
+        DataError: as `ShardIndex.open`.
     """
     index = ShardIndex.open(output)
     rows = _rows_by_shard(index)
@@ -51,21 +83,17 @@ def check(output: str | Path, jobs: int | None = None, progress: bool = True) ->
         ) as done,
     ):
         checked = [result for _, result in done]
-    damages = [damage for each in checked for damage in each.damages]
-    if len(damages) > 1:
-        more = f", {len(damages) - _SHOWN} more" if len(damages) > _SHOWN else ""
-        raise DataError(f"{len(damages)} damaged records: {'; '.join(damages[:_SHOWN])}{more}")
-    if damages:
-        raise DataError(damages[0])
+    if damages := sorted(damage for each in checked for damage in each.damages):
+        raise DamageError(output, index, damages)
     return sum(each.bases for each in checked)
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """Of one shard: bases that match their checksums, and a message for each damaged segment."""
+    """Of one shard: bases that match their checksums, and its damages."""
 
     bases: int
-    damages: list[str]
+    damages: list[Damage]
 
 
 def _rows_by_shard(index: ShardIndex) -> dict[str, NDArray[np.int64]]:
@@ -87,20 +115,51 @@ def _shard_of(item: tuple[str, NDArray[np.int64]]) -> str:
 def _check_shard(index: ShardIndex, item: tuple[str, NDArray[np.int64]], report: Report) -> _Checked:
     """Check a shard and its rows."""
     shard, rows = item
-    _check_members(index, shard, rows)
     bases, damages = 0, []
+    try:
+        misplaced = _check_members(index, shard, rows)
+    except (tarfile.TarError, StoreError, OSError, ValueError) as error:
+        misplaced = {}
+        damages.append(Damage(shard, "", "", 0, 0, f"the tar is damaged ({error})"))
     for row in rows.tolist():
-        try:
-            bases += index.verify_row(row)
-        except DataError as error:
-            damages.append(str(error))
-        report(int(index.segments.length[row]))
+        length = int(index.segments.length[row])
+        if damage := misplaced.get(row) or _check_bases(index, row):
+            damages.append(damage)
+        else:
+            bases += length
+        report(length)
     return _Checked(bases, damages)
 
 
-def _check_members(index: ShardIndex, shard: str, rows: NDArray[np.int64]) -> None:
-    """Raise DataError for a row that lies outside the members of the tar, or in another record's."""
-    segments, place = index.segments, index.store.name_of(shard)
+def _check_bases(index: ShardIndex, row: int) -> Damage | None:
+    """Compare a segment with its checksums; names all of its damaged blocks."""
+    segments = index.segments
+    total, first = int(segments.length[row]), int(segments.start[row])
+    try:
+        index.verify_row(row)
+        return None
+    except DataError as error:
+        cause = error.__cause__
+    bad = []
+    for block in range(0, total, BLOCK_BYTES):
+        try:
+            index.read(row, block, min(BLOCK_BYTES, total - block))
+        except DataError:
+            bad.append(block)
+    start, end = (bad[0], min(bad[-1] + BLOCK_BYTES, total)) if bad else (0, total)
+    count = f" ({len(bad):,} blocks of {BLOCK_BYTES >> 10} KiB)" if len(bad) > 1 else ""
+    problem = str(cause) if isinstance(cause, StoreError) else f"differs from its checksum{count}"
+    return _damage(index, row, problem, first + start, first + end)
+
+
+def _damage(index: ShardIndex, row: int, problem: str, start: int, end: int) -> Damage:
+    segments = index.segments
+    return Damage(segments.shard[row], segments.record[row], segments.split[row], start, end, problem)
+
+
+def _check_members(index: ShardIndex, shard: str, rows: NDArray[np.int64]) -> dict[int, Damage]:
+    """The rows that lie outside the members of the tar, or in another record's. Raises as `_members`."""
+    segments = index.segments
     members, records = _members(index.store, shard, index.sizes[shard])
     bounds = np.array([(member.start, member.stop) for member in members], np.int64).reshape(-1, 2)
     offsets = segments.offset[rows]
@@ -109,19 +168,18 @@ def _check_members(index: ShardIndex, shard: str, rows: NDArray[np.int64]) -> No
     if len(bounds):
         ends = segments.byte_of(rows, segments.length[rows] - 1) + 1
         inside &= ends <= bounds[at, 1]
+    damages = {}
     for row, number, found in zip(rows.tolist(), at.tolist(), inside.tolist(), strict=True):
-        name = segments.record[row]
+        start = int(segments.start[row])
+        place = start, start + int(segments.length[row])
         if not found:
-            raise DataError(
-                f"{place}: record {name!r}: does not lie in a member of the tar, where the index says: copy the "
-                "shard again, or prepare the shards again"
-            )
+            damages[row] = _damage(index, row, "not in a member of the tar, where the index says", *place)
+            continue
         key, _, kind = members[number].name.rpartition(".")
-        if kind == "seq" and records.get(key, name) != name:
-            raise DataError(
-                f"{place}: record {name!r}: member {members[number].name} is of record {records[key]!r}: copy index "
-                "and shards again, they do not belong together"
-            )
+        other = records.get(key, segments.record[row])
+        if kind == "seq" and other != segments.record[row]:
+            damages[row] = _damage(index, row, f"here the shard has record {other!r}", *place)
+    return damages
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,23 +192,18 @@ class _Member:
 
 
 def _members(store: Store, shard: str, size: int) -> tuple[list[_Member], dict[str, str]]:
-    """The files in a tar, and by key the record that its KEY.json names."""
+    """The files in a tar, and by key the record that its KEY.json names. Raises an error of tarfile or the store."""
     members, records = [], {}
-    try:
-        with io.BufferedReader(_StoreFile(store, shard, size), _READ_BYTES) as file:
-            for header in headers(file):
-                if not header.isfile():
-                    continue
-                members.append(_Member(header.name, header.offset_data, header.offset_data + header.size))
-                if header.name.endswith(".json"):
-                    file.seek(header.offset_data)
-                    about = _parsed(file.read(header.size))
-                    if isinstance(about, dict) and isinstance(about.get("record"), str):
-                        records[header.name.removesuffix(".json")] = about["record"]
-    except (tarfile.TarError, StoreError, OSError, ValueError) as error:
-        raise DataError(
-            f"{store.name_of(shard)}: the tar is damaged ({error}): copy the shard again"
-        ) from error
+    with io.BufferedReader(_StoreFile(store, shard, size), _READ_BYTES) as file:
+        for header in headers(file):
+            if not header.isfile():
+                continue
+            members.append(_Member(header.name, header.offset_data, header.offset_data + header.size))
+            if header.name.endswith(".json"):
+                file.seek(header.offset_data)
+                about = _parsed(file.read(header.size))
+                if isinstance(about, dict) and isinstance(about.get("record"), str):
+                    records[header.name.removesuffix(".json")] = about["record"]
     return members, records
 
 

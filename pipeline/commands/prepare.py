@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from megabase.pipeline.commands.splits import add_splits, print_splits, splits_of
 from megabase.pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from megabase.datamodules.prepare.check import Damage
+
+MOST_DAMAGES = 40
 HELP = "sequence files to WebDataset shards with an index"
 
 
@@ -70,7 +75,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from megabase.datamodules.prepare.check import check
+    from megabase.datamodules.prepare.check import DamageError, check
 
     if options.inputs:
         raise UserError(f"prepare --check {options.inputs[0]} ...: give one directory of shards, no inputs")
@@ -79,6 +84,25 @@ def _check(options: argparse.Namespace) -> int:
         raise UserError(
             "prepare --check compares shards with their checksums: leave out --valid, --test, --intervals"
         )
-    bases = check(options.output, jobs=options.jobs, progress=sys.stderr.isatty())
+    try:
+        bases = check(options.output, jobs=options.jobs, progress=sys.stderr.isatty())
+    except DamageError as error:
+        _show(error.damages)
+        raise
     print(f"{options.output}: {bases:,} bases match their checksums")
     return 0
+
+
+def _show(damages: list[Damage]) -> None:
+    """Print a table of what is damaged."""
+    from megabase.pipeline.tables import new_table, show
+
+    table = new_table(
+        ["shard", "record", "split", "bases", "problem"], left=["shard", "record", "split", "problem"]
+    )
+    for damage in damages[:MOST_DAMAGES]:
+        bases = f"{damage.start:,}-{damage.end:,}" if damage.record else ""
+        table.add_row(damage.shard, damage.record, damage.split, bases, damage.problem)
+    show(table)
+    if len(damages) > MOST_DAMAGES:
+        show(f"and {len(damages) - MOST_DAMAGES:,} more")

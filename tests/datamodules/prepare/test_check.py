@@ -13,9 +13,9 @@ import pytest
 import webdataset
 
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index_file import INDEX_NAME
+from megabase.datamodules.index.index_file import BLOCK_BYTES, INDEX_NAME
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.prepare.check import check
+from megabase.datamodules.prepare.check import Damage, DamageError, check
 from megabase.datamodules.prepare.foreign import index_tars
 from megabase.datamodules.prepare.run import prepare
 
@@ -48,32 +48,57 @@ def flip(shards: ShardIndex, shard: str, at: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def damages(shards: ShardIndex, jobs: int = 1) -> list[Damage]:
+    with pytest.raises(DamageError) as error:
+        check(shards.directory, jobs, progress=False)
+    assert "prepare --check" not in str(error.value)
+    return error.value.damages
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_check_reads_every_base(shards: ShardIndex, jobs: int) -> None:
     assert check(shards.directory, jobs, progress=False) == 3 * sum(LENGTHS)
-    row = 7
-    flip(
-        shards, shards.segments.shard[row], int(shards.segments.offset[row] + shards.segments.length[row] - 1)
-    )
-    name = shards.segments.record[row]
-    with pytest.raises(DataError, match=rf"{shards.segments.shard[row]}: record '{name}': .*checksum"):
+    segments, row = shards.segments, 7
+    flip(shards, segments.shard[row], int(segments.offset[row] + segments.length[row] - 1))
+    with pytest.raises(
+        DamageError, match=r"out: damage in 1 of 33 segments, 1 of \d+ shards: copy this shard again"
+    ):
         check(shards.directory, jobs, progress=False)
-    flip(shards, shards.segments.shard[0], int(shards.segments.offset[0]))
-    with pytest.raises(DataError, match=rf"2 damaged records: .*record '({name}|r0.0)'.*; .*checksum"):
-        check(shards.directory, jobs, progress=False)
+    flip(shards, segments.shard[0], int(segments.offset[0]))
+    found = damages(shards, jobs)
+    assert [damage[:3] for damage in found] == [
+        (segments.shard[number], segments.record[number], segments.split[number]) for number in (0, row)
+    ]
+    assert all(damage.problem == "differs from its checksum" for damage in found)
+
+
+def test_all_damaged_blocks_of_a_segment_are_one_damage(tmp_path: Path, lambda_fasta: Path) -> None:
+    shards = prepare([lambda_fasta], tmp_path / "out", valid=0.2, progress=False)
+    offset, start = int(shards.segments.offset[0]), BLOCK_BYTES + 5
+    assert shards.segments.record[0] == shards.segments.record[1]
+    for at in (start, start + 1, 3 * BLOCK_BYTES):
+        flip(shards, shards.segments.shard[0], offset + at)
+    (found,) = damages(shards)
+    assert (found.split, found.start, found.end) == ("train", BLOCK_BYTES, 4 * BLOCK_BYTES)
+    assert found.problem == "differs from its checksum (2 blocks of 8 KiB)"
+    flip(shards, shards.segments.shard[1], int(shards.segments.offset[1]))
+    _, second = damages(shards)
+    first = int(shards.segments.start[1])
+    assert (second.split, second.start, second.end) == ("valid", first, first + BLOCK_BYTES)
 
 
 def test_check_finds_members_at_other_offsets(shards: ShardIndex) -> None:
     shard = Path(shards.directory) / shards.segments.shard[0]
     flip(shards, shard.name, 0)  # the name of a member, then its size
-    with pytest.raises(DataError, match=f"{shard.name}: the tar is damaged"):
-        check(shards.directory, 1, progress=False)
+    (found,) = damages(shards)
+    assert found[:3] == (shard.name, "", "") and found.problem.startswith("the tar is damaged")
     flip(shards, shard.name, 0)
     text = shard.read_bytes()
     shard.write_bytes(text.replace(b'"record": "r0.0"', b'"record": "r9.9"'))
-    with pytest.raises(DataError, match=rf"{shard.name}: record 'r0.0': member .* is of record 'r9.9'"):
-        check(shards.directory, 1, progress=False)
+    found = damages(shards)
+    assert {damage.problem for damage in found} == {"here the shard has record 'r9.9'"}
+    assert [damage[1:3] for damage in found] == [("r0.0", "train"), ("r0.0", "valid")]
     shard.write_bytes(text)
     path = Path(shards.directory) / INDEX_NAME
     table = pq.read_table(path)
@@ -81,8 +106,8 @@ def test_check_finds_members_at_other_offsets(shards: ShardIndex) -> None:
     offsets[-1] += 600
     at = table.schema.get_field_index("offset")
     pq.write_table(table.set_column(at, "offset", [offsets]), path)
-    with pytest.raises(DataError, match=r"record 'r5.2': does not lie in a member"):
-        check(shards.directory, 1, progress=False)
+    (found,) = damages(shards)
+    assert found.record == "r5.2" and found.problem.startswith("not in a member of the tar")
 
 
 def test_check_reads_tars_of_other_programs(lambda_bases: bytes, tmp_path: Path) -> None:
@@ -93,8 +118,8 @@ def test_check_reads_tars_of_other_programs(lambda_bases: bytes, tmp_path: Path)
     index = index_tars(tmp_path, valid=0.1, progress=False)
     assert check(tmp_path, progress=False) == len(lambda_bases) + 8
     flip(index, "a.tar", int(index.segments.offset[1]))
-    with pytest.raises(DataError, match=r"a.tar: record 'x': .*checksum"):
-        check(tmp_path, progress=False)
+    (found,) = damages(index)
+    assert found[:2] == ("a.tar", "x")
 
 
 def test_the_check_finds_shards_cut_short_or_missing(shards: ShardIndex) -> None:

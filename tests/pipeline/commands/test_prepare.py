@@ -1,0 +1,54 @@
+"""What `megabase prepare` prints and takes. tests/datamodules/prepare tests the shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megabase.pipeline import cli
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    """Three records of 200 bases."""
+    bases = np.random.default_rng(1).choice(np.frombuffer(b"ACGT", np.uint8), 600).tobytes().decode()
+    path = tmp_path / "a.fa"
+    path.write_text("".join(f">r{number}\n{bases[200 * number :][:200]}\n" for number in range(3)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "order", ["{fasta} --valid 0.1 {out}", "--valid 0.1 {fasta} {out}", "{fasta} {out} --valid 0.1"]
+)
+def test_options_stand_anywhere(
+    fasta: Path, tmp_path: Path, order: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = order.format(fasta=fasta, out=tmp_path / "out").split()
+    assert cli.main(["prepare", *words, "--jobs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path}/out: 3 records in 1 shard\n  train             540 bases\n  valid")
+
+
+def test_damage_is_a_table(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["prepare", str(fasta), str(out), "--jobs", "1"]) == 0
+    assert cli.main(["prepare", "--check", str(out), "--jobs", "1"]) == 0
+    assert "600 bases match their checksums" in capsys.readouterr().out
+    shard = out / "shard-00000.tar"
+    content = fasta.read_bytes().split(b"\n")
+    shard.write_bytes(shard.read_bytes().replace(content[1], content[3]).replace(content[5], content[3]))
+    assert cli.main(["prepare", "--check", str(out), "--jobs", "1"]) == 2
+    printed = capsys.readouterr()
+    heading, *rows = printed.out.splitlines()
+    assert heading.split() == ["shard", "record", "split", "bases", "problem"]
+    assert [row.split()[:4] for row in rows] == [
+        [shard.name, name, "train", "0-200"] for name in ("r0", "r2")
+    ]
+    assert "out: damage in 2 of 3 segments, 1 of 1 shards: copy this shard again" in printed.err
+    monkeypatch.setattr("megabase.pipeline.commands.prepare.MOST_DAMAGES", 1)
+    assert cli.main(["prepare", "--check", str(out), "--jobs", "1"]) == 2
+    assert capsys.readouterr().out.endswith("and 1 more\n")
