@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.files import sync
 from megabase.models import pretrained, safetensors
 from megabase.models.huggingface import to_huggingface
@@ -27,6 +29,7 @@ from megabase.pipeline.checkpoint.identity import model_config
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, Manifest, read_manifest
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.inference.model import RECORDED, chosen_step
+from megabase.pipeline.inference.tokenizer import save_tokenizer
 from megabase.pipeline.inference.weights import PREFIX, open_weights, read_checkpoint
 from megabase.pipeline.rundir.environment import versions
 from megabase.pipeline.rundir.paths import RunPaths
@@ -164,11 +167,28 @@ def _write_huggingface(
     dtype: torch.dtype,
     source: dict[str, Any],
 ) -> None:
-    """Write the files of a `transformers` Reformer, and `source.json`."""
+    """Write the files of a `transformers` Reformer and of its tokenizer, and `source.json`."""
     weights = {name: shards.read(PREFIX + name).view(shape).to(dtype) for name, shape in shapes.items()}
     converted = to_huggingface(pretrained.filled(model, weights).eval())
-    converted.save_pretrained(partial)
+    with _without_progress_bars():
+        converted.save_pretrained(partial)
+    if source["alphabet"] is not None:  # a checkpoint of an early version does not record it
+        save_tokenizer(Alphabet.named(source["alphabet"]), model.body.config.max_length, partial)
     (partial / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep the progress bars of `transformers` off the terminal, which is for our messages."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _publish(partial: Path, out: Path) -> None:

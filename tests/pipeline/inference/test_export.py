@@ -251,10 +251,15 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_export_to_transformers_computes_the_same_logits(tmp_path: Path) -> None:
+def test_an_export_to_transformers_computes_the_same_logits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     transformers = pytest.importorskip("transformers")
     model = write_checkpoint(tmp_path / "run", MAPS, 7, stage=3)
     export(tmp_path / "run", tmp_path / "out", form="huggingface", step=None, dtype="fp32")
+    assert capfd.readouterr() == ("", "")  # no progress bars
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ACgtN")["input_ids"] == [1, 5, 6, 7, 8, 4] and tokenizer.model_max_length == 64
     theirs = transformers.ReformerModelWithLMHead.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(5, 9, (2, 64))
     assert torch.allclose(logits(theirs, tokens), logits(model, tokens), atol=1e-4)
