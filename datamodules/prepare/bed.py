@@ -131,9 +131,16 @@ def _row(path: Path, number: int, line: str, fourth: str) -> Row:
     if len(columns) < _COLUMNS:
         raise DataError(f"{place}: {line!r} is not chr, start, end and {fourth} with tabs between them")
     name, first, last, text = (column.strip() for column in columns[:_COLUMNS])
+    if number == 1 and first[:1].isalpha() and last[:1].isalpha():
+        raise DataError(
+            f"{place}: {line!r} is a header, and a BED file has none: remove it, or begin it with #"
+        )
     start, end = _position(place, "start", first), _position(place, "end", last)
     if start >= end:
-        raise DataError(f"{place}: [{start}, {end}) holds no base: start must be below end")
+        raise DataError(
+            f"{place}: [{start}, {end}) holds no base: BED counts from 0 and leaves out the base at the end, so one "
+            f"base is [{start}, {start + 1}): correct the line or remove it"
+        )
     return Row(name, start, end, text, number)
 
 

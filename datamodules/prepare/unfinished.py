@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -254,8 +255,9 @@ def _read_kmers(path: Path) -> dict[str, Kmers]:
     table = pq.read_table(pa.BufferReader(path.read_bytes()), use_threads=False)
     lists = table.column("kmers").combine_chunks()
     values = lists.flatten().to_numpy(zero_copy_only=False)
-    bounds = np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))[:-1]
-    return dict(zip(table.column("key").to_pylist(), np.split(values, bounds), strict=True))
+    bounds = np.cumsum([0, *lists.value_lengths().to_pylist()])
+    parts = [values[start:end] for start, end in pairwise(bounds.tolist())]
+    return dict(zip(table.column("key").to_pylist(), parts, strict=True))
 
 
 def _renamed(rows: pa.Table, names: dict[str, str]) -> pa.Table:

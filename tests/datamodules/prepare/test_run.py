@@ -143,6 +143,11 @@ def test_intervals_are_the_splits(tmp_path: Path, lambda_fasta: Path, lambda_bas
     assert index.segments.start.tolist() == [0, 20050]
     assert index.segments.intervals.tolist() == [[100, 19900], [50, 9900]]
     assert index.read(1, 50, 9900).tobytes() == lambda_bases[20100:30000]
+    bed.write_text("lambda\t100\t20000\ttrain\n")  # so no unit holds a 31-mer
+    with pytest.raises(
+        DataError, match=rf"split.bed: line 1: no record is named 'lambda'; the records are {re.escape(name)}"
+    ):
+        prepare([lambda_fasta], tmp_path / "none", intervals=bed, progress=False)
     bed.write_text(f"{name}\t100\t20000\ttest\n")
     with pytest.raises(DataError, match=r"split.bed: no interval is for training"):
         prepare([lambda_fasta], tmp_path / "none", intervals=bed, progress=False)

@@ -70,7 +70,7 @@ def test_windows_of_every_kind(tmp_path: Path, genomes: ShardIndex) -> None:
     [
         ("r\t1\t2\n", "line 1: 'r.t1.t2' is not chr, start, end and class with tabs between them"),
         ("r\t1\tx\tgene\n", "line 1: end 'x' is not a non-negative integer"),
-        ("r\t5\t5\tgene\n", "holds no base: start must be below end"),
+        ("r\t5\t5\tgene\n", "holds no base: BED counts from 0"),
         ("# nothing\n", "holds no interval: every line must be chr, start, end, class"),
         (
             "chr1\t1\t2\tgene\nchr2\t1\t2\tgene\n",
