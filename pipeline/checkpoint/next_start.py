@@ -20,7 +20,7 @@ from megabase.pipeline.checkpoint.damage import find_damage, find_obvious_damage
 from megabase.pipeline.checkpoint.identity import changed_settings, manifest_of
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, list_checkpoints, read_manifest
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.rundir.journal import has_evaluation
+from megabase.pipeline.rundir.journal import has_evaluation, read
 from megabase.pipeline.rundir.paths import RunPaths
 
 # Checkpoints of up to this many bytes are compared with their checksums: that takes less than a second.
@@ -37,6 +37,7 @@ class NextStart:
         verified: every file of the checkpoint has its checksum. Otherwise only names and sizes were compared.
         changes: settings that differ from those of the checkpoint, as "optim.lr 0.001 -> 0.0005".
         damaged: newer checkpoints that are damaged, with their damage.
+        refused: why it would not start at step 0, though there is nothing to resume from; empty if it would.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class NextStart:
     verified: bool = True
     changes: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    refused: str = ""
 
 
 def next_start(config: RunConfig, ranks: int, index: ShardIndex) -> NextStart:
@@ -66,7 +68,7 @@ def next_start(config: RunConfig, ranks: int, index: ShardIndex) -> NextStart:
         lambda path, damage: damaged.append(f"{path.name} is broken: {damage}"),
     )
     if chosen is None:
-        return NextStart(damaged=damaged)
+        return NextStart(damaged=damaged, refused=_why_refused(paths, damaged))
     manifest = read_manifest(chosen)
     finished = manifest.step >= config.trainer.max_steps and not damaged
     if finished and evaluates(config, index):
@@ -76,6 +78,19 @@ def next_start(config: RunConfig, ranks: int, index: ShardIndex) -> NextStart:
     return NextStart(
         manifest.step, finished, _is_small(manifest), changed_settings(manifest, current), damaged
     )
+
+
+def newest_written(paths: RunPaths) -> int:
+    """The step of the newest checkpoint that a run has ever written, by its record of speed; 0: none."""
+    return max((row["step"] for row in read(paths.performance, having="checkpoint_seconds")), default=0)
+
+
+def _why_refused(paths: RunPaths, damaged: list[str]) -> str:
+    if damaged or any(paths.checkpoints.glob("step-*.broken*")):
+        return "no checkpoint is intact, and a start does not begin again by itself"
+    if newest := newest_written(paths):
+        return f"the checkpoint of step {newest} is gone, and a start does not begin again by itself"
+    return ""
 
 
 def _damage(path: Path) -> str | None:

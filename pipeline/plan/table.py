@@ -72,6 +72,8 @@ def _start(plan: Plan) -> Row:
     start = plan.start
     if start.finished:
         return ("start", f"step {start.step:,}", "finished: nothing is left to do")
+    if start.refused:
+        return ("start", "refused", start.refused)
     if not start.step:
         weights = f", from the weights of {plan.init_from}" if plan.init_from else ""
         return ("start", "step 0", f"a new run in {plan.directory}{weights}")

@@ -9,12 +9,13 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.choose import choose_to_resume
 from megabase.pipeline.checkpoint.identity import changed_settings, check_same_run, manifest_of
 from megabase.pipeline.checkpoint.manifest import Manifest
+from megabase.pipeline.checkpoint.next_start import newest_written
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir import environment
-from megabase.pipeline.rundir.journal import has_evaluation, read, restore
+from megabase.pipeline.rundir.journal import has_evaluation, restore
 from megabase.pipeline.rundir.paths import METRICS, RunPaths
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,8 @@ def _write_run_directory(config: RunConfig, resume_from: Path | None) -> None:
 
 def _check_that_none_was_written(directory: Path, world: Group) -> None:
     """Raise UserError if a run without checkpoints once wrote some: they were deleted or moved."""
-    paths, steps = RunPaths(directory), [0]
-    if world.rank == 0:
-        steps += [row["step"] for row in read(paths.performance, having="checkpoint_seconds")]
-    if newest := world.broadcast(max(steps)):
+    paths = RunPaths(directory)
+    if newest := world.broadcast(newest_written(paths) if world.rank == 0 else 0):
         raise UserError(
             f"{paths.checkpoints} has no checkpoint, but {paths.performance.name} says that the run wrote one of step"
             f" {newest}: put them back, or start again from step 0 with another run.name"

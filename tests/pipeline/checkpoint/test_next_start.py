@@ -92,5 +92,15 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 def test_nothing_is_renamed(tmp_path: Path, lambda_shards: Path, index: ShardIndex) -> None:
     run = config(lambda_shards, tmp_path)
     (checkpoint(run, 4) / "latest").unlink()
-    assert next_start(run, 1, index).step == 0
+    found = next_start(run, 1, index)
+    assert found.step == 0 and found.refused.startswith("no checkpoint is intact")
     assert [path.name for path in (run.directory / "checkpoints").iterdir()] == ["step-4"]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused(
+    tmp_path: Path, lambda_shards: Path, index: ShardIndex
+) -> None:
+    run = config(lambda_shards, tmp_path)
+    run.directory.mkdir()
+    (run.directory / "performance.jsonl").write_text('{"step": 4, "checkpoint_seconds": 0.1}\n')
+    assert next_start(run, 1, index).refused.startswith("the checkpoint of step 4 is gone")
