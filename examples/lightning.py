@@ -25,7 +25,10 @@ shards = output / "shards"
 if not shards.exists():
     prepare([root / "examples" / "data" / "ecoli_536.fna.gz"], shards, valid="0.002", progress=False)
 
-config = load([root / "configs" / "demo.yaml"], [f"data.shards={shards}", f"trainer.max_steps={steps}"])
+small = ["model.dim=64", "data.length=512"]
+config = load(
+    [root / "configs" / "demo.yaml"], [f"data.shards={shards}", f"trainer.max_steps={steps}", *small]
+)
 data = SequenceDataModule(config.data, config.run.seed)
 config.model.vocab_size = data.index.alphabet.vocab_size
 

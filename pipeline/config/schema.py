@@ -16,6 +16,7 @@ from typing import Any
 
 from megabase.datamodules.config import CAUSAL, MASKED, DataConfig
 from megabase.models.config import ReformerConfig
+from megabase.pipeline.config.callbacks import parse
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
@@ -109,6 +110,8 @@ class TrainerConfig:
         hang_minutes: If a rank finishes no micro batch, evaluation batch or phase of a checkpoint for this many
             minutes, it writes its Python stacks to `logs/` and ends the job. 0: never. Until the first micro batch is
             done, the limit is at least 30 minutes.
+        callbacks: Lightning callbacks of yours, such as `[my.module.MyCallback]`, or with arguments
+            `[{class: my.module.MyCallback, arguments: {every: 10}}]` (docs/lightning.md).
     """
 
     max_steps: int = 1000
@@ -121,6 +124,7 @@ class TrainerConfig:
     log_every_steps: int = 10
     max_minutes: float = 0.0
     hang_minutes: float = 30.0
+    callbacks: list[Any] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raise UserError for a value out of its range."""
@@ -135,6 +139,7 @@ class TrainerConfig:
             "hang_minutes",
         )
         _require_choice("trainer.precision", self.precision, PRECISIONS)
+        list(parse(self.callbacks))  # raises
 
 
 @dataclass

@@ -124,9 +124,13 @@ class TrainingCallback(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         """After the last micro batch of an optimizer step, do what is due between two steps."""
+        if trainer.should_stop:
+            self._stop_for_callback(trainer)
         if trainer.global_step != self.step:
             self.step = trainer.global_step
             self._between_steps(trainer)
+            if self._recorder and (loss := self._recorder.last_loss) is not None:
+                self._show_metrics(trainer, {"train/loss": loss})
         elif self._recorder:
             assert isinstance(module, PretrainModule)
             self._recorder.within(self.step + 1, len(module.micro_nats), trainer.accumulate_grad_batches)
@@ -142,6 +146,13 @@ class TrainingCallback(pl.Callback):
         """Close the journal."""
         if self._recorder:
             self._recorder.close()
+
+    def _stop_for_callback(self, trainer: pl.Trainer) -> None:
+        """A user's callback, which runs before this one, wants to stop: leave a STOP file, and stop as at one."""
+        trainer.should_stop = False
+        self._stop.reason = self._stop.reason or "a callback of trainer.callbacks set trainer.should_stop"
+        self._stop.by_person = True
+        self._paths.stop.touch()
 
     # -- between two optimizer steps
 
@@ -311,7 +322,19 @@ class TrainingCallback(pl.Callback):
             skip, most = self._config.data.on_error == SKIP, self._config.trainer.eval_sequences
             markov_bits = baselines(self._config.directory, self._data, most, skip)
             self._recorder.add_evaluation(evaluation_row(self.step, result, full, markov_bits))
+        if result is not None:
+            loss, in_bits = result["valid_loss"], result["valid_bits_per_base"]
+            self._show_metrics(trainer, {"valid/loss": loss, "valid/bits_per_base": in_bits})
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if callback is not self:
+                    callback.on_validation_end(trainer, trainer.lightning_module)
         return not stopped
+
+    def _show_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        """Show metrics to the user's callbacks, if there are any, under the names that `PretrainModule` logs."""
+        if len(trainer.callbacks) == 1:  # type: ignore[attr-defined]
+            return
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def _measure(
         self, score: Callable[[Batch], Score], stop: Callable[[], bool], device: torch.device

@@ -13,6 +13,7 @@ from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
 from megabase.pipeline.checkpoint.identity import check_same_run, manifest_of
 from megabase.pipeline.checkpoint.manifest import Damaged, list_checkpoints, read_manifest
+from megabase.pipeline.config.callbacks import check_modules
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
@@ -46,6 +47,7 @@ def check(config: RunConfig, ranks: int) -> Windows:
         _check_run_directory(config)
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
     passthrough.check(config)
+    check_modules(config.trainer.callbacks)
     if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
     index = ShardIndex.open(config.data.shards)

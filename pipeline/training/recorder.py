@@ -60,11 +60,13 @@ class Recorder:
         mirror: started once the journal is open; None: the run is not tracked.
 
     Attributes:
+        last_loss: nats per base of the last row that this start has written; None before there is one.
         trouble: why training must end before another checkpoint is published; None if nothing is wrong.
     """
 
     def __init__(self, config: RunConfig, ranks: int, mirror: Mirror | None) -> None:
         self.trouble: Trouble | None = None
+        self.last_loss: float | None = None
         self._config = config
         self._paths = RunPaths(config.directory)
         self._mirror = mirror
@@ -119,6 +121,7 @@ class Recorder:
             return
         rows = [self._row(step) for step in complete]
         self._journal.append(rows)
+        self.last_loss = rows[-1]["loss"]
         for row in rows:
             self._figures.add(row)
         self._drawn = False

@@ -211,7 +211,9 @@ def _set_up_and_fit(
     from megabase.pipeline.training.module import PretrainModule
     from megabase.pipeline.training.resume import is_finished, prepare_run_directory, resume_point
     from megabase.pipeline.training.trainer import make_trainer
+    from megabase.pipeline.training.user_callbacks import load_callbacks
 
+    own_callbacks = load_callbacks(config.trainer.callbacks)
     watchdog.beat("choosing a checkpoint")
     data = SequenceDataModule(config.data, config.run.seed)
     resume_from, saved = None, None
@@ -233,7 +235,7 @@ def _set_up_and_fit(
 
     watchdog.beat("building the model")
     callback = TrainingCallback(config, data, groups, stop, mirror)
-    trainer = make_trainer(config, devices, groups, callback, saved)
+    trainer = make_trainer(config, devices, groups, [*own_callbacks, callback], saved)
     try:
         module = PretrainModule(config, groups.data.size, initial, log=False)
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)

@@ -17,7 +17,7 @@ from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, q
 
 
 def make_trainer(
-    config: RunConfig, devices: int, groups: Groups, callback: pl.Callback, saved: SavedLayout | None
+    config: RunConfig, devices: int, groups: Groups, callbacks: list[pl.Callback], saved: SavedLayout | None
 ) -> pl.Trainer:
     """The Trainer of a run.
 
@@ -25,7 +25,7 @@ def make_trainer(
         config: of the run.
         devices: ranks on each node.
         groups: of ranks; the micro batches of a step are divided over the data-parallel group.
-        callback: ends the run, and does what the Trainer is configured not to do.
+        callbacks: the last one ends the run, and does what the Trainer is configured not to do.
         saved: layout of the checkpoint to load; None for a fresh start.
     """
     silence_libraries()
@@ -41,7 +41,7 @@ def make_trainer(
         max_epochs=-1,
         accumulate_grad_batches=batches,
         gradient_clip_val=config.optim.clip or None,
-        callbacks=[callback],
+        callbacks=callbacks,
         default_root_dir=config.directory,
         logger=False,
         enable_checkpointing=False,

@@ -54,6 +54,9 @@ def test_named_settings_exist():
     from megabase.pipeline.config.schema import RunConfig
 
     known = set(dotted(RunConfig())) | {"optim.learning_rate"}  # the unknown key of docs/troubleshooting.md
+    known |= {
+        f"trainer.{name}" for name in ("callback_metrics", "global_step", "should_stop")
+    }  # Lightning's Trainer
     sections = {key.split(".")[0] for key in known} - {"model"}  # in Python code: a model and its attributes
     pattern = re.compile(rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)\b(?!\()")
     for page in PAGES:

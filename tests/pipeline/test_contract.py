@@ -110,6 +110,7 @@ KEYS = [
     "trainer.max_minutes",
     "trainer.hang_minutes",
     "trainer.eval_recall",
+    "trainer.callbacks",
     "zero.stage",
     "zero.offload",
     "zero.offload_parameters",

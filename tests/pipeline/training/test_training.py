@@ -92,11 +92,54 @@ def disturbed(runs: Path, lambda_shards: Path) -> Path:
     assert status["state"] == "again"
     assert (run / "checkpoints" / f"step-{status['step']}").is_dir()
 
-    code, output = start_job("train", *settings).wait()
+    # The last start has a callback of the user's as well, from the working directory.
+    (runs / "probe.py").write_text(PROBE)
+    callbacks = "trainer.callbacks=[{class: probe.Probe, arguments: {file: probe.json}}]"
+    code, output = start_job("train", *settings, callbacks).wait()
     assert code == 0, output
     assert f"step-{status['step']}" in output
+    assert "class: probe.Probe" in (run / "config.yaml").read_text()
 
     return run
+
+
+# Notes on rank 0 what a user's callback sees.
+PROBE = """
+import json
+import pathlib
+import pytorch_lightning as pl
+
+
+class Probe(pl.Callback):
+    def __init__(self, file):
+        self.file, self.steps, self.valid = pathlib.Path(file), {}, {}
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_rank == 0 and "train/loss" in trainer.callback_metrics:
+            self.steps.setdefault(trainer.global_step, trainer.callback_metrics["train/loss"].item())
+
+    def on_validation_end(self, trainer, module):
+        self.valid[trainer.global_step] = trainer.callback_metrics["valid/bits_per_base"].item()
+
+    def on_train_end(self, trainer, module):
+        if trainer.global_rank == 0:
+            self.file.write_text(json.dumps([self.steps, self.valid]))
+"""
+
+
+def test_a_callback_of_the_user_sees_what_the_journal_has(disturbed: Path, runs: Path) -> None:
+    steps, valid = json.loads((runs / "probe.json").read_text())
+    losses = {row["step"]: row["loss"] for row in training_rows(disturbed)}
+    steps.pop(min(steps, key=int))  # at its first micro batch this start had written no row yet
+    # What was written when the step before ended: all but its own row, which is written at once where it is saved.
+    written = {int(step): int(step) - (1 if int(step) % 5 == 1 else 2) for step in steps}
+    assert {int(step): loss for step, loss in steps.items()} == {
+        step: pytest.approx(losses[last]) for step, last in written.items()
+    }
+    assert len(steps) > 3
+    rows = read(disturbed / "metrics.jsonl", having="valid_loss")
+    evaluated = {str(row["step"]): row["valid_bits_per_base"] for row in rows}
+    assert valid == {step: pytest.approx(evaluated[step]) for step in valid} and str(STEPS) in valid
 
 
 def test_killed_stopped_and_resumed_gives_the_same_bytes(undisturbed: Path, disturbed: Path) -> None:
