@@ -113,7 +113,8 @@ def _fields(figures: Figures, now: float) -> list[tuple[str, str]]:
         ("step", _step(figures, now)),
         ("loss", _loss(figures)),
         ("speed", "" if speed is None else f"{speed:,.0f} tokens/s"),
-        ("validation", "" if figures.evaluation is None else _validation(figures.evaluation)),
+        ("validation", _validation(figures.evaluation)),
+        ("whole split", _validation(figures.evaluation, "full_")),
         ("recall", "" if figures.evaluation is None else recall(figures.evaluation)),
         ("checkpoint", "" if figures.checkpoint is None else _checkpoint(figures.checkpoint, now)),
     ]
@@ -136,12 +137,19 @@ def _loss(figures: Figures) -> str:
     return text if smoothed is None else f"{text} (smoothed {smoothed:.4f})"
 
 
-def _validation(row: Row) -> str:
-    text = f"{float(row['valid_bits_per_base']):.4f} bits/base at step {row['step']:,}"
-    orders = [key for key in row if key.startswith("markov_")]
+def _validation(row: Row | None, prefix: str = "") -> str:
+    """An evaluation in words: of the windows of every evaluation or, with `full_`, of the whole split."""
+    if row is None or f"{prefix}valid_bits_per_base" not in row:
+        return ""
+    if (
+        prefix and row[f"{prefix}valid_bases"] == row["valid_bases"]
+    ):  # every evaluation scores the whole split
+        return ""
+    text = f"{float(row[f'{prefix}valid_bits_per_base']):.4f} bits/base at step {row['step']:,}"
+    orders = [key for key in row if key.startswith(f"{prefix}markov_")]
     if not orders:
         return text
-    order = orders[-1].removeprefix("markov_").partition("_")[0]
+    order = orders[-1].removeprefix(f"{prefix}markov_").partition("_")[0]
     return f"{text} (Markov order {order}: {float(row[orders[-1]]):.4f})"
 
 

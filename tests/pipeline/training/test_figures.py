@@ -74,5 +74,10 @@ def test_fields_show_the_last_evaluation_and_checkpoint() -> None:
         ("checkpoint", "step 50, written 2 h ago"),
     ]
     assert fields(figures_of([], None), 0.0) == []
+    whole = {"full_valid_bits_per_base": 1.8, "full_valid_bases": 99, "full_markov_0_bits_per_base": 1.99}
+    shown = dict(fields(figures_of([evaluation | whole]), 0.0))
+    assert shown["validation"] == "1.9000 bits/base at step 40"
+    assert shown["whole split"] == "1.8000 bits/base at step 40 (Markov order 0: 1.9900)"
+    assert "whole split" not in dict(fields(figures_of([evaluation | whole | {"full_valid_bases": 10}]), 0.0))
     # An evaluation of before recall and Markov models were measured.
     assert [name for name, _ in fields(figures_of([evaluation]), 0.0)] == ["step", "validation"]
