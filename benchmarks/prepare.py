@@ -3,7 +3,8 @@
     python benchmarks/prepare.py [--megabytes 500] [--repeats 3] [--folder DIR]
 
 Prepares three inputs in this process: the E. coli genome of examples/data, a FASTA file of five long random records,
-and one of reads of 150 bases. Each is prepared with both writers in turn, and copied with one fsync as the lower bound.
+and one of reads of 150 bases. Each is prepared with both writers in turn, with a validation split of which the 31-mers
+are compared with training, and copied with one fsync as the lower bound.
 Prints wall time and CPU time, each the best of the repeats; the ratio is that of CPU time, because other work on the
 machine disturbs it less. webdataset is imported before the clock starts; the time of that import is printed too, since
 every worker process of `prepare` would pay it.
@@ -115,6 +116,9 @@ def measure(fasta: Path, folder: Path, repeats: int) -> dict[str, Seconds]:
             with tar_writer_of(kind):
                 action = partial(prepare, [fasta], shards, jobs=1, progress=False)
                 times[name].append(seconds(action))
+        shutil.rmtree(folder / "split", ignore_errors=True)
+        action = partial(prepare, [fasta], folder / "split", jobs=1, valid=0.1, progress=False)
+        times["own, --valid 0.1"].append(seconds(action))  # this also samples 31-mers
         own, library = (
             {path.name: path.read_bytes() for path in (folder / name).glob("*.tar")} for name in kinds
         )

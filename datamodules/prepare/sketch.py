@@ -25,7 +25,8 @@ Gaps = Sequence[Sequence[int]]
 _FINEST = 16
 _SMALL = 1 << 22  # bases of inputs that every position is hashed of
 _WORDS = 128  # one in this many 31-mers has the word at its centre
-_MOST = 1 << 23  # 31-mers kept of all inputs together: 64 MiB
+_MOST = 1 << 20  # 31-mers kept of all splits together
+_MOST_OF_RECORDS = 1 << 23  # and of all records, where short ones are compared: 64 MiB
 _PIECE = 1 << 19  # positions at once: stays in the cache
 
 # Bits 1 and 2 of an ASCII letter, in either case, are A 0, C 1, T 2, G 3; the complement differs by 2.
@@ -35,15 +36,18 @@ _COMPLEMENT = np.uint64(0x2AAAAAAAAAAAAAAA)
 
 
 def scale_for(bases: int) -> int:
-    """One in how many 31-mers to keep of inputs of about this many bases: 16, or a power of two from 128 on."""
-    if bases <= _SMALL:
-        return _FINEST
-    return finest_scale(bases, _WORDS)
+    """One in how many 31-mers to keep of the splits of about this many bases: 16, or a power of two from 128 on."""
+    return _FINEST if bases <= _SMALL else _doubled(_WORDS, bases, _MOST)
 
 
-def finest_scale(bases: int, scale: int = _FINEST) -> int:
-    """The least power of two times `scale` with which the 31-mers of this many bases fit into memory."""
-    while bases > scale * _MOST:
+def finest_scale(bases: int) -> int:
+    """One in how many 31-mers to keep of records of about this many bases in all: a power of two from 16 on."""
+    return _doubled(_FINEST, bases, _MOST_OF_RECORDS)
+
+
+def _doubled(scale: int, bases: int, most: int) -> int:
+    """The least power of two times `scale` with which no more than `most` 31-mers are kept."""
+    while bases > scale * most:
         scale *= 2
     return scale
 

@@ -245,8 +245,8 @@ def _write_kmers(path: Path, kmers: dict[str, Kmers]) -> None:
     lists = pa.LargeListArray.from_arrays(bounds, np.concatenate([np.zeros(0, np.uint64), *kmers.values()]))
     table = pa.table({"key": pa.array(kmers, pa.string()), "kmers": lists})
     new = path.with_suffix(".new")
-    with new.open("wb") as file:
-        pq.write_table(table, file)
+    with new.open("wb") as file:  # hashes have neither values that recur nor a pattern
+        pq.write_table(table, file, use_dictionary=False, compression="none", write_statistics=False)
     sync(new)
     new.rename(path)
 

@@ -96,6 +96,12 @@ def test_shares_are_those_of_all_kmers(scale: int, off: float) -> None:
 
 
 def test_scales_bound_the_memory() -> None:
-    assert [scale_for(bases) for bases in (0, 4 << 20, 9 << 20, 1 << 30, 3 << 30)] == [16, 16, 128, 128, 512]
+    assert [scale_for(bases) for bases in (0, 4 << 20, 9 << 20, 1 << 30, 3 << 30)] == [
+        16,
+        16,
+        128,
+        1024,
+        4096,
+    ]
     assert [finest_scale(bases) for bases in (0, 100 << 20, 1 << 30)] == [16, 16, 128]
-    assert (1 << 40) / scale_for(1 << 40) <= 1 << 23
+    assert (1 << 40) / scale_for(1 << 40) <= 1 << 20
