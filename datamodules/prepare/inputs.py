@@ -54,9 +54,14 @@ def expand(inputs: Sequence[str | Path], alphabet: str = "dna") -> list[Path]:
 
 
 def check_inputs(paths: Sequence[Path]) -> None:
-    """Raise DataError if there is no path, or one is not a readable file, or is compressed in an unsupported way."""
+    """Raise DataError if there is no path, or one is given twice, not a readable file, or compressed in another way."""
     if not paths:
         raise DataError("no input files: name at least one")
+    known: set[Path] = set()
+    for path in paths:
+        if (place := path.absolute()) in known:
+            raise DataError(f"{path}: is given twice: give every input once")
+        known.add(place)
     for path in paths:
         if not path.exists():
             raise DataError(f"{path}: no such file")
@@ -101,15 +106,8 @@ def is_pipe(path: Path) -> bool:
 
 
 def prefixes(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name for each file that tells it from the others: its own without suffixes, with its directories if necessary.
-
-    Raises:
-        DataError: a file is given twice.
-    """
+    """A name for each file that tells it from the others: its own without suffixes, and directories if necessary."""
     parts = {path: (*path.absolute().parent.parts[1:], _stem(path)) for path in paths}
-    if len(parts) < len(paths):
-        twice = next(path for path, count in Counter(paths).items() if count > 1)
-        raise DataError(f"{twice}: is given twice: give every input once")
     used, names = 1, {path: part[-1] for path, part in parts.items()}
     while clashing := {name for name, count in Counter(names.values()).items() if count > 1}:
         used += 1

@@ -71,9 +71,7 @@ def split_by_similarity(
     group = groups_of(records, threshold)
     splits = without_relatives(split_groups(group, names, lengths, fractions), records, threshold)
     count = len(set(group.tolist()))
-    log.info(
-        "%s records are in %s group%s of similar ones", f"{len(names):,}", f"{count:,}", "s"[: count > 1]
-    )
+    log.info("records: %s; groups of similar ones: %s", f"{len(names):,}", f"{count:,}")
     for split, fraction in fractions.items():
         if split not in splits:
             raise DataError(

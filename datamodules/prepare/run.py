@@ -299,13 +299,13 @@ def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Seq
     if not any(part.bases for part in parts):
         raise DataError(f"{paths[0]}: the input's records hold no base at all")
     present = {split for part in parts for split in pc.unique(part.rows["split"]).to_pylist()}
+    if splits.by != END and (empty := {TRAIN, *splits.fractions} - present):
+        raise DataError(
+            f"--split-by {splits.by} gives no record to {' or '.join(sorted(empty))}: there are too few records for "
+            f"{rule}: name them, or take a fraction of every record with --split-by {END}"
+        )
     if TRAIN not in present:
         if splits.bed:
             raise DataError(f"{splits.bed.path}: no interval is for training: its split must be {TRAIN}")
         what = "name every record" if splits.records else "take every base"
         raise DataError(f"{rule} {what}: leave one to train on")
-    if splits.by != END and (empty := splits.fractions.keys() - present):
-        raise DataError(
-            f"--split-by {splits.by} gives no record to {' or '.join(sorted(empty))}: there are too few records for "
-            f"{rule}: name them, or take a fraction of every record with --split-by {END}"
-        )

@@ -107,10 +107,14 @@ def _parts_at_length(reports: list[LengthReport]) -> Iterator[Table | str]:
     for found in reports:
         if found.short_bases > MUCH * found.bases:
             segments = counted(found.short_segments, "segment")
+            pack = (
+                f"data.pack=true joins short ones ({counted(found.packed_windows, 'window')} instead of "
+                f"{found.windows:,}), or "
+            )
             yield (
                 f"{found.split}: {segments} with {found.short_bases / found.bases:.1%} of its bases "
-                f"{'is' if found.short_segments == 1 else 'are'} shorter than {length:,}: data.pack=true joins short "
-                f"ones ({counted(found.packed_windows, 'window')} instead of {found.windows:,}), or lower data.length"
+                f"{'is' if found.short_segments == 1 else 'are'} shorter than {length:,}: "
+                f"{pack if found.packed_windows > found.windows else ''}lower data.length"
             )
 
 

@@ -61,6 +61,6 @@ def print_splits(directory: str, index: ShardIndex) -> None:
     for split in segments.splits():
         total = int(segments.length[segments.rows_of(split)].sum())
         others = total - segments.letters_of(split)
-        what = f", {others:,} of them not {index.alphabet.in_words} ({_OTHERS[index.alphabet.name]})"
+        what = f", {others:,} of them not {index.alphabet.in_words} ({_OTHERS.get(index.alphabet.name)})"
         leak = f", {leaks[split]:.1%} of its 31-mers in train" if split in leaks else ""
         print(f"  {split:5} {total:>15,} bases{leak}{what if others else ''}")

@@ -106,7 +106,7 @@ def test_strains_are_in_one_split(
             [fasta], tmp_path / "out", valid=0.15, test=0.2, split_by="similarity", progress=False
         )
     segments = index.segments
-    assert "24 records are in 8 groups of similar ones" in caplog.text
+    assert "records: 24; groups of similar ones: 8" in caplog.text
     splits = {(name[:2], split) for name, split in zip(segments.record, segments.split, strict=True)}
     assert len(splits) == 8
     assert [(segments.split == split).sum() for split in ("train", "valid", "test")] == [18, 3, 3]

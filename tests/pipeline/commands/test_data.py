@@ -55,6 +55,8 @@ def test_short_records_get_a_hint(shards: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["data", str(shards), "--length", "6050", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)["length"][0]
     assert report["windows"] == 0 and report["short_bases"] == 6100 and report["packed_windows"] == 1
+    assert cli.main(["data", str(shards), "--length", "90000"]) == 0
+    assert "are shorter than 90,000: lower data.length" in capsys.readouterr().out
     assert cli.main(["data", str(shards), "--length", "0"]) == 2
     assert "--length 0: must be at least 1 base" in capsys.readouterr().err
 

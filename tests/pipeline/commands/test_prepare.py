@@ -52,3 +52,13 @@ def test_damage_is_a_table(
     monkeypatch.setattr("megabase.pipeline.commands.prepare.MOST_DAMAGES", 1)
     assert cli.main(["prepare", "--check", str(out), "--jobs", "1"]) == 2
     assert capsys.readouterr().out.endswith("and 1 more\n")
+
+
+def test_text_and_protein_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, protein = tmp_path / "a.txt", tmp_path / "a.faa"
+    text.write_text("In the beginning")
+    protein.write_text(">p\nMKVLAEFX\n")
+    assert cli.main(["prepare", str(text), str(tmp_path / "text"), "--alphabet", "bytes"]) == 0
+    assert capsys.readouterr().out.endswith("1 record in 1 shard\n  train              16 bases\n")
+    assert cli.main(["prepare", str(protein), str(tmp_path / "protein"), "--alphabet", "protein"]) == 0
+    assert "8 bases, 1 of them not one of the 20 amino acids (X, B," in capsys.readouterr().out
