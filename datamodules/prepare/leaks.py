@@ -30,9 +30,9 @@ def warn(leaks: Sequence[Leakage]) -> None:
     for leak in leaks:
         if leak.share > WARN_SHARE:
             log.warning(
-                "%s: %.0f%% of its 31-mers occur in train: the same or related genomes, or repeats, are in both, so "
+                "%s: %s of its 31-mers occur in train: the same or related genomes, or repeats, are in both, so "
                 "its loss is not that of a new genome: hold out less related ones by name, or let --split-by "
                 "similarity find them (docs/data.md, Leakage)",
                 leak.split,
-                100 * leak.share,
+                f"{leak.share:.0%}",
             )
