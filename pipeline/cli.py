@@ -20,6 +20,7 @@ from megabase.pipeline.commands import (
     evaluate,
     export,
     index,
+    job_end,
     prepare,
     submit,
     train,
@@ -42,6 +43,7 @@ COMMANDS = {
     "export": export,
     "evaluate": evaluate,
     "bench": bench,
+    "job-end": job_end,
 }
 
 

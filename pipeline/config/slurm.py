@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+APPTAINER, PYXIS = RUNTIMES = ("apptainer", "pyxis")
+
 
 @dataclass
 class SlurmConfig:
@@ -23,6 +25,16 @@ class SlurmConfig:
         gpus: Type of GPU, such as "h100". "any": any type. null: no GPUs, the run trains on CPUs. Each node gets
             `trainer.devices` of them.
         extra: Further sbatch options, such as ["--exclusive", "--mail-type=FAIL"].
+        max_stalls: The job ends when this many starts in a row, and one more, have published no newer checkpoint.
+            What SLURM starts again by itself, after a preemption or a lost node, does not count.
+        interface: Network interface of NCCL and gloo, such as "ib0". null: they choose.
+        setup: Lines of shell that the job runs before training, such as ["module load cuda/12.4"].
+        container: Image in which training runs, such as "image.sif", with `megabase` on its PATH. null: none.
+        container_runtime: What starts the container: `apptainer`, or `pyxis` (srun's own options).
+        container_mounts: Further directories for the container. It sees run.root, data.shards and the directory in
+            which the job was submitted.
+        copy_code: Copy the code of megabase into the run directory, and train with the copy. Otherwise a job that
+            waits or is started again runs the code that is installed then.
     """
 
     partition: str | None = None
@@ -35,3 +47,10 @@ class SlurmConfig:
     mem: str | None = None
     gpus: str | None = "any"
     extra: list[str] = field(default_factory=list)
+    max_stalls: int = 3
+    interface: str | None = None
+    setup: list[str] = field(default_factory=list)
+    container: str | None = None
+    container_runtime: str = APPTAINER
+    container_mounts: list[str] = field(default_factory=list)
+    copy_code: bool = False

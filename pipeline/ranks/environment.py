@@ -15,6 +15,8 @@ from megabase.pipeline.errors import UserError
 
 # In this environment variable, 1 allows more ranks than CPUs, as the tests need.
 OVERSUBSCRIBE = "MEGABASE_OVERSUBSCRIBE"
+# In this environment variable the job script passes the path of the file in which rank 0 says where the ranks meet.
+MEETING_FILE = "MEGABASE_MEETING_FILE"
 
 
 def local_devices(requested: int | None) -> int:
@@ -23,16 +25,28 @@ def local_devices(requested: int | None) -> int:
     Raises:
         UserError: more GPUs are requested than the node has.
     """
-    import torch  # not at the top: `is_rank` is asked before torch is loaded
-
-    gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
     if requested is None:
         return gpus or 1
+    if gpus == 1 and _step_tasks() > 1:
+        return requested  # SLURM shows each task a GPU of its own (--gpus-per-task, --gpu-bind)
     if gpus and requested > gpus:
         raise UserError(
             f"trainer.devices={requested}: this node has {gpus} GPUs: take {gpus}, or null for all"
         )
     return requested
+
+
+def visible_gpus() -> int:
+    """The number of GPUs that this process sees."""
+    import torch  # not at the top: `is_rank` is asked before torch is loaded
+
+    return torch.cuda.device_count()
+
+
+def device_of(local_rank: int, gpus: int) -> int:
+    """The number of the device of a rank, among the GPUs that it sees. Without GPUs, the rank's number on its node."""
+    return local_rank % gpus if gpus else local_rank
 
 
 def refuse_oversubscription(devices: int, cpus: int, way_out: str) -> None:
@@ -67,14 +81,15 @@ def complete_environment(nodes: int, devices: int) -> None:
         devices: ranks on each node.
 
     Raises:
-        UserError: the number of ranks is not nodes x devices, or MASTER_ADDR or MASTER_PORT is not set.
+        UserError: the number of ranks is not nodes x devices, or it is not known where they meet (rendezvous.py).
     """
     if "RANK" not in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = str(_step_tasks())
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["LOCAL_RANK"] = str(device_of(int(os.environ["SLURM_LOCALID"]), visible_gpus()))
         os.environ["GROUP_RANK"] = os.environ["SLURM_NODEID"]
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    place = "MASTER_PORT" if MEETING_FILE not in os.environ else MEETING_FILE
+    missing = [name for name in ("MASTER_ADDR", place) if name not in os.environ]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} not set: the ranks do not know where to meet;"

@@ -72,6 +72,21 @@ class RunPaths:
         return self.directory / "submit.sbatch"
 
     @property
+    def submit_config(self) -> Path:
+        """The settings with which the last submitted job trains, whatever becomes of the files they came from."""
+        return self.directory / "submit.yaml"
+
+    @property
+    def code(self) -> Path:
+        """The copy of the code with which a job trains, with `slurm.copy_code`."""
+        return self.directory / "code"
+
+    @property
+    def job(self) -> Path:
+        """The id of the last submitted job."""
+        return self.directory / "job.json"
+
+    @property
     def status(self) -> Path:
         """State and step of the run."""
         return self.directory / "status.json"

@@ -1,37 +1,39 @@
 """From a config to an sbatch call, and its submission.
 
-`call_for` and `sbatch_call` are pure; `submit` runs the call that they return. `slurm/train.sbatch` describes how the
-job stops and continues.
+`call_for` and `sbatch_call` are pure; `submit` writes what the job needs and runs the call that they return.
+`slurm/train.sbatch` describes how the job stops and continues.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from megabase.datamodules.files import publish
+from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.config.slurm import SlurmConfig
+from megabase.pipeline.config.slurm import RUNTIMES, SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.slurm.queue import refuse_second, write_job
+from megabase.pipeline.slurm.script import copy_code, job_script
 
-TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
 # The longest time before the limit at which SLURM can send a signal, in seconds.
 LONGEST_SIGNAL_S = 65535
 
 
-def call_for(config: RunConfig, files: Sequence[str], overrides: Sequence[str]) -> tuple[list[str], int]:
+def call_for(config: RunConfig, directory: Path) -> tuple[list[str], int]:
     """The sbatch call of `megabase submit`, and the number of ranks that the job starts.
 
     Args:
-        config: of the run, made of `files` and `overrides`.
-        files: config files; the job gets their absolute paths.
-        overrides: KEY=VALUE settings; the job gets them as they are.
+        config: of the run.
+        directory: in which the job runs.
 
     Raises:
         UserError: `trainer.devices` is not set, or sbatch cannot use a setting.
@@ -39,6 +41,7 @@ def call_for(config: RunConfig, files: Sequence[str], overrides: Sequence[str]) 
     nodes, devices = config.trainer.nodes, config.trainer.devices
     if devices is None:
         raise UserError("trainer.devices is not set: a job has to ask for a number of ranks on each node")
+    paths = RunPaths(config.directory)
     call = sbatch_call(
         config.slurm,
         name=config.run.name,
@@ -46,11 +49,19 @@ def call_for(config: RunConfig, files: Sequence[str], overrides: Sequence[str]) 
         tasks_per_node=devices,
         gpus_per_node=devices if config.slurm.gpus else 0,
         run_dir=config.directory,
-        directory=Path.cwd(),
-        script=TRAIN_SCRIPT,
-        arguments=[*(str(Path(file).absolute()) for file in files), *overrides],
+        directory=directory,
+        script=paths.submit_script,
+        arguments=[str(paths.submit_config)],
     )
     return call, nodes * devices
+
+
+def at_the_job(config: RunConfig) -> RunConfig:
+    """The settings as they are where the job runs: it may have GPUs where this machine has none, or none."""
+    if config.trainer.precision != "auto":
+        return config
+    precision = "bf16" if config.slurm.gpus else "32"
+    return replace(config, trainer=replace(config.trainer, precision=precision))
 
 
 def sbatch_call(
@@ -83,6 +94,7 @@ def sbatch_call(
     """
     limit = _time_limit(slurm)
     _check_options(slurm, name)
+    _check_job(slurm)
     gpu_type = "" if slurm.gpus in (None, "any") else f"{slurm.gpus}:"
     options: dict[str, object] = {
         "job-name": name,
@@ -105,27 +117,31 @@ def sbatch_call(
     return ["sbatch", "--parsable", *given, *slurm.extra, str(script), *arguments]
 
 
-def submit(call: Sequence[str], run_dir: Path) -> int:
-    """Run an sbatch call and return the job's id. Writes `submit.sbatch`, the script and the call, to `run_dir`.
+def submit(config: RunConfig, call: Sequence[str], directory: Path) -> int:
+    """Write what the job needs into the run directory, run an sbatch call, and return the job's id.
+
+    The run directory gets the script (`submit.sbatch`) and the settings (`submit.yaml`) that the job reads at each of
+    its starts: later changes of config files do not reach it. If sbatch refuses, everything is as it was before.
+
+    Args:
+        config: of the run.
+        call: of `call_for`.
+        directory: in which the job runs.
 
     Raises:
-        UserError: there is no sbatch, or it refuses the job; the message has sbatch's own words. Directories that were
-            made for the job are removed.
+        UserError: a job of the run waits or runs, there is no sbatch, or it refuses the job; the message has sbatch's
+            own words.
     """
-    script = Path(next(word for word in call[1:] if not word.startswith("-")))
-    shebang, rest = script.read_text().split("\n", 1)
-    paths = RunPaths(run_dir)
-    # The directory of the log must exist when the job starts.
+    refuse_second(config.directory, config.run.name)
+    paths = RunPaths(config.directory)
+    before = {path: _content(path) for path in (paths.submit_script, paths.submit_config)}
     made = [path for path in (paths.logs, *paths.logs.parents) if not path.exists()]
-    paths.logs.mkdir(parents=True, exist_ok=True)
     try:
+        _write_files(config, call, directory)
         printed = _run_sbatch(call)
     except UserError:
-        for path in made:
-            with suppress(OSError):  # another process has written there
-                path.rmdir()
+        _restore(before, made)
         raise
-    paths.submit_script.write_text(f"{shebang}\n# {shlex.join(call)}\n{rest}")
     # sbatch of some sites prints a greeting first. The last line is JOBID or JOBID;CLUSTER.
     job = re.search(r"^(\d+)(;.*)?\s*\Z", printed, re.MULTILINE)
     if not job:
@@ -133,7 +149,37 @@ def submit(call: Sequence[str], run_dir: Path) -> int:
             "sbatch printed no job id, so it is not known whether it took the job; it printed:"
             f" {' '.join(printed.split())}"
         )
+    write_job(config.directory, int(job[1]))
     return int(job[1])
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _restore(before: dict[Path, bytes | None], made: Sequence[Path]) -> None:
+    """Give files their content from before (None: there was none), and remove directories that were made."""
+    for path, content in before.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            publish(path, content)
+    for path in made:
+        with suppress(OSError):  # another process has written there
+            path.rmdir()
+
+
+def _write_files(config: RunConfig, call: Sequence[str], directory: Path) -> None:
+    """Write script, settings and, with `slurm.copy_code`, the code. Raises UserError if they cannot be written."""
+    paths = RunPaths(config.directory)
+    try:
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        save(config, paths.submit_config)
+        publish(paths.submit_script, job_script(config, call, directory).encode())
+        if config.slurm.copy_code:
+            copy_code(paths.code)
+    except OSError as error:
+        raise UserError(f"{error.filename or config.directory} cannot be written: {error.strerror}") from None
 
 
 def _run_sbatch(call: Sequence[str]) -> str:
@@ -159,6 +205,22 @@ def _check_options(slurm: SlurmConfig, name: str) -> None:
             raise UserError(
                 f"slurm.extra has {option!r}: write an option and its value as one, --option=value"
             )
+
+
+def _check_job(slurm: SlurmConfig) -> None:
+    """Check the settings that the job script uses."""
+    if slurm.max_stalls < 0:
+        raise UserError(f"slurm.max_stalls={slurm.max_stalls}: must be 0 or more")
+    if slurm.container_runtime not in RUNTIMES:
+        raise UserError(
+            f"slurm.container_runtime={slurm.container_runtime!r}: choose one of {', '.join(RUNTIMES)}"
+        )
+    if slurm.container and slurm.copy_code:
+        raise UserError(
+            "slurm.copy_code=true with slurm.container: the container has its own code: set one of them"
+        )
+    if slurm.container_mounts and not slurm.container:
+        raise UserError("slurm.container_mounts needs slurm.container, the image")
 
 
 def _time_limit(slurm: SlurmConfig) -> int | None:

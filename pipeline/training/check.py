@@ -24,12 +24,13 @@ from megabase.pipeline.training.initial import check_initial
 from megabase.pipeline.zero import passthrough
 
 
-def check(config: RunConfig, ranks: int) -> Windows:
+def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
     """Check a run against its shards, its run directory and this machine; sets `model.vocab_size`.
 
     Args:
         config: of the run.
         ranks: that will train it, on all nodes together.
+        here: it will run on this machine. False: on others, so what this one has is not looked at.
 
     Returns:
         The windows to train on, and with them the shards.
@@ -46,10 +47,11 @@ def check(config: RunConfig, ranks: int) -> Windows:
     ):  # one rank decides for all: a STOP file may appear or vanish between the looks of two ranks
         _check_run_directory(config)
     accumulation(config.data.global_batch, config.data.micro_batch, ranks)
-    passthrough.check(config)
+    passthrough.check(config, here=here)
     check_modules(config.trainer.callbacks)
-    if precision_of(config.trainer.precision) == "16" and not torch.cuda.is_available():
-        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16 here")
+    has_gpu = torch.cuda.is_available() if here else bool(config.slurm.gpus)
+    if precision_of(config.trainer.precision) == "16" and not has_gpu:
+        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
     index = ShardIndex.open(config.data.shards)
     windows = training_windows(config.data, index)
     if config.checkpoint.keep_best and VALID not in index.segments.splits():

@@ -131,6 +131,8 @@ def _warn(config: RunConfig, ranks: int, windows: Windows) -> None:
 
 def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     """Run one rank: join the process group, train, leave it; returns the exit code."""
+    if is_rank_zero():
+        write_launcher_status("starting", None, config.directory)
     rendezvous.start()
     groups = Groups.create()
     world = groups.world

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from megabase.datamodules.config import accumulation
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.hardware import precision_of
+from megabase.pipeline.ranks.environment import visible_gpus
 from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.zero.settings import SavedLayout
 from megabase.pipeline.zero.strategy import LIGHTNING_PRECISION, ZeroStrategy, quiet
@@ -30,10 +31,12 @@ def make_trainer(
     """
     silence_libraries()
     batches = accumulation(config.data.global_batch, config.data.micro_batch, groups.data.size)
+    # Lightning counts the devices that a process sees: with one for each task, every task is a node to it.
+    seen = min(devices, visible_gpus() or devices)
     trainer = pl.Trainer(
         accelerator="auto",
-        devices=devices,
-        num_nodes=config.trainer.nodes,
+        devices=seen,
+        num_nodes=config.trainer.nodes * devices // seen,
         strategy=ZeroStrategy(config, saved),
         precision=LIGHTNING_PRECISION[precision_of(config.trainer.precision)],  # type: ignore[arg-type]
         # The callback ends the run, after the last evaluation.

@@ -22,14 +22,14 @@ from megabase.pipeline.zero.reserved import OURS, REFUSED, ZERO
 from megabase.pipeline.zero.settings import check_nvme_path, merged, own_settings
 
 
-def check(config: RunConfig) -> None:
-    """Check `zero.*` on this machine.
+def check(config: RunConfig, *, here: bool = True) -> None:
+    """Check `zero.*`; if the run will be `here`, on this machine, `zero.nvme_path` as well.
 
     Raises:
         UserError: a key of `zero.deepspeed` is unknown to DeepSpeed, decided by another setting, refused or without
             effect; DeepSpeed does not accept its value; or `zero.nvme_path` cannot be written.
     """
-    if config.zero.on_disk:
+    if config.zero.on_disk and here:
         check_nvme_path(config.zero)
     if config.zero.deepspeed:
         _check_keys(config)

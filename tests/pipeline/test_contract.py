@@ -47,6 +47,7 @@ COMMANDS = {
         "--json",
     ],
     "bench": ["benchmark"],
+    "job-end": ["--code", "--status", "--record", "--job-state", "--reason", "--max-stalls"],
 }
 SHARED = ["--repeat", "--seconds", "--json", "--picture"]
 BENCHMARKS = {

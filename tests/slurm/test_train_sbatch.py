@@ -14,18 +14,24 @@ from typing import Any
 
 import pytest
 
-from megabase.pipeline.slurm.submit import TRAIN_SCRIPT
+from megabase.pipeline.slurm.script import TRAIN_SCRIPT
 from megabase.slurm.testcluster.cluster import CPUS, TestCluster, until
 
 pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).parents[2]
 
 MEGABASE = """\
 import json, os, pathlib, signal, sys, time
 
+if sys.argv[1] == "job-end":  # decided by megabase itself
+    os.environ["PYTHONPATH"] = ROOT
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "megabase.pipeline.cli", *sys.argv[1:]])
 start, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ["SLURM_PROCID"])
 home = pathlib.Path(__file__).parent
 part = json.loads((home / "plan.json").read_text())[start][rank]
-records = [home / f"records/{start}-{each}.json" for each in range(int(os.environ["SLURM_NTASKS"]))]
+folder = "-".join(["records", *([os.environ["SLURM_ARRAY_TASK_ID"]] if "SLURM_ARRAY_TASK_ID" in os.environ else [])])
+(home / folder).mkdir(exist_ok=True)
+records = [home / f"{folder}/{start}-{each}.json" for each in range(int(os.environ["SLURM_NTASKS"]))]
 record = records[rank]
 caught = []
 
@@ -75,24 +81,25 @@ class Job:
         home: Path,
         plan: list[list[dict[str, Any]]],
         *options: str,
-        max_restarts: int = 1,
+        max_stalls: int = 1,
     ) -> None:
         self.cluster, self.home, self.ranks = cluster, home, range(len(plan[0]))
         (home / "records").mkdir()
         (home / "plan.json").write_text(json.dumps(plan))
         program = home / "megabase"
-        program.write_text(f"#!{sys.executable}\n{MEGABASE}")
+        program.write_text(f"#!{sys.executable}\nROOT = {str(ROOT)!r}\n{MEGABASE}")
         program.chmod(0o755)
         search_path = f"{home}{os.pathsep}{os.environ['PATH']}"
-        options = (f"--nodes={len(plan[0])}", "--output=log", *options)
+        output = "--output=log-%a" if any("--array" in option for option in options) else "--output=log"
+        options = (f"--nodes={len(plan[0])}", output, *options)
         self.id = cluster.submit(
             *options,
             *(str(TRAIN_SCRIPT), "a b.yaml", "run.name=x"),
             cwd=home,
             env={
                 "PATH": search_path,
-                "MEGABASE_MAX_RESTARTS": str(max_restarts),
-                "MEGABASE_MAX_FAILURES": "2",
+                "MEGABASE_MAX_STALLS": str(max_stalls),
+                "PYTHONPATH": "/nowhere",
             },
         )
 
@@ -115,8 +122,7 @@ class Job:
         self.cluster.wait(self.id, {state}, timeout_s)
         shown = self.cluster.show(self.id)
         assert (shown["Restarts"], shown["ExitCode"]) == (str(restarts), code), self.log()
-        # No file of the protocol stays beside the log.
-        assert not [*self.home.glob("*status*"), *self.home.glob("*failures*")]
+        assert not list(self.home.glob("log.json"))  # the record between starts
 
     def log(self) -> str:
         return (self.home / "log").read_text()
@@ -153,20 +159,28 @@ def test_a_signal_stops_both_tasks_and_the_job_goes_on(
         assert env["SLURM_JOB_NAME"] == "megabase"
         assert "SLURM_STEP_ID" in env
         assert env["OMP_NUM_THREADS"] == env["SLURM_CPUS_PER_TASK"] == str(CPUS)
-        # The nodes' names do not resolve here, so the address is used. The port is the same at every start of the job.
-        assert env["MASTER_ADDR"] == "127.0.0.1"
-        assert env["MASTER_PORT"] == str(15000 + job.id % 17000)
+        # The nodes' names do not resolve here, so the address is used. Rank 0 chooses the port.
+        assert env["MASTER_ADDR"] == "127.0.0.1" and "MASTER_PORT" not in env
+        assert "PYTHONPATH" not in env
+    # Every rank and start has a file; the job's log has rank 0's lines as well.
+    for number in (0, 1):
+        folder = job.home / f"log.{number}"
+        assert records[number, 0]["env"]["MEGABASE_MEETING_FILE"] == str(folder / "meeting.json")
+        for rank in (0, 1):
+            assert (folder / f"rank-{rank}.log").read_text() == f"start {number} rank {rank}\n"
     log = job.log()
-    for line in ("start 0 rank 0", "start 0 rank 1", "start 1 rank 0", "start 1 rank 1"):
-        assert log.count(line) == 1, log
+    for line, count in (("start 0 rank 0", 1), ("start 1 rank 0", 1), ("rank 1", 0)):
+        assert log.count(line) == count, log
 
 
-def test_a_killed_task_hides_nothing_and_restarts_have_a_limit(start: Callable[..., Job]) -> None:
+def test_a_killed_task_hides_nothing_and_starts_without_progress_have_a_limit(
+    start: Callable[..., Job],
+) -> None:
     # Rank 1 exits first. srun kills rank 0, which has written "again" but not exited: srun's code is not 75.
     plan = [[{"state": "again", "lingers": 60}, {"code": 75, "lingers": 0.5}]] * 2
     job = start(plan)
     job.ends("FAILED", restarts=1, code="75:0")
-    assert "MEGABASE_MAX_RESTARTS=1: stopped for good" in job.log()
+    assert "checkpointed, 2 times without a checkpoint (slurm.max_stalls=1): not started again" in job.log()
 
 
 def test_a_failure_ends_the_job(start: Callable[..., Job]) -> None:
@@ -185,11 +199,11 @@ def test_a_crash_after_a_checkpoint_starts_the_job_again_but_not_forever(start: 
         [{"state": "crashed", "code": 1}],
         [{"code": 1}],
     ]
-    job = start(plan, max_restarts=9)
+    job = start(plan)
     job.ends("FAILED", restarts=3, code="1:0", timeout_s=120)
     log = job.log()
     assert log.count("back in the queue") == 3
-    assert "ended with code 1, 3 times after the checkpoint of step 20 (MEGABASE_MAX_FAILURES=2)" in log
+    assert "ended with code 1, 2 times after the checkpoint of step 20 (slurm.max_stalls=1)" in log
 
 
 def test_a_stop_file_and_a_failure_that_would_repeat_end_the_job(
@@ -218,14 +232,14 @@ def test_bad_input_ends_the_job(start: Callable[..., Job]) -> None:
 def test_a_limit_that_is_no_number_is_found_before_training(
     start: Callable[..., Job],
 ) -> None:
-    job = start([[DONE]], "--export=ALL,MEGABASE_MAX_FAILURES=many")
+    job = start([[DONE]], "--export=ALL,MEGABASE_MAX_STALLS=many")
     job.ends("FAILED", restarts=0, code="2:0")
-    assert "MEGABASE_MAX_FAILURES=many: must be a whole number" in job.log()
+    assert "MEGABASE_MAX_STALLS=many: must be a whole number" in job.log()
     assert not list((job.home / "records").iterdir())
 
 
 def test_a_rank_that_dies_alone_ends_the_others_and_the_job(start: Callable[..., Job]) -> None:
-    job = start([[{"waits": True}, {"code": 1}]])
+    job = start([[{"waits": True}, {"code": 1}]], max_stalls=0)
     job.cluster.wait(job.id, {"FAILED"}, timeout_s=30)
     assert job.cluster.show(job.id)["Restarts"] == "0"
 
@@ -265,6 +279,33 @@ def test_a_preempted_job_goes_on(cluster: TestCluster, start: Callable[..., Job]
     cluster.wait(urgent, {"COMPLETED"}, timeout_s=30)
     job.ends("COMPLETED", restarts=1)
     assert [set(signals) for signals in job.caught(0)] == [{"SIGTERM"}, {"SIGTERM"}]
+
+
+def test_preemptions_after_checkpoints_are_not_counted(
+    cluster: TestCluster, start: Callable[..., Job]
+) -> None:
+    starts = 3
+    stops = {"waits": True, "handles": ["SIGTERM"], "code": 75, "state": "again"}
+    job = start([*([{**stops, "checkpoint": 10 + number}] for number in range(starts)), [DONE]], max_stalls=0)
+    for number in range(starts):
+        record = job.home / f"records/{number}-0.json"
+        assert until(record.exists, 60), job.log()
+        urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=job.home)
+        cluster.wait(urgent, {"COMPLETED"}, timeout_s=30)
+    job.ends("COMPLETED", restarts=starts)
+
+
+def test_one_element_of_an_array_starts_again_alone(cluster: TestCluster, start: Callable[..., Job]) -> None:
+    """The element with the id of the whole array is the one to watch: scontrol takes that id for all elements."""
+    waits = {"waits": True, "state": "again", "code": 75}
+    job = start([[waits], [DONE]], "--array=0-1")
+    tasks = cluster.run("squeue", "--noheader", "--array", "--format=%A %a").split("\n")
+    assert until(lambda: len(list(job.home.glob("records-*/0-0.json"))) == 2, 30), tasks
+    cluster.run("scancel", "--signal=USR1", f"{job.id}_0")
+    assert until((job.home / "records-0" / "1-0.json").exists, 60)
+    assert not (job.home / "records-1" / "1-0.json").exists()
+    cluster.run("scancel", "--signal=USR1", f"{job.id}_1")
+    assert until((job.home / "records-1" / "1-0.json").exists, 60)
 
 
 def test_a_lost_node_starts_the_job_again(cluster: TestCluster, start: Callable[..., Job]) -> None:

@@ -39,7 +39,10 @@ def test_a_two_node_job_is_signalled_killed_and_finishes_the_same_run(
     cluster: TestCluster, undisturbed: Path, runs: Path, lambda_shards: Path
 ) -> None:
     settings = train_settings(
-        lambda_shards, runs, "nodes", "trainer.nodes=2", "trainer.devices=1", "slurm.gpus=null"
+        lambda_shards,
+        runs,
+        "nodes",
+        *("trainer.nodes=2", "trainer.devices=1", "slurm.gpus=null", "slurm.copy_code=true"),
     )
     run = runs / "nodes"
     assert "--nodes=2" in megabase(cluster, "submit", *settings, "--dry-run")

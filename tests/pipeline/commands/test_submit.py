@@ -17,21 +17,25 @@ def test_a_dry_run_prints_a_line_for_the_shell_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked: list[tuple[str, int]] = []
-    monkeypatch.setattr(check, "check", lambda config, ranks: checked.append((config.run.name, ranks)))
+    monkeypatch.setattr(
+        check, "check", lambda config, ranks, here: checked.append((config.trainer.precision, ranks))
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yaml").write_text("optim: {lr: 0.2}\n")
     assert cli.main(["submit", "a b.yaml", *SETTINGS, "--dry-run"]) == 0
-    words = shlex.split(capsys.readouterr().out)
+    call, _, settings = capsys.readouterr().out.partition("\n\n")
+    words = shlex.split(call)
     assert words[:2] == ["sbatch", "--parsable"] and "--nodes=2" in words
-    assert words[-len(SETTINGS) - 1 :] == [f"{tmp_path}/a b.yaml", *SETTINGS]
-    assert checked == [("genome", 16)]
+    assert words[-1] == f"{tmp_path}/runs/genome/submit.yaml"
+    assert "MAX_STALLS=3" in settings.splitlines()
+    assert checked == [("bf16", 16)]  # where the job runs there are GPUs
     assert [path.name for path in tmp_path.iterdir()] == ["a b.yaml"]
 
 
 def test_a_training_that_could_not_run_is_not_submitted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(config: RunConfig, ranks: int) -> None:
+    def refuse(config: RunConfig, ranks: int, here: bool) -> None:
         raise UserError("this cannot run")
 
     monkeypatch.setattr(check, "check", refuse)

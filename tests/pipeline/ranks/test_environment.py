@@ -29,7 +29,15 @@ SLURM = {
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the variables of every launcher before a test, and restore them after it."""
-    for name in [*SLURM, "SLURM_NTASKS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"]:
+    for name in [
+        *SLURM,
+        "SLURM_NTASKS",
+        "MEGABASE_MEETING_FILE",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+    ]:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
 
@@ -87,3 +95,23 @@ def test_more_ranks_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_oversubscription(3, 1, "take 1")
     monkeypatch.setenv("MEGABASE_OVERSUBSCRIBE", "1")
     refuse_oversubscription(3, 1, "")
+
+
+def test_the_ranks_may_meet_by_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, SLURM | {"MEGABASE_MEETING_FILE": "/runs/meeting.json"})
+    monkeypatch.delenv("MASTER_PORT")
+    complete_environment(2, 2)
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match="MASTER_ADDR not set"):
+        complete_environment(2, 2)
+
+
+def test_a_task_that_sees_one_gpu_takes_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, expected in ((0, "1"), (1, "0"), (2, "1")):
+        monkeypatch.delenv("RANK", raising=False)
+        set_all(monkeypatch, SLURM)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        complete_environment(2, 2)
+        assert os.environ["LOCAL_RANK"] == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert local_devices(2) == 2

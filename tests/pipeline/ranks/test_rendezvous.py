@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,34 @@ def test_missing_ranks_are_named() -> None:
     assert f"cannot reach the store at 127.0.0.1:{ports[1]} within 0.05 minutes" in results[1]
     # The other ranks print this error themselves, because rank 0 does not have it.
     assert "megabase: rank 1 on" in printed[1]
+
+
+def test_the_ranks_meet_at_a_port_that_rank_0_chooses(tmp_path: Path) -> None:
+    """Rank 1 comes before rank 0."""
+    program = (
+        "from megabase.pipeline.ranks import rendezvous\n"
+        "import os, torch.distributed as dist\n"
+        "rendezvous.start()\n"
+        "seen = [None, None]\n"
+        "dist.all_gather_object(seen, os.environ['MASTER_PORT'])\n"
+        "print(seen[0] == seen[1] != '0')"
+    )
+    processes = []
+    for rank in (1, 0):
+        variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MEGABASE_MEETING_FILE": str(tmp_path / "meeting.json")}
+        environment = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment | variables | meeting,
+            )
+        )
+        time.sleep(0.5)
+    try:
+        assert [process.communicate(timeout=90)[0] for process in processes] == ["True\n"] * 2
+    finally:
+        for process in processes:
+            process.kill()

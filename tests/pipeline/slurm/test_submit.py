@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.slurm import submit
-from megabase.pipeline.slurm.submit import TRAIN_SCRIPT, call_for, sbatch_call
+from megabase.pipeline.slurm.queue import read_job
+from megabase.pipeline.slurm.script import TRAIN_SCRIPT
+from megabase.pipeline.slurm.submit import at_the_job, call_for, sbatch_call
 
 
 def call(slurm: SlurmConfig | None = None, **changed: Any) -> list[str]:
@@ -78,7 +81,11 @@ def test_every_setting_reaches_the_call() -> None:
         "time": "01:00:00",
         "extra": ["--exclusive"],
     }
+    # These are written into the job script (test_script.py).
+    in_the_script = ("max_stalls", "interface", "setup", "copy_code")
     for field in dataclasses.fields(SlurmConfig):
+        if field.name in in_the_script or field.name.startswith("container"):
+            continue
         value: Any = changed.get(field.name, "abc")
         slurm = dataclasses.replace(SlurmConfig(), **{field.name: value})
         assert call(slurm) != call(), field.name
@@ -130,6 +137,10 @@ def test_a_time_limit_in_another_format_is_refused(time: str) -> None:
         (SlurmConfig(signal_seconds=0), {}, "1 to 65535"),
         (SlurmConfig(signal_seconds=65536), {}, "1 to 65535"),
         (SlurmConfig(extra=["--nice", "10"]), {}, "--option=value"),
+        (SlurmConfig(max_stalls=-1), {}, "must be 0 or more"),
+        (SlurmConfig(container="a", container_runtime="docker"), {}, "choose one of apptainer, pyxis"),
+        (SlurmConfig(container="a", copy_code=True), {}, "the container has its own code"),
+        (SlurmConfig(container_mounts=["/a"]), {}, "needs slurm.container, the image"),
         (SlurmConfig(), {"name": "bash"}, "choose another"),
         (SlurmConfig(), {"name": "interactive"}, "choose another"),
     ],
@@ -144,17 +155,30 @@ def test_settings_that_cannot_work_are_refused(
 # -- what sbatch answers; a small program replaces sbatch
 
 
-def fake_sbatch(monkeypatch: pytest.MonkeyPatch, directory: Path, body: str) -> None:
-    program = directory / "sbatch"
-    program.write_text(f"#!/bin/sh\n{body}\n")
-    program.chmod(0o755)
+def fake_sbatch(monkeypatch: pytest.MonkeyPatch, directory: Path, body: str, queue: str = "exit 1") -> None:
+    for name, lines in (("sbatch", body), ("squeue", queue)):
+        program = directory / name
+        program.write_text(f"#!/bin/sh\n{lines}\n")
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+
+
+def run_config(directory: Path, *settings: str) -> RunConfig:
+    run = ["run.name=genome", f"run.root={directory / 'runs'}", "data.shards=s", "data.length=64"]
+    return load([], [*run, "trainer.nodes=2", "trainer.devices=8", *settings])
+
+
+def submitted(directory: Path, *settings: str) -> int:
+    """Submit a run; returns the job's id."""
+    config = run_config(directory, *settings)
+    return submit.submit(config, call_for(config, directory)[0], directory)
 
 
 @pytest.mark.parametrize("answer", ["123", "123;cluster2", "Welcome to the machine\\n\\n123"])
 def test_the_job_id_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str) -> None:
     fake_sbatch(monkeypatch, tmp_path, f"printf '{answer}\\n'")
-    assert submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "run") == 123
+    assert submitted(tmp_path) == 123
+    assert read_job(tmp_path / "runs" / "genome") == 123
 
 
 @pytest.mark.parametrize(
@@ -169,27 +193,28 @@ def test_the_job_id_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ans
         ("echo nonsense", "nonsense"),
     ],
 )
-def test_a_refusal_is_one_line(
+def test_a_refusal_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, message: str
 ) -> None:
     fake_sbatch(monkeypatch, tmp_path, body)
     with pytest.raises(UserError, match=message) as error:
-        submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "runs" / "run")
+        submitted(tmp_path)
     assert "\n" not in str(error.value)
     if "nonsense" not in body:  # then the job may run, and write its log
-        assert [path.name for path in tmp_path.iterdir()] == ["sbatch"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["sbatch", "squeue"]
 
 
 def test_a_refusal_leaves_a_run_that_was_there_as_it_was(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_sbatch(monkeypatch, tmp_path, "exit 1")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "submit.sbatch").write_text("before")
+    run = tmp_path / "runs" / "genome"
+    run.mkdir(parents=True)
+    (run / "submit.sbatch").write_text("before")
     with pytest.raises(UserError):
-        submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["submit.sbatch"]
-    assert (tmp_path / "run" / "submit.sbatch").read_text() == "before"
+        submitted(tmp_path)
+    assert [path.name for path in run.iterdir()] == ["submit.sbatch"]
+    assert (run / "submit.sbatch").read_text() == "before"
 
 
 def test_without_sbatch_the_message_says_where_to_submit(
@@ -198,17 +223,35 @@ def test_without_sbatch_the_message_says_where_to_submit(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match="not on PATH"):
-        submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "run")
+        submitted(tmp_path)
+
+
+def test_a_run_that_waits_or_runs_is_not_submitted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    queue = f'case "$*" in *--jobs=7*) cat {tmp_path}/state ;; *) exit 1 ;; esac'
+    fake_sbatch(monkeypatch, tmp_path, "echo 7", queue)
+    (tmp_path / "state").write_text("PENDING\n")
+    assert submitted(tmp_path) == 7
+    before = (tmp_path / "runs" / "genome" / "submit.yaml").read_text()
+    with pytest.raises(UserError, match=r"job 7 of this run is PENDING already: .* `scancel 7`"):
+        submitted(tmp_path, "optim.lr=0.5")
+    assert (tmp_path / "runs" / "genome" / "submit.yaml").read_text() == before
+    (tmp_path / "state").write_text("")  # it has ended
+    assert submitted(tmp_path, "optim.lr=0.5") == 7
 
 
 def test_the_run_directory_keeps_what_was_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_sbatch(monkeypatch, tmp_path, "echo 1")
-    words = call(script=TRAIN_SCRIPT, arguments=["a b.yaml", "run.name=it's"])
-    submit.submit(words, tmp_path / "run")
-    assert (tmp_path / "run" / "logs").is_dir()
-    kept = (tmp_path / "run" / "submit.sbatch").read_text().split("\n")
-    assert shlex.split(kept.pop(1).removeprefix("# ")) == words
-    assert "\n".join(kept) == TRAIN_SCRIPT.read_text()
+    fake_sbatch(monkeypatch, tmp_path, rf"cp \ {tmp_path}/taken 2>/dev/null; echo 1")
+    config = run_config(tmp_path, "optim.lr=0.25", "slurm.max_stalls=5")
+    words, _ = call_for(config, tmp_path)
+    submit.submit(config, words, tmp_path)
+    run = tmp_path / "runs" / "genome"
+    assert (run / "logs").is_dir()
+    assert load([run / "submit.yaml"]) == config
+    script = (run / "submit.sbatch").read_text()
+    assert shlex.split(script.splitlines()[1].removeprefix("# ")) == words
+    assert "MAX_STALLS=5" in script.splitlines()
 
 
 def test_the_job_gets_this_megabase_and_no_other_jobs_variables(
@@ -218,7 +261,7 @@ def test_the_job_gets_this_megabase_and_no_other_jobs_variables(
     monkeypatch.setenv("SLURM_NTASKS", "7")
     monkeypatch.setenv("SRUN_CPUS_PER_TASK", "7")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    submit.submit(call(script=TRAIN_SCRIPT), tmp_path / "run")
+    submitted(tmp_path)
     seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     assert "SLURM_NTASKS" not in seen and "SRUN_CPUS_PER_TASK" not in seen
     assert seen["SLURM_CONF"] == "/etc/slurm.conf"
@@ -228,39 +271,31 @@ def test_the_job_gets_this_megabase_and_no_other_jobs_variables(
 # -- from a config
 
 
-def run_config(directory: Path, **trainer: Any) -> RunConfig:
-    config = RunConfig()
-    config.run.name, config.run.root = "genome", str(directory / "runs")
-    for key, value in trainer.items():
-        setattr(config.trainer, key, value)
-    return config
-
-
-def test_a_config_becomes_a_call_with_absolute_paths_of_its_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = run_config(tmp_path, nodes=2, devices=8)
-    words, ranks = call_for(config, ["a b.yaml", "/etc/c.yaml"], ["optim.lr=0.1"])
+def test_a_config_becomes_a_call_of_the_run_s_own_script_and_settings(tmp_path: Path) -> None:
+    words, ranks = call_for(run_config(tmp_path), tmp_path)
     assert words[:2] == ["sbatch", "--parsable"]
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", f"--chdir={tmp_path}"} <= set(words)
-    assert words[words.index(str(TRAIN_SCRIPT)) + 1 :] == [
-        f"{tmp_path}/a b.yaml",
-        "/etc/c.yaml",
-        "optim.lr=0.1",
-    ]
+    run = tmp_path / "runs" / "genome"
+    assert words[-2:] == [f"{run}/submit.sbatch", f"{run}/submit.yaml"]
     assert ranks == 16
 
 
 def test_gpus_null_requests_none(tmp_path: Path) -> None:
-    config = run_config(tmp_path, nodes=1, devices=2)
-    config.slurm.gpus = None
-    assert not [word for word in call_for(config, [], [])[0] if word.startswith("--gpu")]
+    config = run_config(tmp_path, "slurm.gpus=null")
+    assert not [word for word in call_for(config, tmp_path)[0] if word.startswith("--gpu")]
 
 
 def test_the_number_of_ranks_on_a_node_is_required(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.devices is not set"):
-        call_for(run_config(tmp_path), [], [])
+        call_for(run_config(tmp_path, "trainer.devices=null"), tmp_path)
+
+
+def test_a_login_node_without_gpus_decides_as_the_nodes_of_the_job(tmp_path: Path) -> None:
+    def precision(*settings: str) -> str:
+        return at_the_job(run_config(tmp_path, *settings)).trainer.precision
+
+    assert precision() == "bf16" and precision("slurm.gpus=null") == "32"
+    assert precision("trainer.precision=16") == "16"
 
 
 def test_the_script_is_valid_bash() -> None:
