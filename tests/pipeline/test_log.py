@@ -102,7 +102,7 @@ def test_stdout_of_commands_that_read_sequences_holds_results_only(
     shards = str(tmp_path / "shards")
     assert cli.main(["prepare", str(DATA / "lambda_phage.fna.gz"), shards]) == 0
     first, *splits = capsys.readouterr().out.splitlines()
-    assert first == f"{shards}: 1 records in 1 shards" and len(splits) == 1
+    assert first == f"{shards}: 1 record in 1 shard" and len(splits) == 1
     assert cli.main(["prepare", "--check", shards]) == 0
     assert capsys.readouterr().out == f"{shards}: 48,502 bases match their checksums\n"
     (tmp_path / "shards" / "index.parquet").unlink()

@@ -128,7 +128,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize(
     "names",
-    [["demo"], ["genome-8k"], ["genome-8k", "genome-131k"], ["text-64k"]],
+    [["demo"], ["genome-8k"], ["demo", "ecoli"], ["genome-8k", "genome-131k"], ["text-64k"]],
     ids="+".join,
 )
 def test_the_experiments_in_configs_fit_together(names: list[str]) -> None:
@@ -142,6 +142,7 @@ def test_the_experiments_in_configs_fit_together(names: list[str]) -> None:
 def test_every_experiment_is_tested() -> None:
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {
         "demo",
+        "ecoli",
         "genome-8k",
         "genome-131k",
         "text-64k",

@@ -125,8 +125,8 @@ class Poisoned(PretrainModule):
     case: Case
     last: Poisoned
 
-    def __init__(self, config: RunConfig, data_ranks: int) -> None:
-        super().__init__(config, data_ranks)
+    def __init__(self, config: RunConfig, *arguments: Any, **more: Any) -> None:
+        super().__init__(config, *arguments, **more)
         type(self).last = self
         self.unchanged: list[int] = []
         self._before: list[Tensor] = []

@@ -1,7 +1,7 @@
 """A training of two ranks in which only rank 1 gets signals to stop, at a chosen moment.
 
 As `python stopping_worker.py MOMENT KEY=VALUE...` this process supervises; its ranks run the same file. MOMENT:
-startup (while the model is built), checkpoint (while step-N.partial is there), evaluation (after its first batch).
+startup (while the model is built), checkpoint (while step-N.partial is there), evaluation (at its first batch).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def during_evaluation(*arguments: Any, stop: Callable[[], bool], **more: Any) ->
     def stop_after_signals() -> bool:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 1:
             signal_self()
         answer: bool = stop()
         return answer

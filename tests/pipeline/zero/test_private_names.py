@@ -26,6 +26,7 @@ PUBLIC_MODULES = {
     "deepspeed",
     "lightning_fabric.plugins.environments",
     "pytorch_lightning",
+    "pytorch_lightning.callbacks",
     "pytorch_lightning.strategies",
 }
 LISTED = {entry.name for entry in PRIVATE_NAMES}
