@@ -148,6 +148,11 @@ def _files_of(directory: Path, alphabet: str) -> list[Path]:
         log.warning(
             "%s: left out %s%s: not sequence files by name", directory, ", ".join(left[:_SHOWN]), more
         )
+    if deeper := sorted(path.name for path in directory.iterdir() if path.is_dir()):
+        log.warning(
+            "%s: its directories are left out (%s): a quoted pattern such as '%s/**/*.fa' takes their files too",
+            *(directory, ", ".join(deeper[:_SHOWN]), directory),
+        )
     return taken
 
 

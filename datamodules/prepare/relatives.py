@@ -20,7 +20,7 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.index_file import SCHEMA
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.prepare.sketch import Kmers, count_shared, united
-from megabase.datamodules.prepare.splits import SIMILARITY
+from megabase.datamodules.prepare.splits import SIMILARITY, warn_of_shares
 from megabase.datamodules.prepare.writer import Part
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,15 @@ def split_by_similarity(
     splits = without_relatives(split_groups(group, names, lengths, fractions), records, threshold)
     count = len(set(group.tolist()))
     log.info("records: %s; groups of similar ones: %s", f"{len(names):,}", f"{count:,}")
-    for split, fraction in fractions.items():
+    for split in fractions:
         if split not in splits:
             raise DataError(
                 f"--split-by {SIMILARITY}: nothing is left for {split}: with records that share more than "
                 f"{threshold:.0%} of their 31-mers in one group, there {'are' if count > 1 else 'is'} only {count:,}: "
                 "add genomes that are less related, or raise --similarity"
             )
-        share = lengths[[other == split for other in splits]].sum() / lengths.sum()
-        if not 0.5 < share / fraction < 2:
-            what = "%s has %.1f%% of the bases, not %g%%: the groups of similar records are that large"
-            log.warning(what, split, 100 * share, 100 * fraction)
+    sizes = {split: int(lengths[[other == split for other in splits]].sum()) for split in fractions}
+    warn_of_shares(fractions, sizes | {"": int(lengths.sum()) - sum(sizes.values())}, "groups are that large")
     return _with_splits(parts, [split or TRAIN for split in splits])
 
 

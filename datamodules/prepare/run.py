@@ -26,7 +26,7 @@ from megabase.datamodules.prepare.leaks import leaks_of, warn
 from megabase.datamodules.prepare.records import Names, compression, read_file, second_record, told_apart
 from megabase.datamodules.prepare.relatives import checked_threshold, split_by_similarity
 from megabase.datamodules.prepare.sketch import Sampling, finest_scale, scale_for
-from megabase.datamodules.prepare.splits import END, SIMILARITY, Splits, draw
+from megabase.datamodules.prepare.splits import END, RECORD, SIMILARITY, Splits, draw, warn_of_shares
 from megabase.datamodules.prepare.unfinished import (
     Unfinished,
     Unit,
@@ -304,6 +304,19 @@ def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Seq
             f"--split-by {splits.by} gives no record to {' or '.join(sorted(empty))}: there are too few records for "
             f"{rule}: name them, or take a fraction of every record with --split-by {END}"
         )
+    if empty := set(splits.fractions) - present:
+        raise DataError(
+            f"{rule} takes no base of any record for {' and '.join(sorted(empty))}: every record is too short for so"
+            " small a fraction: take a larger one, or whole records with --split-by record"
+        )
+    if splits.by == RECORD:
+        sizes = dict.fromkeys(present, 0)
+        for part in parts:
+            for split, length in zip(
+                *(part.rows[name].to_pylist() for name in ("split", "length")), strict=True
+            ):
+                sizes[split] += length
+        warn_of_shares(splits.fractions, sizes, "records are drawn whole")
     if TRAIN not in present:
         if splits.bed:
             raise DataError(f"{splits.bed.path}: no interval is for training: its split must be {TRAIN}")

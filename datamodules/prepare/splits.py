@@ -7,7 +7,8 @@ assigns intervals to splits (see `bed`).
 """
 
 import glob
-from collections.abc import Callable, Sequence, Set
+import logging
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -20,6 +21,8 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID, Segment
 from megabase.datamodules.prepare.bed import Bed
 from megabase.datamodules.prepare.closest import hint
+
+log = logging.getLogger(__name__)
 
 END, RECORD, SIMILARITY = "end", "record", "similarity"
 """What a fraction takes: the end of every record, whole records, or whole groups of similar records."""
@@ -185,6 +188,21 @@ class Splits:
         return next(iter(matching), "")
 
 
+def warn_of_shares(fractions: Mapping[str, float], sizes: Mapping[str, int], why: str) -> None:
+    """Log for each split that its share of the bases is far from the fraction that was asked for.
+
+    Args:
+        fractions: split -> fraction.
+        sizes: split -> bases.
+        why: how that comes, for the message.
+    """
+    total = sum(sizes.values())
+    for split, fraction in fractions.items():
+        share = sizes[split] / total
+        if not 0.5 < share / fraction < 2:
+            log.warning("%s has %.1f%% of the bases, not %g%%: %s", split, 100 * share, 100 * fraction, why)
+
+
 def draw(bases: bytes | memoryview, alphabet: Alphabet) -> float:
     """A number in [0, 1) for a record, from a hash of its bases, so that equal records are in one split.
 
@@ -209,8 +227,9 @@ def _fraction(value: str | float) -> float | None:
 
 
 def _is_number(text: str) -> bool:
+    """Whether it looks as if a fraction was meant, as in 10 or 10%."""
     try:
-        float(text)
+        float(text.removesuffix("%"))
     except ValueError:
         return False
     return True

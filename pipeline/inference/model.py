@@ -96,7 +96,8 @@ def load_model(path: Path, step: int | str | None = None, settings: Sequence[str
             f"{path} holds no model: give a run directory, <run.root>/<run.name>, or what `megabase export` wrote"
         )
     if step is not None:
-        raise UserError(f"--step {step}: {path} is an export, of one checkpoint: leave --step out")
+        given = f"--{BEST}" if step == BEST else f"--step {step}"
+        raise UserError(f"{given}: {path} is an export, of one checkpoint: leave {given.split()[0]} out")
     return _of_export(path, settings)
 
 

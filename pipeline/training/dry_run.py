@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megabase.pipeline.checkpoint.next_start import next_start
+from megabase.pipeline.checkpoint.next_start import evaluates, next_start
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import Machine
@@ -32,6 +32,10 @@ def dry_run(config: RunConfig, arguments: list[str]) -> None:
     notes = [*start.damaged]
     if start.step and start.changes:
         notes.append(f"It resumes with {', '.join(start.changes)}.")
+    if not evaluates(config, windows.index):
+        notes.append(
+            "There is no validation window: the run is not evaluated. `megabase prepare --valid` makes a split."
+        )
     if planned.batches.warning:
         notes.append(planned.batches.warning + ".")
     if config.trainer.nodes == 1:

@@ -36,7 +36,7 @@ TABLE = "body.embedding.positions.table"
 ROWS, COLUMNS = "body.embedding.positions.rows", "body.embedding.positions.columns"
 MISSING = "not in the source"
 # An error names so many weights.
-NAMED = 16
+NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,17 @@ def _fitting(config: RunConfig, alphabet: str, source: Description) -> tuple[Des
         )
     fit = fit_weights(source.shapes, pretrained.stored_shapes(pretrained.empty(config.model)))
     if fit.fresh and not config.run.init_partial:
+        changed = [
+            f"{key} is {now} here and {before} there"
+            for key, (before, now) in _changed(source.model, config.model).items()
+        ]
+        settings = f" Settings that differ: {'; '.join(changed)}." if changed else ""
+        # A model of which little would be left is another model: no way out.
+        partial = ", or set run.init_partial=true to start these weights from random values"
         raise UserError(
             f"run.init_from={config.run.init_from}: {len(fit.fresh)} weights of the model do not fit: "
-            f"{_listed(fit.fresh)}.{_hint(fit, source, config.model)} Change the settings under model, or set"
-            " run.init_partial=true to start these weights from random values"
+            f"{_listed(fit.fresh)}.{settings}{_hint(fit, source, config.model)} Change the settings under model"
+            f"{partial if len(fit.copied) > len(fit.fresh) else ''}"
         )
     return source, fit
 

@@ -115,7 +115,7 @@ def has_finished(config: RunConfig, ranks: int, index: ShardIndex) -> bool:
     start = next_start(config, ranks, index)
     if start.finished:
         logger.info(
-            f"{config.run.name} is finished (step {start.step} of trainer.max_steps={config.trainer.max_steps}):"
+            f"{config.run.name} is finished at step {start.step} (trainer.max_steps={config.trainer.max_steps}):"
             f" nothing is left to do in {config.directory}; a larger trainer.max_steps trains it further"
         )
     return start.finished

@@ -71,6 +71,7 @@ def test_a_directory_becomes_its_sequence_files(
             Path("in", name) for name in ("a.fa", "b.FNA.gz", "reads.fastq.zst", "c.faa")
         ]
     assert "in: left out README, c.faa, x.gff and 1 more: not sequence files by name" in caplog.text
+    assert "in: its directories are left out (deep): a quoted pattern such as 'in/**/*.fa'" in caplog.text
     assert Path("in/c.faa") in expand(["in"], "protein")
     assert len(expand(["in"], "bytes")) == 7
     put(Path("none/deep/d.fa"))

@@ -404,3 +404,11 @@ def test_output_may_have_an_unusual_name(
     for output, message in ((".", "already exists"), ("s3://bucket/out", "written to a local directory")):
         with pytest.raises(DataError, match=message):
             prepare(fastas, output, **OPTIONS)
+
+
+def test_a_split_that_would_be_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.fa").write_text(f">one\n{'ACGT' * 1000}\n")
+    with pytest.raises(
+        DataError, match="--valid 1e-05 takes no base of any record for valid: every record is too"
+    ):
+        prepare([tmp_path / "a.fa"], tmp_path / "none", valid="1e-05", progress=False)

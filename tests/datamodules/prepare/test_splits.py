@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import Segment
-from megabase.datamodules.prepare.splits import Splits, draw
+from megabase.datamodules.prepare.splits import Splits, draw, warn_of_shares
 
 
 def test_fractions_come_from_the_end_in_order() -> None:
@@ -131,3 +131,9 @@ def test_splitting_by_record_needs_a_fraction() -> None:
     ):
         with pytest.raises(DataError, match=message):
             Splits.parse(valid, by=by)
+
+
+def test_a_share_far_from_its_fraction_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"train": 2_351_294, "valid": 3_140_878, "test": 900_000}
+    warn_of_shares({"valid": 0.2, "test": 0.1}, sizes, "records are drawn whole")
+    assert caplog.messages == ["valid has 49.1% of the bases, not 20%: records are drawn whole"]

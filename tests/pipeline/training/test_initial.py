@@ -106,7 +106,8 @@ def test_what_does_not_fit_is_named_and_starts_from_random_values_on_request(
     message = str(caught.value)
     assert "body.embedding.positions.columns ((16, 6), in the source (8, 6))" in message
     assert "body.embedding.positions.rows (its columns do not fit)" in message
-    assert "body.stack.blocks.3.f.norm.weight (not in the source)" in message
+    assert "body.stack.blocks.3.f.norm.weight (not in the source)" in message and "and 9 more" in message
+    assert "model.depth is 4 here and 3 there" in message
     assert "set model.axial_shape=[16,8]" in message and "run.init_partial=true" in message
     config.run.init_partial = True
     caplog.set_level("INFO", logger="megabase")
