@@ -56,7 +56,7 @@ class OpenSource:
 
 
 def describe(source: Path) -> Description:
-    """What a source holds, from its settings alone. Of a run, the newest checkpoint counts, even if it is damaged.
+    """What a source holds, from its settings alone. Of a run, the newest checkpoint with an intact manifest counts.
 
     Raises:
         UserError: it is none of the three, or holds no checkpoint, or the checkpoint's manifest is damaged.
@@ -65,16 +65,16 @@ def describe(source: Path) -> Description:
     if _is_export(source):
         return _of_export(source)
     run, step = _run_and_step(source)
-    newest = list_checkpoints(RunPaths(run).checkpoints)
-    if not newest:
+    candidates = list_checkpoints(RunPaths(run).checkpoints) if step is None else [source]
+    if not candidates:
         raise UserError(f"run.init_from={source}: the run has no checkpoint yet")
-    checkpoint = newest[0] if step is None else source
-    try:
-        return _of_checkpoint(checkpoint, read_manifest(checkpoint))
-    except (Damaged, OSError) as error:
-        raise UserError(
-            f"run.init_from={source}: {checkpoint} cannot be used ({error}): take another checkpoint"
-        ) from None
+    problem = ""
+    for checkpoint in candidates:
+        try:
+            return _of_checkpoint(checkpoint, read_manifest(checkpoint))
+        except (Damaged, OSError) as error:
+            problem = problem or f"{checkpoint} cannot be used ({error})"
+    raise UserError(f"run.init_from={source}: {problem}: take another checkpoint")
 
 
 def open_source(source: Path, *, check_files: bool = True) -> OpenSource:

@@ -31,7 +31,7 @@ class Ended:
         code: exit code of srun.
         state: in the status file, see `training/outcome.py`; "starting" before the ranks have met, "" if there is none.
         reached: step of the run's newest checkpoint; None if there is none, or if it is not known.
-        job_state, reason: JobState and Reason of `scontrol show job`.
+        job_state, reason: JobState and Reason of `scontrol show job`; "" if it did not answer.
     """
 
     code: int
@@ -106,7 +106,7 @@ def decide(ended: Ended, record: Record, max_stalls: int) -> Verdict:
         place = "without a checkpoint" if known is None else f"after the checkpoint of step {known}"
         text = f"{what}, {stalls} times {place} (slurm.max_stalls={max_stalls}): not started again"
         return Verdict(False, code, text, record)
-    if ended.job_state != "RUNNING" and ended.reason != "TimeLimit":
+    if ended.job_state not in ("RUNNING", "") and ended.reason != "TimeLimit":
         text = f"{what}; SLURM is ending it (scancel, or a preemption that requeues it itself): no requeue from here"
         return Verdict(False, code, text, record)
     counted = (

@@ -76,15 +76,19 @@ def program(config: RunConfig) -> list[str]:
 
 def copy_code(target: Path) -> None:
     """Copy the code of megabase, without its tests, to the directory `target`, in place of what is there."""
-    shutil.rmtree(target, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     package = Path(megabase.__file__).parent
-    shutil.copytree(package, target / "megabase", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package, partial / "megabase", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def _mounts(config: RunConfig, directory: Path) -> list[str]:
     """The directories that training reads and writes, without those that lie in another one."""
     shards = [] if "://" in config.data.shards else [Path(config.data.shards).absolute()]
-    needed = [directory, config.directory.parent, *shards, *map(Path, config.slurm.container_mounts)]
+    more = [config.run.init_from, config.zero.nvme_path, *config.slurm.container_mounts]
+    needed = [directory, config.directory.parent, *shards, *(Path(path).absolute() for path in more if path)]
     found: list[Path] = []
     for path in sorted(set(needed)):
         if not any(path.is_relative_to(other) for other in found):

@@ -92,6 +92,8 @@ def sbatch_call(
     Raises:
         UserError: sbatch, or training in its job, cannot use a setting.
     """
+    if re.search(r"\s", str(run_dir)):
+        raise UserError(f"run.root: {run_dir} has a space in it, with which SLURM cannot tell where a log is")
     limit = _time_limit(slurm)
     _check_options(slurm, name)
     _check_job(slurm)
@@ -121,7 +123,7 @@ def submit(config: RunConfig, call: Sequence[str], directory: Path) -> int:
     """Write what the job needs into the run directory, run an sbatch call, and return the job's id.
 
     The run directory gets the script (`submit.sbatch`) and the settings (`submit.yaml`) that the job reads at each of
-    its starts: later changes of config files do not reach it. If sbatch refuses, everything is as it was before.
+    its starts: later changes of config files do not reach it. If sbatch refuses, both are as they were before.
 
     Args:
         config: of the run.

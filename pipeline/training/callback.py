@@ -100,6 +100,8 @@ class TrainingCallback(pl.Callback):
         self.step = trainer.global_step
         self._open_journal()
         set_collective_timeouts(self._config.trainer.hang_minutes)
+        if trainer.should_stop:
+            self._stop_for_callback(trainer)
         if any(self._world.gather(bool(self._stop))):
             # A stop was requested during start-up. There is nothing to save, because training has not begun.
             self._end(trainer, stopped_early=True, report_stop=True)
@@ -325,9 +327,12 @@ class TrainingCallback(pl.Callback):
         if result is not None:
             loss, in_bits = result["valid_loss"], result["valid_bits_per_base"]
             self._show_metrics(trainer, {"valid/loss": loss, "valid/bits_per_base": in_bits})
+            ending = trainer.should_stop  # the run ends after this evaluation
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if callback is not self:
                     callback.on_validation_end(trainer, trainer.lightning_module)
+            if trainer.should_stop and not ending:
+                self._stop_for_callback(trainer)
         return not stopped
 
     def _show_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:

@@ -207,7 +207,7 @@ def open_initial(config: RunConfig, alphabet: str) -> InitialWeights:
     """
     record = RunPaths(config.directory).init_from
     assert config.run.init_from is not None
-    opened = open_source(_recorded(record, config.run.init_from) or Path(config.run.init_from))
+    opened = _open(_recorded(record, config.run.init_from), config.run.init_from)
     source, fit = _fitting(config, alphabet, opened.description)
     initial = InitialWeights(opened, fit)
     try:
@@ -217,6 +217,18 @@ def open_initial(config: RunConfig, alphabet: str) -> InitialWeights:
         raise RunError(f"{record} cannot be written: {error.strerror or error}") from None
     _report(source, fit, config)
     return initial
+
+
+def _open(recorded: Path | None, init_from: str) -> OpenSource:
+    """Open the checkpoint of an earlier start, or if that is damaged by now, what the setting names."""
+    if recorded is not None:
+        try:
+            return open_source(recorded)
+        except (UserError, ConfigError, RunError) as error:
+            logger.warning(
+                f"this run took its weights from {recorded}, which cannot be used any more: {error}"
+            )
+    return open_source(Path(init_from))
 
 
 def _recorded(record: Path, init_from: str) -> Path | None:

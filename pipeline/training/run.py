@@ -52,9 +52,9 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     Raises:
         UserError, DataError, ConfigError: bad input; nothing has been started or changed.
     """
-    devices = local_devices(config.trainer.devices)
     if is_rank():
         try:
+            devices = local_devices(config.trainer.devices)
             complete_environment(config.trainer.nodes, devices)
             windows = check(config, config.trainer.nodes * devices)
             if is_rank_zero() and not supervisor.is_supervised():
@@ -65,6 +65,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
                 write_launcher_status("failed", None)
             raise
         return _run_rank(config, devices, stop)
+    devices = local_devices(config.trainer.devices)
     if config.trainer.nodes == 1:
         check_machine(config, devices, Machine.this(), arguments)
     ranks = config.trainer.nodes * devices

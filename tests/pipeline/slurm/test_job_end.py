@@ -52,6 +52,8 @@ LATER = Record(restarts=2, stalls=0, step=10)
         (Ended(75, "again", 20, "CANCELLED"), LATER, False, 75, "SLURM is ending it"),
         (Ended(75, "again", 20, "PREEMPTED"), LATER, False, 75, "SLURM is ending it"),
         (Ended(75, "again", 20, "TIMEOUT", "TimeLimit"), LATER, True, 75, "back in the queue"),
+        # A busy controller did not answer.
+        (Ended(75, "again", 20, "", ""), LATER, True, 75, "back in the queue"),
     ],
 )
 def test_every_end(ended: Ended, record: Record, again: bool, code: int, text: str) -> None:

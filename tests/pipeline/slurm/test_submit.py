@@ -138,6 +138,7 @@ def test_a_time_limit_in_another_format_is_refused(time: str) -> None:
         (SlurmConfig(signal_seconds=65536), {}, "1 to 65535"),
         (SlurmConfig(extra=["--nice", "10"]), {}, "--option=value"),
         (SlurmConfig(max_stalls=-1), {}, "must be 0 or more"),
+        (SlurmConfig(), {"run_dir": Path("/my runs/a")}, "has a space in it"),
         (SlurmConfig(container="a", container_runtime="docker"), {}, "choose one of apptainer, pyxis"),
         (SlurmConfig(container="a", copy_code=True), {}, "the container has its own code"),
         (SlurmConfig(container_mounts=["/a"]), {}, "needs slurm.container, the image"),
