@@ -1,10 +1,12 @@
-"""Sizes of files and directories, errors of a full disk; sizes and times for people."""
+"""Sizes of directories, errors of a full disk, and small files of JSON."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -18,23 +20,6 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def readable_size(size: int) -> str:
-    """A number of bytes for people, such as "1.5 GiB"."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size} bytes"
-
-
-def readable_time(seconds: float) -> str:
-    """A span of time for people, such as "1.4 hours"."""
-    for unit, name in ((365 * 86_400, "years"), (86_400, "days"), (3_600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            count = seconds / unit
-            return f"{count:,.0f} {name}" if count >= 10 else f"{count:.1f} {name}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
-
-
 def directory_size(path: Path) -> int:
     """Bytes of all files in a directory and below. Files that are deleted meanwhile do not count."""
     total = 0
@@ -45,3 +30,12 @@ def directory_size(path: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no file, or it cannot be read, or holds anything else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -58,11 +58,16 @@ class Machine:
         )
 
 
-def precision_of(setting: str) -> str:
-    """The precision that a value of `trainer.precision` selects on this machine: '32', 'bf16' or '16'."""
+def precision_of(setting: str, *, on_gpus: bool | None = None) -> str:
+    """The precision that a value of `trainer.precision` selects: '32', 'bf16' or '16'.
+
+    Args:
+        setting: the value.
+        on_gpus: whether the run is on GPUs; None: as far as this machine has some.
+    """
     if setting != "auto":
         return setting
-    return "bf16" if torch.cuda.is_available() else "32"
+    return "bf16" if (torch.cuda.is_available() if on_gpus is None else on_gpus) else "32"
 
 
 def peak_flops(device: str, precision: str) -> float | None:

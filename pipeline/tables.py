@@ -37,21 +37,8 @@ def show(*parts: Table | str) -> None:
             print(as_text(part))
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things in words: "1 record", "2,000 records"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def as_text(table: Table) -> str:
     """A table as plain lines as long as they need to be, without spaces at their ends."""
     output = io.StringIO()
     Console(file=output, width=_UNLIMITED, markup=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip("\n").split("\n"))
-
-
-def age(seconds: float) -> str:
-    """A time span for people, such as "3 d" or "59 min"."""
-    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(seconds, 0):.0f} s"

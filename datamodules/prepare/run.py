@@ -310,12 +310,13 @@ def _check_complete(paths: Sequence[Path], splits: Splits, rule: str, parts: Seq
             " small a fraction: take a larger one, or whole records with --split-by record"
         )
     if splits.by == RECORD:
-        sizes = dict.fromkeys(present, 0)
-        for part in parts:
-            for split, length in zip(
-                *(part.rows[name].to_pylist() for name in ("split", "length")), strict=True
-            ):
-                sizes[split] += length
+        rows = [part.rows for part in parts]
+        sizes = {
+            split: sum(
+                pc.sum(each["length"].filter(pc.equal(each["split"], split))).as_py() or 0 for each in rows
+            )
+            for split in present
+        }
         warn_of_shares(splits.fractions, sizes, "records are drawn whole")
     if TRAIN not in present:
         if splits.bed:

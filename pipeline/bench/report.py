@@ -11,6 +11,7 @@ from megabase.pipeline.bench import contest
 from megabase.pipeline.bench.contest import OURS, Point
 from megabase.pipeline.bench.result import Result, machine
 from megabase.pipeline.bench.units import memory, seconds
+from megabase.pipeline.readable import counted
 from megabase.pipeline.tables import new_table, show
 
 
@@ -184,5 +185,5 @@ def _machine_line(device: str) -> str:
     on = machine(device)
     if "gpu" in on:
         return f"{on['gpu']}, torch {torch.__version__}"
-    threads = f"{on['threads']} thread{'s' * (on['threads'] > 1)}"
+    threads = counted(on["threads"], "thread")
     return f"{on['processor']}, {on['cores']} cores, {threads}, torch {torch.__version__}"

@@ -22,10 +22,11 @@ from megabase.pipeline.checkpoint.damage import find_damage, find_obvious_damage
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, read_manifest
 from megabase.pipeline.checkpoint.retention import validation_losses
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.files import directory_size, readable_size
+from megabase.pipeline.files import directory_size
+from megabase.pipeline.readable import age, readable_size
 from megabase.pipeline.rundir.paths import CHECKPOINTS, RunPaths
 from megabase.pipeline.rundir.status import FINISHED, read_status
-from megabase.pipeline.tables import age, new_table
+from megabase.pipeline.tables import new_table
 
 VERIFIED = "verified"
 COMPLETE = "complete"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, list_checkpoints, read_manifest
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.files import directory_size, readable_size
+from megabase.pipeline.files import directory_size
+from megabase.pipeline.readable import readable_size
 
 # AdamW in fp32: the weights and two moments.
 _STATES_BYTES = 12

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _parts(found: Description) -> Iterator[Table | str]:
     """What is printed, for `tables.show`."""
-    from megabase.pipeline.tables import counted
+    from megabase.pipeline.readable import counted
 
     yield (
         f"{found.directory}: {counted(found.records, 'record')} in {counted(found.shards, 'shard')}, "
@@ -89,7 +89,8 @@ def _splits_table(splits: list[SplitReport]) -> Table:
 
 def _parts_at_length(reports: list[LengthReport]) -> Iterator[Table | str]:
     """The windows of one length, and a hint for each split that loses much to short records."""
-    from megabase.pipeline.tables import counted, new_table
+    from megabase.pipeline.readable import counted
+    from megabase.pipeline.tables import new_table
 
     if not reports:
         return

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megabase.pipeline.tables import counted
+from megabase.pipeline.readable import counted
 
 if TYPE_CHECKING:
     from megabase.datamodules.index.shard_index import ShardIndex

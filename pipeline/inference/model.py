@@ -18,7 +18,7 @@ from megabase.models import pretrained
 from megabase.models.config import ConfigError, ReformerConfig
 from megabase.models.reformer import Reformer
 from megabase.pipeline.checkpoint.manifest import list_checkpoints, read_manifest, step_of
-from megabase.pipeline.checkpoint.retention import validation_losses
+from megabase.pipeline.checkpoint.retention import best_steps, validation_losses
 from megabase.pipeline.config.load import with_settings
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
@@ -112,12 +112,12 @@ def chosen_step(run: Path, step: int | str | None) -> int | None:
 def best_step(run: Path) -> int:
     """The step of the checkpoint with the lowest validation loss. Raises UserError if none has one."""
     losses = validation_losses(RunPaths(run).metrics)
-    steps = [step for step in map(step_of, list_checkpoints(RunPaths(run).checkpoints)) if step in losses]
-    if not steps:
+    best = best_steps(map(step_of, list_checkpoints(RunPaths(run).checkpoints)), losses, 1)
+    if not best:
         raise UserError(
             f"--best: no checkpoint of {run} has a validation loss; `megabase checkpoints {run}` lists them"
         )
-    return min(steps, key=lambda step: (losses[step], -step))
+    return best[0]
 
 
 def _of_run(run: Path, step: int | None, settings: Sequence[str]) -> LoadedModel:

@@ -18,9 +18,6 @@ from torch import Tensor
 from megabase.datamodules.batches.collate import Batch, Wide
 from megabase.models import Reformer, Seeds
 
-SCORED = ("valid_loss", "valid_bits_per_base", "valid_bases", "valid_skipped")
-"""What `evaluate` returns."""
-
 
 class Score(NamedTuple):
     """The score of one batch: sum of nats over its scored bases, number of these bases, number of windows not read.

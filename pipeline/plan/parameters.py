@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megabase.models.config import ReformerConfig
 from megabase.models.pretrained import empty
+from megabase.pipeline.readable import counted
 
 
 def count_parameters(config: ReformerConfig) -> dict[str, int]:
@@ -29,7 +30,7 @@ _FEEDFORWARD = "feed-forward"
 
 
 def _attention(kind: str, layers: int) -> str:
-    return f"{kind} attention ({layers} layer{'s' * (layers > 1)})"
+    return f"{kind} attention ({counted(layers, 'layer')})"
 
 
 def _part(name: str, config: ReformerConfig, kinds: dict[str, int]) -> str:

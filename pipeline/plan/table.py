@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from megabase.pipeline.files import readable_size
 from megabase.pipeline.plan.batches import Batches
 from megabase.pipeline.plan.memory import DEVICE, DISK, HOST
 from megabase.pipeline.plan.run import Plan
+from megabase.pipeline.readable import counted, readable_size
 from megabase.pipeline.tables import new_table
 
 _PLACES = {DEVICE: "", HOST: "in host memory", DISK: "on the disk"}
@@ -35,7 +35,7 @@ def _batches(batches: Batches) -> list[Row]:
         (
             "global batch",
             f"{batches.global_batch:,}",
-            f"windows: {batches.ranks} rank{'s' * (batches.ranks > 1)} x {batches.micro_batch} of a micro batch x"
+            f"windows: {counted(batches.ranks, 'rank')} x {batches.micro_batch} of a micro batch x"
             f" {batches.accumulation} accumulated",
         ),
         ("tokens of a step", f"{batches.tokens_per_step:,}", f"windows of {batches.length:,} bases"),

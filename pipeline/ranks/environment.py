@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.readable import counted
 
 # In this environment variable, 1 allows more ranks than CPUs, as the tests need.
 OVERSUBSCRIBE = "MEGABASE_OVERSUBSCRIBE"
@@ -59,7 +60,7 @@ def refuse_oversubscription(devices: int, cpus: int, way_out: str) -> None:
     """
     if devices > cpus and os.environ.get(OVERSUBSCRIBE) != "1":
         raise UserError(
-            f"trainer.devices={devices}: this machine has no GPU that torch can use, and {cpus} CPU{'s' * (cpus > 1)},"
+            f"trainer.devices={devices}: this machine has no GPU that torch can use, and {counted(cpus, 'CPU')},"
             f" one for each rank at most: {way_out}"
         )
 

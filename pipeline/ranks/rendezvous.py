@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megabase.datamodules.files import publish_json
 from megabase.pipeline.errors import RunError, first_line
 from megabase.pipeline.ranks.environment import MEETING_FILE
-from megabase.pipeline.ranks.network import address_of, choose_interface
+from megabase.pipeline.ranks.network import INTERFACE, address_of, choose_interface
 from megabase.pipeline.ranks.watchdog import START_MINUTES
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _publish_meeting(port: int) -> None:
 
     The address is that of the interface that GLOO_SOCKET_IFNAME names, if it is set.
     """
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    interface = os.environ.get(INTERFACE)
     if interface and (address := address_of(interface)):
         os.environ["MASTER_ADDR"] = address
     os.environ["MASTER_PORT"] = str(port)

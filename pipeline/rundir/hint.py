@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.rundir.paths import RunPaths, newest_step
 
 
 def resume_hint(directory: Path) -> str:
     """Say what the same command does with a run, by the names of its checkpoints: resume from a step, or begin."""
     step = None
     with suppress(OSError):
-        step = RunPaths(directory).newest_step
+        step = newest_step(RunPaths(directory).checkpoints)
     if step is None:
         return "run it again to begin from step 0: it has no checkpoint yet"
     return f"run it again to resume from step {step}"

@@ -51,12 +51,6 @@ class RunPaths:
         return self.directory / CHECKPOINTS
 
     @property
-    def newest_step(self) -> int | None:
-        """The step of the newest published checkpoint, by its name; None if there is none."""
-        found = (PUBLISHED.fullmatch(path.name) for path in self.checkpoints.glob("step-*"))
-        return max((int(match[1]) for match in found if match), default=None)
-
-    @property
     def logs(self) -> Path:
         """Directory of logs, heartbeats and stacks."""
         return self.directory / "logs"
@@ -131,3 +125,9 @@ class RunPaths:
     def slurm_log(self, job: int | str) -> Path:
         """The log of all starts of a SLURM job; `%j` stands for the job's id in sbatch's options."""
         return self.logs / f"slurm-{job}.out"
+
+
+def newest_step(checkpoints: Path) -> int | None:
+    """The step of the newest published checkpoint in a directory, by its name; None if there is none."""
+    found = (PUBLISHED.fullmatch(path.name) for path in checkpoints.glob("step-*"))
+    return max((int(match[1]) for match in found if match), default=None)

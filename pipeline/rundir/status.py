@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from megabase.datamodules.files import publish_json
+from megabase.pipeline.files import read_object
 from megabase.pipeline.rundir.paths import RunPaths
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,8 @@ def write_launcher_status(state: str, step: int | None, directory: Path | None =
 
 def read_status(directory: Path) -> tuple[str, int | None]:
     """The state and the step in `status.json`; ("", None) if there is none or it cannot be read."""
-    try:
-        status = json.loads(RunPaths(directory).status.read_text())
-        return str(status["state"]), status["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", None
+    status = read_object(RunPaths(directory).status)
+    return (str(status["state"]), status["step"]) if {"state", "step"} <= status.keys() else ("", None)
 
 
 def _write(path: Path, status: dict[str, Any]) -> None:

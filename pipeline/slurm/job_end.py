@@ -7,14 +7,14 @@ gets here, and is not counted.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megabase.datamodules.files import publish_json
-from megabase.pipeline.checkpoint.manifest import list_checkpoints, step_of
+from megabase.pipeline.files import read_object
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
+from megabase.pipeline.rundir.paths import newest_step
 
 BAD_INPUT = 2
 # Of a shell: a program that cannot be run, or is not there.
@@ -142,8 +142,7 @@ def judge(status: Path, record: Path, code: int, job_state: str, reason: str, ma
     known = Record(**_read(record, asdict(Record())))
     left = _read(status, {"state": "", "checkpoints": known.checkpoints})
     known = replace(known, checkpoints=left["checkpoints"])
-    found = list_checkpoints(Path(known.checkpoints)) if known.checkpoints else []
-    reached = step_of(found[0]) if found else None
+    reached = newest_step(Path(known.checkpoints)) if known.checkpoints else None
     verdict = decide(Ended(code, left["state"], reached, job_state, reason), known, max_stalls)
     if verdict.again:
         publish_json(record, asdict(verdict.record))
@@ -154,10 +153,5 @@ def judge(status: Path, record: Path, code: int, job_state: str, reason: str, ma
 
 def _read(path: Path, defaults: dict[str, Any]) -> dict[str, Any]:
     """The values of a JSON object under the names of `defaults`; a file that is missing or damaged has none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return defaults
-    if not isinstance(found, dict):
-        return defaults
+    found = read_object(path)
     return {name: found.get(name, value) for name, value in defaults.items()}

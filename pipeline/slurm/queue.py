@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
 from megabase.datamodules.files import publish_json
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.files import read_object
 from megabase.pipeline.rundir.paths import RunPaths
 
 TIMEOUT_S = 20.0
@@ -21,8 +21,8 @@ def write_job(directory: Path, job: int) -> None:
 def read_job(directory: Path) -> int | None:
     """The last job that was submitted for a run; None if there was none."""
     try:
-        return int(json.loads(RunPaths(directory).job.read_bytes())["job"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_object(RunPaths(directory).job)["job"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -20,6 +20,7 @@ from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.config.slurm import RUNTIMES, SlurmConfig
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.slurm.queue import refuse_second, write_job
 from megabase.pipeline.slurm.script import copy_code, job_script
@@ -58,9 +59,7 @@ def call_for(config: RunConfig, directory: Path) -> tuple[list[str], int]:
 
 def at_the_job(config: RunConfig) -> RunConfig:
     """The settings as they are where the job runs: it may have GPUs where this machine has none, or none."""
-    if config.trainer.precision != "auto":
-        return config
-    precision = "bf16" if config.slurm.gpus else "32"
+    precision = precision_of(config.trainer.precision, on_gpus=bool(config.slurm.gpus))
     return replace(config, trainer=replace(config.trainer, precision=precision))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from megabase.datamodules.files import publish_json
 from megabase.pipeline.config.keys import flatten
 from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.files import read_object
 from megabase.pipeline.rundir.journal import Row, Tail
 from megabase.pipeline.rundir.paths import RunPaths
 
@@ -46,14 +47,10 @@ def default_uri(config: RunConfig) -> str:
 def is_complete(config: RunConfig) -> bool:
     """Whether MLflow has everything of a finished run, according to `mlflow.json`. MLflow is not asked."""
     about = {"uri": default_uri(config), "experiment": config.tracking.experiment, "status": "FINISHED"}
-    try:
-        known = json.loads(RunPaths(config.directory).mlflow.read_text())
-    except (OSError, ValueError):
-        return False
     database = Path(about["uri"].removeprefix("sqlite:///"))
     if about["uri"].startswith("sqlite:///") and not database.exists():
         return False
-    return isinstance(known, dict) and about.items() <= known.items()
+    return about.items() <= read_object(RunPaths(config.directory).mlflow).items()
 
 
 class Mirror:

@@ -20,7 +20,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.inference.scoring import SCORED, Score, evaluate, measure_recall
+from megabase.pipeline.inference.scoring import Score, evaluate, measure_recall
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
@@ -359,16 +359,20 @@ class TrainingCallback(pl.Callback):
             assert not isinstance(loader, list)  # evaluations are due only if there is a validation split
             return evaluate(score, loader, device, group=group, stop=stop)
 
-        result, full = score_windows(settings.eval_sequences), None
+        subset = score_windows(settings.eval_sequences)
+        if subset is None:
+            return None, None
+        recall: dict[str, float] | None = {}
         probe = self._data.recall_probe(settings.eval_recall) if settings.eval_recall else None
-        if probe and result is not None:
+        if probe:
             recall = measure_recall(score, probe, device, group=group, stop=stop)
-            result = None if recall is None else result | recall
-        if result is not None and self.step >= settings.max_steps:
-            all_scored = not 0 < settings.eval_sequences < self._data.validation_windows
-            full = {key: result[key] for key in result if key in SCORED} if all_scored else score_windows(0)
-            result = None if full is None else result
-        return result, full
+        if recall is None:
+            return None, None
+        if self.step < settings.max_steps:
+            return subset | recall, None
+        all_scored = not 0 < settings.eval_sequences < self._data.validation_windows
+        full = subset if all_scored else score_windows(0)
+        return (None, None) if full is None else (subset | recall, full)
 
     def _save(self, trainer: pl.Trainer, *, final: bool) -> None:
         """Write a checkpoint of this step. With `checkpoint.background` only begin it, unless it is final."""

@@ -9,8 +9,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from megabase.pipeline.readable import age
 from megabase.pipeline.rundir.journal import Row
-from megabase.pipeline.tables import age
 
 # Each step's weight in the smoothed loss is this many times that of the step after it: a mean over about 50 steps.
 DECAY = 0.98

@@ -7,7 +7,6 @@ source is used: the new run has its own step, optimizer states, data and order.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from megabase.models.reformer import Reformer
 from megabase.pipeline.config.keys import flatten
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.files import read_object
 from megabase.pipeline.inference.source import Description, OpenSource, describe, open_source
 from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir.paths import RunPaths
@@ -97,8 +97,8 @@ def _is_longer_table(
     return name == TABLE or (name == ROWS and source.get(COLUMNS) == wanted.get(COLUMNS))
 
 
-def check_initial(config: RunConfig, alphabet: str) -> tuple[Description, Fit]:
-    """What `run.init_from` holds and how it fits the model of a run, from settings alone.
+def check_initial(config: RunConfig, alphabet: str) -> None:
+    """Check from settings alone that `run.init_from` fits the model of a run.
 
     Args:
         config: of the run; `model.vocab_size` is set.
@@ -110,10 +110,11 @@ def check_initial(config: RunConfig, alphabet: str) -> tuple[Description, Fit]:
         ConfigError: the source's settings cannot work.
     """
     assert config.run.init_from is not None
-    return _fitting(config, alphabet, describe(Path(config.run.init_from)))
+    _fitting(config, alphabet, describe(Path(config.run.init_from)))
 
 
-def _fitting(config: RunConfig, alphabet: str, source: Description) -> tuple[Description, Fit]:
+def _fitting(config: RunConfig, alphabet: str, source: Description) -> Fit:
+    """How a source fits the model of a run. Raises UserError as `check_initial`."""
     if source.alphabet not in (None, alphabet):
         raise UserError(
             f"run.init_from={config.run.init_from}: its tokens are of the alphabet {source.alphabet}, those of"
@@ -133,7 +134,7 @@ def _fitting(config: RunConfig, alphabet: str, source: Description) -> tuple[Des
             f"{_listed(fit.fresh)}.{settings}{_hint(fit, source, config.model)} Change the settings under model"
             f"{partial if len(fit.copied) > len(fit.fresh) else ''}"
         )
-    return source, fit
+    return fit
 
 
 def _listed(fresh: Mapping[str, str]) -> str:
@@ -208,7 +209,8 @@ def open_initial(config: RunConfig, alphabet: str) -> InitialWeights:
     record = RunPaths(config.directory).init_from
     assert config.run.init_from is not None
     opened = _open(_recorded(record, config.run.init_from), config.run.init_from)
-    source, fit = _fitting(config, alphabet, opened.description)
+    source = opened.description
+    fit = _fitting(config, alphabet, source)
     initial = InitialWeights(opened, fit)
     try:
         config.directory.mkdir(parents=True, exist_ok=True)
@@ -233,13 +235,10 @@ def _open(recorded: Path | None, init_from: str) -> OpenSource:
 
 def _recorded(record: Path, init_from: str) -> Path | None:
     """The checkpoint that an earlier start at step 0 took, if it is still there."""
-    try:
-        kept: dict[str, Any] = json.loads(record.read_bytes())
-        path = Path(kept["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError):
+    kept = read_object(record)
+    if kept.get("init_from") != init_from or not isinstance(kept.get("checkpoint"), str):
         return None
-    if kept.get("init_from") != init_from:
-        return None
+    path = Path(kept["checkpoint"])
     if not path.exists():
         logger.warning(
             f"{path}, which this run took its weights from, is gone: it takes newer ones of {init_from}"

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from megabase.models.flops import training_flops_per_token
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.files import readable_time
 from megabase.pipeline.hardware import CPU_CORE_FLOPS, Machine
 from megabase.pipeline.ranks.environment import refuse_oversubscription
+from megabase.pipeline.readable import counted, readable_time
 
 # A step that takes this long on the CPUs, in seconds, at CPU_CORE_FLOPS: worth a warning, and refused.
 SLOW_S = 30.0
@@ -97,7 +97,7 @@ def without(arguments: Sequence[str], settings: Sequence[str]) -> list[str]:
 
 
 def _cpus(machine: Machine) -> str:
-    return f"{machine.cpus} CPU{'s' * (machine.cpus > 1)}"
+    return counted(machine.cpus, "CPU")
 
 
 def _estimate(config: RunConfig, seconds: float) -> str:

@@ -26,6 +26,7 @@ from megabase.pipeline.ranks import rendezvous, supervisor, watchdog
 from megabase.pipeline.ranks.environment import complete_environment, is_rank, is_rank_zero, local_devices
 from megabase.pipeline.ranks.groups import Group, Groups
 from megabase.pipeline.ranks.stop import EXIT_AGAIN, INTERRUPTED, StopRequest
+from megabase.pipeline.readable import counted
 from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.lock import lock_run
 from megabase.pipeline.rundir.paths import RunPaths
@@ -79,7 +80,7 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
         return 0
     _warn(config, ranks, windows)
     logger.info(
-        f"{config.run.name}: starting {devices} rank{'s' * (devices > 1)}, which takes a while;"
+        f"{config.run.name}: starting {counted(devices, 'rank')}, which takes a while;"
         f" run directory {config.directory}"
     )
     command = supervisor.megabase_command("train", *arguments)

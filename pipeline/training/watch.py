@@ -5,21 +5,19 @@ A start of the run rewrites its journal, because it drops rows that it will comp
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from megabase.pipeline.errors import UserError, first_line
+from megabase.pipeline.files import read_object
+from megabase.pipeline.readable import age
 from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.journal import Tail
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import read_status
-from megabase.pipeline.tables import age
 from megabase.pipeline.training.figures import Figures
 
 # A run that has not written a heartbeat for this many seconds is not believed to be running: it writes one every 10 s.
@@ -97,7 +95,7 @@ class RunView:
             return State("has not started yet")
         if word != "running":
             return State(MEANINGS.get(word, word), finished=word == "finished")
-        heartbeat = _read_json(self.paths.heartbeat(0))
+        heartbeat = read_object(self.paths.heartbeat(0))
         written, doing = heartbeat.get("written"), heartbeat.get("doing", "training")
         if not isinstance(written, int | float):
             return State("running")
@@ -140,12 +138,3 @@ def check_run_directory(directory: Path) -> None:
 def _is_run(directory: Path) -> bool:
     paths = RunPaths(directory)  # not its journal: a checkpoint has a copy
     return any(path.exists() for path in (paths.config, paths.status, paths.submit_script))
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON file's mapping; empty if there is none, or it cannot be read at this moment."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
-            return found
-    return {}

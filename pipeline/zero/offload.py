@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from megabase.pipeline.config.schema import NVME, ZeroConfig
-from megabase.pipeline.files import readable_size
 from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.readable import readable_size
 from megabase.pipeline.zero.states import MOMENTS
 
 

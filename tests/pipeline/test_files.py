@@ -1,4 +1,4 @@
-"""Sizes, and errors of a full disk."""
+"""Sizes of directories, errors of a full disk, and small files of JSON."""
 
 import errno
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabase.pipeline.files import directory_size, is_disk_full, readable_size, readable_time
+from megabase.pipeline.files import directory_size, is_disk_full, read_object
 
 
 @pytest.mark.parametrize("numbers", [10, 5_000_000])
@@ -26,16 +26,6 @@ def test_a_full_disk_differs_from_other_errors() -> None:
     assert not is_disk_full(None)
 
 
-def test_sizes_for_people() -> None:
-    assert [readable_size(size) for size in (0, 1023, 1024, 3 * 2**29, 5 * 2**40)] == [
-        "0 bytes",
-        "1023 bytes",
-        "1.0 KiB",
-        "1.5 GiB",
-        "5.0 TiB",
-    ]
-
-
 def test_the_size_of_a_directory_counts_all_below(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "x").write_bytes(bytes(10))
@@ -43,9 +33,15 @@ def test_the_size_of_a_directory_counts_all_below(tmp_path: Path) -> None:
     assert directory_size(tmp_path) == 17
 
 
-def test_times_for_people() -> None:
-    seconds = [0.123, 5.4, 42.2, 89, 5400, 86_400 * 12.4, 86_400 * 365 * 12_345]
-    assert [readable_time(each) for each in seconds] == [
-        *("0.12 s", "5.4 s", "42 s", "89 s"),
-        *("1.5 hours", "12 days", "12,345 years"),
-    ]
+def test_a_file_without_an_object_reads_as_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert read_object(path) == read_object(tmp_path) == {}
+    for content, expected in (
+        (b'{"a": 1}', {"a": 1}),
+        (b"[1]", {}),
+        (b'{"a": 1', {}),
+        (b"\xff", {}),
+        (b"", {}),
+    ):
+        path.write_bytes(content)
+        assert read_object(path) == expected
