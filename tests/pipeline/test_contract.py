@@ -192,6 +192,7 @@ def test_signals_are_handled_before_the_heavy_libraries_load() -> None:
     assert done.stdout.strip() == "light", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [[], *([name] for name in COMMANDS), *(["bench", name] for name in BENCHMARKS)]
 )

@@ -283,6 +283,7 @@ def test_file_of_a_killed_worker_is_named(fastas: list[Path], tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_second_prepare_on_the_same_output_is_refused(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +378,7 @@ def test_the_slurm_script_passes_arguments_and_exit_code(tmp_path: Path, code: i
     assert done.stdout == "3: --export=ALL megabase prepare a b.fa out --valid 0.1 --jobs 3\n"
 
 
+@pytest.mark.slow
 def test_output_that_appears_meanwhile_keeps_the_finished_work(
     fastas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def test_a_dry_run_of_a_run_for_gpus_says_that_it_does_not_start_here(
     assert "On this machine it does not start: this machine has no GPU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_dry_run_loads_neither_lightning_nor_deepspeed(tmp_path: Path, lambda_shards: Path) -> None:
     program = (
         "import sys; from megabase.pipeline import cli\n"

@@ -78,6 +78,7 @@ class Interrupted(StopRequest):
         return False
 
 
+@pytest.mark.slow
 def test_an_interrupt_gives_the_ranks_time_to_write_their_status_and_then_kills_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def heartbeat(directory: Path) -> dict[str, object]:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", ["sleeps_forever", "spins_forever"])
 def test_a_hang_writes_stacks_and_ends_the_process(tmp_path: Path, hang: str) -> None:
     began = time.monotonic()
@@ -67,6 +68,7 @@ def test_a_hang_writes_stacks_and_ends_the_process(tmp_path: Path, hang: str) ->
     assert str(stacks) in line and "raise trainer.hang_minutes=0.01" in line
 
 
+@pytest.mark.slow
 def test_a_hang_that_holds_the_gil_ends_the_process_as_well(tmp_path: Path) -> None:
     done = run(tmp_path, "watchdog.beat('training', 7)\ntime.sleep(0.3)\nholds_the_lock_forever()")
     assert done.returncode == 1, done
@@ -75,6 +77,7 @@ def test_a_hang_that_holds_the_gil_ends_the_process_as_well(tmp_path: Path) -> N
     assert (heartbeat(tmp_path)["step"], heartbeat(tmp_path)["doing"]) == (7, "training")
 
 
+@pytest.mark.slow
 def test_the_stacks_of_an_earlier_start_stay(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-3.stacks.txt").write_text("before\n")
@@ -99,12 +102,14 @@ def test_a_slow_start_is_not_a_hang(tmp_path: Path) -> None:
     assert done.returncode == 0, done
 
 
+@pytest.mark.slow
 def test_with_zero_minutes_only_heartbeats_are_written(tmp_path: Path) -> None:
     done = run(tmp_path, "watchdog.beat('training', 7)\ntime.sleep(1)\ndog.stop()", minutes=0)
     assert done.returncode == 0, done
     assert heartbeat(tmp_path)["step"] == 7
 
 
+@pytest.mark.slow
 def test_logs_that_cannot_be_written_send_the_stacks_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "logs").touch()
     done = run(tmp_path, "watchdog.beat('training', 7)\nsleeps_forever()")

@@ -38,6 +38,7 @@ def test_a_second_job_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     lock.close()
 
 
+@pytest.mark.slow
 def test_a_lock_of_another_host_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "LOCK_LEASE_S", 0.5)
     lock = lock_run(tmp_path)

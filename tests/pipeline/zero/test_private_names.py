@@ -137,6 +137,7 @@ def test_no_other_package_uses_a_private_name() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_no_other_package_uses_a_listed_name() -> None:
     found = []
     for path in sources():

@@ -23,6 +23,7 @@ def program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: st
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
+@pytest.mark.slow
 def test_the_letters_of_the_split_are_compressed(
     index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ def test_it_is_drawn_whatever_was_measured(tmp_path: Path, changes: dict) -> Non
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_names_of_lines_are_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
