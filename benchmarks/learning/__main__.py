@@ -136,6 +136,11 @@ def _sequence(options: argparse.Namespace) -> None:
     for row in rows:
         table.add_row(row["model"], f"{row['bits']:.4f}", str(row["trained_steps"]), f"{_speed(row):,.0f}")
     show("bits per letter of the last tenth of the file", table)
+    contexts = list(rows[0]["by_context"])
+    table = new_table(["model", *(f"{int(length):,}" for length in contexts)], left=["model"])
+    for row in rows:
+        table.add_row(row["model"], *(f"{row['by_context'][length]:.4f}" for length in contexts))
+    show(f"bits of the last {sequence.LAST} letters of a window, by the letters that are read", table)
 
 
 def _speed(row: Row) -> float:

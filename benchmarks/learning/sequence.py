@@ -1,4 +1,7 @@
-"""A genome or a text as it is: bits per letter of the last tenth, after training on the first nine."""
+"""A genome or a text as it is: bits per letter of the last tenth, after training on the first nine.
+
+`by_context` has what the same letters cost after contexts of different length: does a model gain by a longer one?
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.learning.models import Size, build
 from benchmarks.learning.recall import as_tensors, summary
@@ -21,6 +26,12 @@ from megabase.models import Reformer
 HELD_OUT = 0.1
 PROBES = 48
 """Windows that are scored."""
+
+LAST = 128
+"""Letters at the end of a window that are scored after contexts of different length."""
+
+LEAST_CONTEXT = 256
+"""Letters of the shortest part of a window that is read for that."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,35 @@ class Task:
 
 
 def run(name: str, task: Task, size: Size, budget: Budget) -> dict[str, Any]:
-    """Train one model. Returns a row of the table: `bits` per held-out letter, and the curve."""
+    """Train one model.
+
+    Returns:
+        A row of the table: `bits` per held-out letter, `by_context` {letters read: bits of the LAST of them}, and the
+        curve.
+    """
     tokens, labels = task.probe()
 
     def evaluate(model: Reformer) -> dict[str, float]:
         return {"bits": float(bits(model, tokens, labels)[labels != -100].mean())}
 
     config = build(name, size, task.length)
-    _, curve = train(config, lambda step: task.batch(step, budget.seed), evaluate, budget)
-    return {"model": name, "bits": round(curve.rows[-1]["bits"], 4), **summary(curve)}
+    model, curve = train(config, lambda step: task.batch(step, budget.seed), evaluate, budget)
+    model.eval()
+    with torch.no_grad():
+        contexts = by_context(model, tokens, labels)
+    return {
+        "model": name,
+        "bits": round(curve.rows[-1]["bits"], 4),
+        "by_context": contexts,
+        **summary(curve),
+    }
+
+
+def by_context(model: Reformer, tokens: Tensor, labels: Tensor) -> dict[int, float]:
+    """Bits per letter of the LAST letters of every window, by the number of letters at its end that are read."""
+    found, length = {}, LEAST_CONTEXT
+    while length <= tokens.shape[1]:
+        costs = bits(model, tokens[:, -length:], labels[:, -length:])[:, -LAST:]
+        found[length] = round(float(costs[labels[:, -LAST:] != -100].mean()), 4)
+        length *= 2
+    return found

@@ -10,6 +10,7 @@ import torch
 from benchmarks.learning import duplication, homology, recall, sequence
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.models import MODELS, Size, build
+from benchmarks.learning.training import bits
 from megabase.datamodules.alphabet import FIRST_LETTER
 from megabase.models import Reformer, Seeds
 from megabase.models.attention.lsh import LSHAttention
@@ -119,3 +120,16 @@ def test_the_held_out_windows_are_of_the_last_tenth() -> None:
     assert all(bytes(row.numpy().astype(np.uint8)) in held_out for row in labels)
     trained = bytes(task.letters[:border].astype(np.uint8))
     assert all(bytes(row.numpy().astype(np.uint8)) in trained for row in task.batch(1, 0)[1])
+
+
+def test_the_same_letters_are_scored_after_every_context() -> None:
+    length = 2 * sequence.LEAST_CONTEXT
+    model = Reformer(build("ours", Size(dim=8, depth=2, heads=1), length)).eval()
+    tokens = torch.randint(FIRST_LETTER, 9, (3, length))
+    labels = tokens.roll(-1, 1)
+    with torch.no_grad():
+        found = sequence.by_context(model, tokens, labels)
+        whole = bits(model, tokens, labels)[:, -sequence.LAST :]
+        half = bits(model, tokens[:, length // 2 :], labels[:, length // 2 :])[:, -sequence.LAST :]
+    assert found == {length // 2: round(float(half.mean()), 4), length: round(float(whole.mean()), 4)}
+    assert found[length // 2] != found[length]
