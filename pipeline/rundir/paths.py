@@ -77,7 +77,7 @@ class RunPaths:
 
     @property
     def job(self) -> Path:
-        """The id of the last submitted job."""
+        """The ids of the last submitted jobs."""
         return self.directory / "job.json"
 
     @property

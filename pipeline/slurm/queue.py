@@ -1,8 +1,9 @@
-"""What SLURM knows of a job."""
+"""The jobs of a run, and what SLURM knows of them."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from megabase.datamodules.files import publish_json
@@ -13,17 +14,19 @@ from megabase.pipeline.rundir.paths import RunPaths
 TIMEOUT_S = 20.0
 
 
-def write_job(directory: Path, job: int) -> None:
-    """Note in a run directory the job that was submitted. Raises OSError."""
-    publish_json(RunPaths(directory).job, {"job": job})
+def write_jobs(directory: Path, jobs: Sequence[int]) -> None:
+    """Note in a run directory the jobs of a submission, in the order in which they run. Raises OSError."""
+    publish_json(RunPaths(directory).job, {"jobs": list(jobs)})
 
 
-def read_job(directory: Path) -> int | None:
-    """The last job that was submitted for a run; None if there was none."""
+def read_jobs(directory: Path) -> list[int]:
+    """The jobs of a run's last submission, in the order in which they run; empty if there was none."""
+    found = read_object(RunPaths(directory).job)
+    jobs = found.get("jobs", [found["job"]] if "job" in found else [])  # before chains: {"job": ID}
     try:
-        return int(read_object(RunPaths(directory).job)["job"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        return [int(job) for job in jobs]
+    except (ValueError, TypeError):
+        return []
 
 
 def state_in_queue(job: int) -> str | None:
@@ -38,9 +41,9 @@ def state_in_queue(job: int) -> str | None:
 
 def refuse_second(directory: Path, name: str) -> None:
     """Raise UserError if a job of this run waits or runs."""
-    job = read_job(directory)
-    if job is not None and (state := state_in_queue(job)):
-        raise UserError(
-            f"run.name={name}: job {job} of this run is {state} already: follow it with `megabase watch {directory}`,"
-            f" or end it with `scancel {job}` before you submit the run again"
-        )
+    for job in read_jobs(directory):
+        if state := state_in_queue(job):
+            raise UserError(
+                f"run.name={name}: job {job} of this run is {state} already: follow it with `megabase watch"
+                f" {directory}`, or end it with `scancel {job}` before you submit the run again"
+            )

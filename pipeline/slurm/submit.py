@@ -22,7 +22,7 @@ from megabase.pipeline.config.slurm import RUNTIMES, SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.slurm.queue import refuse_second, write_job
+from megabase.pipeline.slurm.queue import refuse_second, write_jobs
 from megabase.pipeline.slurm.script import copy_code, job_script
 
 # The longest time before the limit at which SLURM can send a signal, in seconds.
@@ -150,7 +150,7 @@ def submit(config: RunConfig, call: Sequence[str], directory: Path) -> int:
             "sbatch printed no job id, so it is not known whether it took the job; it printed:"
             f" {' '.join(printed.split())}"
         )
-    write_job(config.directory, int(job[1]))
+    write_jobs(config.directory, [int(job[1])])
     return int(job[1])
 
 
