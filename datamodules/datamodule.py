@@ -70,6 +70,11 @@ class SequenceDataModule(pl.LightningDataModule):
         """Number of windows of the split "valid"."""
         return 0 if self._validation is None else len(self._validation.plan)
 
+    @property
+    def has_case(self) -> bool:
+        """Whether lower case marks repeats in the alphabet."""
+        return self._validation is not None and self._validation.has_case
+
     def windows(self, split: str) -> Windows:
         """The windows of a split for evaluation. Raises DataError if there is none."""
         return evaluation_windows(self.config, self.index, split)
@@ -96,8 +101,11 @@ class SequenceDataModule(pl.LightningDataModule):
         return self.some_validation(0)
 
     def some_validation(self, most: int) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """`most` validation windows, spread evenly over the split (0: all); an empty list if there is none."""
-        return [] if self._validation is None else self._eval_loader(self._validation, most)
+        """`most` validation windows, spread evenly over the split (0: all); an empty list if there is none.
+
+        The batches say which letters are in lower case, if that marks repeats.
+        """
+        return [] if self._validation is None else self._eval_loader(self._validation.with_case(), most)
 
     def validation_parts(self, most: int) -> list[Part]:
         """The parts of segments in the windows of `some_validation(most)`; empty if there is none."""

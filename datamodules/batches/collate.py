@@ -76,16 +76,20 @@ class Batch(NamedTuple):
         """(batch, length) the token that each position must predict, a view. Only letters (5 and above) are labels."""
         return self.codes[:, 1:] if self.hidden is None else self.hidden
 
+    @property
+    def lower(self) -> Tensor | None:
+        """(batch, length) bool, whether the letter that each position must predict is in lower case; None as `soft`."""
+        if self.soft is None:
+            return None
+        return (self.soft[:, 1:] if self.hidden is None else self.soft).bool()
+
     def widened(self) -> Wide:
         """The tensors that a model takes, on the device of the batch."""
         labels = self.labels.long()
         labels = labels.masked_fill(labels < FIRST_LETTER, IGNORE)
         weights = None
-        if self.soft is not None:
-            soft = self.soft[:, 1:] if self.hidden is None else self.soft
-            weights = torch.ones_like(soft, dtype=torch.float32).masked_fill(
-                soft.bool(), self.softmask_weight
-            )
+        if (lower := self.lower) is not None:
+            weights = torch.ones_like(lower, dtype=torch.float32).masked_fill(lower, self.softmask_weight)
         return Wide(self.tokens.long(), labels, weights)
 
 

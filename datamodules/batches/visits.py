@@ -5,7 +5,7 @@ read and which bases are masked. The number of its labels is known before a byte
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +80,18 @@ class Windows:
     skip: bool = False
     _warned: list[str] = field(default_factory=list, repr=False)
     _buffer: list[NDArray[np.uint8]] = field(default_factory=list, repr=False)
+
+    @property
+    def has_case(self) -> bool:
+        """Whether lower case marks repeats in the alphabet."""
+        return self.index.alphabet.soft is not None
+
+    def with_case(self) -> "Windows":
+        """The same windows, whose batches say which letters are in lower case, for an evaluation of both apart.
+
+        Any weight other than 1 makes the batches say it; an evaluation does not use the weight itself.
+        """
+        return replace(self, softmask_weight=0.0 if self.has_case else 1.0)
 
     def visits(self, samples: NDArray[np.int64], keys: NDArray[np.uint64]) -> Visits:
         """Visits of windows, from the index alone.

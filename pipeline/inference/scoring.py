@@ -7,7 +7,7 @@ A training passes a function that scores a batch through DeepSpeed; a plain Refo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,19 +15,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabase.datamodules.batches.collate import Batch, Wide
+from megabase.datamodules.batches.collate import IGNORE, Batch, Wide
 from megabase.models import Reformer, Seeds
+from megabase.pipeline.inference.parts import part_sums
 
 
 class Score(NamedTuple):
-    """The score of one batch: sum of nats over its scored bases, number of these bases, number of windows not read.
+    """The score of one batch, in tensors on the model's device.
 
-    Each is a scalar tensor on the model's device.
+    Attributes:
+        nats: sum over the scored bases.
+        bases: number of these bases.
+        skipped: number of windows that could not be read.
+        parts: (parts, 2) fp64, nats and number of bases of each part of the windows, see `parts.part_sums`.
     """
 
     nats: Tensor
     bases: Tensor
     skipped: Tensor
+    parts: Tensor
 
 
 def bits(nats: float) -> float:
@@ -42,6 +48,7 @@ def evaluate(
     *,
     group: dist.ProcessGroup | None = None,
     stop: Callable[[], bool] = lambda: False,
+    parts: Sequence[str] = (),
 ) -> dict[str, float] | None:
     """Mean loss over all batches, of all ranks of a group. Put the model into evaluation mode before.
 
@@ -51,24 +58,34 @@ def evaluate(
         device: of the sums: the device of the tensors that `score` returns.
         group: the ranks to sum over, each of which calls this function; None: this process alone.
         stop: called before each batch; if it returns true, the evaluation ends. Every rank must get the same answer.
+        parts: names of the parts of the windows to report, `parts.part_names`; empty: none.
 
     Returns:
         valid_loss (nats per scored base), valid_bits_per_base, valid_bases (number of scored bases: all letters of
-        the windows, or with `data.objective` masked the masked ones), and valid_skipped, the number of windows that
-        could not be read (`data.on_error` skip), if there are any. None if `stop` ended it.
+        the windows, or with `data.objective` masked the masked ones), valid_skipped, the number of windows that could
+        not be read (`data.on_error` skip), if there are any, and valid_PART_bits_per_base of each part that has some of
+        the scored bases, but not all. None if `stop` ended it.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+    total = torch.zeros(3 + 2 * len(parts), dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in loader:
             if stop():
                 return None
-            total += torch.stack([each.double() for each in score(batch)])
+            *whole, of_parts = score(batch)
+            total[:3] += torch.stack([each.double() for each in whole])
+            if parts:
+                total[3:] += of_parts.flatten()
     if group is not None:
         dist.all_reduce(total, group=group)
-    nats, bases, skipped = total.tolist()
+    nats, bases, skipped, *sums = total.tolist()
     loss = nats / bases if bases else math.nan
     result = {"valid_loss": loss, "valid_bits_per_base": bits(loss), "valid_bases": int(bases)}
-    return result | ({"valid_skipped": int(skipped)} if skipped else {})
+    if skipped:
+        result["valid_skipped"] = int(skipped)
+    for name, of_part, count in zip(parts, sums[::2], sums[1::2], strict=True):
+        if 0 < count < bases:
+            result[f"valid_{name}_bits_per_base"] = bits(of_part / count)
+    return result
 
 
 def measure_recall(
@@ -123,10 +140,12 @@ def scorer(model: Reformer, seed: int) -> Callable[[Batch], Score]:
 
 def score_batch(model: Reformer, batch: Batch, seed: int) -> Score:
     """Score one batch that is on the model's device. Evaluation weighs every scored base alike."""
-    wide = batch.widened()
-    nats = model.loss(wide.tokens, wide.labels, seeds=Seeds(run=seed))
-    bases, skipped = scored(wide._replace(weights=None), batch.skipped)
-    return Score(nats, bases, skipped)
+    wide = batch.widened()._replace(weights=None)
+    hidden = model.body(wide.tokens, seeds=Seeds(run=seed))
+    nats = model.head(hidden, wide.labels)
+    bases, skipped = scored(wide, batch.skipped)
+    parts = part_sums(_label_nats(model, hidden, wide.labels), wide.labels != IGNORE, batch.lower)
+    return Score(nats, bases, skipped, parts)
 
 
 def base_nats(model: Reformer, wide: Wide, seeds: Seeds) -> Tensor:
@@ -142,19 +161,23 @@ def base_nats(model: Reformer, wide: Wide, seeds: Seeds) -> Tensor:
     Returns:
         (batch, length) fp32, 0 where there is no label.
     """
-    hidden = model.body(wide.tokens, seeds=seeds)
-    parts = []
-    for start in range(0, hidden.shape[1], model.head.chunk):
-        part = slice(start, start + model.head.chunk)
-        labels = wide.labels[:, part]
-        logits = model.head(hidden[:, part]).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-        parts.append(nats.view(labels.shape))
-    return torch.cat(parts, dim=1)
+    return _label_nats(model, model.body(wide.tokens, seeds=seeds), wide.labels)
+
+
+def _label_nats(model: Reformer, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The nats (batch, length) of labels from hidden states, without all logits in memory."""
+    found = []
+    for part, of_part in zip(
+        hidden.split(model.head.chunk, dim=1), labels.split(model.head.chunk, dim=1), strict=True
+    ):
+        logits = model.head(part).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), of_part.flatten(), ignore_index=IGNORE, reduction="none")
+        found.append(nats.view(of_part.shape))
+    return torch.cat(found, dim=1)
 
 
 def scored(wide: Wide, skipped: int) -> Tensor:
     """The sum of the weights of a batch's labels, and `skipped`: (2,) fp64 on its device, without synchronising."""
-    labelled = wide.labels != -100
+    labelled = wide.labels != IGNORE
     weight = labelled.sum() if wide.weights is None else wide.weights.double().where(labelled, 0.0).sum()
     return torch.stack([weight.double(), torch.full_like(weight, skipped, dtype=torch.float64)])

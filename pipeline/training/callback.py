@@ -8,19 +8,16 @@ step or on what was agreed, never on a rank's own clock or signals.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from megabase.datamodules.batches.collate import Batch
 from megabase.datamodules.config import SKIP
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.inference.scoring import Score, evaluate, measure_recall
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
 from megabase.pipeline.ranks.groups import Groups
@@ -41,6 +38,7 @@ from megabase.pipeline.training.decide import (
     must_write,
     situation_of,
 )
+from megabase.pipeline.training.evaluate import Evaluator, hashing_row
 from megabase.pipeline.training.guard import Trouble
 from megabase.pipeline.training.module import PretrainModule
 from megabase.pipeline.training.recorder import FinishedStep, Recorder
@@ -80,6 +78,7 @@ class TrainingCallback(pl.Callback):
         self._world = groups.world
         self._stop = stop
         self._agreement = Agreement(groups.world)
+        self._evaluator = Evaluator(config, data, groups, stop)
         # Only rank 0 writes the journal and prints.
         self._recorder = Recorder(config, groups.world.size, mirror) if groups.world.rank == 0 else None
         self._saved_at = time.monotonic()
@@ -297,82 +296,30 @@ class TrainingCallback(pl.Callback):
 
     def _evaluate(self, trainer: pl.Trainer) -> bool:
         """Evaluate and write the row; false if the ranks agreed to stop before it was finished."""
-        strategy = trainer.strategy
-        agreement = Agreement(self._world)
-        batches, stopped = 0, False
-
-        def stop() -> bool:
-            nonlocal batches, stopped
-            batches += 1
-            watchdog.beat("evaluating", self.step)
-            agreed = agreement.exchange(batches, stop=bool(self._stop), save=False, progress=0, samples=0)
-            stopped = agreed is not None and agreed.stop
-            return stopped
-
-        def score(batch: Batch) -> Score:
-            moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            sums = strategy.validation_step(moved, batches)
-            assert isinstance(sums, dict)
-            return Score(**sums)
-
-        trainer.lightning_module.eval()
-        result, full = self._measure(score, stop, strategy.root_device)
-        trainer.lightning_module.train()
-        agreement.settle()
-        if self._recorder and result is not None:
+        found = self._evaluator.run(trainer, self.step)
+        if found is None:
+            return False
+        if self._recorder:
             watchdog.beat("fitting Markov models", self.step)
             skip, most = self._config.data.on_error == SKIP, self._config.trainer.eval_sequences
             markov_bits = baselines(self._config.directory, self._data, most, skip)
-            self._recorder.add_evaluation(evaluation_row(self.step, result, full, markov_bits))
-        if result is not None:
-            loss, in_bits = result["valid_loss"], result["valid_bits_per_base"]
-            self._show_metrics(trainer, {"valid/loss": loss, "valid/bits_per_base": in_bits})
-            ending = trainer.should_stop  # the run ends after this evaluation
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if callback is not self:
-                    callback.on_validation_end(trainer, trainer.lightning_module)
-            if trainer.should_stop and not ending:
-                self._stop_for_callback(trainer)
-        return not stopped
+            row = evaluation_row(self.step, found.subset, found.full, markov_bits)
+            self._recorder.add_evaluation(row, hashing_row(found.hashing))
+        loss, in_bits = found.subset["valid_loss"], found.subset["valid_bits_per_base"]
+        self._show_metrics(trainer, {"valid/loss": loss, "valid/bits_per_base": in_bits})
+        ending = trainer.should_stop  # the run ends after this evaluation
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback is not self:
+                callback.on_validation_end(trainer, trainer.lightning_module)
+        if trainer.should_stop and not ending:
+            self._stop_for_callback(trainer)
+        return True
 
     def _show_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         """Show metrics to the user's callbacks, if there are any, under the names that `PretrainModule` logs."""
         if len(trainer.callbacks) == 1:  # type: ignore[attr-defined]
             return
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-
-    def _measure(
-        self, score: Callable[[Batch], Score], stop: Callable[[], bool], device: torch.device
-    ) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-        """Score the windows of every evaluation with recall, and at the end of the run the whole validation split.
-
-        Args:
-            score, stop, device: see `evaluate`.
-
-        Returns:
-            Both results. The second is None before the end of the run; both are None if `stop` ended the evaluation.
-        """
-        group, settings = self._groups.data.handle, self._config.trainer
-
-        def score_windows(most: int) -> dict[str, float] | None:
-            loader = self._data.some_validation(most)
-            assert not isinstance(loader, list)  # evaluations are due only if there is a validation split
-            return evaluate(score, loader, device, group=group, stop=stop)
-
-        subset = score_windows(settings.eval_sequences)
-        if subset is None:
-            return None, None
-        recall: dict[str, float] | None = {}
-        probe = self._data.recall_probe(settings.eval_recall) if settings.eval_recall else None
-        if probe:
-            recall = measure_recall(score, probe, device, group=group, stop=stop)
-        if recall is None:
-            return None, None
-        if self.step < settings.max_steps:
-            return subset | recall, None
-        all_scored = not 0 < settings.eval_sequences < self._data.validation_windows
-        full = subset if all_scored else score_windows(0)
-        return (None, None) if full is None else (subset | recall, full)
 
     def _save(self, trainer: pl.Trainer, *, final: bool) -> None:
         """Write a checkpoint of this step. With `checkpoint.background` only begin it, unless it is final."""

@@ -5,10 +5,9 @@ Every function scores this rank's share of the windows and returns the merged ta
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +22,10 @@ from megabase.datamodules.report import recall
 from megabase.datamodules.report.classes import Classes
 from megabase.models import Reformer, Seeds
 from megabase.pipeline.inference.evaluation.tally import Tally
+from megabase.pipeline.inference.parts import LOWER, UPPER, position_bins
 from megabase.pipeline.inference.scoring import base_nats
 from megabase.pipeline.log import console
 from megabase.pipeline.ranks.groups import Group
-
-FIRST_BIN = 16
-LOWER, UPPER = "lower case", "upper case"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +81,6 @@ class Scorer:
         return track(batches, "scoring", console=console(), transient=True) if shown else batches
 
 
-def position_bins(length: int) -> list[tuple[int, int]]:
-    """[start, end) of the bins of positions: FIRST_BIN bases, then each as long as all before it."""
-    edges = [0]
-    while edges[-1] < length:
-        edges.append(min(max(FIRST_BIN, 2 * edges[-1]), length))
-    return list(itertools.pairwise(edges))
-
-
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What the groups of `score_windows` are: first all bases, then these.
@@ -130,9 +119,8 @@ def score_windows(
         most: number of windows, spread evenly over the split; 0: all.
         classes: of a BED file, if there is one.
     """
-    has_case = windows.index.alphabet.soft is not None
-    # With a weight other than 1 the batches say which letters are in lower case; the weight itself is not used.
-    read = replace(windows, softmask_weight=0.0 if has_case else 1.0)
+    has_case = windows.has_case
+    read = windows.with_case()
     parts = Parts(
         position_bins(windows.plan.length),
         (LOWER, UPPER) if has_case else (),
@@ -143,8 +131,8 @@ def score_windows(
     def groups(batch: Batch, wide: Wide) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         nats, labelled = scorer.nats(wide), (wide.labels != IGNORE).numpy()
         masks = [np.ones_like(labelled)]
-        if batch.soft is not None:
-            lower = (batch.soft[:, 1:] if batch.hidden is None else batch.soft).bool().numpy()
+        if batch.lower is not None:
+            lower = batch.lower.numpy()
             masks += [lower, ~lower]
         if classes is not None:
             of_each = [

@@ -16,6 +16,7 @@ from megabase.models.config import LocalConfig, LSHConfig
 from megabase.models.pretrained import from_pretrained
 from megabase.pipeline.config.schema import RunSettings
 from megabase.pipeline.inference.export import export
+from megabase.pipeline.inference.parts import part_names
 from megabase.pipeline.inference.scoring import (
     Score,
     base_nats,
@@ -77,15 +78,39 @@ def test_it_is_the_mean_over_all_bases_of_the_split(lambda_shards: Path) -> None
 
 def test_it_stops_when_asked_and_reports_windows_that_could_not_be_read() -> None:
     def score(batch: int) -> Score:
-        return Score(torch.tensor(6.0), torch.tensor(4.0), torch.tensor(float(batch)))
+        return Score(torch.tensor(6.0), torch.tensor(4.0), torch.tensor(float(batch)), torch.zeros(0, 2))
 
     batches: list = [0, 1, 2]
     answers = iter([False, False, True])
     assert evaluate(score, batches, CPU, stop=lambda: next(answers)) is None  # type: ignore[arg-type]
     result = evaluate(score, batches, CPU)  # type: ignore[arg-type]
     assert result is not None and result["valid_loss"] == 1.5 and result["valid_skipped"] == 3
-    nothing = evaluate(lambda batch: Score(*torch.zeros(3)), batches, CPU)
+    nothing = evaluate(lambda batch: Score(*torch.zeros(3), torch.zeros(0, 2)), batches, CPU)
     assert nothing is not None and math.isnan(nothing["valid_loss"])
+
+
+def test_the_parts_of_windows_are_scored_apart(lambda_shards: Path) -> None:
+    data = windows(lambda_shards)
+    assert data.has_case
+    model = small_model(data.index.alphabet.vocab_size)
+    batches = []
+    for number, batch in enumerate(data.some_validation(4)):
+        assert batch.soft is not None
+        batches.append(batch._replace(soft=torch.zeros_like(batch.soft)))
+        if number == 0:
+            batches[0].soft[0, 5:90] = 1
+    names = part_names(LENGTH, cases=True)
+    result = evaluate(scorer(model, seed=3), batches, CPU, parts=names)
+    assert result is not None
+    with torch.no_grad():
+        nats = torch.cat([base_nats(model, batch.widened(), Seeds(run=3)) for batch in batches]).double()
+    expected = {"from_0": nats[:, :16], "from_32": nats[:, 32:64], "lower_case": nats[0, 4:89]}
+    for name, part in expected.items():
+        assert result[f"valid_{name}_bits_per_base"] == pytest.approx(bits(float(part.mean())))
+    # A part that has no base, or every base, is left out.
+    upper = [batch._replace(soft=torch.zeros_like(batch.codes, dtype=torch.uint8)) for batch in batches]
+    found = evaluate(scorer(model, seed=3), upper, CPU, parts=names)
+    assert found is not None and not any("case" in key for key in found)
 
 
 def test_recall_is_the_difference_that_the_source_makes(lambda_shards: Path) -> None:
@@ -102,7 +127,7 @@ def test_recall_is_the_difference_that_the_source_makes(lambda_shards: Path) -> 
             copy = [label for label in labels if label != -100]
             text, part = ",".join(map(str, tokens[: -len(copy)])), ",".join(map(str, copy[:-1]))
             nats += len(copy) * (1 if copy and part in text else 2)
-        return Score(torch.tensor(float(nats)), labelled, torch.tensor(0.0))
+        return Score(torch.tensor(float(nats)), labelled, torch.tensor(0.0), torch.zeros(0, 2))
 
     result = measure_recall(score, (with_source, without), CPU)
     assert result == pytest.approx({"valid_copy_bits_per_base": bits(1), "valid_recall_bits": bits(1)})

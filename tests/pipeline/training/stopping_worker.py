@@ -17,7 +17,7 @@ from megabase.pipeline import cli
 from megabase.pipeline.checkpoint import publish
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.ranks.supervisor import supervise
-from megabase.pipeline.training import callback
+from megabase.pipeline.training import evaluate as evaluations
 from megabase.pipeline.training.module import PretrainModule
 
 
@@ -54,7 +54,7 @@ def during_evaluation(*arguments: Any, stop: Callable[[], bool], **more: Any) ->
     return evaluate(*arguments, stop=stop_after_signals, **more)
 
 
-evaluate = callback.evaluate
+evaluate = evaluations.evaluate
 
 
 def arrange(moment: str) -> None:
@@ -63,7 +63,7 @@ def arrange(moment: str) -> None:
     elif moment == "checkpoint":
         publish.collect_files = before(publish.collect_files, during_checkpoint)
     elif moment == "evaluation":
-        callback.evaluate = during_evaluation
+        evaluations.evaluate = during_evaluation
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def test_the_curve_is_drawn_again_at_the_end_only_if_it_lacks_rows(
             recorder.flush()
             if step == 1:
                 recorder.add_evaluation(
-                    {"step": 1, "valid_loss": 1.4, "valid_bits_per_base": 2.0, "markov_0_bits_per_base": 2.0}
+                    {"step": 1, "valid_loss": 1.4, "valid_bits_per_base": 2.0, "markov_0_bits_per_base": 2.0},
+                    {},
                 )
         recorder.close()
         assert drawn == expected
@@ -136,7 +137,9 @@ def test_the_evaluation_at_the_end_prints_the_whole_split_beside_the_windows_of_
     assert row["full_valid_loss"] == 1.2 and row["full_markov_1_bits_per_base"] == 1.94
     assert "full_valid_loss" not in evaluation_row(4, scored, None, Baselines([2.0], [2.0]))
     caplog.set_level("INFO", logger="megabase")
-    recorder.add_evaluation(row)
+    recorder.add_evaluation(row, {"lsh_1_balance": 0.5})
     recorder.close()
+    measured = list(read(run.directory / "performance.jsonl"))[-1]
+    assert measured["step"] == 5 and measured["lsh_1_balance"] == 0.5 and measured["time"] > 0
     assert "step 5: validation 1.9000 bits/base (Markov 0, 1, ...: 2.0000  1.9500)" in caplog.text
     assert "the whole validation split 1.8000 bits/base (Markov 0, 1, ...: 1.9900  1.9400)" in caplog.text

@@ -1,6 +1,7 @@
 """Real trainings of two DeepSpeed ranks: killed, stopped and resumed, a run gives the same bytes."""
 
 import json
+import operator
 import os
 import shutil
 import signal
@@ -59,6 +60,16 @@ def test_rows_of_evaluations_have_the_markov_models(undisturbed: Path) -> None:
         # 8 copies of 64 bases, 40 of which are scored. A model of 40 steps has no recall yet.
         assert abs(row["valid_copy_bits_per_base"] - row["valid_bits_per_base"]) < 0.2
         assert abs(row["valid_recall_bits"]) < 0.1
+        # Every base is in one of the bins of positions; lambda phage has no lower case.
+        starts = [0, 16, 32, 64, 128, 256]
+        bins = [row[f"valid_from_{start}_bits_per_base"] for start in starts]
+        weights = [16, 16, 32, 64, 128, 256]
+        mean = sum(map(operator.mul, bins, weights)) / 512
+        assert mean == pytest.approx(row["valid_bits_per_base"], rel=1e-5)
+        assert not any("case" in name for name in row)
+    hashing = [row for row in read(undisturbed / "performance.jsonl") if "lsh_1_balance" in row]
+    assert [row["step"] for row in hashing] == [10, 20, 30, STEPS]
+    assert all(0 < row["lsh_1_balance"] <= 1 and 0 <= row["lsh_1_unmatched"] < 0.5 for row in hashing)
     # The end of the run has both: the windows of every evaluation, and the whole split with Markov models of its own.
     assert rows[-1]["full_valid_bases"] == 4850 // 512 * 512
     assert rows[-1]["full_valid_loss"] != rows[-1]["valid_loss"]

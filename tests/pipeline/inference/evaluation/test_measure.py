@@ -53,12 +53,6 @@ def real(place: Place = PLACE) -> Scorer:
     return Scorer(Reformer(CONFIG).eval(), place, None, "32", 1)
 
 
-def test_bins_of_positions_double() -> None:
-    assert measure.position_bins(100) == [(0, 16), (16, 32), (32, 64), (64, 100)]
-    assert measure.position_bins(10) == [(0, 10)]
-    assert measure.position_bins(64)[-1] == (32, 64)
-
-
 def test_every_base_is_counted_where_it_lies(index: ShardIndex, tmp_path: Path) -> None:
     """A model whose nats are the position of the base: sums of bins and classes are then known."""
     record = index.segments.record[0]
