@@ -18,7 +18,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.slurm import submit
-from megabase.pipeline.slurm.queue import read_job
+from megabase.pipeline.slurm.queue import read_jobs
 from megabase.pipeline.slurm.script import TRAIN_SCRIPT
 from megabase.pipeline.slurm.submit import at_the_job, call_for, sbatch_call
 
@@ -179,7 +179,7 @@ def submitted(directory: Path, *settings: str) -> int:
 def test_the_job_id_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str) -> None:
     fake_sbatch(monkeypatch, tmp_path, f"printf '{answer}\\n'")
     assert submitted(tmp_path) == 123
-    assert read_job(tmp_path / "runs" / "genome") == 123
+    assert read_jobs(tmp_path / "runs" / "genome") == [123]
 
 
 @pytest.mark.parametrize(
