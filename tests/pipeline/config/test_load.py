@@ -11,6 +11,8 @@ from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
 from megabase.pipeline.config.load import load, save
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.slurm.script import settings_of
+from megabase.pipeline.slurm.submit import call_for
 
 MINIMAL = ["run.name=x", "data.shards=s"]
 
@@ -126,24 +128,34 @@ def test_missing_file_bad_yaml_and_missing_key(tmp_path: Path) -> None:
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["demo"], ["genome-8k"], ["demo", "ecoli"], ["genome-8k", "genome-131k"], ["text-64k"]],
-    ids="+".join,
-)
-def test_the_experiments_in_configs_fit_together(names: list[str]) -> None:
-    files = [ROOT / "configs" / f"{name}.yaml" for name in names]
-    loaded = load(files, ["run.name=x", "data.shards=s"])
+EXPERIMENTS = ["demo", "genome-8k", "human-131k", "human-1m", "text-64k"]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in EXPERIMENTS), ["demo", "ecoli"]], ids="+".join)
+def test_the_experiments_in_configs_fit_their_ranks(names: list[str]) -> None:
+    loaded = load(config_files(names), ["run.name=x", "data.shards=s"])
+    loaded.validate()
     devices = loaded.trainer.devices
     assert devices is not None
     accumulation(loaded.data.global_batch, loaded.data.micro_batch, loaded.trainer.nodes * devices)
 
 
 def test_every_experiment_is_tested() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {
-        "demo",
-        "ecoli",
-        "genome-8k",
-        "genome-131k",
-        "text-64k",
-    }
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*EXPERIMENTS, "ecoli"}
+
+
+@pytest.mark.parametrize(
+    "cluster", sorted((ROOT / "configs" / "cluster").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_cluster_fits_the_experiments(cluster: Path) -> None:
+    experiments = ["demo"] if cluster.stem == "cpu" else ["genome-8k", "human-131k", "human-1m", "text-64k"]
+    for name in experiments:
+        loaded = load([*config_files([name]), cluster], ["run.name=x", "data.shards=s"])
+        loaded.validate()
+        _, ranks = call_for(loaded, Path("/home/me"))
+        accumulation(loaded.data.global_batch, loaded.data.micro_batch, ranks)
+        settings_of(loaded, Path("/home/me"))
+
+
+def config_files(names: list[str]) -> list[Path]:
+    return [ROOT / "configs" / f"{name}.yaml" for name in names]
