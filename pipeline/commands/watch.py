@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megabase.pipeline.training.watch import RunView
+    from megabase.pipeline.rundir.view import RunView
 
 HELP = "follow a run that trains"
 DESCRIPTION = (
@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from megabase.pipeline.training.watch import RunView
+    from megabase.pipeline.rundir.view import RunView
 
     view = RunView(Path(options.directory))
     try:
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_once(view: RunView) -> None:
-    from megabase.pipeline.training.figures import fields
+    from megabase.pipeline.rundir.figures import fields
 
     view.read()
     now = time.time()
@@ -80,7 +80,7 @@ def _draw(view: RunView) -> None:
 
 def _print_lines(view: RunView) -> None:
     """Print a line for each interval with news, and each new state, until the run is finished."""
-    from megabase.pipeline.training.figures import line
+    from megabase.pipeline.rundir.figures import line
     from megabase.pipeline.training.progress import LINE_S
 
     said, news, printed_at = "", False, 0.0

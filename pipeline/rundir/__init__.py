@@ -1,1 +1,1 @@
-"""The run directory: its paths, lock, status, journals, and the record of the environment."""
+"""The run directory: its paths, lock, status, journals, record of the environment, and what all of them say."""

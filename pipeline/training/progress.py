@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from megabase.pipeline.log import PROGRESS, console
-from megabase.pipeline.training.figures import Figures, fields, line
+from megabase.pipeline.rundir.figures import Figures, fields, line
 
 # A step that takes longer than this many seconds shows how far it is.
 LONG_STEP_S = 30.0

@@ -15,10 +15,10 @@ from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.errors import first_line
 from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.ranks.agreement import Agreed
+from megabase.pipeline.rundir.figures import Figures, recall
 from megabase.pipeline.rundir.journal import Journal, Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
-from megabase.pipeline.training.figures import Figures, recall
 from megabase.pipeline.training.guard import History, Trouble, step_loss
 from megabase.pipeline.training.module import learning_rate
 from megabase.pipeline.training.plots import loss_curve

@@ -13,7 +13,7 @@ from megabase.pipeline.commands import watch
 from megabase.pipeline.rundir.journal import Journal
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import write_status
-from tests.pipeline.training.test_figures import loss, speed
+from tests.pipeline.rundir.test_figures import loss, speed
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from megabase.pipeline.rundir.figures import Figures
 from megabase.pipeline.training import progress
-from megabase.pipeline.training.figures import Figures
 from megabase.pipeline.training.progress import LONG_STEP_S, Block, Display, InnerStep
-from tests.pipeline.training.test_figures import figures_of, loss, speed
+from tests.pipeline.rundir.test_figures import figures_of, loss, speed
 
 FULL = [
     {"step": 0, "time": 0.0, "started": True},

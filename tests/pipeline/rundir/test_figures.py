@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from megabase.pipeline.rundir.figures import DECAY, Figures, fields, line
 from megabase.pipeline.rundir.journal import Row
-from megabase.pipeline.training.figures import DECAY, Figures, fields, line
 
 
 def loss(step: int, bits: float) -> Row:

@@ -10,8 +10,8 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.journal import Journal
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import write_status
-from megabase.pipeline.training.watch import MEANINGS, SILENT_S, RunView
-from tests.pipeline.training.test_figures import loss, speed
+from megabase.pipeline.rundir.view import MEANINGS, SILENT_S, RunView
+from tests.pipeline.rundir.test_figures import loss, speed
 
 
 @pytest.fixture

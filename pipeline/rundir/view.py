@@ -14,11 +14,11 @@ import yaml
 from megabase.pipeline.errors import UserError, first_line
 from megabase.pipeline.files import read_object
 from megabase.pipeline.readable import age
+from megabase.pipeline.rundir.figures import Figures
 from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.journal import Tail
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import read_status
-from megabase.pipeline.training.figures import Figures
 
 # A run that has not written a heartbeat for this many seconds is not believed to be running: it writes one every 10 s.
 SILENT_S = 90.0
