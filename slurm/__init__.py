@@ -1,1 +1,1 @@
-"""Launch scripts for SLURM, and `testcluster`: a real SLURM of two nodes on one machine to try them on."""
+"""Launch scripts for SLURM, and `testcluster`: a real SLURM on one machine to try them on."""

@@ -1,19 +1,23 @@
-"""A real SLURM cluster of two nodes on one machine, for tests and experiments.
+"""A real SLURM cluster on one machine, for tests and experiments.
 
 As a program:
-    python slurm/testcluster/cluster.py start DIR     prints the line that points sbatch and srun at it
+    python slurm/testcluster/cluster.py start DIR [--nodes 4] [--munge]    prints the line that points sbatch at it
+    python slurm/testcluster/cluster.py kill-node DIR n2                   as if n2 lost power
     python slurm/testcluster/cluster.py stop DIR
 As a context manager:
-    with TestCluster(directory) as cluster:
+    with TestCluster(directory, nodes=4) as cluster:
         job = cluster.submit("--nodes=2", "script.sh")
         cluster.wait(job, {"COMPLETED"}, timeout_s=60)
 
-What is special: one slurmctld and two slurmd, nodes n1 and n2, which report CPUS each, whatever the machine has. All
-their files are in the directory, they listen on free ports, and job ids begin in a range of their own, so several
-clusters can run side by side. It needs no munge, cgroups, accounting or root (without root, jobs run as this user). A
-requeued job starts again after REQUEUE_DELAY_S instead of two minutes. A node that is set down (`scontrol update
-NodeName=n2 State=DOWN Reason=test`) loses its jobs and comes back by itself. A job in partition `urgent` preempts the
-others. Tested with SLURM 22.05.
+What is special: one slurmctld, and a slurmd for each node n1, n2, ..., which report CPUS each, whatever the machine
+has. All their files are in the directory, they listen on free ports, and job ids begin in a range of their own, so
+several clusters can run side by side. It needs no cgroups, accounting or root (without root, jobs run as this user)
+and munge only with `munge=True`: then a munged of its own, with its own key and socket, signs all messages.
+
+A requeued job starts again after REQUEUE_DELAY_S instead of two minutes. A node that is set down (`scontrol update
+NodeName=n2 State=DOWN Reason=test`) loses its jobs and comes back by itself; one that no longer answers (`kill_node`)
+loses them after NODE_TIMEOUT_S instead of five minutes. A job in partition `urgent` preempts the others: those in
+`main` go back into the queue, those in `spot` are cancelled. Tested with SLURM 22.05.
 """
 
 from __future__ import annotations
@@ -28,11 +32,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-NODES = ("n1", "n2")
 CPUS = 2
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
@@ -40,6 +43,8 @@ STOP_TIMEOUT_S = 15.0
 # the wait short with `scontrol update StartTime=now`: a node that still knows the old credential refuses the
 # job, and slurmctld then fails it ("Job credential revoked").
 REQUEUE_DELAY_S = 5
+# Seconds without an answer after which slurmctld sets a node down.
+NODE_TIMEOUT_S = 15
 FINAL_STATES = {
     "COMPLETED",
     "FAILED",
@@ -61,12 +66,12 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
-# A job id of its own range: MASTER_PORT is made from it.
+# A job id of its own range, so that a job is not taken for one of another cluster.
 FirstJobId={port}
 
-AuthType=auth/none
-AuthInfo=cred_expire={requeue_delay}
-CredType=cred/none
+AuthType=auth/{auth}
+AuthInfo={auth_info}cred_expire={requeue_delay}
+CredType=cred/{auth}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -83,6 +88,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
+SlurmdTimeout={node_timeout}
 MinJobAge=86400
 
 StateSaveLocation={directory}/state
@@ -93,10 +99,11 @@ SlurmctldLogFile={directory}/slurmctld.log
 SlurmdLogFile={directory}/slurmd-%n.log
 
 {nodes}
-# A job in `urgent` preempts those in `main`: SIGTERM to their tasks, at most 30 s, back into the queue.
+# A job in `urgent` preempts the others: SIGTERM to their tasks, at most 30 s, back into the queue or the end.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=spot Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30 PreemptMode=CANCEL
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
@@ -105,16 +112,23 @@ class ClusterError(RuntimeError):
     """The test cluster, a command or a job on it failed; the message says how."""
 
 
-def unavailable() -> str | None:
-    """Why no test cluster can be started on this machine, in one line; None if one can."""
-    missing = [program for program in _PROGRAMS if not shutil.which(program, path=_SEARCH_PATH)]
+def unavailable(munge: bool = False) -> str | None:
+    """Why no test cluster, or none with munge, can be started on this machine, in one line; None if one can."""
+    programs = (*_PROGRAMS, "munged", "mungekey") if munge else _PROGRAMS
+    missing = [program for program in programs if not shutil.which(program, path=_SEARCH_PATH)]
     if missing:
-        return f"not installed: {', '.join(missing)} (Debian, Ubuntu: apt-get install slurm-wlm)"
+        package = "munge" if missing[-1].startswith("munge") else "slurm-wlm"
+        return f"not installed: {', '.join(missing)} (Debian, Ubuntu: apt-get install {package})"
     return None
 
 
 class TestCluster:
-    """Two SLURM nodes that live in `directory` (made if missing) from `start` to `stop`, or in a `with`.
+    """SLURM nodes that live in `directory` (made if missing) from `start` to `stop`, or in a `with`.
+
+    Args:
+        directory: of all their files.
+        nodes: how many `start` starts.
+        munge: authenticate with munge.
 
     Raises:
         ClusterError: from the constructor: the directory's path is too long or has characters that slurm.conf
@@ -123,8 +137,10 @@ class TestCluster:
 
     __test__ = False  # pytest would collect a class of this name
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, nodes: int = 2, munge: bool = False) -> None:
         self.directory = directory.absolute()
+        self.nodes = tuple(f"n{number + 1}" for number in range(nodes))
+        self.munge = munge
         # slurmstepd's sockets are in it, and the path of a socket has at most 107 bytes.
         if not re.fullmatch(r"[\w./+@~-]{1,75}", str(self.directory), re.ASCII):
             raise ClusterError(
@@ -145,23 +161,25 @@ class TestCluster:
         return kept | {"SLURM_CONF": str(self.config)}
 
     def start(self) -> None:
-        """Start the daemons and return when both nodes are idle.
+        """Start the daemons and return when all nodes are idle.
 
         Raises:
             ClusterError: SLURM is not installed, a cluster runs here already, or the nodes are not idle after
                 START_TIMEOUT_S (what had started is stopped again; the message has the ends of the logs).
         """
-        if reason := unavailable():
+        if reason := unavailable(self.munge):
             raise ClusterError(reason)
         if running := list(self.daemons()):
             raise ClusterError(f"a cluster runs in {self.directory} already (pids {running}): stop it first")
         (self.directory / "state").mkdir(parents=True, exist_ok=True)
-        for node in NODES:
+        for node in self.nodes:
             (self.directory / f"spool-{node}").mkdir(exist_ok=True)
-        self.config.write_text(_configuration(self.directory))
+        self.config.write_text(_configuration(self.directory, self.nodes, self.munge))
         try:
+            if self.munge:
+                self._start_munge()
             self._daemon("slurmctld", "-c")
-            for node in NODES:
+            for node in self.nodes:
                 self._daemon("slurmd", "-N", node)
             if not until(self._idle, START_TIMEOUT_S):
                 raise ClusterError(f"nodes are not idle after {START_TIMEOUT_S:.0f} s")
@@ -170,15 +188,17 @@ class TestCluster:
             raise ClusterError(f"{error}\n{self._logs()}") from None
 
     def stop(self) -> None:
-        """Cancel every job, then end the daemons of this directory and no others. There may be none."""
-        if self.config.exists() and any(self.daemons()) and "is UP" in self._try("scontrol", "ping"):
-            self.clear()
+        """End the daemons of this directory and the processes of their jobs, and no others. There may be none."""
         for signum in (signal.SIGTERM, signal.SIGKILL):
             for pid in self.daemons():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signum)
             if until(lambda: not any(self.daemons()), STOP_TIMEOUT_S):
-                return
+                break
+        # Jobs outlive slurmd. Started by another call, the cluster may have other nodes than `self.nodes`.
+        logs = self.directory.glob("slurmd-*.log")
+        for node in {*self.nodes, *(log.stem.removeprefix("slurmd-") for log in logs)}:
+            self.kill_node(node)
 
     def __enter__(self) -> TestCluster:
         self.start()
@@ -247,25 +267,81 @@ class TestCluster:
         self._try("scancel", f"--user={os.geteuid()}")
         until(lambda: not self._try("squeue", "--noheader"), STOP_TIMEOUT_S)
 
+    def kill_node(self, node: str) -> None:
+        """End everything on a node with SIGKILL, as if it lost power: its slurmd, and the processes of its jobs."""
+
+        def kill() -> bool:
+            """Whether none is left."""
+            found = list(_processes(_is_on(node, self.config)))
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not found
+
+        until(kill, STOP_TIMEOUT_S)
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node again. Raises ClusterError."""
+        self._daemon("slurmd", "-N", node)
+
+    def stop_controller(self) -> None:
+        """End slurmctld. Jobs go on; commands find no controller."""
+        for pid in _processes(self._is_daemon("slurmctld")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        until(lambda: not any(_processes(self._is_daemon("slurmctld"))), STOP_TIMEOUT_S)
+
+    def start_controller(self) -> None:
+        """Start slurmctld again, with the jobs that it knew, and return when it answers. Raises ClusterError."""
+        self._daemon("slurmctld")
+        if not until(lambda: "is UP" in self._try("scontrol", "ping"), START_TIMEOUT_S):
+            raise ClusterError(f"slurmctld does not answer after {START_TIMEOUT_S:.0f} s\n{self._logs()}")
+
+    def restart_controller(self) -> None:
+        """End slurmctld and start it again. Raises ClusterError."""
+        self.stop_controller()
+        self.start_controller()
+
     def daemons(self) -> Iterator[int]:
         """Process ids of the daemons of this directory that run. They have its config on their command line.
 
         So they are found, and no other process, even if pid files are old or missing.
         """
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if str(self.config).encode() in file.read_bytes().split(b"\0"):
-                    yield int(file.parent.name)
+        return _processes(self._is_daemon())
+
+    def _is_daemon(self, program: str = "") -> Callable[[Path], bool]:
+        """Whether a process, given as its directory in /proc, is a daemon of this cluster, or `program` of it."""
+
+        def check(process: Path) -> bool:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            ours = {str(self.config).encode(), f"--socket={self._munge_socket}".encode()}
+            return bool(ours.intersection(words)) and words[0].endswith(program.encode())
+
+        return check
+
+    @property
+    def _munge_socket(self) -> Path:
+        return self.directory / "munge" / "socket"
+
+    def _start_munge(self) -> None:
+        """Make a key, and start a munged that only this cluster uses. Raises ClusterError."""
+        folder = self._munge_socket.parent
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o711)  # munged refuses others
+        (folder / "key").unlink(missing_ok=True)
+        self.run(_path_of("mungekey"), "--create", f"--keyfile={folder / 'key'}")
+        files = {"key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        options = [f"--{option}={folder / name}" for option, name in files.items()]
+        # --force: it would refuse a directory below one that others can write, such as /tmp.
+        self.run(_path_of("munged"), "--force", f"--socket={self._munge_socket}", *options)
 
     def _daemon(self, program: str, *arguments: str) -> None:
-        path = shutil.which(program, path=_SEARCH_PATH)
-        assert path is not None  # checked by `start`
         # `daemons` finds it by the path of the config on its command line.
-        self.run(path, "-f", str(self.config), *arguments)
+        self.run(_path_of(program), "-f", str(self.config), *arguments)
 
     def _idle(self) -> bool:
         states = self._try("sinfo", "--noheader", "--Node", "--format=%N:%t").split()
-        return set(states) == {f"{node}:idle" for node in NODES}
+        return set(states) == {f"{node}:idle" for node in self.nodes}
 
     def _try(self, *command: str) -> str:
         """As `run`, but returns "" if the command fails: the controller may not run yet, or no longer."""
@@ -278,20 +354,52 @@ class TestCluster:
         return "\n".join(f"{log.name}:\n{_tail(log)}" for log in sorted(self.directory.glob("*.log")))
 
 
-def _configuration(directory: Path) -> str:
+def _path_of(program: str) -> str:
+    """The path of a program; `start` has checked that there is one."""
+    path = shutil.which(program, path=_SEARCH_PATH)
+    assert path is not None
+    return path
+
+
+def _processes(check: Callable[[Path], bool]) -> Iterator[int]:
+    """Process ids of the processes for whose directory in /proc `check` holds."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if check(process):
+                yield int(process.name)
+
+
+def _is_on(node: str, config: Path) -> Callable[[Path], bool]:
+    """Whether a process, given as its directory in /proc, is a daemon of a node or belongs to a job on it."""
+    variables = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={config}".encode()}
+    log = config.with_name(f"slurmd-{node}.log")
+
+    def check(process: Path) -> bool:
+        if variables.issubset((process / "environ").read_bytes().split(b"\0")):
+            return True
+        # slurmd and slurmstepd have no such environment, but the node's log.
+        return any(file.readlink() == log for file in (process / "fd").iterdir())
+
+    return check
+
+
+def _configuration(directory: Path, nodes: Sequence[str], munge: bool) -> str:
     host = socket.gethostname().split(".")[0]
-    port, *node_ports = _free_ports(1 + len(NODES))
-    nodes = "\n".join(
+    port, *node_ports = _free_ports(1 + len(nodes))
+    lines = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={CPUS}"
-        for name, node_port in zip(NODES, node_ports, strict=True)
+        for name, node_port in zip(nodes, node_ports, strict=True)
     )
     return _CONFIG.format(
         host=host,
         port=port,
         user=os.geteuid(),
         directory=directory,
-        nodes=nodes,
+        nodes=lines,
         requeue_delay=REQUEUE_DELAY_S,
+        node_timeout=NODE_TIMEOUT_S,
+        auth="munge" if munge else "none",
+        auth_info=f"socket={directory}/munge/socket," if munge else "",
     )
 
 
@@ -322,15 +430,20 @@ def _tail(file: Path, lines: int = 15) -> str:
 
 
 def main() -> int:
-    """`start DIR` or `stop DIR`; returns the exit code."""
-    parser = argparse.ArgumentParser(description="A SLURM cluster of two nodes on this machine.")
-    parser.add_argument("action", choices=["start", "stop"])
+    """`start DIR`, `stop DIR` or `kill-node DIR NODE`; returns the exit code."""
+    parser = argparse.ArgumentParser(description="A SLURM cluster on this machine.")
+    parser.add_argument("action", choices=["start", "stop", "kill-node"])
     parser.add_argument("directory", type=Path, metavar="DIR", help="everything of the cluster lies here")
+    parser.add_argument("node", nargs="?", default="n2", help="for kill-node (default: n2)")
+    parser.add_argument("--nodes", type=int, default=2, help="how many to start (default: 2)")
+    parser.add_argument("--munge", action="store_true", help="authenticate with munge")
     options = parser.parse_args()
     try:
-        cluster = TestCluster(options.directory)
+        cluster = TestCluster(options.directory, options.nodes, options.munge)
         if options.action == "stop":
             cluster.stop()
+        elif options.action == "kill-node":
+            cluster.kill_node(options.node)
         else:
             cluster.start()
             print(f"export SLURM_CONF={cluster.config}")

@@ -11,5 +11,5 @@ from megabase.slurm.testcluster.cluster import TestCluster, unavailable
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     if reason := unavailable():
         pytest.skip(f"no SLURM: {reason}")
-    with TestCluster(tmp_path_factory.mktemp("cluster")) as running:
+    with TestCluster(tmp_path_factory.mktemp("cluster"), nodes=4) as running:
         yield running

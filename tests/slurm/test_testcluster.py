@@ -1,4 +1,4 @@
-"""The test cluster starts, runs jobs on two nodes, reports errors, and leaves nothing behind."""
+"""The test cluster starts, runs jobs on its nodes, loses nodes, reports errors, and leaves nothing behind."""
 
 import os
 import shutil
@@ -120,6 +120,26 @@ def test_stop_ends_the_processes_of_jobs(tmp_path: Path) -> None:
     assert not alive(int(pid_file.read_text()))
 
 
+needs_munge = pytest.mark.skipif(unavailable(munge=True) is not None, reason=str(unavailable(munge=True)))
+
+
+@needs_munge
+@pytest.mark.slurm
+def test_with_munge_a_job_survives_a_controller_that_restarts_and_loses_a_node(tmp_path: Path) -> None:
+    with TestCluster(tmp_path / "c", munge=True) as running:
+        assert f"socket={tmp_path}/c/munge/socket" in running.run("scontrol", "show", "config")
+        script = job_script(tmp_path, "srun bash -c 'echo $$ > pid-$SLURMD_NODENAME.new; sleep 1000'")
+        job = running.submit("--nodes=2", script, cwd=tmp_path)
+        files = [tmp_path / f"pid-{node}.new" for node in running.nodes]
+        assert module.until(lambda: all(file.exists() and file.read_text() for file in files), 30)
+        tasks = [int(file.read_text()) for file in files]
+        running.restart_controller()
+        assert running.state(job) == "RUNNING"
+        running.kill_node("n2")
+        assert not alive(tasks[1]) and alive(tasks[0])
+    assert not list(running.daemons())
+
+
 @needs_slurm
 @pytest.mark.slurm
 def test_stop_finds_the_daemons_of_a_directory_that_is_gone(tmp_path: Path) -> None:
@@ -136,11 +156,11 @@ def test_a_failed_start_shows_the_logs_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # A node in the configuration for which no slurmd runs.
-    configuration: Callable[[Path], str] = module._configuration
+    configuration: Callable[..., str] = module._configuration
     monkeypatch.setattr(
         module,
         "_configuration",
-        lambda d: configuration(d) + "NodeName=n3 NodeAddr=127.0.0.1 CPUs=1 Port=1\n",
+        lambda *arguments: configuration(*arguments) + "NodeName=n3 NodeAddr=127.0.0.1 CPUs=1 Port=1\n",
     )
     monkeypatch.setattr(module, "START_TIMEOUT_S", 1.0)
     broken = TestCluster(tmp_path / "c")
@@ -152,18 +172,20 @@ def test_a_failed_start_shows_the_logs_and_leaves_nothing(
 @needs_slurm
 @pytest.mark.slurm
 def test_as_a_program(tmp_path: Path) -> None:
-    def call(action: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(module.__file__), action, str(tmp_path / "c")]
+    def call(action: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(module.__file__), action, str(tmp_path / "c"), *more]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     try:
-        started = call("start")
+        started = call("start", "--nodes=3")
         assert started.stdout == f"export SLURM_CONF={tmp_path}/c/slurm.conf\n", started.stderr
         environment = os.environ | {"SLURM_CONF": f"{tmp_path}/c/slurm.conf"}
         nodes = subprocess.run(
             ["sinfo", "-h", "-N", "-o", "%N"], env=environment, capture_output=True, text=True
         )
-        assert set(nodes.stdout.split()) == {"n1", "n2"}
+        assert set(nodes.stdout.split()) == {"n1", "n2", "n3"}
+        assert call("kill-node", "n3").returncode == 0
+        assert len(list(TestCluster(tmp_path / "c").daemons())) == 3
         again = call("start")
         assert again.returncode == 1
         assert "stop it first" in again.stderr

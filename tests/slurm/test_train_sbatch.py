@@ -275,7 +275,7 @@ def test_a_preempted_job_goes_on(cluster: TestCluster, start: Callable[..., Job]
     stops = {"waits": True, "handles": ["SIGTERM"], "code": 75}
     job = start([[{**stops, "state": "again", "lingers": 1}, stops], [DONE, {}]])
     job.wait_for_handlers()
-    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=job.home)
+    urgent = cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true", cwd=job.home)
     cluster.wait(urgent, {"COMPLETED"}, timeout_s=30)
     job.ends("COMPLETED", restarts=1)
     assert [set(signals) for signals in job.caught(0)] == [{"SIGTERM"}, {"SIGTERM"}]
@@ -290,7 +290,7 @@ def test_preemptions_after_checkpoints_are_not_counted(
     for number in range(starts):
         record = job.home / f"records/{number}-0.json"
         assert until(record.exists, 60), job.log()
-        urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=job.home)
+        urgent = cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true", cwd=job.home)
         cluster.wait(urgent, {"COMPLETED"}, timeout_s=30)
     job.ends("COMPLETED", restarts=starts)
 
