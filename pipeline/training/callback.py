@@ -38,7 +38,7 @@ from megabase.pipeline.training.decide import (
     must_write,
     situation_of,
 )
-from megabase.pipeline.training.evaluate import Evaluator, hashing_row
+from megabase.pipeline.training.evaluate import Evaluator
 from megabase.pipeline.training.guard import Trouble
 from megabase.pipeline.training.module import PretrainModule
 from megabase.pipeline.training.recorder import FinishedStep, Recorder
@@ -304,7 +304,7 @@ class TrainingCallback(pl.Callback):
             skip, most = self._config.data.on_error == SKIP, self._config.trainer.eval_sequences
             markov_bits = baselines(self._config.directory, self._data, most, skip)
             row = evaluation_row(self.step, found.subset, found.full, markov_bits)
-            self._recorder.add_evaluation(row, hashing_row(found.hashing))
+            self._recorder.add_evaluation(row, found.measured)
         loss, in_bits = found.subset["valid_loss"], found.subset["valid_bits_per_base"]
         self._show_metrics(trainer, {"valid/loss": loss, "valid/bits_per_base": in_bits})
         ending = trainer.should_stop  # the run ends after this evaluation

@@ -20,6 +20,7 @@ from megabase.pipeline.ranks.agreement import Agreement
 from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.rundir.journal import Row
+from megabase.pipeline.zero.strategy import ZeroStrategy
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,29 @@ class Evaluation:
         subset: of the windows of every evaluation, with recall (see `scoring.evaluate` and `measure_recall`).
         full: of the whole validation split, at the end of the run; None before.
         hashing: statistics of every LSH layer in the first batch of this rank, by the number of the layer.
+        update_ratio: see `ZeroStrategy.update_ratio`.
     """
 
     subset: dict[str, float]
     full: dict[str, float] | None
     hashing: dict[int, LSHStatistics]
+    update_ratio: float | None
+
+    @property
+    def measured(self) -> Row:
+        """What depends on the ranks' layout, for performance.jsonl.
+
+        Returns:
+            update_ratio; and lsh_LAYER_balance, lsh_LAYER_unmatched, lsh_LAYER_truncated and lsh_LAYER_mass_ROUND of
+            each round, counted from 0 (see `LSHStatistics`), without what a layer's rule does not have.
+        """
+        row: Row = {} if self.update_ratio is None else {"update_ratio": self.update_ratio}
+        for layer, found in self.hashing.items():
+            row[f"lsh_{layer}_balance"] = found.balance
+            if found.mass is not None:
+                row |= {f"lsh_{layer}_unmatched": found.unmatched, f"lsh_{layer}_truncated": found.truncated}
+                row |= {f"lsh_{layer}_mass_{number}": share for number, share in enumerate(found.mass)}
+        return row
 
 
 class Evaluator:
@@ -81,7 +100,8 @@ class Evaluator:
         results = self._measure(score, stop, strategy.root_device, step)
         module.train()
         agreement.settle()
-        return None if results is None else Evaluation(*results, hashing)
+        assert isinstance(strategy, ZeroStrategy)
+        return None if results is None else Evaluation(*results, hashing, strategy.update_ratio())
 
     def _measure(
         self, score: Callable[[Batch], Score], stop: Callable[[], bool], device: torch.device, step: int
@@ -117,19 +137,3 @@ class Evaluator:
         all_scored = not 0 < settings.eval_sequences < self._data.validation_windows
         full = subset if all_scored else score_windows(0)
         return None if full is None else (subset, full)
-
-
-def hashing_row(hashing: dict[int, LSHStatistics]) -> Row:
-    """The statistics of LSH layers as a row of performance.jsonl, without what a rule does not have.
-
-    Returns:
-        lsh_LAYER_balance, lsh_LAYER_unmatched, lsh_LAYER_truncated, and lsh_LAYER_mass_ROUND of each round, counted
-        from 0 (see `LSHStatistics`).
-    """
-    row: Row = {}
-    for layer, found in hashing.items():
-        row[f"lsh_{layer}_balance"] = found.balance
-        if found.mass is not None:
-            row |= {f"lsh_{layer}_unmatched": found.unmatched, f"lsh_{layer}_truncated": found.truncated}
-            row |= {f"lsh_{layer}_mass_{number}": share for number, share in enumerate(found.mass)}
-    return row

@@ -156,18 +156,18 @@ class Recorder:
         """Do not count the time since the last measurement: training was interrupted."""
         self._speed.restart()
 
-    def add_evaluation(self, row: Row, hashing: Row) -> None:
+    def add_evaluation(self, row: Row, measured: Row) -> None:
         """Write the row of an evaluation and draw the loss curve.
 
         Args:
             row: for the journal.
-            hashing: of `hashing_row`, for performance.jsonl.
+            measured: for performance.jsonl, see `Evaluation.measured`.
         """
         assert self._journal and self._progress
         self._journal.append([row])
         self._figures.add(row)
-        if hashing:
-            self._add_performance({"step": row["step"], "time": time.time(), **hashing})
+        if measured:
+            self._add_performance({"step": row["step"], "time": time.time(), **measured})
         self._speed.restart()
         line = f"step {row['step']}: validation {_against_markov(row)}"
         if text := recall(row):

@@ -44,6 +44,11 @@ PRIVATE_NAMES = tuple(
             "_global_grad_norm",
             "the engine reads this of a plain optimizer: its gradient norm",
         ),
+        (
+            _ENGINE,
+            "basic_optimizer",
+            "the optimizer of ours that it steps: its states are those of this rank's shard",
+        ),
         (_ENGINE, "checkpoint_engine", "replaced by ours, which hashes files and writes in the background"),
         (
             "deepspeed.runtime.checkpoint_engine.checkpoint_engine",

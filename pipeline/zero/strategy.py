@@ -40,6 +40,7 @@ from megabase.pipeline.zero.offload import map_from_files
 from megabase.pipeline.zero.reshard import reshard
 from megabase.pipeline.zero.settings import SavedLayout, check_engine, deepspeed_config, layout_options
 from megabase.pipeline.zero.states import Shards
+from megabase.pipeline.zero.updates import update_ratio
 
 LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -157,6 +158,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def gradient_norm(self) -> Any:
         """Global gradient norm of the last step, before clipping: a number, a tensor on the device, or None."""
         return self.deepspeed_engine.get_global_grad_norm()
+
+    def update_ratio(self) -> float | None:
+        """See `updates.update_ratio`; None before the first update, or with states on a disk. All ranks call it."""
+        optimizer = self.deepspeed_engine.basic_optimizer
+        if self.run_config.zero.on_disk or not optimizer.state:
+            return None
+        return update_ratio(optimizer)
 
 
 def skip_steps_at_least_scale(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -59,6 +59,15 @@ def test_losses_and_weights_equal_the_single_process(
         assert (here - there).abs().max() <= of_weights * moved + rounding, name
 
 
+@pytest.mark.parametrize(("stage", "precision"), list(itertools.product(STAGES, PRECISIONS)))
+def test_the_size_of_an_update_is_that_of_the_weights_difference(
+    results: dict[str, Any], stage: int, precision: str
+) -> None:
+    # Stage 0 in bf16 keeps the weights and moments themselves in bf16: a difference of 0.13 was seen.
+    tolerance = 1e-3 if precision == "fp32" else 0.25 if stage == 0 else 0.1
+    assert results[f"update-{stage}-{precision}"] == pytest.approx(results["update-alone"], rel=tolerance)
+
+
 @pytest.mark.parametrize(("stage", "precision", "offload"), OFFLOADS)
 def test_offload_changes_no_loss_and_a_resume_repeats_the_losses(
     results: dict[str, Any], stage: int, precision: str, offload: str

@@ -247,6 +247,31 @@ def offloaded(stage: int, precision: str, offload: str) -> dict[str, Any]:
     return {"plain": plain, "offloaded": whole, "resumed": whole[:3] + second.train(range(3, 5))}
 
 
+def updated(stage: int, precision: str) -> float:
+    """`update_ratio` after two steps, the second of which it is of."""
+    from megabase.pipeline.zero.updates import update_ratio
+
+    started = Started.of(stage, precision)
+    started.train(range(2))
+    return update_ratio(started.engine.basic_optimizer)
+
+
+def update_alone() -> float:
+    """The same from the weights before and after the step, in one process without DeepSpeed."""
+    model = Trained().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(step, slice(0, BATCH), reverse=False).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    decay = 1 - 1e-2 * optimizer.param_groups[0]["weight_decay"]
+    pairs = list(zip(before, (p.detach() for p in model.parameters()), strict=True))
+    moved = sum((new - decay * old).double().square().sum() for old, new in pairs)
+    return float((moved / sum(new.double().square().sum() for _, new in pairs)) ** 0.5)
+
+
 def half(stage: int) -> dict[str, Any]:
     """Losses and loss scales of fp16: six steps, the fourth of which overflows, and the sixth from a checkpoint.
 
@@ -357,6 +382,9 @@ def main(output: str) -> None:
         results["-".join(map(str, case))] = sharded(*case)
     for kept in OFFLOADS:
         results["-".join(map(str, kept))] = offloaded(*kept)
+    results["update-alone"] = update_alone()
+    for stage, precision in itertools.product(STAGES, PRECISIONS):
+        results[f"update-{stage}-{precision}"] = updated(stage, precision)
     # DeepSpeed refuses fp16 on CPUs on which it is slow. Its results are right on every CPU.
     get_accelerator().is_fp16_supported = lambda: True
     for stage in STAGES:
