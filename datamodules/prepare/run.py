@@ -8,7 +8,7 @@ is the same, byte for byte, whatever the number of processes and however often t
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,53 +16,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.index_file import INDEX_VERSION
 from megabase.datamodules.index.segments import TRAIN
 from megabase.datamodules.index.shard_index import ShardIndex
-from megabase.datamodules.prepare.inputs import check_inputs, expand, pipes_as_files, prefixed, prefixes
+from megabase.datamodules.prepare.call import Job, begun, checked
+from megabase.datamodules.prepare.inputs import is_pipe, prefixed
 from megabase.datamodules.prepare.leaks import leaks_of, warn
-from megabase.datamodules.prepare.records import Names, compression, read_file, second_record, told_apart
-from megabase.datamodules.prepare.relatives import checked_threshold, split_by_similarity
-from megabase.datamodules.prepare.sketch import Sampling, finest_scale, scale_for
+from megabase.datamodules.prepare.portions import Portion, remove, take_over
+from megabase.datamodules.prepare.records import Names, read_file, second_record, told_apart
+from megabase.datamodules.prepare.relatives import split_by_similarity
 from megabase.datamodules.prepare.splits import END, RECORD, SIMILARITY, Splits, draw, warn_of_shares
-from megabase.datamodules.prepare.unfinished import (
-    Unfinished,
-    Unit,
-    check_output,
-    digest,
-    states,
-    unfinished,
-)
+from megabase.datamodules.prepare.unfinished import Unfinished, Unit, states
 from megabase.datamodules.prepare.workers import Report, checked_jobs, run
 from megabase.datamodules.prepare.writer import SHARD_BYTES, Part, ShardWriter
 from megabase.datamodules.progress import bar
-
-_PACKED = 4  # bases in a byte of compressed DNA, about
-_UNITS_PER_SHARD = 8
-"""Small files share a unit of up to 1/8 of a shard: enough units to keep the processes busy, and few small shards."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The settings that every unit is written with.
-
-    Attributes:
-        folder: of the shards.
-        prefixes: what is put before the names of the records of each file; empty for nothing.
-        field, allow_other: as in `read_file`.
-        sampling: how 31-mers are sampled; None if they are not.
-    """
-
-    folder: Path
-    alphabet: Alphabet
-    splits: Splits
-    shard_bytes: int
-    prefixes: dict[Path, str]
-    field: str
-    allow_other: bool
-    sampling: Sampling | None
 
 
 def prepare(
@@ -111,78 +78,75 @@ def prepare(
             other arguments, is used by another prepare, or its inputs have changed; a worker was killed; the disk is
             full.
     """
-    if "://" in str(output):
-        raise DataError(
-            f"{output}: shards are written to a local directory: give one, and copy them afterwards"
-        )
-    output = Path(output).absolute()
-    paths, splits = expand(inputs, alphabet), Splits.parse(valid, test, intervals, split_by)
-    letters, jobs = Alphabet.named(alphabet), checked_jobs(jobs)
-    threshold = checked_threshold(similarity, split_by, alphabet)
-    check_inputs(paths)
-    check_output(output)
-    arguments: dict[str, object] = {
-        "INPUT": [str(path.absolute()) for path in paths],
-        "--alphabet": alphabet,
-        "--valid": str(valid),
-        "--test": str(test),
-        "--intervals": digest(Path(intervals)) if intervals is not None else None,
-        "--split-by": split_by if split_by != END else None,
-        "--similarity": similarity,
-        "--field": field,
-        "--prefix-names": prefix_names or None,
-        "shard_bytes": shard_bytes,
-        "version of the index": INDEX_VERSION,
-    }
-    rule = " and ".join(
-        f"{option} {value}" for option, value in (("--valid", valid), ("--test", test)) if value is not None
+    call = checked(
+        inputs,
+        output,
+        alphabet=alphabet,
+        valid=valid,
+        test=test,
+        intervals=intervals,
+        split_by=split_by,
+        similarity=similarity,
+        shard_bytes=shard_bytes,
+        field=field,
+        allow_other=allow_other,
+        prefix_names=prefix_names,
     )
-    with pipes_as_files(paths, output.parent) as files:
-        sizes = [path.stat().st_size for path in files]
-        sampling = _sampling(files, sizes, split_by) if letters.name == "dna" and splits.hold_out else None
-        arguments["31-mers"] = sampling and [sampling.scale, sampling.of_records]
-        with unfinished(output, arguments, continues=files == paths) as work:
-            names = prefixes(files) if prefix_names else {}
-            job = _Job(work.folder, letters, splits, shard_bytes, names, field, allow_other, sampling)
-            units = _units(files, sizes, shard_bytes)
-            parts = _written(work, units, job, jobs, progress)
-            try:
-                if split_by == SIMILARITY:
-                    parts = split_by_similarity(parts, splits.fractions, threshold)
-                _check_complete(files, splits, rule, parts)
-            except DataError:
-                work.forget(units)  # this needs other arguments, which start from the beginning
-                raise
-            leaks = leaks_of([part.kmers for part in parts if part.kmers is not None])
-            try:
-                work.publish(output, letters, parts, leaks)
-            except OSError as error:
-                raise work.resumable(_unwritable(work.folder, error)) from error
+    jobs = checked_jobs(jobs)
+    with begun(call, None) as (work, job, units):
+        take_over(work, call.output, call.arguments)
+        parts = _written(work, units, job, jobs, progress)
+        try:
+            if call.splits.by == SIMILARITY:
+                parts = split_by_similarity(parts, call.splits.fractions, call.threshold)
+            _check_complete(call.paths, call.splits, call.rule, parts)
+        except DataError:
+            work.forget(units)  # this needs other arguments, which start from the beginning
+            raise
+        leaks = leaks_of([part.kmers for part in parts if part.kmers is not None])
+        try:
+            work.publish(call.output, job.alphabet, parts, leaks)
+        except OSError as error:
+            raise work.resumable(_unwritable(work.folder, error)) from error
+    remove(call.output)
     warn(leaks)
-    return ShardIndex.open(output)
+    return ShardIndex.open(call.output)
 
 
-def _sampling(files: Sequence[Path], sizes: Sequence[int], split_by: str) -> Sampling:
-    """How 31-mers are sampled of files of these sizes: by record, as finely as possible, to compare short records."""
-    bases = sum(size * (_PACKED if compression(path) else 1) for path, size in zip(files, sizes, strict=True))
-    return Sampling(finest_scale(bases), True) if split_by == SIMILARITY else Sampling(scale_for(bases))
+def prepare_portion(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    portion: str,
+    jobs: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> int:
+    """Write one portion of the units of an output; `prepare` with the same arguments publishes all of them.
+
+    Args:
+        inputs, output, jobs, progress: as for `prepare`, the same for all portions. No input may be a pipe.
+        portion: "K/N": the K-th of N.
+        options: further ones of `prepare`.
+
+    Returns:
+        How many input files the portion has. 0: there are fewer units than portions.
+
+    Raises:
+        DataError: as `prepare`; or `portion` is not K/N, or an input is a pipe.
+    """
+    mine, jobs = Portion.parse(portion), checked_jobs(jobs)
+    call = checked(inputs, output, **options)
+    if pipes := [path for path in call.paths if is_pipe(path)]:
+        raise DataError(
+            f"--portion {portion}: {pipes[0]} is a pipe, which only one of the calls could read: write a file"
+        )
+    with begun(call, mine.folder(call.output)) as (work, job, units):
+        own = mine.units(units, [sum(path.stat().st_size for path in unit.paths) for unit in units])
+        _written(work, own, job, jobs, progress)
+    return sum(len(unit.paths) for unit in own)
 
 
-def _units(paths: Sequence[Path], sizes: Sequence[int], shard_bytes: int) -> list[Unit]:
-    """Group the inputs, in their order: neighbours share a unit while it stays below 1/8 of a shard."""
-    units: list[Unit] = []
-    filled = limit = shard_bytes // _UNITS_PER_SHARD
-    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
-        if units and filled + size <= limit:
-            units[-1] = Unit(units[-1].number, (*units[-1].paths, path))
-            filled += size
-        else:
-            units.append(Unit(number, (path,)))
-            filled = size
-    return units
-
-
-def _written(work: Unfinished, units: Sequence[Unit], job: _Job, jobs: int, progress: bool) -> list[Part]:
+def _written(work: Unfinished, units: Sequence[Unit], job: Job, jobs: int, progress: bool) -> list[Part]:
     """Write the units that are not finished yet; returns what all units hold."""
     kept = work.kept(units)
     try:
@@ -195,7 +159,7 @@ def _written(work: Unfinished, units: Sequence[Unit], job: _Job, jobs: int, prog
 
 
 def _write(
-    work: Unfinished, units: Sequence[Unit], kept: Sequence[Unit], job: _Job, jobs: int, progress: bool
+    work: Unfinished, units: Sequence[Unit], kept: Sequence[Unit], job: Job, jobs: int, progress: bool
 ) -> None:
     """Write the shards of every unit but those that are kept, the largest unit first."""
     bytes_of = {unit: sum(path.stat().st_size for path in unit.paths) for unit in units}
@@ -207,7 +171,7 @@ def _write(
                 pass
 
 
-def _write_unit(job: _Job, work: Unfinished, unit: Unit, report: Report) -> None:
+def _write_unit(job: Job, work: Unfinished, unit: Unit, report: Report) -> None:
     """Write the shards and the manifest of a unit; runs in a worker."""
     inputs, names = states(unit), Names()
 

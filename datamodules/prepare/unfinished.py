@@ -112,6 +112,17 @@ class Unfinished:
         sync(new)
         new.rename(path)
 
+    def take_over(self, other: "Unfinished") -> None:
+        """Move the finished units of another directory here, the manifest of each last."""
+        for path in other._manifests():
+            manifest = _read_manifest(path)
+            if manifest is None or not other._has_shards(manifest) or (self.folder / path.name).exists():
+                continue
+            for name in (*manifest.part.sizes, path.with_suffix(_KMERS).name, path.name):
+                if (other.folder / name).exists():
+                    (other.folder / name).rename(self.folder / name)
+        sync(self.folder)
+
     def forget(self, units: Sequence[Unit]) -> None:
         """Make units unfinished again."""
         for unit in units:
@@ -178,19 +189,22 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished(output: Path, arguments: dict[str, object], continues: bool = True) -> Iterator[Unfinished]:
+def unfinished(
+    output: Path, arguments: dict[str, object], continues: bool = True, folder: Path | None = None
+) -> Iterator[Unfinished]:
     """Make OUTPUT.partial, or continue in it. On an exception, it is kept if it holds a finished unit, else removed.
 
     Args:
         output: the directory that it becomes at the end.
         arguments: what decides the result: option -> JSON value.
         continues: whether another call can continue; False removes the directory on any exception.
+        folder: in place of OUTPUT.partial.
 
     Raises:
         DataError: `output` exists or cannot be made; another prepare uses OUTPUT.partial; it was begun with other
             arguments, or not by prepare.
     """
-    folder = output.with_name(output.name + ".partial")
+    folder = folder or output.with_name(output.name + ".partial")
     with _locked(output, folder) as lock:
         work = Unfinished(folder, lock, continues)
         try:
@@ -273,8 +287,7 @@ def _locked(output: Path, folder: Path) -> FileLock:
     for _ in range(_LOCK_TRIES):
         check_output(output)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock.take(folder / _LOCK, 0o666)
         except LockHeldError:
             time.sleep(_LOCK_WAIT_S)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megabase.pipeline.commands.splits import add_splits, print_splits, splits_of
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.readable import counted
 
 if TYPE_CHECKING:
     from megabase.datamodules.prepare.check import Damage
@@ -44,6 +45,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per CPU)")
     parser.add_argument(
+        "--portion",
+        metavar="K/N",
+        help="write only the K-th of N portions of the input files; when all are written, the same command without it "
+        "makes OUTPUT of them",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="verify the shards OUTPUT against their checksums"
     )
 
@@ -54,23 +61,28 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from megabase.datamodules.prepare.run import prepare
+    from megabase.datamodules.prepare.run import prepare, prepare_portion
 
     if not options.inputs:
         raise UserError(
             f"prepare {options.output}: give INPUT... and then OUTPUT, a new directory for shards"
         )
-    index = prepare(
-        options.inputs,
-        options.output,
-        jobs=options.jobs,
-        field=options.field,
-        prefix_names=options.prefix_names,
-        similarity=options.similarity,
-        progress=sys.stderr.isatty(),
+    common = {
+        "jobs": options.jobs,
+        "field": options.field,
+        "prefix_names": options.prefix_names,
+        "similarity": options.similarity,
+        "progress": sys.stderr.isatty(),
         **splits_of(options),
-    )
-    print_splits(options.output, index)
+    }
+    if options.portion:
+        files = prepare_portion(options.inputs, options.output, options.portion, **common)
+        print(
+            f"{options.output}: portion {options.portion} has {counted(files, 'input file')}, all written; when the"
+            f" others are, the same command without --portion makes {options.output}"
+        )
+        return 0
+    print_splits(options.output, prepare(options.inputs, options.output, **common))
     return 0
 
 
@@ -79,6 +91,8 @@ def _check(options: argparse.Namespace) -> int:
 
     if options.inputs:
         raise UserError(f"prepare --check {options.inputs[0]} ...: give one directory of shards, no inputs")
+    if options.portion:
+        raise UserError("prepare --check reads a whole directory of shards: leave out --portion")
     splits = splits_of(options)
     if any(splits[name] is not None for name in ("valid", "test", "intervals")):
         raise UserError(

@@ -23,6 +23,7 @@ COMMANDS = {
         "--prefix-names",
         "--similarity",
         "--jobs",
+        "--portion",
         "--check",
     ],
     "index": ["directory", *SPLITS],

@@ -18,8 +18,9 @@ import webdataset
 
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.prepare import unfinished
+from megabase.datamodules.prepare.call import units_of
 from megabase.datamodules.prepare.check import check
-from megabase.datamodules.prepare.run import _units, prepare
+from megabase.datamodules.prepare.run import prepare
 
 LENGTHS = (9000, 5000, 3000, 200, 100, 1)
 
@@ -184,7 +185,7 @@ def test_the_bar_reaches_the_input_s_bytes(
 
 def test_neighbours_that_are_small_share_a_unit() -> None:
     paths = [Path(name) for name in "abcdef"]
-    units = _units(paths, [100, 4, 4, 4, 9, 1], shard_bytes=80)
+    units = units_of(paths, [100, 4, 4, 4, 9, 1], shard_bytes=80)
     assert [(unit.number, [path.name for path in unit.paths]) for unit in units] == [
         (0, ["a"]),
         (1, ["b", "c"]),
@@ -262,7 +263,7 @@ def test_prepare_killed_at_any_rename_continues(
 
 
 @pytest.mark.slow
-def test_interrupted_prepare_ends_its_workers_and_keeps_finished_units(
+def test_interrupted_prepare_ends_its_workers_and_keeps_finishedunits_of(
     fastas: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     stopped = Blocked(fastas, tmp_path / "out", 2)

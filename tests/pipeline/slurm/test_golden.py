@@ -91,6 +91,15 @@ def test_profiles(profile: str, tmp_path: Path) -> None:
     check(profile, f"$ {text} --dry-run\n{shlex.join(call)}\n\n{dry_run}\n# The job runs:\n{ran}")
 
 
+ARRAY = {
+    "SLURM_ARRAY_JOB_ID": "6",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_MAX": "10",
+    "SLURM_ARRAY_TASK_COUNT": "10",
+}
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -102,3 +111,20 @@ def test_profiles(profile: str, tmp_path: Path) -> None:
 def test_scripts(name: str, arguments: list[str], tmp_path: Path) -> None:
     ran = recorded((SCRIPTS / f"{name}.sbatch").read_text(), arguments, tmp_path)
     check(name, f"$ sbatch slurm/{name}.sbatch {shlex.join(arguments)}\n{ran}")
+
+
+def test_an_array_of_prepare(tmp_path: Path) -> None:
+    script = (SCRIPTS / "prepare.sbatch").read_text()
+    ran = recorded(script, ["a.fa", "b.fa", "data/two"], tmp_path, **ARRAY)
+    check(
+        "prepare-array", f"$ sbatch --array=1-10 slurm/prepare.sbatch a.fa b.fa data/two  # element 3\n{ran}"
+    )
+
+
+def test_an_array_of_prepare_with_gaps_is_refused(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], **JOB, **ARRAY, "SLURM_ARRAY_TASK_COUNT": "2"}
+    call = ["bash", str(SCRIPTS / "prepare.sbatch"), "a.fa", "out"]
+    done = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "prepare.sbatch: the array has gaps: use --array=0-9"
+    )
