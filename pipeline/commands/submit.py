@@ -19,23 +19,50 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show the sbatch call and the job script's settings; submit nothing",
     )
+    parser.add_argument(
+        "--chain",
+        type=int,
+        default=1,
+        metavar="N",
+        help="submit N jobs, each of which continues the one before: for clusters that do not requeue jobs",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code. Nothing is submitted if the training could not run."""
     from megabase.pipeline.config.load import load
+    from megabase.pipeline.errors import UserError
     from megabase.pipeline.rundir.paths import RunPaths
     from megabase.pipeline.slurm.script import settings_of
     from megabase.pipeline.slurm.submit import at_the_job, call_for, submit
     from megabase.pipeline.training.check import check
 
+    if options.chain < 1:
+        raise UserError(f"--chain={options.chain}: must be 1 or more")
     files, overrides = split_settings(options.settings)
     config = load(files, overrides)
     call, ranks = call_for(config, Path.cwd())
     check(at_the_job(config), ranks, here=False)
     if options.dry_run:
-        print(f"{shlex.join(call)}\n\n{settings_of(config, Path.cwd())}", end="")
+        print("\n".join(calls_of(call, RunPaths(config.directory).submit_script, options.chain)))
+        print(f"\n{settings_of(config, Path.cwd(), options.chain > 1)}", end="")
         return 0
-    job = submit(config, call, Path.cwd())
-    print(f"job {job} submitted; its log: {RunPaths(config.directory).slurm_log(job)}")
+    jobs = submit(config, call, Path.cwd(), options.chain)
+    log = RunPaths(config.directory).slurm_log(jobs[0])
+    if len(jobs) == 1:
+        print(f"job {jobs[0]} submitted; its log: {log}")
+    else:
+        ids = ", ".join(map(str, jobs))
+        print(f"jobs {ids} submitted, each continues the one before; the log of the first: {log}")
     return 0
+
+
+def calls_of(call: list[str], script: Path, chain: int) -> list[str]:
+    """The commands that submit a chain of jobs, or a single one, as lines for a shell."""
+    from megabase.pipeline.slurm.submit import in_chain
+
+    if chain == 1:
+        return [shlex.join(call)]
+    first = shlex.join(in_chain(call, script, None))
+    more = [shlex.join(in_chain(call, script, f"JOB{number}")) for number in range(1, chain)]
+    return [first, *more, "scontrol release JOB1"]

@@ -10,6 +10,7 @@ Ranks of `megabase train` start in one of three ways. In each, torchrun's variab
 from __future__ import annotations
 
 import os
+import platform
 
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.readable import counted
@@ -18,6 +19,11 @@ from megabase.pipeline.readable import counted
 OVERSUBSCRIBE = "MEGABASE_OVERSUBSCRIBE"
 # In this environment variable the job script passes the path of the file in which rank 0 says where the ranks meet.
 MEETING_FILE = "MEGABASE_MEETING_FILE"
+
+
+def node_name() -> str:
+    """The name of this machine: SLURM's for the node, if this process runs in a job."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def local_devices(requested: int | None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 import sys
 import time
@@ -23,7 +22,8 @@ from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.ranks import rendezvous
-from megabase.pipeline.ranks.environment import is_rank_zero, rank_name
+from megabase.pipeline.ranks.environment import is_rank_zero, node_name, rank_name
+from megabase.pipeline.rundir.status import write_rank_failure
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,14 @@ def report_failure(error: BaseException) -> None:
     if getattr(error, "reported", False) or isinstance(error, KeyboardInterrupt):
         return
     error.reported = True  # type: ignore[attr-defined]
-    name = f"rank {rank_name()} on {platform.node()}: "
+    name = f"rank {rank_name()} on {node_name()}: "
     line = ""
     if isinstance(error, UserError | RunError | DataError | ConfigError):
         if not is_rank_zero() and _rank_zero_reports():
             return
         line = ("" if is_rank_zero() else name) + " ".join(str(error).split())
+        if not is_rank_zero():  # rank 0 has not failed in this way
+            write_rank_failure(rank_name(), node_name())
     elif isinstance(error, RuntimeError) and (lost := _PEER_LOST.search(str(error))):
         line = (
             f"{name}lost the connection to another rank ({lost[0].lower()}): that rank's own message above, or in the"
@@ -71,6 +73,7 @@ def report_failure(error: BaseException) -> None:
         )
     else:
         traceback.print_exception(error)
+        write_rank_failure(rank_name(), node_name())
     if line:
         logger.error(line)
     store = rendezvous.store()

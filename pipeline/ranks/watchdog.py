@@ -16,7 +16,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import platform
 import threading
 import time
 from contextlib import suppress
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megabase.pipeline.ranks.environment import node_name
 from megabase.pipeline.rundir.paths import RunPaths
 
 # Until the first micro batch is done, the limit is at least this many minutes: imports and compilation are slow.
@@ -85,7 +85,7 @@ class Watchdog:
         paths = RunPaths(directory)
         self._rank = rank
         self._minutes = hang_minutes
-        self._place = f"rank {rank} on {platform.node()}, process {os.getpid()}"
+        self._place = f"rank {rank} on {node_name()}, process {os.getpid()}"
         self._stacks_file = paths.stacks(rank)
         self._heartbeat_file = paths.heartbeat(rank)
         # A run must not fail because its logs cannot be written: stacks then go to stderr (descriptor 2).
@@ -163,7 +163,7 @@ class Watchdog:
         now = time.time()
         heartbeat: dict[str, Any] = {
             "rank": self._rank,
-            "host": platform.node(),
+            "host": node_name(),
             "pid": os.getpid(),
             "step": _activity.step,
             "doing": _activity.doing,

@@ -18,6 +18,8 @@ RUNNING, FINISHED = "running", "finished"
 
 # In this environment variable the job script passes the path of the file to which it wants the status written.
 STATUS_FILE_VARIABLE = "MEGABASE_STATUS_FILE"
+# Beside that file, the node of a rank that failed with an unexpected error.
+RANK_FAILURES = "failed-{rank}.json"
 
 
 def write_status(directory: Path, state: str, step: int | None) -> None:
@@ -42,6 +44,12 @@ def write_launcher_status(state: str, step: int | None, directory: Path | None =
     if directory:
         status["checkpoints"] = str(RunPaths(directory).checkpoints)
     _write(Path(file), status)
+
+
+def write_rank_failure(rank: str | None, node: str) -> None:
+    """Write for the job script, if there is one, that this rank failed by itself, and on which node."""
+    if file := os.environ.get(STATUS_FILE_VARIABLE):
+        _write(Path(file).with_name(RANK_FAILURES.format(rank=rank)), {"node": node})
 
 
 def read_status(directory: Path) -> tuple[str, int | None]:

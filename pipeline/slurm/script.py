@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import megabase
@@ -23,21 +24,22 @@ TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
 MARK = "# === megabase submit: settings ===\n"
 
 
-def job_script(config: RunConfig, call: Sequence[str], directory: Path) -> str:
+def job_script(config: RunConfig, call: Sequence[str], directory: Path, chain: bool = False) -> str:
     """The script that a job of a run executes.
 
     Args:
         config: of the run.
         call: of sbatch, for the comment at its top.
         directory: in which the job runs.
+        chain: whether the job is one of a chain.
     """
     shebang, rest = TRAIN_SCRIPT.read_text().split("\n", 1)
     before, mark, after = rest.partition(MARK)
     assert mark, f"{TRAIN_SCRIPT} has no line {MARK!r}"
-    return f"{shebang}\n# {shlex.join(call)}\n{before}{settings_of(config, directory)}{after}"
+    return f"{shebang}\n# {shlex.join(call)}\n{before}{settings_of(config, directory, chain)}{after}"
 
 
-def settings_of(config: RunConfig, directory: Path) -> str:
+def settings_of(config: RunConfig, directory: Path, chain: bool = False) -> str:
     """The lines of the script that hold the settings of a run."""
     slurm = config.slurm
     mounts = _mounts(config, directory)
@@ -58,6 +60,7 @@ def settings_of(config: RunConfig, directory: Path) -> str:
         f"INTERFACE={shlex.quote(slurm.interface or '')}",
         f"CONTAINER=({shlex.join(container)})",
         f"SRUN_OPTIONS=({shlex.join(options)})",
+        *([f"CHAIN={shlex.quote(str(RunPaths(config.directory).job))}"] if chain else []),
         *slurm.setup,
     ]
     return "".join(f"{line}\n" for line in lines)
@@ -75,13 +78,34 @@ def program(config: RunConfig) -> list[str]:
 
 
 def copy_code(target: Path) -> None:
-    """Copy the code of megabase, without its tests, to the directory `target`, in place of what is there."""
-    partial = target.with_name(f"{target.name}.partial")
+    """Copy the code of megabase, without its tests, to the directory `target`, in place of what is there.
+
+    That is kept beside it until `restore_code` or `forget_code`. If the copy fails, nothing has changed.
+    """
+    partial, before = _beside(target, "partial"), _beside(target, "before")
     shutil.rmtree(partial, ignore_errors=True)
     package = Path(megabase.__file__).parent
     shutil.copytree(package, partial / "megabase", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        target.rename(before)
     partial.rename(target)
+
+
+def restore_code(target: Path) -> None:
+    """Undo `copy_code`."""
+    shutil.rmtree(target, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        _beside(target, "before").rename(target)
+
+
+def forget_code(target: Path) -> None:
+    """Remove what `copy_code` replaced."""
+    shutil.rmtree(_beside(target, "before"), ignore_errors=True)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f"{target.name}.{suffix}")
 
 
 def _mounts(config: RunConfig, directory: Path) -> list[str]:

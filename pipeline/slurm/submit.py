@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -23,7 +24,9 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.slurm.queue import refuse_second, write_jobs
-from megabase.pipeline.slurm.script import copy_code, job_script
+from megabase.pipeline.slurm.script import copy_code, forget_code, job_script, restore_code
+
+logger = logging.getLogger(__name__)
 
 # The longest time before the limit at which SLURM can send a signal, in seconds.
 LONGEST_SIGNAL_S = 65535
@@ -118,7 +121,22 @@ def sbatch_call(
     return ["sbatch", "--parsable", *given, *slurm.extra, str(script), *arguments]
 
 
-def submit(config: RunConfig, call: Sequence[str], directory: Path) -> int:
+def in_chain(call: Sequence[str], script: Path, after: int | str | None) -> list[str]:
+    """The sbatch call of a job in a chain. The job is not requeued: the next one continues.
+
+    Args:
+        call: of `sbatch_call`, with `script`.
+        script: the job script.
+        after: the job that must end before; None: this is the first one, which waits for `scontrol release`, so that no
+            job ends before those that follow it are in the queue.
+    """
+    place = list(call).index(str(script))
+    wait = "--hold" if after is None else f"--dependency=afterany:{after}"
+    # After the options of `slurm.extra`, which they override.
+    return [*call[:place], "--no-requeue", wait, *call[place:]]
+
+
+def submit(config: RunConfig, call: Sequence[str], directory: Path, chain: int = 1) -> list[int]:
     """Write what the job needs into the run directory, run an sbatch call, and return the job's id.
 
     The run directory gets the script (`submit.sbatch`) and the settings (`submit.yaml`) that the job reads at each of
@@ -128,30 +146,66 @@ def submit(config: RunConfig, call: Sequence[str], directory: Path) -> int:
         config: of the run.
         call: of `call_for`.
         directory: in which the job runs.
+        chain: jobs to submit, of which each continues the one before. If sbatch refuses one, the others are cancelled.
+
+    Returns:
+        The ids of the jobs, in the order in which they run.
 
     Raises:
-        UserError: a job of the run waits or runs, there is no sbatch, or it refuses the job; the message has sbatch's
+        UserError: a job of the run waits or runs, there is no sbatch, or it refuses a job; the message has sbatch's
             own words.
     """
     refuse_second(config.directory, config.run.name)
     paths = RunPaths(config.directory)
-    before = {path: _content(path) for path in (paths.submit_script, paths.submit_config)}
+    before = {path: _content(path) for path in (paths.submit_script, paths.submit_config, paths.job)}
     made = [path for path in (paths.logs, *paths.logs.parents) if not path.exists()]
+    jobs: list[int] = []
+    copied = False
     try:
-        _write_files(config, call, directory)
-        printed = _run_sbatch(call)
-    except UserError:
-        _restore(before, made)
+        _write_files(config, call, directory, chain > 1)
+        copied = config.slurm.copy_code
+        for _ in range(chain):
+            after = jobs[-1] if jobs else None
+            link = in_chain(call, paths.submit_script, after) if chain > 1 else call
+            jobs.append(_job_id(_run(link)))
+            write_jobs(config.directory, jobs)
+        if chain > 1:
+            _run(["scontrol", "release", str(jobs[0])])
+    except BaseException as error:
+        if jobs:
+            _cancel(jobs)
+        if not isinstance(error, NoJobIdError):
+            if copied:
+                restore_code(paths.code)
+            _restore(before, made)
         raise
-    # sbatch of some sites prints a greeting first. The last line is JOBID or JOBID;CLUSTER.
+    if copied:
+        forget_code(paths.code)
+    return jobs
+
+
+class NoJobIdError(UserError):
+    """sbatch did not say which job it took, if any."""
+
+
+def _job_id(printed: str) -> int:
+    """The id in what sbatch printed. Some sites print a greeting first. The last line is JOBID or JOBID;CLUSTER."""
     job = re.search(r"^(\d+)(;.*)?\s*\Z", printed, re.MULTILINE)
     if not job:
-        raise UserError(
+        raise NoJobIdError(
             "sbatch printed no job id, so it is not known whether it took the job; it printed:"
             f" {' '.join(printed.split())}"
         )
-    write_jobs(config.directory, [int(job[1])])
     return int(job[1])
+
+
+def _cancel(jobs: Sequence[int]) -> None:
+    """Cancel the jobs of a chain that could not be submitted as a whole."""
+    ids = [str(job) for job in jobs]
+    try:
+        _run(["scancel", *ids])
+    except UserError as error:
+        logger.error(f"{error}; cancel the jobs of this chain by hand: scancel {' '.join(ids)}")
 
 
 def _content(path: Path) -> bytes | None:
@@ -170,29 +224,34 @@ def _restore(before: dict[Path, bytes | None], made: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _write_files(config: RunConfig, call: Sequence[str], directory: Path) -> None:
+def _write_files(config: RunConfig, call: Sequence[str], directory: Path, chain: bool) -> None:
     """Write script, settings and, with `slurm.copy_code`, the code. Raises UserError if they cannot be written."""
     paths = RunPaths(config.directory)
     try:
         paths.logs.mkdir(parents=True, exist_ok=True)
         save(config, paths.submit_config)
-        publish(paths.submit_script, job_script(config, call, directory).encode())
+        publish(paths.submit_script, job_script(config, call, directory, chain).encode())
         if config.slurm.copy_code:
             copy_code(paths.code)
     except OSError as error:
         raise UserError(f"{error.filename or config.directory} cannot be written: {error.strerror}") from None
 
 
-def _run_sbatch(call: Sequence[str]) -> str:
-    """Run an sbatch call; returns what it printed. Raises UserError if there is no sbatch, or it refuses the job."""
+def _run(call: Sequence[str]) -> str:
+    """Run sbatch, or another program of SLURM; returns what it printed.
+
+    Raises:
+        UserError: there is no such program, or it refuses.
+    """
+    program = call[0]
     try:
         done = subprocess.run(call, env=_job_environment(), capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError("sbatch is not on PATH: submit from a login node of the SLURM cluster") from None
+        raise UserError(f"{program} is not on PATH: submit from a login node of the SLURM cluster") from None
     answer = " ".join((done.stderr or done.stdout).split())
     if done.returncode:
         hint = "; for a cluster without GPUs set slurm.gpus=null" if "gres" in answer.lower() else ""
-        raise UserError(f"sbatch refuses: {answer or f'exit code {done.returncode}'}{hint}")
+        raise UserError(f"{program} refuses: {answer or f'exit code {done.returncode}'}{hint}")
     return done.stdout
 
 

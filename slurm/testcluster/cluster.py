@@ -10,9 +10,10 @@ As a context manager:
         cluster.wait(job, {"COMPLETED"}, timeout_s=60)
 
 What is special: one slurmctld, and a slurmd for each node n1, n2, ..., which report CPUS each, whatever the machine
-has. All their files are in the directory, they listen on free ports, and job ids begin in a range of their own, so
-several clusters can run side by side. It needs no cgroups, accounting or root (without root, jobs run as this user)
-and munge only with `munge=True`: then a munged of its own, with its own key and socket, signs all messages.
+has. A job gets the first nodes that are free. All their files are in the directory, they listen on free ports, and job
+ids begin in a range of their own, so several clusters can run side by side. It needs no cgroups, accounting or root
+(without root, jobs run as this user), and munge only with `munge=True`: then a munged of its own, with its own key and
+socket, signs all messages.
 
 A requeued job starts again after REQUEUE_DELAY_S instead of two minutes. A node that is set down (`scontrol update
 NodeName=n2 State=DOWN Reason=test`) loses its jobs and comes back by itself; one that no longer answers (`kill_node`)
@@ -28,29 +29,25 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-CPUS = 2
+from megabase.slurm.testcluster.configuration import configuration
+from megabase.slurm.testcluster.processes import is_on, processes
+
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
-# slurmctld lets a requeued job wait for as long as a credential lives, and takes no less than 5 s. Do not cut
-# the wait short with `scontrol update StartTime=now`: a node that still knows the old credential refuses the
-# job, and slurmctld then fails it ("Job credential revoked").
-REQUEUE_DELAY_S = 5
-# Seconds without an answer after which slurmctld sets a node down.
-NODE_TIMEOUT_S = 15
 FINAL_STATES = {
     "COMPLETED",
     "FAILED",
     "CANCELLED",
     "TIMEOUT",
     "NODE_FAIL",
+    "PREEMPTED",
     "OUT_OF_MEMORY",
     "BOOT_FAIL",
     "DEADLINE",
@@ -59,53 +56,6 @@ FINAL_STATES = {
 # The daemons are in sbin, which may not be on PATH.
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"])
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
-
-_CONFIG = """\
-ClusterName=testcluster
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
-SlurmUser={user}
-SlurmdUser={user}
-# A job id of its own range, so that a job is not taken for one of another cluster.
-FirstJobId={port}
-
-AuthType=auth/{auth}
-AuthInfo={auth_info}cred_expire={requeue_delay}
-CredType=cred/{auth}
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MailProg=/bin/true
-
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerType=sched/builtin
-# Look for work at once, not every few seconds.
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
-SlurmdParameters=config_overrides
-ReturnToService=2
-KillWait=5
-SlurmdTimeout={node_timeout}
-MinJobAge=86400
-
-StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/spool-%n
-SlurmctldPidFile={directory}/slurmctld.pid
-SlurmdPidFile={directory}/slurmd-%n.pid
-SlurmctldLogFile={directory}/slurmctld.log
-SlurmdLogFile={directory}/slurmd-%n.log
-
-{nodes}
-# A job in `urgent` preempts the others: SIGTERM to their tasks, at most 30 s, back into the queue or the end.
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
-PartitionName=spot Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30 PreemptMode=CANCEL
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
-"""
 
 
 class ClusterError(RuntimeError):
@@ -174,7 +124,7 @@ class TestCluster:
         (self.directory / "state").mkdir(parents=True, exist_ok=True)
         for node in self.nodes:
             (self.directory / f"spool-{node}").mkdir(exist_ok=True)
-        self.config.write_text(_configuration(self.directory, self.nodes, self.munge))
+        self.config.write_text(configuration(self.directory, self.nodes, self.munge))
         try:
             if self.munge:
                 self._start_munge()
@@ -272,7 +222,7 @@ class TestCluster:
 
         def kill() -> bool:
             """Whether none is left."""
-            found = list(_processes(_is_on(node, self.config)))
+            found = list(processes(is_on(node, self.config)))
             for pid in found:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -286,10 +236,10 @@ class TestCluster:
 
     def stop_controller(self) -> None:
         """End slurmctld. Jobs go on; commands find no controller."""
-        for pid in _processes(self._is_daemon("slurmctld")):
+        for pid in processes(self._is_daemon("slurmctld")):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        until(lambda: not any(_processes(self._is_daemon("slurmctld"))), STOP_TIMEOUT_S)
+        until(lambda: not any(processes(self._is_daemon("slurmctld"))), STOP_TIMEOUT_S)
 
     def start_controller(self) -> None:
         """Start slurmctld again, with the jobs that it knew, and return when it answers. Raises ClusterError."""
@@ -307,7 +257,7 @@ class TestCluster:
 
         So they are found, and no other process, even if pid files are old or missing.
         """
-        return _processes(self._is_daemon())
+        return processes(self._is_daemon())
 
     def _is_daemon(self, program: str = "") -> Callable[[Path], bool]:
         """Whether a process, given as its directory in /proc, is a daemon of this cluster, or `program` of it."""
@@ -359,57 +309,6 @@ def _path_of(program: str) -> str:
     path = shutil.which(program, path=_SEARCH_PATH)
     assert path is not None
     return path
-
-
-def _processes(check: Callable[[Path], bool]) -> Iterator[int]:
-    """Process ids of the processes for whose directory in /proc `check` holds."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            if check(process):
-                yield int(process.name)
-
-
-def _is_on(node: str, config: Path) -> Callable[[Path], bool]:
-    """Whether a process, given as its directory in /proc, is a daemon of a node or belongs to a job on it."""
-    variables = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={config}".encode()}
-    log = config.with_name(f"slurmd-{node}.log")
-
-    def check(process: Path) -> bool:
-        if variables.issubset((process / "environ").read_bytes().split(b"\0")):
-            return True
-        # slurmd and slurmstepd have no such environment, but the node's log.
-        return any(file.readlink() == log for file in (process / "fd").iterdir())
-
-    return check
-
-
-def _configuration(directory: Path, nodes: Sequence[str], munge: bool) -> str:
-    host = socket.gethostname().split(".")[0]
-    port, *node_ports = _free_ports(1 + len(nodes))
-    lines = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={CPUS}"
-        for name, node_port in zip(nodes, node_ports, strict=True)
-    )
-    return _CONFIG.format(
-        host=host,
-        port=port,
-        user=os.geteuid(),
-        directory=directory,
-        nodes=lines,
-        requeue_delay=REQUEUE_DELAY_S,
-        node_timeout=NODE_TIMEOUT_S,
-        auth="munge" if munge else "none",
-        auth_info=f"socket={directory}/munge/socket," if munge else "",
-    )
-
-
-def _free_ports(number: int) -> list[int]:
-    """Different TCP ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def until(condition: Callable[[], bool], timeout_s: float) -> bool:

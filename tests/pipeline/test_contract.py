@@ -31,7 +31,7 @@ COMMANDS = {
     "checkpoints": ["directory", "--json", "--fast"],
     "watch": ["directory", "--once"],
     "train": ["settings", "--dry-run"],
-    "submit": ["settings", "--dry-run"],
+    "submit": ["settings", "--dry-run", "--chain"],
     "export": ["directory", "output", "--format", "--step", "--best", "--dtype"],
     "evaluate": [
         "model",
@@ -48,7 +48,10 @@ COMMANDS = {
         "--json",
     ],
     "bench": ["benchmark"],
-    "job-end": ["--code", "--status", "--record", "--job-state", "--reason", "--max-stalls"],
+    "job-end": [
+        *("--code", "--status", "--record", "--log", "--job", "--seconds", "--job-state", "--reason"),
+        *("--max-stalls", "--successors", "--needed", "--usable", "--excluded", "--required"),
+    ],
 }
 SHARED = ["--repeat", "--seconds", "--json", "--picture"]
 BENCHMARKS = {

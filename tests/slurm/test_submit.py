@@ -31,7 +31,7 @@ def test_a_submitted_run_runs(
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     (bin_dir / "megabase").write_text(
-        '#!/bin/sh\n[ "$1" = job-end ] && echo 0 || echo "rank $SLURM_PROCID in $PWD with $SEEN: $*"\n'
+        '#!/bin/sh\n[ "$1" = job-end ] && echo end 0 - || echo "rank $SLURM_PROCID in $PWD with $SEEN: $*"\n'
     )
     (bin_dir / "megabase").chmod(0o755)
     (tmp_path / "a b.yaml").write_text("optim: {lr: 0.2}\n")
@@ -76,7 +76,7 @@ def test_training_runs_in_a_container(
     bin_dir.mkdir()
     programs = {
         "apptainer": f'echo "$@" >> {tmp_path}/calls\nwhile [ "$1" != a.sif ]; do shift; done\nshift\nexec "$@"',
-        "megabase": '[ "$1" = job-end ] && echo 0 || echo "trains with $2"',
+        "megabase": '[ "$1" = job-end ] && echo end 0 - || echo "trains with $2"',
     }
     for name, body in programs.items():
         (bin_dir / name).write_text(f"#!/bin/sh\n{body}\n")

@@ -156,10 +156,10 @@ def test_a_failed_start_shows_the_logs_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # A node in the configuration for which no slurmd runs.
-    configuration: Callable[..., str] = module._configuration
+    configuration: Callable[..., str] = module.configuration
     monkeypatch.setattr(
         module,
-        "_configuration",
+        "configuration",
         lambda *arguments: configuration(*arguments) + "NodeName=n3 NodeAddr=127.0.0.1 CPUs=1 Port=1\n",
     )
     monkeypatch.setattr(module, "START_TIMEOUT_S", 1.0)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from megabase.pipeline.slurm.script import TRAIN_SCRIPT
-from megabase.slurm.testcluster.cluster import CPUS, TestCluster, until
+from megabase.slurm.testcluster.cluster import TestCluster, until
+from megabase.slurm.testcluster.configuration import CPUS
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ class Job:
         self.cluster.wait(self.id, {state}, timeout_s)
         shown = self.cluster.show(self.id)
         assert (shown["Restarts"], shown["ExitCode"]) == (str(restarts), code), self.log()
-        assert not list(self.home.glob("log.json"))  # the record between starts
+        assert not list(self.home.glob("log*.json"))  # the record between starts
 
     def log(self) -> str:
         return (self.home / "log").read_text()
@@ -164,7 +165,7 @@ def test_a_signal_stops_both_tasks_and_the_job_goes_on(
         assert "PYTHONPATH" not in env
     # Every rank and start has a file; the job's log has rank 0's lines as well.
     for number in (0, 1):
-        folder = job.home / f"log.{number}"
+        folder = job.home / f"log-{job.id}.{number}"  # --output=log does not have the id
         assert records[number, 0]["env"]["MEGABASE_MEETING_FILE"] == str(folder / "meeting.json")
         for rank in (0, 1):
             assert (folder / f"rank-{rank}.log").read_text() == f"start {number} rank {rank}\n"

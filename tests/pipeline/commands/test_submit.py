@@ -32,6 +32,24 @@ def test_a_dry_run_prints_a_line_for_the_shell_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["a b.yaml"]
 
 
+def test_a_dry_run_of_a_chain_prints_its_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "check", lambda config, ranks, here: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["submit", *SETTINGS, "--dry-run", "--chain", "3"]) == 0
+    commands, _, script = capsys.readouterr().out.partition("\n\n")
+    run = tmp_path / "runs" / "genome"
+    files = f"{run}/submit.sbatch {run}/submit.yaml"
+    ends = ["--hold", "--dependency=afterany:JOB1", "--dependency=afterany:JOB2"]
+    lines = commands.split("\n")
+    assert [line.partition(" --no-requeue ")[2] for line in lines[:3]] == [f"{end} {files}" for end in ends]
+    assert lines[3:] == ["scontrol release JOB1"]
+    assert f"CHAIN={run}/job.json" in script.splitlines()
+    assert cli.main(["submit", *SETTINGS, "--chain", "0"]) == 2
+    assert capsys.readouterr().err == "megabase: --chain=0: must be 1 or more\n"
+
+
 def test_a_training_that_could_not_run_is_not_submitted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ Each script runs under bash with stubs in place of SLURM, the container and mega
 """
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -32,6 +33,7 @@ JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "n[1-2]",
     "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_PARTITION": "gpu",
     "SLURM_NTASKS_PER_NODE": "8",
     "SLURM_CPUS_PER_TASK": "12",
 }
@@ -42,12 +44,13 @@ STUBS = {
 """
     + RECORD,
     "scontrol": """case "$1 $2" in
-"show hostnames") printf 'n1\\nn2\\n' ;;
+"show hostnames") [ -z "$3" ] || printf 'n1\\nn2\\n' ;;
 "show job") echo "JobId=7 JobState=RUNNING Reason=None StdOut=DIR/slurm-7.out x=y" ;;
 esac
 """,
-    "megabase": RECORD + "echo 0\n",
-    "apptainer": RECORD + "echo 0\n",
+    "sinfo": "printf 'n1\\nn2\\nn3\\n'",
+    "megabase": RECORD + "echo end 0 -\n",
+    "apptainer": RECORD + "echo end 0 -\n",
     "getent": "exit 0\n",
     "tail": "exit 0\n",
 }
@@ -66,7 +69,8 @@ def recorded(script: str, arguments: list[str], directory: Path, **more: str) ->
     call = ["bash", str(directory / "script"), *arguments]
     done = subprocess.run(call, env=environment, cwd=directory, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return (directory / "record").read_text().replace(str(directory), "DIR")
+    record = (directory / "record").read_text().replace(str(directory), "DIR")
+    return re.sub(r"(?<=--seconds )\d+", "S", record)
 
 
 def check(name: str, text: str) -> None:

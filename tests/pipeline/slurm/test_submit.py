@@ -169,16 +169,16 @@ def run_config(directory: Path, *settings: str) -> RunConfig:
     return load([], [*run, "trainer.nodes=2", "trainer.devices=8", *settings])
 
 
-def submitted(directory: Path, *settings: str) -> int:
-    """Submit a run; returns the job's id."""
+def submitted(directory: Path, *settings: str, chain: int = 1) -> list[int]:
+    """Submit a run; returns the ids of its jobs."""
     config = run_config(directory, *settings)
-    return submit.submit(config, call_for(config, directory)[0], directory)
+    return submit.submit(config, call_for(config, directory)[0], directory, chain)
 
 
 @pytest.mark.parametrize("answer", ["123", "123;cluster2", "Welcome to the machine\\n\\n123"])
 def test_the_job_id_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str) -> None:
     fake_sbatch(monkeypatch, tmp_path, f"printf '{answer}\\n'")
-    assert submitted(tmp_path) == 123
+    assert submitted(tmp_path) == [123]
     assert read_jobs(tmp_path / "runs" / "genome") == [123]
 
 
@@ -218,6 +218,63 @@ def test_a_refusal_leaves_a_run_that_was_there_as_it_was(
     assert (run / "submit.sbatch").read_text() == "before"
 
 
+def test_a_refusal_leaves_the_code_with_which_an_earlier_job_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_sbatch(monkeypatch, tmp_path, "exit 1")
+    run = tmp_path / "runs" / "genome"
+    with pytest.raises(UserError):
+        submitted(tmp_path, "slurm.copy_code=true")
+    assert not run.exists()
+    (run / "code").mkdir(parents=True)
+    (run / "code" / "before").touch()
+    with pytest.raises(UserError):
+        submitted(tmp_path, "slurm.copy_code=true")
+    assert [path.name for path in run.rglob("*")] == ["code", "before"]
+
+
+# sbatch counts from 12 and notes its options; the others note their arguments.
+CHAIN = """\
+n=$(cat {0}/n 2>/dev/null || echo 12); echo $((n + 1)) > {0}/n
+for word; do case $word in --hold|--dependency*|--no-requeue) echo "$word" >> {0}/calls ;; esac; done
+[ $n = {1} ] && {{ echo 'too many jobs' >&2; exit 1; }}
+echo $n"""
+
+
+def test_the_jobs_of_a_chain_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_sbatch(monkeypatch, tmp_path, CHAIN.format(tmp_path, "none"))
+    for name in ("scontrol", "scancel"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n')
+        (tmp_path / name).chmod(0o755)
+    run = tmp_path / "runs" / "genome"
+    # An option of the user that a chain overrides stays in front of the chain's own.
+    more = 'slurm.extra=["--requeue"]'
+    assert submitted(tmp_path, more, chain=3) == read_jobs(run) == [12, 13, 14]
+    assert (tmp_path / "calls").read_text().split("\n")[:-1] == [
+        *("--no-requeue", "--hold", "--no-requeue", "--dependency=afterany:12"),
+        *("--no-requeue", "--dependency=afterany:13", "scontrol release 12"),
+    ]
+    assert f"CHAIN={run}/job.json" in (run / "submit.sbatch").read_text().splitlines()
+
+
+def test_a_chain_of_which_a_job_is_refused_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_sbatch(monkeypatch, tmp_path, CHAIN.format(tmp_path, 14))
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho scancel "$@" >> {tmp_path}/calls\n')
+    (tmp_path / "scancel").chmod(0o755)
+    with pytest.raises(UserError, match="sbatch refuses: too many jobs"):
+        submitted(tmp_path, chain=4)
+    assert (tmp_path / "calls").read_text().split("\n")[-2] == "scancel 12 13"
+    assert not (tmp_path / "runs").exists()
+    # The controller answers neither sbatch nor scancel.
+    (tmp_path / "n").unlink()
+    (tmp_path / "scancel").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UserError, match="sbatch refuses: too many jobs"):
+        submitted(tmp_path, chain=4)
+    assert "cancel the jobs of this chain by hand: scancel 12 13" in caplog.text
+
+
 def test_without_sbatch_the_message_says_where_to_submit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -233,13 +290,13 @@ def test_a_run_that_waits_or_runs_is_not_submitted_again(
     queue = f'case "$*" in *--jobs=7*) cat {tmp_path}/state ;; *) exit 1 ;; esac'
     fake_sbatch(monkeypatch, tmp_path, "echo 7", queue)
     (tmp_path / "state").write_text("PENDING\n")
-    assert submitted(tmp_path) == 7
+    assert submitted(tmp_path) == [7]
     before = (tmp_path / "runs" / "genome" / "submit.yaml").read_text()
     with pytest.raises(UserError, match=r"job 7 of this run is PENDING already: .* `scancel 7`"):
         submitted(tmp_path, "optim.lr=0.5")
     assert (tmp_path / "runs" / "genome" / "submit.yaml").read_text() == before
     (tmp_path / "state").write_text("")  # it has ended
-    assert submitted(tmp_path, "optim.lr=0.5") == 7
+    assert submitted(tmp_path, "optim.lr=0.5") == [7]
 
 
 def test_the_run_directory_keeps_what_was_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
