@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT_MIB=64
 WHEELS=(
     deepspeed hjson pydantic pydantic_core annotated-types typing-inspection  # DeepSpeed and what it needs
-    typing_extensions omegaconf dnaio xopen isal zlib-ng backports.zstd  # megabase
+    typing_extensions omegaconf dnaio xopen isal zlib-ng backports.zstd nvidia-ml-py  # megabase
     reformer-pytorch axial_positional_embedding product_key_memory local-attention  # the peers
     CoLT5-attention hyper-connections torch-einops-utils performer-pytorch
 )

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 from megabase.models.config import ConfigError

@@ -273,11 +273,17 @@ class TrackingConfig:
         enabled: false: write the journal only, nothing to MLflow.
         uri: Tracking server. null: `sqlite:///<run.root>/mlflow.db`.
         experiment: Name of the MLflow experiment.
+        system_seconds: Every node measures its CPUs, memory, network and GPUs at this interval. 0: never.
     """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "megabase"
+    system_seconds: float = 30.0
+
+    def validate(self) -> None:
+        """Raise UserError for a value out of its range."""
+        _require_not_negative(self, "tracking", "system_seconds")
 
 
 @dataclass
@@ -311,7 +317,15 @@ class RunConfig:
         for key, number in dotted(self).items():
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={number}: must be a finite number")
-        for section in (self.run, self.optim, self.trainer, self.zero, self.checkpoint, self.guard):
+        for section in (
+            self.run,
+            self.optim,
+            self.trainer,
+            self.zero,
+            self.checkpoint,
+            self.guard,
+            self.tracking,
+        ):
             section.validate()
         _require_positive(self.data, "data", "length", "global_batch", "micro_batch")
         self.data.validate()

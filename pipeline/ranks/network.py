@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 

@@ -118,6 +118,10 @@ class RunPaths:
         """The Python stacks of a rank that hung."""
         return self.logs / f"rank-{rank}.stacks.txt"
 
+    def system(self, node: str) -> Path:
+        """CPUs, memory, network and GPUs of a node while it trained."""
+        return self.logs / f"system-{node}.jsonl"
+
     def bad_step(self, step: int) -> Path:
         """The windows of a step whose loss or gradient norm was bad."""
         return self.logs / f"bad-step-{step}.json"

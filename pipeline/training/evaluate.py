@@ -13,6 +13,7 @@ from megabase.datamodules.batches.collate import Batch
 from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.models.attention.statistics import LSHStatistics, lsh_statistics
 from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.hardware import peak_memory
 from megabase.pipeline.inference.parts import part_names
 from megabase.pipeline.inference.scoring import Score, evaluate, measure_recall
 from megabase.pipeline.ranks import watchdog
@@ -32,22 +33,27 @@ class Evaluation:
         full: of the whole validation split, at the end of the run; None before.
         hashing: statistics of every LSH layer in the first batch of this rank, by the number of the layer.
         update_ratio: see `ZeroStrategy.update_ratio`.
+        memory: peak memory of every rank so far, bytes.
     """
 
     subset: dict[str, float]
     full: dict[str, float] | None
     hashing: dict[int, LSHStatistics]
     update_ratio: float | None
+    memory: list[int]
 
     @property
     def measured(self) -> Row:
         """What depends on the ranks' layout, for performance.jsonl.
 
         Returns:
-            update_ratio; and lsh_LAYER_balance, lsh_LAYER_unmatched, lsh_LAYER_truncated and lsh_LAYER_mass_ROUND of
-            each round, counted from 0 (see `LSHStatistics`), without what a layer's rule does not have.
+            rank_memory_bytes_most and rank_memory_bytes_least, the ranks' peaks so far; update_ratio; and for each LSH
+            layer lsh_LAYER_balance, lsh_LAYER_unmatched, lsh_LAYER_truncated and lsh_LAYER_mass_ROUND of each round,
+            counted from 0 (see `LSHStatistics`), without what the layer's rule does not have.
         """
-        row: Row = {} if self.update_ratio is None else {"update_ratio": self.update_ratio}
+        row: Row = {"rank_memory_bytes_most": max(self.memory), "rank_memory_bytes_least": min(self.memory)}
+        if self.update_ratio is not None:
+            row["update_ratio"] = self.update_ratio
         for layer, found in self.hashing.items():
             row[f"lsh_{layer}_balance"] = found.balance
             if found.mass is not None:
@@ -101,7 +107,10 @@ class Evaluator:
         module.train()
         agreement.settle()
         assert isinstance(strategy, ZeroStrategy)
-        return None if results is None else Evaluation(*results, hashing, strategy.update_ratio())
+        if results is None:
+            return None
+        memory = self._groups.world.gather(peak_memory())
+        return Evaluation(*results, hashing, strategy.update_ratio(), memory)
 
     def _measure(
         self, score: Callable[[Batch], Score], stop: Callable[[], bool], device: torch.device, step: int

@@ -104,7 +104,7 @@ class Recorder:
     def add(self, step: FinishedStep) -> None:
         """Note a finished step. Nothing is read from the device before `flush`."""
         self._unwritten.append(step)
-        self._speed.steps += 1
+        self._speed.add_step()
 
     def add_samples(self, agreed: Agreed | None) -> None:
         """Note the samples that all ranks consumed in a step; None: nothing was agreed."""

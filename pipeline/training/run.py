@@ -7,6 +7,7 @@ each of those calls it again as a rank. Lightning and DeepSpeed are imported in 
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from megabase.pipeline.tracking.mirror import Mirror, is_complete
 from megabase.pipeline.training.check import check
 from megabase.pipeline.training.machine import check_machine, warnings_about
 from megabase.pipeline.training.outcome import Outcome, conclude, state_of, write_running
+from megabase.pipeline.training.system import system_monitor
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,9 @@ def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     world = groups.world
     with _locked(config.directory, world):
         watch = watchdog.Watchdog(config.directory, world.rank, config.trainer.hang_minutes).start()
-        state = fit(config, devices, groups, stop)
+        measures = _is_first_of_its_node(world)
+        with system_monitor(config.directory, config.tracking.system_seconds if measures else 0):
+            state = fit(config, devices, groups, stop)
         world.check(None)
     torch.distributed.destroy_process_group()
     watch.stop()
@@ -153,6 +157,12 @@ def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
     first = f"remove {RunPaths(config.directory).stop}, then " if state == "stopped" else ""
     logger.info(f"stopped: {config.directory}; {first}{resume_hint(config.directory)}")
     return EXIT_AGAIN
+
+
+def _is_first_of_its_node(world: Group) -> bool:
+    """Whether no earlier rank runs on this rank's node. All ranks call it."""
+    nodes = world.gather(platform.node())
+    return nodes.index(nodes[world.rank]) == world.rank
 
 
 @contextmanager

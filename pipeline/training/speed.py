@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 
 import torch
@@ -20,8 +22,7 @@ class Speed:
         ranks: devices that share the work.
 
     Attributes:
-        steps: optimizer steps since the last measurement.
-        data_seconds: the part of that time that was spent waiting for batches.
+        data_seconds: time since the last measurement that was spent waiting for batches.
     """
 
     def __init__(self, config: RunConfig, ranks: int) -> None:
@@ -35,9 +36,17 @@ class Speed:
 
     def restart(self) -> None:
         """Measure from now on."""
-        self._since = time.monotonic()
-        self.steps = 0
+        self._marks = [time.monotonic()]
         self.data_seconds = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps since the last measurement."""
+        return len(self._marks) - 1
+
+    def add_step(self) -> None:
+        """Note that an optimizer step has ended."""
+        self._marks.append(time.monotonic())
 
     def measure(self) -> Row:
         """The figures since the last measurement, for `performance.jsonl`; starts the next measurement.
@@ -46,9 +55,11 @@ class Speed:
             tokens_per_second of all ranks; tokens_per_second_per_device; model_tflops per device, counted as one
             forward pass and a backward pass of twice its cost; hardware_tflops per device, with the forward pass that
             a reversible model computes again; mfu and hfu, these two as shares of the device's peak, if its data
-            sheet is known; peak_memory_bytes of rank 0; data_wait, the share of time spent waiting for batches.
+            sheet is known; step_seconds_median and step_seconds_most; peak_memory_bytes of rank 0; data_wait, the share
+            of time spent waiting for batches.
         """
-        seconds = max(time.monotonic() - self._since, 1e-9)
+        seconds = max(time.monotonic() - self._marks[0], 1e-9)
+        steps = sorted(after - before for before, after in itertools.pairwise(self._marks))
         rate = self._tokens_per_step * self.steps / seconds
         per_device = rate / self._ranks
         model, hardware = (per_device * flops for flops in self._flops)
@@ -57,6 +68,8 @@ class Speed:
             "tokens_per_second_per_device": per_device,
             "model_tflops": model / 1e12,
             "hardware_tflops": hardware / 1e12,
+            "step_seconds_median": statistics.median(steps),
+            "step_seconds_most": steps[-1],
             "peak_memory_bytes": peak_memory(),
             "data_wait": self.data_seconds / seconds,
         }

@@ -73,6 +73,7 @@ def test_unknown_key_names_the_closest_one_and_its_place(tmp_path: Path) -> None
             "trainer.hang_minutes=-1",
             r"trainer\.hang_minutes=-1\.0: must not be negative \(0 switches it off\)",
         ),
+        ("tracking.system_seconds=-1", r"tracking\.system_seconds=-1\.0: must not be negative"),
         ("checkpoint.every_minutes=-1", r"checkpoint\.every_minutes=-1\.0: must not be negative"),
         ("trainer.precision=fp8", r"trainer\.precision='fp8': choose one of"),
         ("run.name=a/b", r"run\.name='a/b'"),

@@ -70,6 +70,7 @@ def test_rows_of_evaluations_have_the_markov_models(undisturbed: Path) -> None:
     hashing = [row for row in read(undisturbed / "performance.jsonl") if "lsh_1_balance" in row]
     assert [row["step"] for row in hashing] == [10, 20, 30, STEPS]
     assert all(0 < row["lsh_1_balance"] <= 1 and 0 <= row["lsh_1_unmatched"] < 0.5 for row in hashing)
+    assert all(0 < row["rank_memory_bytes_least"] <= row["rank_memory_bytes_most"] for row in hashing)
     assert all(1e-6 < row["update_ratio"] < 0.1 for row in hashing)
     # The end of the run has both: the windows of every evaluation, and the whole split with Markov models of its own.
     assert rows[-1]["full_valid_bases"] == 4850 // 512 * 512
