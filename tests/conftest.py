@@ -40,6 +40,7 @@ SETTINGS = [
     "trainer.devices=2",
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_steps=1",
+    "tracking.system_seconds=1",
     "trainer.eval_every_steps=10",
     "trainer.eval_sequences=4",
     "checkpoint.every_steps=5",

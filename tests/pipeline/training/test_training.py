@@ -35,6 +35,8 @@ def test_the_run_directory_describes_itself(undisturbed: Path, lambda_shards: Pa
     } <= {path.name for path in undisturbed.iterdir()}
     assert json.loads((undisturbed / "status.json").read_text()) == {"state": "finished", "step": STEPS}
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (system,) = (undisturbed / "logs").glob("system-*.jsonl")  # two ranks, one node
+    assert [json.loads(line)["sample"] for line in system.read_text().splitlines()][:2] == [0, 1]
     rows = training_rows(undisturbed)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["bits_per_base"] == bits(row["loss"]) for row in rows)
