@@ -35,7 +35,15 @@ def directory_size(path: Path) -> int:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no file, or it cannot be read, or holds anything else."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return as_object(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def as_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that bytes hold; empty if they hold anything else."""
+    try:
+        found = json.loads(content)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -75,14 +75,22 @@ class Figures:
         Evaluations and checkpoints of the last `SPEEDS` measurements count. The start of a run, which compiles, does
         not, from the second measurement on.
         """
-        if self.max_steps is None or not self._marks:
+        each = self.seconds_per_step
+        if self.max_steps is None or each is None or self.step >= self.max_steps:
+            return None
+        step, at = self._marks[-1]
+        return max((self.max_steps - step) * each - (now - at), 0.0)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Seconds that a step took of late, evaluations and checkpoints included; None: not known."""
+        if not self._marks:
             return None
         step, at = self._marks[-1]
         first = self._marks[0] if len(self._marks) > 1 else self._start
-        if first is None or step <= first[0] or self.step >= self.max_steps:
+        if first is None or step <= first[0]:
             return None
-        total = (self.max_steps - step) * (at - first[1]) / (step - first[0])
-        return max(total - (now - at), 0.0)
+        return (at - first[1]) / (step - first[0])
 
 
 def line(figures: Figures, now: float) -> str:

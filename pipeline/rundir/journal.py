@@ -17,7 +17,7 @@ from typing import Any
 
 from megabase.datamodules.files import publish
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.files import is_disk_full
+from megabase.pipeline.files import as_object, is_disk_full
 from megabase.pipeline.rundir.hint import resume_hint
 
 Row = dict[str, Any]
@@ -91,6 +91,24 @@ def read(path: Path, having: str = "") -> Iterator[Row]:
             if not isinstance(row, dict) or "step" not in row:
                 return
             yield row
+
+
+def read_end(path: Path, size: int) -> list[Row]:
+    """The complete rows in the last `size` bytes of a journal; empty if there is none. Other lines are left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = max(0, os.fstat(file.fileno()).st_size - size)
+            file.seek(start)
+            content = file.read()
+    except FileNotFoundError:
+        return []
+    lines = content.split(b"\n")[1 if start else 0 : -1]
+    rows = (as_object(line) for line in lines)
+    return [row for row in rows if "step" in row]
 
 
 def restore(path: Path, saved: Path) -> str | None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "data": ["directory", "--length", "--json", "--picture"],
     "checkpoints": ["directory", "--json", "--fast"],
     "watch": ["directory", "--once"],
+    "status": ["directories", "--json", "--watch"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run", "--chain"],
     "export": ["directory", "output", "--format", "--step", "--best", "--dtype"],

@@ -86,13 +86,15 @@ def test_the_stacks_of_an_earlier_start_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_beats_leaves_only_a_heartbeat(tmp_path: Path) -> None:
+def test_a_rank_that_beats_leaves_only_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
     before = time.time()
     done = run(tmp_path, "works()", minutes=0.1)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["rank-3.heartbeat"]
     content = heartbeat(tmp_path)
     assert (content["rank"], content["step"], content["doing"]) == (3, 19, "training")
+    assert content["host"] == "gpu-7"
     assert isinstance(content["beat"], float) and before - 1 < content["beat"] < time.time() + 1
 
 

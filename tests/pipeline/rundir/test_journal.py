@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabase.pipeline.errors import RunError
-from megabase.pipeline.rundir.journal import Journal, Tail, read, restore
+from megabase.pipeline.rundir.journal import Journal, Tail, read, read_end, restore
 
 
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
@@ -105,3 +105,22 @@ def test_a_line_that_is_no_row_ends_a_journal(tmp_path: Path, line: bytes) -> No
     journal = tmp_path / "metrics.jsonl"
     journal.write_bytes(b'{"step": 1}\n' + line)
     assert list(read(journal)) == [{"step": 1}]
+
+
+@given(size=st.integers(0, 200), incomplete=st.booleans())
+def test_the_end_of_a_journal_is_its_last_complete_rows(
+    tmp_path_factory: pytest.TempPathFactory, size: int, incomplete: bool
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "metrics.jsonl"
+    lines = [
+        b'{"step": 1, "loss": 2.0}\n',
+        b"[1]\n",
+        b"\xff\n",
+        *(b'{"step": %d}\n' % n for n in range(2, 9)),
+    ]
+    path.write_bytes(b"".join(lines) + b'{"step": 9' * incomplete)
+    whole = [row for row in read(path) if row["step"] == 1] + [{"step": n} for n in range(2, 9)]
+    rows = read_end(path, size)
+    assert rows == whole[len(whole) - len(rows) :]
+    assert len(rows) >= min(size // 25 - 1, 7)
+    assert read_end(path.with_name("none"), size) == []

@@ -10,7 +10,7 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.journal import Journal
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import write_status
-from megabase.pipeline.rundir.view import MEANINGS, SILENT_S, RunView
+from megabase.pipeline.rundir.view import MEANINGS, SILENT_S, RunView, Size, find_runs, read_size
 from tests.pipeline.rundir.test_figures import loss, speed
 
 
@@ -151,3 +151,31 @@ def test_a_directory_that_may_not_be_read(run: RunPaths) -> None:
     run.metrics.touch(mode=0)
     with pytest.raises(UserError, match="cannot be read"):
         RunView(run.directory).read()
+
+
+def test_a_user_names_runs_or_directories_of_runs(run: RunPaths) -> None:
+    root = run.directory.parent
+    (root / "corn").mkdir()
+    RunPaths(root / "corn").config.touch()
+    (root / "notes").mkdir()
+    assert find_runs([root]) == [root / "corn", run.directory]
+    assert find_runs([run.directory, root]) == [run.directory, root / "corn"]
+    for wrong, words in ((root / "notes", "no run has started here"), (root / "none", "no such directory")):
+        with pytest.raises(UserError, match=words):
+            find_runs([root, wrong])
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ("trainer: {max_steps: 9, nodes: 2, devices: 4}", Size(9, 8)),
+        ("trainer: {max_steps: 9, nodes: 2, devices: null}", Size(9, None)),
+        ("trainer: {max_steps: x, nodes: 1, devices: 2}", Size(None, 2)),
+        ("trainer: [", Size()),
+        ("[]", Size()),
+        ("", Size()),
+    ],
+)
+def test_the_size_of_a_run_is_in_its_config(run: RunPaths, config: str, size: Size) -> None:
+    run.config.write_text(config)
+    assert read_size(run) == size

@@ -289,13 +289,13 @@ def test_a_run_that_waits_or_runs_is_not_submitted_again(
 ) -> None:
     queue = f'case "$*" in *--jobs=7*) cat {tmp_path}/state ;; *) exit 1 ;; esac'
     fake_sbatch(monkeypatch, tmp_path, "echo 7", queue)
-    (tmp_path / "state").write_text("PENDING\n")
+    (tmp_path / "state").write_text("7|7|PENDING|Priority||N/A|genome|/runs/genome/submit.sbatch x\n")
     assert submitted(tmp_path) == [7]
     before = (tmp_path / "runs" / "genome" / "submit.yaml").read_text()
-    with pytest.raises(UserError, match=r"job 7 of this run is PENDING already: .* `scancel 7`"):
+    with pytest.raises(UserError, match=r"job 7 of this run is PENDING already: .* `megabase cancel "):
         submitted(tmp_path, "optim.lr=0.5")
     assert (tmp_path / "runs" / "genome" / "submit.yaml").read_text() == before
-    (tmp_path / "state").write_text("")  # it has ended
+    (tmp_path / "state").write_text("7|7|TIMEOUT|None|n1|9|genome|/runs/genome/submit.sbatch x\n")
     assert submitted(tmp_path, "optim.lr=0.5") == [7]
 
 
