@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest, list_checkpoints, read_manifest
+from megabase.pipeline.config.schema import CheckpointConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.files import directory_size
 from megabase.pipeline.readable import readable_size
@@ -40,6 +41,41 @@ def describe_shortage(checkpoints: Path, parameters: int, stage: int, precision:
         return shortage(checkpoints, needed_bytes(parameters, stage, precision, last))
     except OSError as error:
         return f"the free space of {checkpoints} is unknown: {error}"
+
+
+def check_space(
+    checkpoints: Path, kept: CheckpointConfig, max_steps: int, parameters: int, stage: int, precision: str
+) -> str:
+    """Check that a disk has space for all checkpoints that a run will keep.
+
+    Args:
+        checkpoints: directory of the run's checkpoints, which need not exist.
+        kept: which are kept.
+        max_steps: of the run.
+        parameters, stage, precision: as for `needed_bytes`.
+
+    Returns:
+        How much they are, and how much space there is, in one line.
+
+    Raises:
+        UserError: there is less.
+    """
+    # A new checkpoint is complete before an old one is deleted.
+    number = kept.keep + 1 + kept.keep_best + (max_steps // kept.keep_every if kept.keep_every else 0)
+    each = needed_bytes(parameters, stage, precision)
+    existing = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
+    here = sum(directory_size(path) for path in list_checkpoints(checkpoints))
+    need = f"up to {number} checkpoints of {readable_size(each)}, {readable_size(number * each)} together"
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return f"{need}; the free space of {existing} is unknown: {error.strerror}"
+    if number * each > free + here:
+        raise UserError(
+            f"the run keeps {need}, and {existing} has {readable_size(free)} free: make room, choose another"
+            " run.root, or keep fewer (checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)"
+        )
+    return f"{need}; {readable_size(free)} free in {existing}"
 
 
 def needed_bytes(parameters: int, stage: int, precision: str, last: Manifest | None = None) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from pathlib import Path
 
 from megabase.pipeline.commands.settings import add_settings, split_settings
+
+logger = logging.getLogger(__name__)
 
 HELP = "train on a SLURM cluster"
 
@@ -35,18 +38,22 @@ def run(options: argparse.Namespace) -> int:
     from megabase.pipeline.rundir.paths import RunPaths
     from megabase.pipeline.slurm.script import settings_of
     from megabase.pipeline.slurm.submit import at_the_job, call_for, submit
-    from megabase.pipeline.training.check import check
+    from megabase.pipeline.training.submission import check_submission
 
     if options.chain < 1:
         raise UserError(f"--chain={options.chain}: must be 1 or more")
     files, overrides = split_settings(options.settings)
     config = load(files, overrides)
     call, ranks = call_for(config, Path.cwd())
-    check(at_the_job(config), ranks, here=False)
+    found = check_submission(at_the_job(config), call, ranks)
     if options.dry_run:
         print("\n".join(calls_of(call, RunPaths(config.directory).submit_script, options.chain)))
-        print(f"\n{settings_of(config, Path.cwd(), options.chain > 1)}", end="")
+        print(f"\n{settings_of(config, Path.cwd(), options.chain > 1)}\nChecked:")
+        print("\n".join(f"{each.what + ':':15}{each.text}" for each in found))
         return 0
+    for each in found:
+        if each.warning:
+            logger.warning("%s: %s", each.what, each.text)
     jobs = submit(config, call, Path.cwd(), options.chain)
     log = RunPaths(config.directory).slurm_log(jobs[0])
     if len(jobs) == 1:

@@ -8,7 +8,7 @@ import pytest
 
 from megabase.pipeline import cli
 from megabase.pipeline.config.load import load
-from megabase.pipeline.training import check
+from megabase.pipeline.training import submission
 from megabase.slurm.testcluster.cluster import TestCluster
 
 pytestmark = pytest.mark.slurm
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture(autouse=True)
 def no_check_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the check of a training: it has its own tests, and these runs have no shards."""
-    monkeypatch.setattr(check, "check", lambda config, ranks, here: None)
+    monkeypatch.setattr(submission, "check_submission", lambda config, call, ranks: [])
 
 
 def settings(directory: Path, *more: str) -> list[str]:

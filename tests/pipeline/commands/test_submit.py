@@ -8,7 +8,8 @@ import pytest
 from megabase.pipeline import cli
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.training import check
+from megabase.pipeline.training import submission
+from megabase.pipeline.training.submission import Finding
 
 SETTINGS = ["run.name=genome", "data.shards=s", "data.length=64", "trainer.nodes=2", "trainer.devices=8"]
 
@@ -17,9 +18,12 @@ def test_a_dry_run_prints_a_line_for_the_shell_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        check, "check", lambda config, ranks, here: checked.append((config.trainer.precision, ranks))
-    )
+
+    def check(config: RunConfig, call: list[str], ranks: int) -> list[Finding]:
+        checked.append((config.trainer.precision, ranks))
+        return [Finding("disk", "room"), Finding("MLflow", "away", warning=True)]
+
+    monkeypatch.setattr(submission, "check_submission", check)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yaml").write_text("optim: {lr: 0.2}\n")
     assert cli.main(["submit", "a b.yaml", *SETTINGS, "--dry-run"]) == 0
@@ -28,6 +32,7 @@ def test_a_dry_run_prints_a_line_for_the_shell_and_writes_nothing(
     assert words[:2] == ["sbatch", "--parsable"] and "--nodes=2" in words
     assert words[-1] == f"{tmp_path}/runs/genome/submit.yaml"
     assert "MAX_STALLS=3" in settings.splitlines()
+    assert settings.endswith("\n\nChecked:\ndisk:          room\nMLflow:        away\n")
     assert checked == [("bf16", 16)]  # where the job runs there are GPUs
     assert [path.name for path in tmp_path.iterdir()] == ["a b.yaml"]
 
@@ -35,7 +40,7 @@ def test_a_dry_run_prints_a_line_for_the_shell_and_writes_nothing(
 def test_a_dry_run_of_a_chain_prints_its_commands(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "check", lambda config, ranks, here: None)
+    monkeypatch.setattr(submission, "check_submission", lambda config, call, ranks: [])
     monkeypatch.chdir(tmp_path)
     assert cli.main(["submit", *SETTINGS, "--dry-run", "--chain", "3"]) == 0
     commands, _, script = capsys.readouterr().out.partition("\n\n")
@@ -53,10 +58,10 @@ def test_a_dry_run_of_a_chain_prints_its_commands(
 def test_a_training_that_could_not_run_is_not_submitted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(config: RunConfig, ranks: int, here: bool) -> None:
+    def refuse(config: RunConfig, call: list[str], ranks: int) -> None:
         raise UserError("this cannot run")
 
-    monkeypatch.setattr(check, "check", refuse)
+    monkeypatch.setattr(submission, "check_submission", refuse)
     monkeypatch.chdir(tmp_path)
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\ntouch submitted\necho 1\n")
