@@ -15,6 +15,7 @@ import megabase
 from megabase.pipeline import log
 from megabase.pipeline.commands import (
     bench,
+    cancel,
     checkpoints,
     data,
     evaluate,
@@ -40,6 +41,7 @@ COMMANDS = {
     "train": train,
     "submit": submit,
     "status": status,
+    "cancel": cancel,
     "watch": watch,
     "checkpoints": checkpoints,
     "export": export,

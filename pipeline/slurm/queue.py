@@ -179,18 +179,22 @@ def refuse_second(directory: Path, name: str) -> None:
             )
 
 
-def cancel(jobs: Iterable[int], *, waiting: bool) -> None:
+def cancel(jobs: Iterable[int], *, waiting: bool) -> str:
     """Cancel jobs; those that have ended by now are left as they are.
 
     Args:
         jobs: their numbers.
         waiting: only those that wait: one that has started meanwhile goes on.
 
-    Raises:
-        OSError, subprocess.TimeoutExpired: it does not run, or does not end.
+    Returns:
+        What scancel complains of, in one line. That a job has ended already is such a complaint, so ask again.
     """
     only = ["--state=PENDING"] if waiting else []
-    _call("scancel", *only, *map(str, jobs))
+    try:
+        _, _, error = _call("scancel", *only, *map(str, jobs))
+    except (OSError, subprocess.TimeoutExpired) as caught:
+        return f"scancel fails: {caught}"
+    return " ".join(error.split())
 
 
 def _call(*words: str) -> tuple[int, str, str]:

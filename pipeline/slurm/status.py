@@ -122,9 +122,15 @@ def judge(seen: Seen, queue: Queue) -> Report:
     return Report(seen, state, detail, job, left, heartbeats, hang)
 
 
+def jobs_of(seen: Seen, queue: Queue) -> list[Job]:
+    """What SLURM knows of the jobs of a run, in the order in which they run."""
+    found = ((queue.jobs.get(number), number) for number in seen.jobs.all)
+    return [job for job, number in found if job and _is_of(job, number, seen)]
+
+
 def _job(seen: Seen, queue: Queue) -> tuple[Job | None, int]:
     """The job that describes a run, and how many others of it wait."""
-    known = [job for number in seen.jobs.all if (job := queue.jobs.get(number)) and _is_of(job, number, seen)]
+    known = jobs_of(seen, queue)
     running = [job for job in known if job.runs]
     waiting = [job for job in known if job.waits]
     chosen = next(iter(running + waiting + known[::-1]), None)
@@ -142,7 +148,9 @@ def _state(
 ) -> tuple[str, str, Hang | None]:
     """State, detail and hang of a run."""
     if job and job.waits:
-        return "waiting", "", None
+        # Someone may have started it outside of its job.
+        outside = seen.status == RUNNING and seen.jobs.last is None and _is_fresh(seen, heartbeats)
+        return _alive(seen, heartbeats) if outside else ("waiting", "", None)
     if job and job.runs and job.state in ("SUSPENDED", "STOPPED"):
         return "suspended", "", None
     if job and job.runs and job.state != "COMPLETING":
@@ -150,15 +158,11 @@ def _state(
         begun = seen.status_time >= (job.start or 0.0) or any(each.step for each in heartbeats)
         if not begun or not seen.status or not heartbeats:
             return "starting", "", None
-        return (
-            _alive(seen, heartbeats)
-            if seen.status == RUNNING
-            else (NAMES.get(seen.status, seen.status), "", None)
-        )
+        return _alive(seen, heartbeats) if seen.status == RUNNING else (_called(seen), "", None)
     if not seen.status:
         return "not started", f"job {job.id} is {job.state}" if job else "", None
     if seen.status != RUNNING:
-        return NAMES.get(seen.status, seen.status), "", None
+        return _called(seen), "", None
     return _alive_or_not(seen, job, queue, heartbeats)
 
 
@@ -171,9 +175,9 @@ def _alive_or_not(
     ended = queue.jobs.get(last) if last is not None else None
     if ended and ended.state in {*ENDED, "COMPLETING"} and _is_of(ended, ended.id, seen):
         return "killed", f"job {ended.id} is {ended.state}; {hint}", None
-    newest = max(heartbeats, key=lambda each: each.written, default=None)
-    if newest and seen.now - newest.written <= SILENT_S:
+    if _is_fresh(seen, heartbeats):
         return _alive(seen, heartbeats)
+    newest = max(heartbeats, key=lambda each: each.written, default=None)
     silence = f"no heartbeat for {age(seen.now - newest.written)}" if newest else "no heartbeat"
     if last is not None and queue.answered and job is None:
         return "killed", f"{silence}, and SLURM does not know job {last} any more; {hint}", None
@@ -181,6 +185,14 @@ def _alive_or_not(
         return "killed", f"{silence}, and process {newest.pid} of rank {newest.rank} is gone; {hint}", None
     where = f", last of {newest.place}" if newest else ""
     return "silent", f"{silence}{where}: it was killed, or its machine is frozen; {hint}", None
+
+
+def _called(seen: Seen) -> str:
+    return NAMES.get(seen.status, seen.status)
+
+
+def _is_fresh(seen: Seen, heartbeats: tuple[Heartbeat, ...]) -> bool:
+    return any(seen.now - each.written <= SILENT_S for each in heartbeats)
 
 
 def _alive(seen: Seen, heartbeats: tuple[Heartbeat, ...]) -> tuple[str, str, Hang | None]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "checkpoints": ["directory", "--json", "--fast"],
     "watch": ["directory", "--once"],
     "status": ["directories", "--json", "--watch"],
+    "cancel": ["directory", "--now"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run", "--chain"],
     "export": ["directory", "output", "--format", "--step", "--best", "--dtype"],

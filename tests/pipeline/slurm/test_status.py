@@ -97,6 +97,8 @@ def queue(*states: str, start: float = START) -> Queue:
         # A local start after the jobs of a submission have ended, and a job that was submitted by hand.
         (seen("running", 3, 4, jobs=Jobs((7,))), queue("CANCELLED"), "running", ""),
         (seen("running", 3, 4, jobs=Jobs((), 7, "hg38")), queue("RUNNING"), "running", ""),
+        (seen("running", 3, 4, jobs=Jobs((7,))), queue("PENDING"), "running", ""),
+        (seen("running", 300, jobs=Jobs((7,))), queue("PENDING"), "waiting", ""),
         # A job of the same number in another cluster runs on there, whatever this one says.
         (seen("running", 3, 4), FORGOTTEN, "running", ""),
     ],

@@ -1,7 +1,7 @@
 """A `megabase` that trains nothing, for jobs of tests: it writes what a training writes, and stops as a training stops.
 
-    stub_training.py train RUN STEPS    one rank; a step takes 0.05 s and has a checkpoint
-    stub_training.py job-end ...        as `megabase job-end`
+    run_stub.py train RUN STEPS    one rank; a step takes 0.05 s and has a checkpoint
+    run_stub.py job-end ...        as `megabase job-end`
 
 Heartbeats are those of the real watchdog, but every HEARTBEAT_S seconds. It imports no torch.
 """
