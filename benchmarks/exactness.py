@@ -221,7 +221,29 @@ def generating() -> Row:
     return Row(
         "token by token from a state gives the logits of one pass over the whole prefix (fp32)",
         f"largest difference {worst:.1e}",
-        "tests/models/test_generation.py",
+        "tests/models/test_reading.py",
+    )
+
+
+def reading() -> Row:
+    torch.manual_seed(2)
+    lsh = LSHConfig(rounds=4, chunk_length=16, n_buckets=64, duplicates="once")
+    model = Reformer(replace(SMALL, depth=4, layers=["local", "lsh"], dropout=0.0, lsh=lsh)).eval()
+    x = tokens(8192)
+    with torch.no_grad():
+        whole = model(x).log_softmax(-1)[:, :-1].gather(2, x[:, 1:, None]).squeeze(2)
+    differences = []
+    for size in (1000, 63):
+        state = generation.start(model, batch=len(x))
+        found = [generation.read_block(model, part, state).log_probs for part in x.split(size, dim=1)]
+        differences.append((torch.cat(found, dim=1)[:, 1:] - whole).abs().flatten())
+    median, most = torch.cat(differences).median().item(), torch.cat(differences).max().item()
+    near = generation.near_borders(model, x, tolerance=1e-6)
+    return Row(
+        "blocks of 1,000 and of 63 tokens from a state give the log-probability of every token in one pass (8,192 "
+        "tokens, fp32); query-keys within 1e-6 of the border of two buckets, which rounding can move",
+        f"median difference {median:.1e}, largest {most:.1e}; {sum(near.near.values())} of {near.hashed:,}",
+        "tests/models/test_reading.py",
     )
 
 
@@ -321,6 +343,7 @@ ROWS: tuple[Callable[[], Row], ...] = (
     kernels,
     rounds_curve,
     generating,
+    reading,
     huggingface,
     zero,
     elastic,

@@ -1,138 +1,34 @@
-"""Generation token by token, from a state whose size and cost do not grow with the tokens read.
+"""Generation: tokens that follow a prompt, drawn one by one from a state of bounded size (see `reading`).
 
-    state = start(model, batch=2)
-    logits = read(model, prompt, state)     # (batch, n) tokens at once
-    logits = read(model, token, state)      # then (batch, 1), any number of times
     tokens = generate(model, prompt, length=100, temperature=0.8, top_k=50, seed=1)
 
-Reading with a state gives the logits of a pass over all tokens so far. This is possible because what a position
-attends to depends on nothing later (with LSH layers: under the rule `window`). So only few entries can matter to a
-later token, and every branch keeps them in a cache of its own: `new_cache` and `read` of `AttentionBranch`,
-`CrossAttentionBranch` and `FeedForwardBranch`, and of the layers in megabase.models.attention. The reversible stack
-itself needs no cache: the two streams of a token follow from its embedding and its branches.
-
-Both ways do the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32. A query-key that
-lies that close to the border of two buckets may fall to either side.
+`start`, `read`, `read_block` and what they return can be imported from here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, random_bits
-from megabase.models.encoder_decoder import EncoderDecoder, decoder_seeds
-from megabase.models.reformer import Body, Reformer
+from megabase.models.encoder_decoder import EncoderDecoder
+from megabase.models.reading import NearBorders, Reading, State, near_borders, read, read_block, start
+from megabase.models.reformer import Reformer
 
-
-class ReadingBranch(Protocol):
-    """A branch that can read a sequence in blocks. AttentionLayer lists the properties of a cache."""
-
-    def new_cache(self, batch: int, call: Call) -> Any:
-        """The cache of `batch` sequences before their first token. Raises ConfigError if the branch has none."""
-        ...
-
-    def read(self, x: Tensor, cache: Any, position: int, call: Call) -> Tensor:
-        """The branch's output (batch, n, dim) for a block of tokens that starts at `position`."""
-        ...
-
-
-@dataclass
-class State:
-    """Everything that is kept of the tokens read so far. `copy.deepcopy` makes a fork, an independent state.
-
-    Attributes:
-        batch: number of sequences.
-        call: the seeds, and the source's mask.
-        caches: one for each branch of the stack.
-        position: how many tokens were read, the same for all sequences.
-    """
-
-    batch: int
-    call: Call
-    caches: list[Any]
-    position: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that are kept. They grow with the tokens read in models with full layers only."""
-        return sum(x.numel() * x.element_size() for x in _tensors(self.caches))
-
-
-def start(
-    model: Reformer | EncoderDecoder,
-    batch: int,
-    *,
-    seeds: Seeds | None = None,
-    source: Tensor | None = None,
-    source_mask: Tensor | None = None,
-) -> State:
-    """Make the state before the first token.
-
-    An LSH layer keeps 2 · batch · heads · rounds · buckets · chunk_length · head_dim numbers. On a CPU the memory of
-    a bucket is taken when the bucket is first used.
-
-    Args:
-        model: the model, in any mode: dropout is never used.
-        batch: number of sequences.
-        seeds: the seeds of the hash rotations, for the whole generation. A pass over all tokens with the same seeds
-            gives the same logits.
-        source: (batch, source length) int64, what an EncoderDecoder reads; a Reformer takes none.
-        source_mask: (batch, source length) bool, True where a source token is real; None = all.
-
-    Raises:
-        ConfigError: the model cannot generate.
-        ValueError: an EncoderDecoder gets no source or one of another batch, or a Reformer gets a source.
-    """
-    seeds = Seeds() if seeds is None else seeds
-    if isinstance(model, Reformer):
-        if source is not None or source_mask is not None:
-            raise ValueError("a Reformer reads no source: leave it out, or use an EncoderDecoder")
-        return _start(model.body, batch, Call(seeds))
-    if source is None or source.shape[0] != batch:
-        got = "no source" if source is None else f"a source of shape {tuple(source.shape)}"
-        raise ValueError(f"an EncoderDecoder got {got} for {batch} sequences: give one source for each")
-    with torch.no_grad():
-        # In fp32, as in the stack.
-        context = model.encoder.run(source, Call(seeds, mask=source_mask)).float()
-    return _start(model.decoder, batch, Call(decoder_seeds(seeds), context=context, context_mask=source_mask))
-
-
-@torch.no_grad()
-def read(model: Reformer | EncoderDecoder, tokens: Tensor, state: State) -> Tensor:
-    """Read tokens and add them to the state.
-
-    The first call runs its tokens in parallel, later ones run them one by one.
-
-    Args:
-        model: the model that the state was made for.
-        tokens: (batch, n) int64, n at least 1.
-        state: the state after the tokens before; it is changed.
-
-    Returns:
-        The logits (batch, vocab) of the token that comes next.
-
-    Raises:
-        ConfigError: the sequence becomes too long for the model. The state is unchanged.
-        ValueError: the tokens do not fit the state.
-    """
-    if tokens.dim() != 2 or tokens.shape[0] != state.batch or tokens.shape[1] < 1:
-        raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}: they must be (batch, n) with the state's batch of "
-            f"{state.batch} and n of at least 1"
-        )
-    body = model.body if isinstance(model, Reformer) else model.decoder
-    body.config.validate(state.position + tokens.shape[1])
-    blocks = [tokens] if state.position == 0 else tokens.split(1, dim=1)
-    for block in blocks:
-        hidden = _read_block(body, block, state)
-    return model.head(body.norm(hidden[:, -1]))
+__all__ = [
+    "NearBorders",
+    "Reading",
+    "Sampling",
+    "State",
+    "generate",
+    "near_borders",
+    "read",
+    "read_block",
+    "start",
+]
 
 
 @dataclass(frozen=True)
@@ -251,37 +147,3 @@ def generate(
     if not finite:
         raise RuntimeError("the model's logits are not finite: take a checkpoint from before it diverged")
     return tokens
-
-
-def _start(body: Body, batch: int, call: Call) -> State:
-    with torch.no_grad():
-        caches = [branch.new_cache(batch, call) for branch in _branches(body)]
-    return State(batch, Call(call.seeds, context_mask=call.context_mask), caches)
-
-
-def _read_block(body: Body, tokens: Tensor, state: State) -> Tensor:
-    """The stack's output (batch, n, 2·dim) for tokens (batch, n) that follow those of the state."""
-    x = body.embedding(tokens, state.call, state.position)
-    branches = (
-        partial(branch.read, cache=cache, position=state.position, call=state.call)
-        for branch, cache in zip(_branches(body), state.caches, strict=True)
-    )
-    y = body.stack.run(x, branches)
-    state.position += tokens.shape[1]
-    return y
-
-
-def _branches(body: Body) -> list[ReadingBranch]:
-    return cast("list[ReadingBranch]", body.stack.branches)
-
-
-def _tensors(kept: Any) -> Iterator[Tensor]:
-    """All tensors in lists and dataclasses, however nested."""
-    if isinstance(kept, Tensor):
-        yield kept
-    elif isinstance(kept, list):
-        for each in kept:
-            yield from _tensors(each)
-    elif hasattr(kept, "__dict__"):
-        for each in vars(kept).values():
-            yield from _tensors(each)

@@ -55,6 +55,30 @@ def linear_cross_entropy(
     )
 
 
+def log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """log softmax(hidden @ weightᵀ + bias), computed as in `linear_cross_entropy`.
+
+    Args:
+        hidden: (..., dim).
+        weight: (vocab, dim).
+        bias: (vocab,), None = 0.
+
+    Returns:
+        (..., vocab) fp32 (fp64 for fp64).
+    """
+    dtype = Precision.current(hidden.device).compute_dtype(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _log_softmax(hidden.to(dtype), weight.to(dtype), bias)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Products in the dtype of hidden and weight, everything after them in fp32, or fp64 where that is fp64."""
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    if bias is not None:
+        logits += bias.to(logits.dtype)
+    return logits.log_softmax(dim=-1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,10 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 scored = labels[part] != IGNORE
                 target = labels[part].where(scored, 0)[:, None]
                 scale = scored.to(wide) if weights is None else weights[part].to(wide).where(scored, 0.0)
-                logits = (piece @ matrix.T).to(wide)
-                if bias is not None:
-                    logits += bias.to(wide)
-                log_probs = logits.log_softmax(dim=-1)
+                log_probs = _log_softmax(piece, matrix, bias)
                 # where() instead of a product: a NaN at a token without loss must not reach the sum.
                 nats = -log_probs.gather(1, target).squeeze(1) * scale
                 total += nats.where(scored, 0.0).sum()

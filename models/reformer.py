@@ -27,7 +27,7 @@ from megabase.models.chance import Purpose, Seeds, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.feedforward import FeedForwardBranch
 from megabase.models.layers import Norm
-from megabase.models.loss import linear_cross_entropy
+from megabase.models.loss import linear_cross_entropy, log_probabilities
 from megabase.models.positions import build_positions
 from megabase.models.reversible import Block, ReversibleStack
 
@@ -217,10 +217,34 @@ class LanguageHead(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Logits (batch, length, vocab_size); with labels, their loss, an fp32 scalar (see Reformer.loss)."""
-        if self.tied:
-            hidden = hidden.unflatten(-1, (2, -1)).sum(dim=-2)
+        hidden = self._summed(hidden)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         return linear_cross_entropy(
             hidden, self.weight, labels, bias=self.bias, weights=weights, chunk=self.chunk
         )
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of every token, (..., vocab_size) fp32, from hidden states (..., 2·dim)."""
+        return log_probabilities(self._summed(hidden), self.weight, self.bias)
+
+    def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probability of one token for each hidden state, without all logits in memory.
+
+        Args:
+            hidden: (batch, n, 2·dim).
+            tokens: (batch, n) int64.
+
+        Returns:
+            (batch, n) fp32 (fp64 for fp64).
+        """
+        flat, tokens = hidden.flatten(0, 1), tokens.flatten()
+        found = [
+            self.log_probs(part).gather(1, token[:, None])
+            for part, token in zip(flat.split(self.chunk), tokens.split(self.chunk), strict=True)
+        ]
+        return torch.cat(found).view(hidden.shape[:2])
+
+    def _summed(self, hidden: Tensor) -> Tensor:
+        """What is multiplied with the weights: for tied weights the sum of both streams."""
+        return hidden.unflatten(-1, (2, -1)).sum(dim=-2) if self.tied else hidden

@@ -26,9 +26,10 @@ can wrap. If one is larger or not finite, the stack's output is NaN, so that a d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
@@ -191,25 +192,43 @@ class ReversibleStack(nn.Module):
         return _Reversible.apply(x, context, anchor, self, call)
 
     @torch.no_grad()
-    def run(self, x: Tensor, branches: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+    def run(
+        self, x: Tensor, branches: Iterable[Callable[[Tensor], Tensor]], layers: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run other `branches` in place of the stack's own, without gradients.
 
         Args:
             x: (batch, length, dim).
             branches: as many as the stack has; each takes and returns (batch, length, dim).
+            layers: numbers of blocks, from 0, whose output is returned too.
 
         Returns:
-            Both streams side by side, (batch, length, 2·dim) fp32.
+            Both streams side by side, (batch, length, 2·dim) fp32, after the last block and after each of `layers`.
         """
-        return _join(self.arithmetic, *_advance(self.arithmetic, branches, x))
+        branches, arithmetic, outputs = iter(branches), self.arithmetic, {}
+        streams = _start(arithmetic, x)
+        for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
+            streams = _advance(arithmetic, islice(branches, len(block.branches)), *streams)
+            if layer in layers:
+                outputs[layer] = _join(arithmetic, *streams)
+        return _join(arithmetic, *streams), outputs
+
+
+def _start(arithmetic: Arithmetic, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The older stream, the one that was written last (here the same), and `invalid` (see FixedPoint)."""
+    invalid = torch.zeros((), dtype=torch.float32, device=x.device)
+    stream = arithmetic.encode(x, invalid)
+    return stream, stream, invalid
 
 
 def _advance(
-    arithmetic: Arithmetic, branches: Iterable[Callable[[Tensor], Tensor]], x: Tensor
+    arithmetic: Arithmetic,
+    branches: Iterable[Callable[[Tensor], Tensor]],
+    older: Tensor,
+    newer: Tensor,
+    invalid: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the branches. Returns the older stream, the one that was written last, and `invalid` (see FixedPoint)."""
-    invalid = torch.zeros((), dtype=torch.float32, device=x.device)
-    older = newer = arithmetic.encode(x, invalid)
+    """Run branches. Takes and returns what `_start` returns."""
     for branch in branches:
         older, newer = newer, arithmetic.add(older, branch(arithmetic.decode(newer)), invalid)
     return older, newer, invalid
@@ -231,7 +250,7 @@ class _Reversible(torch.autograd.Function):
         call = replace(call, context=context)
         with ctx.precision.restored():
             branches = (partial(branch, call=call) for branch in stack.branches)
-            older, newer, invalid = _advance(stack.arithmetic, branches, x)
+            older, newer, invalid = _advance(stack.arithmetic, branches, *_start(stack.arithmetic, x))
         ctx.save_for_backward(older, newer, context)
         return _join(stack.arithmetic, older, newer, invalid)
 

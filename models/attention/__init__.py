@@ -9,6 +9,7 @@ from megabase.models.attention.performer import PerformerAttention, performer_at
 from megabase.models.config import ReformerConfig
 
 __all__ = [
+    "LSHAttention",
     "build_attention",
     "full_attention",
     "linformer_attention",

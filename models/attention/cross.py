@@ -57,6 +57,10 @@ class ContextCache:
     keys: Tensor
     values: Tensor
 
+    def fork(self, sequences: Tensor) -> ContextCache:
+        """A copy for some of the sequences; see AttentionLayer."""
+        return ContextCache(self.keys.index_select(0, sequences), self.values.index_select(0, sequences))
+
 
 class CrossAttentionBranch(nn.Module):
     """Norm, attention to the call's context, dropout; (batch, length, dim) -> the same.

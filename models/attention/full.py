@@ -15,11 +15,13 @@ from megabase.models.attention.heads import (
     attend_to_earlier,
     merge_heads,
     split_heads,
-    with_last,
 )
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Seeds
+
+MASKED = 1 << 24
+"""Elements of a mask that exist at once where a block attends to tokens before it."""
 
 
 def full_attention(
@@ -103,6 +105,11 @@ class FullCache:
     values: Tensor
     waiting: Waiting
 
+    def fork(self, sequences: Tensor) -> FullCache:
+        """A copy for some of the sequences; see AttentionLayer."""
+        keys, values = self.keys.index_select(0, sequences), self.values.index_select(0, sequences)
+        return FullCache(keys, values, self.waiting.fork(sequences))
+
 
 class FullAttention(SeparateAttention):
     """The layer: projections, attention to all positions, output projection."""
@@ -122,10 +129,38 @@ class FullAttention(SeparateAttention):
         keys, values = cache.waiting.complete(k, v, self.ahead)
         cache.keys = torch.cat((cache.keys, keys.to(cache.keys.dtype)), dim=2)
         cache.values = torch.cat((cache.values, values.to(cache.values.dtype)), dim=2)
-        if q.shape[2] > 1:
-            y = self.attend(q, k, with_last(values, q), call)
-        elif cache.keys.shape[2] == 0:
-            y = torch.zeros_like(v)
-        else:
-            y = F.scaled_dot_product_attention(q.to(cache.keys.dtype), cache.keys, cache.values)
-        return self.output(merge_heads(y))
+        # Where the values look ahead, the first position of all attends to nothing.
+        alone = position == 0 and self.ahead is not None
+        y = _attend_to_last(q[:, :, alone:].to(cache.keys.dtype), cache.keys, cache.values)
+        return self.output(merge_heads(F.pad(y, (0, 0, int(alone), 0))))
+
+
+def _attend_to_last(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of n queries, the last of which attends to all keys, the one before to all but one, ...
+
+    Args:
+        q: (batch, heads, n, d).
+        keys, values: (batch, heads, length, d), length ≥ n.
+
+    Returns:
+        (batch, heads, n, d).
+    """
+    n, length = q.shape[2], keys.shape[2]
+    if n == 0:
+        return q
+    if n == length:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+    # A piece of the queries at a time, so that masks stay small.
+    step = max(1, MASKED // length)
+    out = torch.empty_like(q)
+    for start in range(0, n, step):
+        piece = q[:, :, start : start + step]
+        end = length - n + start + piece.shape[2]
+        seen = None
+        if n > 1:
+            seen = torch.ones(piece.shape[2], end, dtype=torch.bool, device=q.device).tril(
+                end - piece.shape[2]
+            )
+        attended = F.scaled_dot_product_attention(piece, keys[:, :, :end], values[:, :, :end], attn_mask=seen)
+        out[:, :, start : start + step] = attended
+    return out

@@ -26,17 +26,15 @@ from megabase.models.precision import Precision
 
 
 class AttentionLayer(nn.Module, ABC):
-    """One kind of attention, with the cache that generation needs.
+    """One kind of attention, with the cache that reading in blocks needs.
 
     A cache holds what later tokens need of the tokens that were read. `new_cache` returns an empty one; `read` reads
     a block of tokens with it. Every cache has these properties:
 
-    - Reading a sequence in blocks returns what `forward` returns for the whole sequence, up to rounding.
-    - It holds tensors and numbers only: no module, and nothing of a `Call`. So `copy.deepcopy` makes a fork, an
-      independent cache of the same tokens.
-    - Its size does not depend on how many tokens were read, unless its class says so.
-
-    A block is any number of tokens at position 0, or one token at a later position.
+    - Reading a sequence in blocks, of any sizes, returns what `forward` returns for the whole sequence, up to rounding.
+    - It holds tensors and numbers only: no module, and nothing of a `Call`. `fork(sequences)` returns a cache for some
+      of the sequences, given by their numbers (n,) int64, which shares no memory that either of the two writes to.
+    - Its size has a bound that does not depend on how many tokens were read, unless its class says so.
     """
 
     value: Linear
@@ -136,6 +134,10 @@ class Waiting:
         self.keys, self.values = keys[:, :, -1:].clone(), values[:, :, -1:].clone()
         return keys[:, :, :-1], ahead.pairs(values)
 
+    def fork(self, sequences: Tensor) -> Waiting:
+        """A copy for some of the sequences; see AttentionLayer."""
+        return Waiting(self.keys.index_select(0, sequences), self.values.index_select(0, sequences))
+
 
 class SeparateAttention(AttentionLayer):
     """A layer with separate queries, keys and values: projections, `attend`, output projection."""
@@ -182,6 +184,10 @@ class BranchCache:
 
     inputs: Tensor
     layer: Any
+
+    def fork(self, sequences: Tensor) -> BranchCache:
+        """A copy for some of the sequences; see AttentionLayer."""
+        return BranchCache(self.inputs.index_select(0, sequences), self.layer.fork(sequences))
 
 
 class AttentionBranch(nn.Module):
@@ -251,14 +257,6 @@ def attend_to_earlier(
         (batch, heads, length, d).
     """
     return F.pad(attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
-
-
-def with_last(values: Tensor, q: Tensor) -> Tensor:
-    """Complete values (batch, heads, n or n − 1, d) for a block of n positions, which q (batch, heads, n, d) has.
-
-    Where the last position's value is not complete, zeros take its place: no position of the block attends to it.
-    """
-    return F.pad(values, (0, 0, 0, q.shape[2] - values.shape[2]))
 
 
 def merge_heads(x: Tensor) -> Tensor:

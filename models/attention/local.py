@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.models.attention.heads import (
@@ -14,7 +15,6 @@ from megabase.models.attention.heads import (
     attend_to_cached,
     merge_heads,
     split_heads,
-    with_last,
 )
 from megabase.models.attention.kernels import dispatch
 from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder, row_mask
@@ -38,9 +38,10 @@ def local_attention(
     """softmax(q · k / √d) v over neighbours.
 
     Args:
-        q: queries (batch, heads, length, d), any length from 1.
-        k: keys, of the same shape.
-        v: values, of the same shape.
+        q: queries (batch, heads, n, d) of the last n positions: of all, if n = length. Less need a position that is a
+            multiple of `window` before them if `attend="chunk"`, and have no gradient.
+        k: keys (batch, heads, length, d), any length from 1.
+        v: values, of the keys' shape.
         window: positions. `attend="window"`: position i attends to i − window + 1 ... i (not causal: up to
             i + window − 1). `attend="chunk"`: to its own chunk of `window` positions and the one before; where not
             causal, the first chunk attends to the last one, as in trax and transformers.
@@ -54,12 +55,12 @@ def local_attention(
         backend: as in lsh_attention.
 
     Returns:
-        (batch, heads, length, d) in v's dtype.
+        (batch, heads, n, d) in v's dtype.
 
     Raises:
         ConfigError: the backend cannot run with these tensors.
     """
-    batch, heads, length, d = q.shape
+    batch, heads, length, d = k.shape
     rows = batch * heads
     if mask is None:
         order = SortedOrder.identity(rows, length, q.device)
@@ -83,6 +84,23 @@ class LocalCache:
     keys: Tensor
     values: Tensor
     waiting: Waiting
+
+    def before(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions [first, end), which the cache holds."""
+        places = torch.arange(first, end, device=self.keys.device) % self.keys.shape[2]
+        return self.keys[:, :, places], self.values[:, :, places]
+
+    def add(self, keys: Tensor, values: Tensor, end: int) -> None:
+        """Add the entries (batch, heads, n, d) of the positions [end − n, end)."""
+        entries, n = self.keys.shape[2], keys.shape[2]
+        new = torch.arange(max(end - n, end - entries), end, device=keys.device)
+        self.keys[:, :, new % entries] = keys[:, :, new - (end - n)].to(self.keys.dtype)
+        self.values[:, :, new % entries] = values[:, :, new - (end - n)].to(self.values.dtype)
+
+    def fork(self, sequences: Tensor) -> LocalCache:
+        """A copy for some of the sequences; see AttentionLayer."""
+        keys, values = self.keys.index_select(0, sequences), self.values.index_select(0, sequences)
+        return LocalCache(keys, values, self.waiting.fork(sequences))
 
 
 class LocalAttention(SeparateAttention):
@@ -112,19 +130,32 @@ class LocalAttention(SeparateAttention):
     def read(self, x: Tensor, near: Tensor, cache: LocalCache, position: int, call: Call) -> Tensor:
         (q, k), v = self.project(near, position), split_heads(self.value(x), self.config.heads)
         keys, values = cache.waiting.complete(k, v, self.ahead)
-        # Entries of the positions [first, end) are complete now.
-        end, entries = position + q.shape[2] - (self.ahead is not None), cache.keys.shape[2]
-        first = end - keys.shape[2]
-        kept = torch.arange(max(first, end - entries), end, device=q.device)
-        cache.keys[:, :, kept % entries] = keys[:, :, kept - first].to(cache.keys.dtype)
-        cache.values[:, :, kept % entries] = values[:, :, kept - first].to(cache.values.dtype)
-        if q.shape[2] > 1:
-            return self.output(merge_heads(self.attend(q, k, with_last(values, q), call)))
-        newest = end - 1
-        age = (newest - torch.arange(entries, device=q.device)) % entries
+        # Entries of the positions [end − n, end) are complete now.
+        end = position + q.shape[2] - (self.ahead is not None)
+        if q.shape[2] == 1:
+            cache.add(keys, values, end)
+            return self.output(merge_heads(self._attend_one(q, cache, position, end)))
+        first, held = self._first(position), end - keys.shape[2]
+        before, values_before = cache.before(first, held)
+        cache.add(keys, values, end)
+        keys = torch.cat((before, keys.to(before.dtype)), dim=2)
+        values = torch.cat((values_before, values.to(before.dtype)), dim=2)
+        if self.ahead is not None:
+            # Nothing in the block attends to its last position.
+            keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
+        return self.output(merge_heads(self.attend(q.to(keys.dtype), keys, values, call)))
+
+    def _first(self, position: int) -> int:
+        """The first position that queries from `position` on attend to; a chunk's first one with `attend: chunk`."""
         local = self.config.local
+        if local.attend == "chunk":
+            return max(0, position // local.window - 1) * local.window
+        return max(0, position - local.window + (self.ahead is None))
+
+    def _attend_one(self, q: Tensor, cache: LocalCache, position: int, end: int) -> Tensor:
+        """Attention of the query (batch, heads, 1, d) of one position to the cache, which holds entries up to `end`."""
+        local, entries = self.config.local, cache.keys.shape[2]
+        age = (end - 1 - torch.arange(entries, device=q.device)) % entries
         reach = local.window - 1 if local.attend == "window" else local.window + position % local.window
-        y = attend_to_cached(
-            q.squeeze(2) * q.shape[-1] ** -0.5, cache.keys, cache.values, age <= min(reach, newest)
-        )
-        return self.output(merge_heads(y[:, :, None]))
+        q = q.squeeze(2) * q.shape[-1] ** -0.5
+        return attend_to_cached(q, cache.keys, cache.values, age <= min(reach, end - 1))[:, :, None]

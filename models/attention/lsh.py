@@ -7,31 +7,30 @@ query scaled to unit length, and a score is their product without further scale 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.models.attention.heads import (
     AttentionLayer,
-    Waiting,
-    attend_to_cached,
     merge_heads,
     output,
     projection,
     split_heads,
-    with_last,
 )
 from megabase.models.attention.kernels import dispatch
 from megabase.models.attention.kernels.dispatch import rotate_and_hash, sort_by_hash, unit_keys
 from megabase.models.attention.kernels.inputs import Rotations, Rule, SortedOrder, row_mask
-from megabase.models.attention.kernels.reference import first_occurrences
+from megabase.models.attention.lsh_cache import LSHCache
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
 from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_at_least, check_buckets, check_name
 from megabase.models.config import DEFAULT_BUCKETS, ReformerConfig
 from megabase.models.layer_config import ATTENDS, DUPLICATES
+
+FEWEST = 16
+"""Tokens of the smallest block that runs in the kernels, which sort the whole cache; others run token by token."""
 
 
 def lsh_attention(
@@ -126,91 +125,35 @@ def draw_rotations(
     return Rotations(normals(seed, math.prod(shape), device).view(shape), halves)
 
 
+def border_distances(x: Tensor, rotations: Rotations) -> Tensor:
+    """How far x is from the nearest border between two buckets.
+
+    Args:
+        x: (batch, heads, length, d).
+        rotations: of every round and head.
+
+    Returns:
+        (batch, heads, rounds, length) fp32: the difference between the largest two elements of [xR, −xR], of the
+        factor where it is least, divided by |x| √d, about the size of the terms that rounding changes.
+    """
+    x = F.normalize(x.float(), dim=-1) * x.shape[-1] ** -0.5
+    distances = []
+    for number in range(rotations.rounds):
+        factors = []
+        for rotation in rotations.factors(number):
+            rotated = x @ rotation.to(x.device)
+            largest = torch.cat((rotated, -rotated), dim=-1).topk(2, dim=-1).values
+            factors.append(largest[..., 0] - largest[..., 1])
+        distances.append(torch.stack(factors).amin(dim=0))
+    return torch.stack(distances, dim=2)
+
+
 def bucket_factors(n_buckets: int) -> list[int]:
     """[n_buckets], or if one rotation would be too wide, the two even factors that are closest to each other."""
     if n_buckets <= SINGLE_ROTATION:
         return [n_buckets]
     half = next(f for f in range(math.isqrt(n_buckets // 4), 0, -1) if n_buckets // 4 % f == 0)
     return [2 * half, n_buckets // (2 * half)]
-
-
-@dataclass
-class LSHCache:
-    """The last `chunk_length` entries of every bucket, in any order.
-
-    Attributes:
-        rotations: the rotations that hash query-keys.
-        positions: (rows, rounds, buckets, chunk_length) int64, rows = batch × heads; −1 where the cache has no entry.
-        keys, values: (rows, rounds, buckets, chunk_length, d).
-        waiting: the query-key and value of the last entry, until its value is complete.
-        waiting_buckets: (batch, heads, rounds, n) int32, the buckets of its query-key; n as in `Waiting`.
-    """
-
-    rotations: Rotations
-    positions: Tensor
-    keys: Tensor
-    values: Tensor
-    waiting: Waiting
-    waiting_buckets: Tensor
-
-    def fill(self, qk: Tensor, v: Tensor, order: SortedOrder) -> None:
-        """Keep the last entries of every bucket of a sequence that starts at position 0.
-
-        Args:
-            qk, v: (rows, length, d).
-            order: the sorted order of these rows.
-        """
-        reach = self.keys.shape[3]
-        last = torch.ones_like(order.buckets, dtype=torch.bool)
-        last[..., :-reach] = order.buckets[..., reach:] != order.buckets[..., :-reach]
-        row, number, slot = last.nonzero(as_tuple=True)
-        position = order.positions[row, number, slot].long()
-        # At most `reach` entries of a bucket are kept, in adjacent slots: no two get the same index.
-        index = (row, number, order.buckets[row, number, slot], slot % reach)
-        self.positions[index] = position
-        self.keys[index] = unit_keys(qk)[row, position].to(self.keys.dtype)
-        self.values[index] = v[row, position].to(self.values.dtype)
-
-    def add(self, qk: Tensor, v: Tensor, buckets: Tensor, position: int) -> None:
-        """Add the entry of one position. It replaces the oldest of its bucket in every round.
-
-        Args:
-            qk, v: (rows, d).
-            buckets: (rows, rounds), the buckets of the query-key.
-            position: the position of the entry.
-        """
-        bucket = self._indices(buckets)
-        index = (*bucket, self.positions[bucket].argmin(dim=-1))
-        self.positions[index] = position
-        self.keys[index] = unit_keys(qk.to(self.keys.dtype))[:, None]
-        self.values[index] = v.to(self.values.dtype)[:, None]
-
-    def attend(self, qk: Tensor, buckets: Tensor, own_value: Tensor, *, once: bool) -> Tensor:
-        """Attention of one position to the entries of its buckets.
-
-        Args:
-            qk: (rows, d).
-            buckets: (rows, rounds), the buckets of the query-key.
-            own_value: (rows, d), the output of a position that finds no entry.
-            once: whether a key found in several rounds counts once.
-
-        Returns:
-            (rows, d).
-        """
-        bucket = self._indices(buckets)
-        positions = self.positions[bucket].flatten(1)
-        seen = positions >= 0
-        values = self.values[bucket].flatten(1, 2).masked_fill(~seen[..., None], 0.0)
-        empty = ~seen.any(dim=-1, keepdim=True)
-        if once:
-            seen = first_occurrences(positions, seen)
-        y = attend_to_cached(qk, self.keys[bucket].flatten(1, 2), values, seen)
-        return torch.where(empty, own_value.to(y.dtype), y)
-
-    def _indices(self, buckets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of a bucket (rows, rounds) of every row and round in the cache's tensors."""
-        row = torch.arange(buckets.shape[0], device=buckets.device)[:, None]
-        return row, torch.arange(buckets.shape[1], device=buckets.device), buckets
 
 
 class LSHAttention(AttentionLayer):
@@ -264,43 +207,29 @@ class LSHAttention(AttentionLayer):
                 f"model.lsh.attend={lsh.attend}: later tokens change what earlier ones attend to, so such a model "
                 "cannot generate; train one with attend=window"
             )
-        shape = (batch * self.config.heads, lsh.rounds, self.config.buckets, lsh.chunk_length)
-        # Keys and values are not zeroed: so a CPU takes memory only for the buckets that are used.
-        keys = empty.new_empty(*shape, self.config.width)
-        return LSHCache(
-            rotations=self.rotations(seeds, empty.device),
-            positions=torch.full(shape, -1, device=empty.device),
-            keys=keys,
-            values=torch.empty_like(keys),
-            waiting=Waiting(empty, empty),
-            waiting_buckets=torch.empty(
-                *empty.shape[:2], lsh.rounds, 0, dtype=torch.int32, device=empty.device
-            ),
-        )
+        return LSHCache.new(self.rotations(seeds, empty.device), lsh.chunk_length, empty)
 
     def read(self, x: Tensor, near: Tensor, cache: LSHCache, position: int, call: Call) -> Tensor:
         heads = self.config.heads
         qk, v = split_heads(self.query_key(near), heads), split_heads(self.value(x), heads)
         buckets = rotate_and_hash(qk, cache.rotations)
-        complete = buckets
-        if self.ahead is not None:
-            complete = torch.cat((cache.waiting_buckets, buckets), dim=3)
-            cache.waiting_buckets, complete = complete[..., -1:].clone(), complete[..., :-1]
-        keys, values = cache.waiting.complete(qk, v, self.ahead)
-        if qk.shape[2] > 1:
-            sort = partial(dispatch.sort_by_bucket, n_buckets=cache.rotations.n_buckets, mask=None)
-            cache.fill(keys.flatten(0, 1), values.flatten(0, 1), sort(complete.flatten(0, 1)))
-            order = sort(buckets.flatten(0, 1))
-            return self.output(merge_heads(self.attend(qk, with_last(values, qk), order, call)))
-        entry = keys.flatten(0, 2), values.flatten(0, 2), complete.flatten(0, 1).flatten(1)
-        if self.ahead is not None and position > 0:
-            cache.add(*entry, position - 1)
-        own_value = v if self.ahead is None else torch.zeros_like(v)
-        own_buckets = buckets.flatten(0, 1).squeeze(-1)
-        y = cache.attend(qk.flatten(0, 2), own_buckets, own_value.flatten(0, 2), once=self.rule.once)
-        if self.ahead is None:
-            cache.add(*entry, position)
-        return self.output(merge_heads(y.view(v.shape)))
+        keys, values = unit_keys(qk), v if self.ahead is None else cache.complete(v, self.ahead)
+        if qk.shape[2] >= FEWEST:
+            cache.add(keys, values, buckets)
+            y = cache.attend(qk, self.rule)
+        else:
+            own_values = v if self.ahead is None else torch.zeros_like(v)
+            outputs = []
+            for i in range(qk.shape[2]):
+                one = slice(i, i + 1)
+                outputs.append(
+                    cache.attend_one(
+                        qk[:, :, one], buckets[..., one], own_values[:, :, one], once=self.rule.once
+                    )
+                )
+                cache.add_one(keys[:, :, one], values[:, :, one], buckets[..., one])
+            y = torch.cat(outputs, dim=2)
+        return self.output(merge_heads(y))
 
 
 def _check_inputs(

@@ -102,6 +102,10 @@ class PerformerCache:
     sums: FeatureSums
     waiting: Waiting
 
+    def fork(self, sequences: Tensor) -> PerformerCache:
+        """A copy for some of the sequences; see AttentionLayer."""
+        return PerformerCache(self.directions, self.sums.fork(sequences), self.waiting.fork(sequences))
+
 
 class PerformerAttention(SeparateAttention):
     """The layer: projections, random features, attention, output projection."""

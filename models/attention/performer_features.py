@@ -9,6 +9,7 @@ Exponents and sums are fp32 (fp64 for fp64). Products are too, except for bf16 i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,6 +155,14 @@ class FeatureSums:
         self.unit = torch.full(shape, NO_FEATURE, dtype=features.wide, device=v.device)
         self.ones = torch.zeros_like(self.unit)
         self.values = features.empty((*v.shape[:2], shape[-1], v.shape[-1])).zero_()
+
+    def fork(self, sequences: Tensor) -> FeatureSums:
+        """A copy for some of the sequences, given by their numbers (n,) int64."""
+        fork = copy.copy(self)
+        fork.unit = self.unit.index_select(0, sequences)
+        fork.ones = self.ones.index_select(0, sequences)
+        fork.values = self.values.index_select(0, sequences)
+        return fork
 
     def rescale(self, unit: Tensor) -> None:
         """Change the unit to one that is not smaller."""

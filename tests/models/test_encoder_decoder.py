@@ -21,7 +21,7 @@ from megabase.models import (
 )
 from megabase.models.call import Call
 from megabase.models.chance import Purpose
-from megabase.models.generation import read, start
+from megabase.models.generation import read, read_block, start
 from megabase.models.reversible import Block, ReversibleStack
 from tests.models.backward import assert_same_bits, gradients, kept_for_backward
 from tests.quick import slow
@@ -243,8 +243,14 @@ def test_generation_equals_one_pass(prompt, masked):
     state = start(model, 2, seeds=SEEDS, source=source, source_mask=source_mask)
     pieces = [tokens[:, :prompt], *tokens[:, prompt:].split(1, dim=1)]
     logits = torch.stack([read(model, piece, state) for piece in pieces], dim=1)
-    expected = model.eval()(source, tokens, seeds=SEEDS, source_mask=source_mask)[:, prompt - 1 :]
-    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+    expected = model.eval()(source, tokens, seeds=SEEDS, source_mask=source_mask)
+    torch.testing.assert_close(logits, expected[:, prompt - 1 :], atol=1e-9, rtol=0)
+    # In blocks, from forks of a state that has read the source.
+    fork = start(model, 2, seeds=SEEDS, source=source, source_mask=source_mask).fork([1, 0])
+    blocks = tokens[[1, 0]].tensor_split([prompt, prompt + 9], dim=1)
+    found = torch.cat([read_block(model, block, fork).log_probs for block in blocks], dim=1)
+    log_probs = expected.log_softmax(-1)[[1, 0], :-1].gather(2, tokens[[1, 0], 1:, None]).squeeze(2)
+    torch.testing.assert_close(found[:, 1:], log_probs, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megabase.models.attention.kernels import chunked, native, reference
@@ -72,8 +73,10 @@ def sorted_attention(
     """softmax(scale · q · k) v, over the keys that `rule` gives to every query.
 
     Args:
-        q: (batch, heads, length, d).
-        k: Keys like q. None: keys are the queries scaled to unit length (`unit_keys`), and `scale` is not used.
+        q: (batch, heads, n, d), the queries of the last n positions: of all if n = length. If n is less, nothing has a
+            gradient.
+        k: Keys (batch, heads, length, d). None: keys are the queries scaled to unit length (`unit_keys`), and `scale`
+            is not used; n = length.
         v: (batch, heads, length, d_v).
         order: The sorted order of batch × heads rows.
         rule: Which keys a query attends to.
@@ -82,7 +85,7 @@ def sorted_attention(
         backend: One of BACKENDS.
 
     Returns:
-        (batch, heads, length, d_v) in v's dtype.
+        (batch, heads, n, d_v) in v's dtype.
 
     Raises:
         ConfigError: The backend asked for cannot run with these tensors.
@@ -90,6 +93,8 @@ def sorted_attention(
     chosen = choose_backend(q, v, backend)
     if chosen == "native":
         return native.sorted_attention(q, k, v, order, rule, dropout, scale)
+    first = v.shape[2] - q.shape[2]
+    q = F.pad(q, (0, 0, first, 0)) if first else q
     rows, values = q.flatten(0, 1), v.flatten(0, 1)
     keys = None if k is None else (k * scale).flatten(0, 1)
     if chosen == "triton":
@@ -97,7 +102,7 @@ def sorted_attention(
     else:
         kernel = reference.sorted_attention if chosen == "reference" else chunked.sorted_attention
         out = kernel(rows, unit_keys(rows) if keys is None else keys, values, order, rule, dropout)
-    return out.unflatten(0, v.shape[:2])
+    return out.unflatten(0, v.shape[:2])[:, :, first:]
 
 
 def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:

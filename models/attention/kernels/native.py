@@ -43,7 +43,8 @@ def sorted_attention(
 ) -> Tensor:
     """The same as `dispatch.sorted_attention`, for q, k, v in fp32, bf16 or fp16 on the CPU, with any strides.
 
-    Computes in fp32. The same input gives the same bits, whatever the number of threads.
+    Computes in fp32. The same input gives the same bits, whatever the number of threads. If q has fewer positions than
+    k, it has no gradient.
     """
     return _SortedAttention.apply(q, k, v, order, rule, dropout, scale)
 
@@ -111,8 +112,8 @@ class _SortedAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         q, k, v = _dense(q), None if k is None else _dense(k), _dense(v)
-        out = _like(v)
-        lse = torch.full((q.shape[0] * q.shape[1], q.shape[2]), EXCLUDED)
+        out = _like(v[:, :, v.shape[2] - q.shape[2] :])
+        lse = torch.full((v.shape[0] * v.shape[1], v.shape[2]), EXCLUDED)
         problem, in_use = _problem(q, k, v, out, lse, torch.zeros_like(lse), order, rule, dropout, scale)
         _call("megabase_forward", problem)
         del in_use
@@ -123,6 +124,7 @@ class _SortedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
+        assert q.shape[2] == v.shape[2], "no gradient for a part of the queries"
         grad = _dense(grads[0] if grads[0].dtype in DTYPES else grads[0].float())
         dq, dk, dv = _like(q), _like(q), _like(v)
         problem, in_use = _problem(q, k, v, out, lse, torch.empty_like(lse), *ctx.case)
@@ -145,8 +147,10 @@ class _Tensor(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, x: Tensor) -> _Tensor:
-        return cls(x.data_ptr(), DTYPES[x.dtype], x.shape[-1], *x.stride()[:3])
+    def of(cls, x: Tensor, first: int = 0) -> _Tensor:
+        """The memory of x, whose positions have the numbers from `first` on."""
+        start = x.data_ptr() - first * x.stride(2) * x.element_size()
+        return cls(start, DTYPES[x.dtype], x.shape[-1], *x.stride()[:3])
 
 
 class _Problem(ctypes.Structure):
@@ -163,7 +167,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "heads", "rounds", "length", "reach")),
         *(
             (name, ctypes.c_int32)
-            for name in ("window", "causal", "once", "excludes_own", "own_if_alone", "threads")
+            for name in ("window", "causal", "once", "excludes_own", "own_if_alone", "threads", "first_query")
         ),
     )
 
@@ -203,15 +207,16 @@ def _problem(
 
     peak, total: (rows, length), see `Problem` in cpp/problem.h.
     """
-    batch, heads, length, _ = q.shape
+    batch, heads, length, _ = v.shape
+    first = length - q.shape[2]
     positions, buckets = _table(order.positions), _table(order.buckets)
     slots = _table(order.slots) if rule.once else positions
     real_lengths = order.real_lengths.to(torch.int32).contiguous()
     problem = _Problem(
-        q=_Tensor.of(q),
+        q=_Tensor.of(q, first),
         k=_Tensor() if k is None else _Tensor.of(k),
         v=_Tensor.of(v),
-        out=_Tensor.of(out),
+        out=_Tensor.of(out, first),
         peak=peak.data_ptr(),
         total=total.data_ptr(),
         positions=positions.data_ptr(),
@@ -233,6 +238,7 @@ def _problem(
         excludes_own=rule.excludes_own,
         own_if_alone=rule.own == "alone",
         threads=torch.get_num_threads(),
+        first_query=first,
     )
     in_use = [total, positions, slots, buckets, real_lengths]
     if dropout is not None:

@@ -41,6 +41,7 @@ void finish_forward(const Problem& p, const Shape& s, int64_t row, int64_t begin
     Buffer<float> value(s.wide_v);
     for (int64_t slot = begin; slot < std::min<int64_t>(begin + PIECE, p.length); ++slot) {
         const int32_t position = positions[slot];
+        if (position < p.first_query) continue;
         float* out = floats_at(p.out, row, p.heads, position);
         float &lse = p.peak[row * p.length + position], total = p.total[row * p.length + position];
         if (lse > EXCLUDED) {

@@ -29,6 +29,8 @@ struct Problem {
     int32_t window, causal, once;
     int32_t excludes_own, own_if_alone;             // Rule.own: not `always`; `alone`
     int32_t threads;
+    // Queries exist from this position on (`length` counts keys); q and out have no memory before it. Forward only.
+    int32_t first_query;
 };
 }
 

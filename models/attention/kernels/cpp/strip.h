@@ -46,6 +46,7 @@ struct Strip {
     void run() {
         if (first >= last) return;
         find_keys();
+        if (!keys) return;
         if (p.once) load_history();
         for (int i = first; i < std::min(first + BLOCK, last); ++i) prefetch_query(positions[i]);
         gather_keys();
@@ -84,9 +85,27 @@ struct Strip {
                 x.high[i - first] = std::min(chunk + p.reach, last) - from;
             }
         }
+        if (p.first_query) skip_positions_without_query(from, to);
         keys = to - from;
         std::copy_n((in_ring ? positions_of(previous(round)) : positions) + from, keys, (int32_t*)x.key_positions);
         for (int j = keys; j < round_up(keys, PANEL); ++j) x.key_positions[j] = -1;
+    }
+
+    // Positions before p.first_query attend to nothing. Keys that no other position attends to need no gathering: [from,
+    // to) shrinks to the others.
+    void skip_positions_without_query(int& from, int& to) {
+        int low = to - from, high = 0;
+        for (int i = 0; i < last - first; ++i) {
+            if (positions[first + i] < p.first_query || x.low[i] >= x.high[i])
+                x.low[i] = x.high[i] = 0;
+            else
+                low = std::min(low, (int)x.low[i]), high = std::max(high, (int)x.high[i]);
+        }
+        low = std::min(low, high);
+        for (int i = 0; i < last - first; ++i)
+            if (x.high[i]) x.low[i] -= low, x.high[i] -= low;
+        to = from + high;
+        from += low;
     }
 
     // Load the slots and buckets of the keys in earlier rounds (in_ring: in this one too).
@@ -152,7 +171,7 @@ struct Strip {
         const int64_t line = (int64_t)(top - base) * PANEL;
         for (int i = 0; i < count; ++i) {
             if (start + i + BLOCK < last) prefetch_query(positions[start + i + BLOCK]);
-            fetch(x.q + i * s.wide, p.q, q_row, positions[start + i]);
+            if (positions[start + i] >= p.first_query) fetch(x.q + i * s.wide, p.q, q_row, positions[start + i]);
             if (BACKWARD) fetch(x.grad + i * s.wide_v, p.grad, grad_row, positions[start + i]);
         }
         for (int g = 0; g < groups; ++g) {
