@@ -41,6 +41,7 @@ SETTINGS = [
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_steps=1",
     "tracking.system_seconds=1",
+    "tracking.report=false",
     "trainer.eval_every_steps=10",
     "trainer.eval_sequences=4",
     "checkpoint.every_steps=5",

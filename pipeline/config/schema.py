@@ -273,12 +273,14 @@ class TrackingConfig:
         enabled: false: write the journal only, nothing to MLflow.
         uri: Tracking server. null: `sqlite:///<run.root>/mlflow.db`.
         experiment: Name of the MLflow experiment.
+        report: Write `report.html`, the run as a page, when the run is finished.
         system_seconds: Every node measures its CPUs, memory, network and GPUs at this interval. 0: never.
     """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "megabase"
+    report: bool = True
     system_seconds: float = 30.0
 
     def validate(self) -> None:

@@ -67,13 +67,14 @@ class Journal:
             self._file.close()
 
 
-def read(path: Path, having: str = "") -> Iterator[Row]:
+def read(path: Path, having: str = "", key: str = "step") -> Iterator[Row]:
     """The rows of a journal, up to the first line that is incomplete or is not a row.
 
     Args:
         path: the file; without it there are no rows.
         having: yield only rows whose line contains this text. Other lines are not parsed, which is much faster where
             few rows of many are wanted.
+        key: what a row must have.
     """
     wanted = having.encode()
     if not path.exists():
@@ -88,7 +89,7 @@ def read(path: Path, having: str = "") -> Iterator[Row]:
                 row = json.loads(line)
             except ValueError:
                 return
-            if not isinstance(row, dict) or "step" not in row:
+            if not isinstance(row, dict) or key not in row:
                 return
             yield row
 

@@ -106,6 +106,16 @@ class RunPaths:
         return self.directory / "loss.png"
 
     @property
+    def report(self) -> Path:
+        """The run as a page for people, written by `megabase report` and at the end of a run."""
+        return self.directory / "report.html"
+
+    @property
+    def pictures(self) -> Path:
+        """Directory of the pictures of `report`."""
+        return self.directory / "pictures"
+
+    @property
     def lock(self) -> Path:
         """Locked by the job that trains in this directory."""
         return self.directory / ".lock"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
-from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.errors import RunError, UserError, first_line
 from megabase.pipeline.ranks import supervisor
 from megabase.pipeline.ranks.failure import report_failure
-from megabase.pipeline.rundir.status import RUNNING, write_launcher_status, write_status
+from megabase.pipeline.report.page import write_report
+from megabase.pipeline.rundir.status import FINISHED, RUNNING, write_launcher_status, write_status
 from megabase.pipeline.tracking.mirror import Mirror
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,15 @@ def write_running(directory: Path, step: int) -> None:
 
 
 def conclude(
-    outcome: Outcome, directory: Path, rank: int, mirror: Mirror | None, failure: BaseException | None
+    outcome: Outcome,
+    directory: Path,
+    rank: int,
+    mirror: Mirror | None,
+    failure: BaseException | None,
+    *,
+    report: bool = False,
 ) -> None:
-    """Write the status, print the error, flush MLflow; every rank calls it.
+    """Write the status, print the error, write the report, flush MLflow; every rank calls it.
 
     In this order: SLURM or the launcher may kill this process while MLflow is being flushed.
 
@@ -73,6 +80,7 @@ def conclude(
         rank: of this process.
         mirror: of rank 0, if the run is tracked.
         failure: the error that ended the run, if one did.
+        report: write the run's page if it is finished.
     """
     if rank == 0:
         if outcome.started:
@@ -80,9 +88,18 @@ def conclude(
         write_launcher_status(outcome.state, outcome.step, directory)
     if failure:
         report_failure(failure)
+    if report and rank == 0 and outcome.started and outcome.state == FINISHED:
+        _write_report(directory)
     if mirror:
         seconds = MLFLOW_FLUSH_AFTER_FAILURE_S if failure else MLFLOW_FLUSH_S
         if not mirror.finish(MLFLOW_STATUS[outcome.state], seconds):
             logger.warning(
                 "MLflow has not received everything: the journal has the rest, and the same command sends it"
             )
+
+
+def _write_report(directory: Path) -> None:
+    try:
+        logger.info(f"report: {write_report(directory)}")
+    except Exception as error:  # a page that cannot be made must not fail a run that is finished
+        logger.warning(f"the report cannot be written: {first_line(error)}")

@@ -206,7 +206,7 @@ def fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> s
         outcome.state, failure = state_of(error), error
         raise
     finally:
-        conclude(outcome, config.directory, rank, mirror, failure)
+        conclude(outcome, config.directory, rank, mirror, failure, report=config.tracking.report)
     return outcome.state
 
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "cancel": ["directory", "--now"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run", "--chain"],
+    "report": ["directory"],
     "export": ["directory", "output", "--format", "--step", "--best", "--dtype"],
     "evaluate": [
         "model",
