@@ -19,6 +19,7 @@ from megabase.models.config import ReformerConfig
 from megabase.pipeline.config.callbacks import parse
 from megabase.pipeline.config.keys import dotted
 from megabase.pipeline.config.slurm import SlurmConfig
+from megabase.pipeline.config.uris import refuse_credentials
 from megabase.pipeline.errors import UserError
 
 PRECISIONS = ("16", "32", "auto", "bf16")
@@ -271,21 +272,25 @@ class TrackingConfig:
 
     Attributes:
         enabled: false: write the journal only, nothing to MLflow.
-        uri: Tracking server. null: `sqlite:///<run.root>/mlflow.db`.
-        experiment: Name of the MLflow experiment.
+        uri: Tracking server, without user name and password. null: the environment variable MLFLOW_TRACKING_URI, and
+            without it `sqlite:///<run.root>/mlflow.db`.
+        experiment: Name of the MLflow experiment. null: the environment variable MLFLOW_EXPERIMENT_NAME, and without it
+            `megabase`.
         report: Write `report.html`, the run as a page, when the run is finished.
         system_seconds: Every node measures its CPUs, memory, network and GPUs at this interval. 0: never.
     """
 
     enabled: bool = True
     uri: str | None = None
-    experiment: str = "megabase"
+    experiment: str | None = None
     report: bool = True
     system_seconds: float = 30.0
 
     def validate(self) -> None:
-        """Raise UserError for a value out of its range."""
+        """Raise UserError for a value out of its range, or a password in the URI, which would be written to logs."""
         _require_not_negative(self, "tracking", "system_seconds")
+        if self.uri:
+            refuse_credentials("tracking.uri", self.uri)
 
 
 @dataclass

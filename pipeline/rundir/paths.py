@@ -61,6 +61,16 @@ class RunPaths:
         return self.directory / "mlflow.json"
 
     @property
+    def tracking_lock(self) -> Path:
+        """Locked by the process that sends the journal to MLflow at this moment."""
+        return self.directory / ".mlflow.lock"
+
+    @property
+    def dataset(self) -> Path:
+        """The shards of the run: their checksum, and the bases of each split."""
+        return self.directory / "dataset.json"
+
+    @property
     def submit_script(self) -> Path:
         """The job script of the last `megabase submit`, with the sbatch call."""
         return self.directory / "submit.sbatch"

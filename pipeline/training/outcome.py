@@ -14,19 +14,10 @@ from megabase.pipeline.ranks.failure import report_failure
 from megabase.pipeline.report.page import write_report
 from megabase.pipeline.rundir.status import FINISHED, RUNNING, write_launcher_status, write_status
 from megabase.pipeline.tracking.mirror import Mirror
+from megabase.pipeline.tracking.status import has_job_script, mlflow_status
 
 logger = logging.getLogger(__name__)
 
-# How a start ends, in status.json, and what MLflow calls it.
-# again: stopped at a checkpoint, to be started again. stopped: the same, but by a STOP file, so the job script does
-# not start it again. failed: another start would fail in the same way. crashed: another start may succeed.
-MLFLOW_STATUS = {
-    "finished": "FINISHED",
-    "again": "KILLED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-    "crashed": "FAILED",
-}
 # Seconds that the end of a run waits for MLflow. What is not sent by then stays in the journal for the next start.
 MLFLOW_FLUSH_S = 20.0
 # The same when the run fails: the launcher kills rank 0 GRACE_S seconds after another rank exits.
@@ -38,7 +29,9 @@ class Outcome:
     """How a start of a run ends.
 
     Attributes:
-        state: a key of MLFLOW_STATUS.
+        state: as in status.json. again: stopped at a checkpoint, to be started again. stopped: the same, but by a STOP
+            file, so the job script does not start it again. failed: another start would fail in the same way. crashed:
+            another start may succeed. Or "finished".
         step: the last optimizer step that was done.
         started: whether this start has written in the run directory. If not, the status of the start before stays.
     """
@@ -92,7 +85,8 @@ def conclude(
         _write_report(directory)
     if mirror:
         seconds = MLFLOW_FLUSH_AFTER_FAILURE_S if failure else MLFLOW_FLUSH_S
-        if not mirror.finish(MLFLOW_STATUS[outcome.state], seconds):
+        status = mlflow_status(outcome.state, may_continue=has_job_script())
+        if not mirror.finish(status, seconds):
             logger.warning(
                 "MLflow has not received everything: the journal has the rest, and the same command sends it"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class FinishedStep:
         grad_norm: global norm of the gradients before clipping: a number, a tensor, or None if it is not known.
         applied: whether DeepSpeed made the update. It skips one whose gradients are not finite.
         samples: hash of the samples that all ranks consumed (`hash_samples`); None until the ranks have agreed on it.
+        time: at which this process had done the step, in seconds since 1970.
     """
 
     step: int
@@ -49,6 +50,7 @@ class FinishedStep:
     grad_norm: Any
     applied: bool = True
     samples: int | None = None
+    time: float = field(default_factory=time.time)
 
 
 class Recorder:
@@ -129,7 +131,11 @@ class Recorder:
             speed = self._speed.measure()
             if self._skips:
                 speed["skipped_updates"] = self._history.skipped
-            self._add_performance({"step": rows[-1]["step"], "time": time.time(), **speed})
+            # metrics.jsonl has no times, because an interrupted and an uninterrupted run must write the same.
+            times = [round(step.time, 3) for step in complete]
+            self._add_performance(
+                {"step": rows[-1]["step"], "time": time.time(), "step_times": times, **speed}
+            )
         self._progress.update()
 
     def _row(self, step: FinishedStep) -> Row:

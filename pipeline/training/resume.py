@@ -15,8 +15,10 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir import environment
+from megabase.pipeline.rundir.dataset import write_dataset
 from megabase.pipeline.rundir.journal import has_evaluation, restore
 from megabase.pipeline.rundir.paths import METRICS, RunPaths
+from megabase.pipeline.tracking.identity import Identity
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,10 @@ def is_finished(config: RunConfig, step: int, evaluates: bool, world: Group) -> 
     return bool(world.broadcast(evaluated))
 
 
-def prepare_run_directory(config: RunConfig, resume_from: Path | None, world: Group) -> None:
-    """Write config.yaml and environment.json, and repair the journal. All ranks call it.
+def prepare_run_directory(
+    config: RunConfig, resume_from: Path | None, data: SequenceDataModule, world: Group
+) -> None:
+    """Write what describes the run (config.yaml, ...), and repair the journal. All ranks call it.
 
     Raises:
         RunError: on every rank, if rank 0 cannot write there.
@@ -68,6 +72,7 @@ def prepare_run_directory(config: RunConfig, resume_from: Path | None, world: Gr
     if world.rank == 0:
         try:
             _write_run_directory(config, resume_from)
+            write_dataset(config.directory, config.data.shards, data.index)
         except OSError as caught:
             error = f"cannot write in {config.directory}: {caught}"
     world.check(error)
@@ -85,6 +90,8 @@ def _write_run_directory(config: RunConfig, resume_from: Path | None) -> None:
             )
     save(config, paths.config)
     environment.write(config.directory)
+    # Also of a run that is not tracked: all copies of its directory are then one run for `megabase sync`.
+    Identity(config.directory, config.run.name).update(status=None, last_word=None)
 
 
 def _check_that_none_was_written(directory: Path, world: Group) -> None:

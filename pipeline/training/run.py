@@ -195,7 +195,7 @@ def fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> s
         stop: set when this rank is asked to stop.
 
     Returns:
-        The state of the run: finished, again or stopped (see `outcome.MLFLOW_STATUS`).
+        The state of the run: finished, again or stopped (see `Outcome.state`).
     """
     rank = groups.world.rank
     mirror = Mirror(config, config.directory) if config.tracking.enabled and rank == 0 else None
@@ -242,7 +242,7 @@ def _set_up_and_fit(
             mirror.start()  # MLflow may lack the last rows
         return
     initial = None if resume_from else choose_initial(config, data.index.alphabet.name, groups.world)
-    prepare_run_directory(config, resume_from, groups.world)
+    prepare_run_directory(config, resume_from, data, groups.world)
     outcome.started = True
     if groups.world.rank == 0:
         write_running(config.directory, outcome.step)

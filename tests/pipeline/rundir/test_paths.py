@@ -21,6 +21,8 @@ def test_names_that_users_and_job_scripts_rely_on() -> None:
         "baselines": "baselines.json",
         "loss_curve": "loss.png",
         "lock": ".lock",
+        "dataset": "dataset.json",
+        "tracking_lock": ".mlflow.lock",
     }
     assert {name: str(getattr(paths, name)) for name in names} == {
         name: f"runs/x/{file}" for name, file in names.items()

@@ -32,6 +32,7 @@ def test_the_run_directory_describes_itself(undisturbed: Path, lambda_shards: Pa
         "performance.jsonl",
         "checkpoints",
         "mlflow.json",
+        "dataset.json",
     } <= {path.name for path in undisturbed.iterdir()}
     assert json.loads((undisturbed / "status.json").read_text()) == {"state": "finished", "step": STEPS}
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -184,7 +185,11 @@ def test_one_mlflow_run_with_continuous_steps_across_the_kill(disturbed: Path) -
     assert [(point.step, point.value) for point in sorted(history, key=lambda p: p.step)] == [
         (row["step"], row["loss"]) for row in rows
     ]
-    assert found[0].data.params["model.dim"] == "32"
+    # Each point has the time of its step, also of the steps that were trained again.
+    times = [point.timestamp for point in sorted(history, key=lambda p: p.step)]
+    assert times == sorted(times) and len(set(times)) > STEPS // 2
+    assert found[0].data.params["model.dim"] == "32" and "markov_0_bits_per_base" not in found[0].data.metrics
+    assert {each.tags[0].value for each in found[0].inputs.dataset_inputs} == {"train", "valid"}
 
 
 def test_a_second_job_is_refused_and_a_signal_stops_a_run_that_saves_at_every_step(
