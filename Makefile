@@ -2,6 +2,7 @@
 # make test     all tests; make quick: those that take seconds
 # make lint     ruff, mypy, the order of imports, and the docs
 # make docs     the site, in build/site
+# make mlflow   MLflow's page with the runs of the demo (PORT=5000)
 # make bench    time and memory beside other libraries (DEVICE=cuda on a GPU)
 # Each makes the virtual environment .venv if there is none. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
@@ -12,8 +13,9 @@ TESTS ?= tests
 # keep compiled files, even if PYTHONDONTWRITEBYTECODE is set: each compiles all tests otherwise, which takes 4 s.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadgroup --numprocesses
 DEVICE ?= cpu
+PORT ?= 5000
 
-.PHONY: demo test quick lint docs bench lock clean
+.PHONY: demo test quick lint docs mlflow bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -38,6 +40,13 @@ lint: $(VENV)/.installed-test
 # warnings from --strict.)
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Ends with Ctrl-C. Runs may go on sending to the database meanwhile.
+mlflow: $(VENV)/.installed
+	@test -f runs/mlflow.db || { echo "runs/mlflow.db does not exist: make demo, or train with run.root=runs"; exit 2; }
+	@echo "The runs: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
+	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///runs/mlflow.db \
+		--artifacts-destination runs/mlartifacts
 
 # The figures of docs/performance.md, with the machine named. This takes about an hour on a small CPU. Run nothing else
 # in that time.

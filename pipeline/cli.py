@@ -26,6 +26,7 @@ from megabase.pipeline.commands import (
     report,
     status,
     submit,
+    sync,
     train,
     watch,
 )
@@ -46,6 +47,7 @@ COMMANDS = {
     "watch": watch,
     "checkpoints": checkpoints,
     "report": report,
+    "sync": sync,
     "export": export,
     "evaluate": evaluate,
     "bench": bench,

@@ -118,6 +118,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+# Credentials of MLflow, which no file and no log of a run may show.
+SECRETS = {"MLFLOW_TRACKING_USERNAME": "secret-user-17", "MLFLOW_TRACKING_PASSWORD": "secret-password-17"}
+
+
 @pytest.fixture(scope="session")
 def undisturbed(runs: Path, lambda_shards: Path) -> Path:
     """The run directory of a training that nothing interrupted.
@@ -133,12 +137,13 @@ def undisturbed(runs: Path, lambda_shards: Path) -> Path:
             *train_settings(lambda_shards, runs, "whole"),
         ],
         cwd=runs,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | ENVIRONMENT | SECRETS,
         capture_output=True,
         text=True,
         timeout=START_S,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert not any(secret in done.stderr for secret in SECRETS.values())
     return runs / "whole"
 
 

@@ -38,10 +38,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from megabase.pipeline.slurm.job_end import Ended, Files, Place, judge
+    from megabase.pipeline.files import read_object
+    from megabase.pipeline.slurm.job_end import END, Ended, Files, Place, judge
+    from megabase.pipeline.slurm.last_status import report_end
 
     successors = None if options.successors is None else [int(job) for job in options.successors.split()]
     nodes = {name: frozenset(getattr(options, name).split()) for name in ("usable", "excluded", "required")}
+    checkpoints = read_object(options.record).get("checkpoints", "")  # `judge` removes the record
     verdict = judge(
         Files(options.status, options.record, options.log),
         Ended(options.code, job_state=options.job_state, reason=options.reason),
@@ -52,5 +55,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if verdict.text:
         logger.info(verdict.text)
-    print(verdict.what, verdict.code, ",".join(verdict.exclude) or "-")
+    print(verdict.what, verdict.code, ",".join(verdict.exclude) or "-", flush=True)
+    if verdict.what == END:
+        report_end(options.status, checkpoints, options.job_state, options.reason)
     return 0

@@ -15,6 +15,8 @@ from megabase.pipeline.rundir.view import check_run_directory
 from megabase.pipeline.slurm.queue import Job, Queue, ask, cancel
 from megabase.pipeline.slurm.seen import find_jobs, look
 from megabase.pipeline.slurm.status import Report, jobs_of, judge
+from megabase.pipeline.tracking.last_word import say_last_word
+from megabase.pipeline.tracking.status import KILLED
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def cancel_run(directory: Path, *, now: bool = False) -> list[str]:
         if not todo.stop and not now and any(job.runs and job.id in todo.waiting for job in after):
             todo = Plan(stop=True)  # it has started meanwhile
             _write_stop(directory)
+    if not todo.stop and not todo.running:
+        say_last_word(directory, KILLED)  # nobody else does: no job of the run starts again
     return _message(report, todo, existed=existed, queue=queue)
 
 

@@ -42,11 +42,11 @@ def say_last_word(directory: Path, status: str, timeout_s: float = TIMEOUT_S) ->
     )
     thread.start()
     thread.join(timeout_s)
-    if not said:
+    if said != [True]:
         logger.warning(
             f"MLflow has not received that the run is {status}: megabase sync {directory} sends it"
         )
-    return bool(said)
+    return said == [True]
 
 
 def _say(directory: Path, status: str, deadline: float) -> bool:

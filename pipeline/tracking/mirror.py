@@ -114,5 +114,7 @@ def describe(error: Exception) -> str:
     name = type(error).__name__
     if answered := re.search(r"too many (\d+) error responses", text):
         return f"it answers with error {answered[1]}: see the server's own log"
+    if "timeout exception" in text:
+        return "no answer in time, see MLFLOW_HTTP_REQUEST_TIMEOUT"
     # MLflow's other texts on failed requests repeat the address, and are long.
     return name if "failed with" in text else f"{name}: {text[:ERROR_LENGTH]}"

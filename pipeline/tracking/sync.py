@@ -46,8 +46,9 @@ class Sync:
 
     def __init__(self, directory: Path, settings: Sequence[str] = ()) -> None:
         directory = directory.absolute()
-        # The directory may be a copy, or named relative to another one in its config.
-        config = load([RunPaths(directory).config], [*settings, f"run.root={directory.parent}"])
+        config = load([RunPaths(directory).config], settings)
+        # The directory may be a copy, and its config may name it relative to another directory.
+        config.run.root = str(directory.parent)
         known = read_object(RunPaths(directory).mlflow)
         self._directory = directory
         self.server = Server.of(config, known=known)

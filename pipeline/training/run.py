@@ -87,15 +87,17 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     )
     command = supervisor.megabase_command("train", *arguments)
     try:
-        return supervisor.supervise(command, devices, stop, hint=lambda: resume_hint(config.directory))
+        code = supervisor.supervise(command, devices, stop, hint=lambda: resume_hint(config.directory))
     except KeyboardInterrupt:
-        _conclude_interrupted(config)
-        return INTERRUPTED
+        logger.error(f"interrupted; {resume_hint(config.directory)}")
+        code = INTERRUPTED
+    if code:
+        _conclude_killed(config)
+    return code
 
 
-def _conclude_interrupted(config: RunConfig) -> None:
-    """After a second Ctrl-C: write what rank 0 could not, if it was killed before it wrote how the run ended."""
-    logger.error(f"interrupted; {resume_hint(config.directory)}")
+def _conclude_killed(config: RunConfig) -> None:
+    """Write what rank 0 could not, if it was killed before it wrote how the run ended."""
     try:
         lock = FileLock.take(RunPaths(config.directory).lock)
     except (LockHeldError, OSError):

@@ -15,7 +15,7 @@ from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.plan.parameters import count_parameters
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.slurm.partition import check_partition, partitions
-from megabase.pipeline.tracking.mirror import default_uri
+from megabase.pipeline.tracking.server import Server
 from megabase.pipeline.training.check import check
 
 MLFLOW_TIMEOUT_S = 5.0
@@ -67,7 +67,7 @@ def check_submission(config: RunConfig, call: Sequence[str], ranks: int) -> list
     if batches.warning:
         found.append(Finding("batch", batches.warning, warning=True))
     if config.tracking.enabled:
-        found.append(_mlflow(default_uri(config)))
+        found.append(_mlflow(Server.of(config).uri))
     return found
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "watch": ["directory", "--once"],
     "status": ["directories", "--json", "--watch"],
     "cancel": ["directory", "--now"],
+    "sync": ["directory", "settings", "--follow"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run", "--chain"],
     "report": ["directory"],

@@ -22,8 +22,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy before the server. Clients wait 3 s for an answer."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    """A proxy before the server. Clients wait 15 s for an answer."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     made = Proxy(server.port)
     yield made
     made.stop()

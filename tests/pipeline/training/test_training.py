@@ -18,7 +18,7 @@ from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.ranks.agreement import hash_samples
 from megabase.pipeline.ranks.stop import EXIT_AGAIN
 from megabase.pipeline.rundir.journal import read
-from tests.conftest import STEPS, train_settings, training_rows
+from tests.conftest import SECRETS, STEPS, train_settings, training_rows
 from tests.processes import Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -42,6 +42,15 @@ def test_the_run_directory_describes_itself(undisturbed: Path, lambda_shards: Pa
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["bits_per_base"] == bits(row["loss"]) for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_no_file_of_a_run_shows_the_credentials_of_mlflow(undisturbed: Path) -> None:
+    database = Path(json.loads((undisturbed / "mlflow.json").read_text())["uri"].removeprefix("sqlite:///"))
+    files = [path for path in undisturbed.rglob("*") if path.is_file() and path.suffix != ".pt"]
+    assert len(files) > 5
+    for path in (*files, database):
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS.values()), path
 
 
 def test_the_journal_proves_what_every_rank_consumed(undisturbed: Path, lambda_shards: Path) -> None:
