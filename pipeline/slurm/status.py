@@ -50,7 +50,7 @@ class Report:
             fails, too), crashed, killed (ended without writing how), or silent (no heartbeat, and nothing tells
             whether it has ended).
         detail: what a state alone does not tell, for people; "" if there is nothing.
-        job: the job that runs, or else the one that runs next, or else the last; None if SLURM knows none.
+        job: the job that runs, or else the one that runs next, or else the last that ran; None if SLURM knows none.
         jobs_left: further jobs of the run that wait.
         heartbeats: of the ranks of this start.
         hang: why it hangs, if it does.
@@ -133,7 +133,8 @@ def _job(seen: Seen, queue: Queue) -> tuple[Job | None, int]:
     known = jobs_of(seen, queue)
     running = [job for job in known if job.runs]
     waiting = [job for job in known if job.waits]
-    chosen = next(iter(running + waiting + known[::-1]), None)
+    started = [job for job in known if job.nodes] or known
+    chosen = next(iter(running + waiting + started[-1:]), None)
     return chosen, len([job for job in waiting if job is not chosen])
 
 

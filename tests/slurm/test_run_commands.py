@@ -117,7 +117,7 @@ def test_a_rank_that_is_frozen_is_named_and_a_chain_is_stopped_at_a_checkpoint(
     run.cluster.wait(first, {"FAILED"}, 30)  # exit code 75
     assert (run.cluster.show(first)["ExitCode"], run.cluster.state(second)) == ("75:0", "CANCELLED")
     found = run.status()
-    assert (found["state"], found["job"], found["job_state"]) == ("stopped", second, "CANCELLED")
+    assert (found["state"], found["job"], found["job_state"]) == ("stopped", first, "FAILED")
     assert found["checkpoint_step"] == found["step"] > 0
     assert run.cluster.show(first)["Restarts"] == "0" and "a STOP file in the run directory" in run.log()
 

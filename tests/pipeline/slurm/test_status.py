@@ -132,6 +132,14 @@ def test_the_job_of_a_chain_that_matters(states: tuple[str, ...], shown: int, le
     assert (report.job.id, report.jobs_left) == (shown, left)
 
 
+def test_of_jobs_that_have_ended_one_that_ran_is_shown() -> None:
+    answer = queue("FAILED", "CANCELLED")
+    never = Queue({**answer.jobs, 8: replace(answer.jobs[8], nodes="")}, answered=True)
+    for jobs, shown in ((answer, 8), (never, 7)):
+        job = judge(seen("stopped", 300, jobs=Jobs((7, 8), 7, "hg38")), jobs).job
+        assert job and job.id == shown
+
+
 def report_of(run: Seen) -> Report:
     return judge(run, queue("RUNNING"))
 
