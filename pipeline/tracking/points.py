@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from megabase.pipeline.rundir.journal import Row, Tail
 from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.tracking.names import metrics_of, system_name
 
 # Of a row: where, when and from what, not a measurement.
 NOT_METRICS = ("step", "samples", "time", "started", "step_times")
@@ -30,7 +31,7 @@ class Point(NamedTuple):
         name: of the metric.
         value: of it.
         ms: time of the step, in milliseconds since 1970.
-        step: of the optimizer.
+        step: of the optimizer; of a node's measurement its number.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Points:
         self._times = StepTimes()
         # Of each metric, the last step that was returned, or that MLflow has.
         self._last: dict[str, int] = {}
+        self._nodes: dict[Path, Tail] = {}
         self._rewind()
 
     def _rewind(self) -> None:
@@ -127,6 +129,7 @@ class Points:
             else:
                 found += self._unseen(row, ms)
         self._untimed = waiting
+        found += self._of_nodes()
         return sorted(found, key=lambda point: point.step)
 
     def _unseen(self, row: Row, ms: int) -> Iterator[Point]:
@@ -134,9 +137,22 @@ class Points:
         for name, value in row.items():
             if name in NOT_METRICS or name.startswith(MARKOV) or not isinstance(value, int | float):
                 continue
-            if row["step"] > self._last.get(name, -1):
-                self._last[name] = row["step"]
-                yield Point(name, float(value), ms, row["step"])
+            for metric, number in metrics_of(name, float(value)):
+                if row["step"] > self._last.get(metric, -1):
+                    self._last[metric] = row["step"]
+                    yield Point(metric, number, ms, row["step"])
+
+    def _of_nodes(self) -> Iterator[Point]:
+        """New points of the files of nodes. Their step is the number of the measurement, as in MLflow's own monitor."""
+        for path in sorted(self._paths.logs.glob("system-*.jsonl")):
+            node = path.stem.removeprefix("system-")
+            for row in self._nodes.setdefault(path, Tail(path)).new():
+                for name, value in row.items():
+                    metric = system_name(node, name)
+                    if name in ("sample", "time") or row["sample"] <= self._last.get(metric, -1):
+                        continue
+                    self._last[metric] = row["sample"]
+                    yield Point(metric, float(value), milliseconds(row["time"]), row["sample"])
 
 
 def milliseconds(seconds: float) -> int:

@@ -15,6 +15,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking import about
 from megabase.pipeline.tracking.identity import Identity, settle
+from megabase.pipeline.tracking.names import metric_name
 from megabase.pipeline.tracking.points import Point, Points
 from megabase.pipeline.tracking.server import Server
 from megabase.pipeline.tracking.status import FINAL, RUNNING
@@ -22,6 +23,8 @@ from megabase.pipeline.tracking.status import FINAL, RUNNING
 # Most points that MLflow's REST interface takes in one call.
 BATCH = 1000
 RESTARTS_TAG = "megabase.restarts"
+# The metric that every step has.
+STEPS = metric_name("loss")
 
 
 class Sender:
@@ -115,9 +118,7 @@ class Sender:
         if run.info.status != RUNNING and not complete_next:
             client.update_run(run_id, status=RUNNING)
         settings = about.settings_of(self._config)
-        changed = about.changed_settings(
-            settings, run.data.params, run.data.tags, step, max(last.values(), default=0)
-        )
+        changed = about.changed_settings(settings, run.data.params, run.data.tags, step, last.get(STEPS, 0))
         new = {key: value for key, value in settings.items() if key not in run.data.params}
         other = {key: value for key, value in tags.items() if key != "mlflow.user"} | {
             RESTARTS_TAG: str(self._points.restarts)

@@ -43,7 +43,7 @@ def runs_of(uri: str, experiment: str | None) -> list[Run]:
     return [] if found is None else list(client.search_runs([found.experiment_id]))
 
 
-def history(uri: str, run_id: str, metric: str = "loss") -> list[tuple[int, float, int]]:
+def history(uri: str, run_id: str, metric: str = "train/loss") -> list[tuple[int, float, int]]:
     """(step, value, time in milliseconds) of all points of a metric, in the order of steps."""
     points = MlflowClient(uri).get_metric_history(run_id, metric)
     return sorted((point.step, point.value, point.timestamp) for point in points)

@@ -102,7 +102,7 @@ def test_a_resume_goes_on_in_the_same_run_and_asks_for_no_history(
     assert [point[0] for point in points] == list(range(1, 61))
     assert points[:40] == expected(1, 40)  # those of the first pass
     assert points[40][2] == round(time_of(41, again=1000.0) * 1000)
-    assert second.data.metrics["restarts"] == 1 and second.data.tags["megabase.restarts"] == "1"
+    assert second.data.metrics["train/restarts"] == 1 and second.data.tags["megabase.restarts"] == "1"
     assert second.data.params["optim.lr"] == "0.001" and second.data.tags["changed.optim.lr"] == "7.0"
     assert second.data.tags["resumed.30"] == (
         "optim.lr 0.001 -> 7.0; the points of steps 31 to 40 are those of the settings before"
@@ -193,7 +193,12 @@ def test_the_page_of_mlflow_has_what_it_shows(run: RunConfig, proxy: Proxy, serv
         )
         for each in found.inputs.dataset_inputs
     ) == [("train", "lambda/train", "00ff", 700), ("valid", "lambda/valid", "00ff", 90)]
-    assert set(found.data.metrics) == {"loss", "tokens_per_second", "restarts"}
+    assert set(found.data.metrics) == {
+        "train/loss",
+        "train/perplexity",
+        "train/restarts",
+        "speed/tokens_per_second",
+    }
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == {
         "config.yaml",
         "environment.json",
