@@ -104,6 +104,8 @@ class Saver:
         self._paths = RunPaths(config.directory)
         self._pruning: Future[None] | None = None
         self.pending: Pending | None = None
+        # Step of the last checkpoint that was published by this start.
+        self.published: int | None = None
 
     @property
     def advanced(self) -> int:
@@ -177,7 +179,7 @@ class Saver:
             must = pending.must or not isinstance(error, DiskFull)
             self._give_up(pending.step, str(error), must, temporary=error.temporary)
             return None
-        self.pending = None
+        self.pending, self.published = None, pending.step
         if self._world.rank == 0:
             self._pruning = self._storage.run(self._prune)
             if pending.must:

@@ -165,7 +165,9 @@ class TrainingCallback(pl.Callback):
         decision = decide(situation)
         self._carry_out(decision, trainer)
         if decision.evaluate and not self._evaluate(trainer):
-            self._carry_out(decide_after_broken_evaluation(situation), trainer)
+            self._publish()
+            published = self._saver.published == self.step
+            self._carry_out(decide_after_broken_evaluation(situation, published), trainer)
 
     def _carry_out(self, decision: Decision, trainer: pl.Trainer) -> None:
         """Carry out a decision, except for its evaluation."""
@@ -173,8 +175,6 @@ class TrainingCallback(pl.Callback):
             self._report_stop()
         if decision.advance:
             self._advance()
-        if decision.publish:
-            self._publish()
         if decision.save:
             self._save(trainer, final=decision.final)
         if decision.end:

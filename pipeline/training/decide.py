@@ -100,7 +100,6 @@ class Decision:
     Attributes:
         report_stop: print why the run stops.
         advance: do the next part of the checkpoint that is being written.
-        publish: wait until the checkpoint that is being written is published.
         save: write a checkpoint of this step.
         final: that checkpoint is the last of this start: wait until it is published; a full disk is an error.
         evaluate: evaluate on the validation split.
@@ -110,7 +109,6 @@ class Decision:
 
     report_stop: bool = False
     advance: bool = False
-    publish: bool = False
     save: bool = False
     final: bool = False
     evaluate: bool = False
@@ -132,17 +130,19 @@ def decide(situation: Situation) -> Decision:
     )
 
 
-def decide_after_broken_evaluation(situation: Situation) -> Decision:
+def decide_after_broken_evaluation(situation: Situation, published: bool) -> Decision:
     """What remains to do when the ranks agreed to stop during the evaluation that `decide` asked for.
 
     The next start evaluates this step again. For that, a checkpoint of this step must be published.
+
+    Args:
+        situation: in which `decide` was asked.
+        published: a checkpoint of this step is published. One that `decide` asked for may not be: the disk was full.
     """
-    before = decide(situation)
     return Decision(
-        report_stop=not before.report_stop,
-        publish=True,
-        save=not before.save,
-        final=not before.save,
+        report_stop=not decide(situation).report_stop,
+        save=not published,
+        final=not published,
         end=True,
         stopped_early=True,
     )

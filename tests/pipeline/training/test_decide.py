@@ -137,27 +137,31 @@ def test_what_is_decided(situation: Situation, expected: Decision) -> None:
     assert decide(situation) == expected
 
 
-BROKEN = {"publish": True, "end": True, "stopped_early": True}
+BROKEN = {"end": True, "stopped_early": True}
+SAVES = {"save": True, "final": True}
 
 
 @pytest.mark.parametrize(
-    ("situation", "expected"),
+    ("situation", "published", "expected"),
     [
-        # The checkpoint of this step is not written yet: it is the last one.
-        (Situation(EVALUATION), Decision(**BROKEN, report_stop=True, save=True, final=True)),
-        # It is being written, perhaps in the background: wait for it.
-        (Situation(BOTH), Decision(**BROKEN, report_stop=True)),
-        (Situation(EVALUATION, save=True), Decision(**BROKEN, report_stop=True)),
-        (Situation(LAST_EVALUATED), Decision(**BROKEN, report_stop=True)),
+        # There is no checkpoint of this step yet.
+        (Situation(EVALUATION), False, Decision(**BROKEN, **SAVES, report_stop=True)),
+        # There is one.
+        (Situation(BOTH), True, Decision(**BROKEN, report_stop=True)),
+        (Situation(EVALUATION, save=True), True, Decision(**BROKEN, report_stop=True)),
+        (Situation(LAST_EVALUATED), True, Decision(**BROKEN, report_stop=True)),
+        # It was due, but the disk was full: now it is an error if the disk still is.
+        (Situation(BOTH), False, Decision(**BROKEN, **SAVES, report_stop=True)),
+        (Situation(EVALUATION, save=True), False, Decision(**BROKEN, **SAVES, report_stop=True)),
         # The stop was known, and printed, before the evaluation.
-        (Situation(EVALUATION, stop=True), Decision(**BROKEN)),
-        (Situation(LAST_EVALUATED, stop=True), Decision(**BROKEN)),
+        (Situation(EVALUATION, stop=True), True, Decision(**BROKEN)),
+        (Situation(LAST_EVALUATED, stop=True), True, Decision(**BROKEN)),
     ],
 )
 def test_what_remains_after_an_evaluation_that_was_broken_off(
-    situation: Situation, expected: Decision
+    situation: Situation, published: bool, expected: Decision
 ) -> None:
-    assert decide_after_broken_evaluation(situation) == expected
+    assert decide_after_broken_evaluation(situation, published) == expected
 
 
 def test_what_holds_in_every_situation() -> None:
@@ -170,9 +174,10 @@ def test_what_holds_in_every_situation() -> None:
         assert decision.stopped_early == (decision.end and not due.last)
         assert decision.evaluate == due.evaluation and decision.advance == advance
         # After a broken evaluation a checkpoint of this step is published, written once, and the reason printed once.
-        after = decide_after_broken_evaluation(situation)
-        assert decision.save != after.save and decision.report_stop != after.report_stop
-        assert after.end and after.publish and after.stopped_early and not after.evaluate
+        for published in (False, True):
+            after = decide_after_broken_evaluation(situation, published)
+            assert after.save == after.final == (not published) and decision.report_stop != after.report_stop
+            assert after.end and after.stopped_early and not after.evaluate
 
 
 def test_the_journal_is_written_up_to_multiples_of_the_interval() -> None:
