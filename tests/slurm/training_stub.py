@@ -1,6 +1,7 @@
 """A `megabase` without torch for tests of the job script: it behaves as a training does, in seconds.
 
     megabase train HOME [KEY=VALUE...]
+    STUB_HOME=HOME STUB_STEPS=N megabase train FILE      as `megabase submit` calls it
 
 Each rank counts steps of STEP_S and waits for the others in each of them. Rank 0 publishes `checkpoints/step-N` of the
 run directory HOME/run, and a start continues from the newest. SIGUSR1 and SIGTERM stop all ranks at the same step,
@@ -92,6 +93,8 @@ def main() -> int:
         os.environ["PYTHONPATH"] = str(ROOT)
         os.execv(sys.executable, [sys.executable, "-P", "-m", "megabase.pipeline.cli", *sys.argv[1:]])
     home, *settings = sys.argv[2:]
+    if "STUB_HOME" in os.environ:
+        home, settings = os.environ["STUB_HOME"], [f"steps={os.environ['STUB_STEPS']}"]
     stub = Stub(Path(home), dict(setting.split("=", 1) for setting in settings))
 
     def handler(number: int, frame: object) -> None:

@@ -91,3 +91,61 @@ def test_a_heterogeneous_job_is_refused() -> None:
     done = subprocess.run(["bash", TRAIN_SCRIPT], env=variables, capture_output=True, text=True)
     assert done.returncode == 2
     assert "job 5: a heterogeneous job cannot train" in done.stderr
+
+
+# Programs of SLURM and megabase for the script: NAME: lines of shell. DIR/calls gets what the script tells SLURM to do.
+SLURM = {
+    "scontrol": """case "$1 $2" in
+"show hostnames") [ -z "$3" ] || printf 'n1\\nn2\\n' ;;
+"show job") echo "JobId=7 JobState=RUNNING Reason=None StdOut=DIR/slurm-7.out ExcNodeList=n9 x=y" ;;
+"ping "*) echo "Slurmctld(primary) at host is DOWN" ;;
+*) echo "scontrol $*" >> DIR/calls; [ "$1" != requeue ] || [ "$(wc -l < DIR/calls)" -gt REFUSALS ] ;;
+esac""",
+    "scancel": 'echo "scancel $*" >> DIR/calls',
+    "sleep": "exit 0",
+    "sinfo": "exit 0",
+    "srun": "exit 75",
+    "getent": "exit 0",
+    "tail": "exit 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("ends", "chain", "refusals", "code", "calls", "said"),
+    [
+        # The controller answers at the third attempt.
+        ("again 75 -", "", 2, 0, ["scontrol requeue 7"] * 3, ""),
+        # A running job takes no ExcNodeList: it gets it in the queue, beside what it had.
+        ("again 75 n1", "", 0, 0, ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n1,n9"], ""),
+        # SLURM refuses for good.
+        (
+            "again 75 n1",
+            "",
+            99,
+            75,
+            ["scontrol requeue 7"] * 6,
+            "scontrol cannot requeue the job: submit it again",
+        ),
+        ("next 75 n1", "6 7 8", 0, 75, ["scontrol update JobId=8 ExcNodeList=n1,n9"], ""),
+        ("end 1 -", "7 8 9", 0, 1, ["scancel 8 9"], "the run needs no further job: cancels 8 9"),
+        ("end 1 -", "6 7", 0, 1, [], ""),
+    ],
+)
+def test_what_the_script_does_at_the_end(
+    tmp_path: Path, ends: str, chain: str, refusals: int, code: int, calls: list[str], said: str
+) -> None:
+    for name, body in (SLURM | {"megabase": f"echo {ends}"}).items():
+        text = body.replace("DIR", str(tmp_path)).replace("REFUSALS", str(refusals))
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    script = TRAIN_SCRIPT.read_text()
+    if chain:
+        (tmp_path / "job.json").write_text(f'{{"jobs": [{", ".join(chain.split())}]}}')
+        script = script.replace(MARK, f"CHAIN={tmp_path}/job.json\n")
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_PARTITION": "gpu", **variables}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == calls
+    assert said in done.stderr and (said or not done.stderr)
