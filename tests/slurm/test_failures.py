@@ -15,7 +15,7 @@ import pytest
 from megabase.pipeline import cli
 from megabase.pipeline.slurm.queue import read_jobs
 from megabase.pipeline.slurm.script import TRAIN_SCRIPT
-from megabase.pipeline.training import check
+from megabase.pipeline.training import submission
 from megabase.slurm.testcluster.cluster import TestCluster, until
 from tests.slurm import training_stub
 
@@ -168,7 +168,7 @@ def chains(
     cluster: TestCluster, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, list[int]]:
     """Chains of three jobs on n1, submitted with `megabase submit`: the ids by run."""
-    monkeypatch.setattr(check, "check", lambda config, ranks, here: None)
+    monkeypatch.setattr(submission, "check_submission", lambda config, call, ranks: [])
     program = write_program(folder / "bin")
     monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
     monkeypatch.setattr(os, "environ", cluster.environment)
