@@ -77,9 +77,14 @@ def _prepare(options: argparse.Namespace) -> int:
     }
     if options.portion:
         files = prepare_portion(options.inputs, options.output, options.portion, **common)
+        done = (
+            f"has {counted(files, 'input file')}, all written"
+            if files
+            else "has no input file: there are more portions than files"
+        )
         print(
-            f"{options.output}: portion {options.portion} has {counted(files, 'input file')}, all written; when the"
-            f" others are, the same command without --portion makes {options.output}"
+            f"{options.output}: portion {options.portion} {done}; when the others are written, the same command without"
+            f" --portion makes {options.output}"
         )
         return 0
     print_splits(options.output, prepare(options.inputs, options.output, **common))
