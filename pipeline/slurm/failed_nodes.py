@@ -48,9 +48,8 @@ def failed_nodes(messages: str, heartbeats: Iterable[Heartbeat], errors: Iterabl
         heartbeats: of the ranks in this start.
         errors: nodes of the ranks that failed with an unexpected error.
     """
-    lost = {node for match in _LOST.finditer(messages) for node in match[1].split(",")}
-    if found := lost | _frozen(list(heartbeats)):
-        return frozenset(found)
+    if found := lost_nodes(messages) | _frozen(list(heartbeats)):
+        return found
     # Only the first end: srun then ends the other tasks.
     if (first := _EXIT.search(messages)) and first[2].startswith(_SIGNALS):
         return frozenset({first[1]})
@@ -58,24 +57,32 @@ def failed_nodes(messages: str, heartbeats: Iterable[Heartbeat], errors: Iterabl
     return alone if len(alone) == 1 else frozenset()
 
 
-def _frozen(heartbeats: list[Heartbeat]) -> set[str]:
+def lost_nodes(messages: str) -> frozenset[str]:
+    """The nodes that SLURM lost, as srun printed."""
+    return frozenset(node for match in _LOST.finditer(messages) for node in match[1].split(","))
+
+
+def _frozen(heartbeats: list[Heartbeat]) -> frozenset[str]:
     """The nodes of ranks that stopped writing heartbeats before the others."""
     newest = max((each.written for each in heartbeats), default=0.0)
-    return {each.node for each in heartbeats if newest - each.written > FROZEN_S}
+    return frozenset(each.node for each in heartbeats if newest - each.written > FROZEN_S)
 
 
-def read_failed_nodes(start: Path, run: Path | None, since: float) -> frozenset[str]:
+def read_failed_nodes(start: Path, run: Path | None, since: float, lost_only: bool) -> frozenset[str]:
     """`failed_nodes` from the files of a start.
 
     Args:
         start: its directory.
         run: the run directory, if it is known.
         since: Unix time at which the start began; heartbeats from before are of another start.
+        lost_only: SLURM ended the tasks, so only the nodes that it lost have failed.
     """
     try:
         messages = (start / SRUN_LOG).read_text(errors="replace")
     except OSError:
         messages = ""
+    if lost_only:
+        return lost_nodes(messages)
     found = [read_object(path) for path in sorted((run / "logs").glob("rank-*.heartbeat"))] if run else []
     heartbeats = [
         Heartbeat(str(each["host"]), each["written"])

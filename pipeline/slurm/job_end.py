@@ -53,6 +53,11 @@ class Ended:
     cancelled: bool = False
     failed: frozenset[str] = frozenset()
 
+    @property
+    def ending(self) -> bool:
+        """Whether SLURM is ending the job: its tasks do not end by themselves."""
+        return self.job_state not in ("RUNNING", "")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -139,11 +144,10 @@ def decide(ended: Ended, record: Record, max_stalls: int, place: Place = Place()
     known = record.step if ended.reached is None else ended.reached
     progressed = known is not None and (record.step is None or known > record.step)
     stalls = 0 if progressed else record.stalls + 1
-    ending = ended.job_state not in ("RUNNING", "") and ended.reason != "TimeLimit"
     if not checkpointed and not ended.cancelled:
         record = _with_failures(record, ended.failed)
     exclude, about_nodes = _exclude(record, place)
-    if ending:
+    if ended.ending and ended.reason != "TimeLimit":
         text = f"{what}; SLURM is ending it (scancel, or a preemption that requeues it itself): no requeue from here"
         what = END if ended.cancelled else NEXT
         return Verdict(what, code, text + about_nodes, replace(record, step=known), exclude)
@@ -197,24 +201,21 @@ def _may_differ_next_time(ended: Ended, code: int, record: Record) -> bool:
     return record.step is not None
 
 
-def was_cancelled(log: Path, job: str, since: float) -> bool:
+def was_cancelled(log: Path, job: str) -> bool:
     """Whether the log of a job says that scancel ended it.
 
     slurmstepd writes there `*** JOB 12 ON n1 CANCELLED AT 2026-01-31T12:00:00 ***`, with `DUE TO ...` before the last
-    asterisks if SLURM ended it for a reason of its own.
+    asterisks if SLURM ended it for a reason of its own. After scancel there is no further start.
 
     Args:
-        log: of all starts of the job; need not exist.
+        log: of the job; need not exist.
         job: its id.
-        since: Unix time at which this start began.
     """
     try:
         text = log.read_text(errors="replace")
     except OSError:
         return False
-    line = rf"\*\*\* JOB {re.escape(job)} ON \S+ CANCELLED AT (\S+) \*\*\*"
-    begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
-    return any(match[1] >= begin for match in re.finditer(line, text))
+    return bool(re.search(rf"\*\*\* JOB {re.escape(job)} ON \S+ CANCELLED AT \S+ \*\*\*", text))
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,10 @@ def judge(files: Files, ended: Ended, job: str, seconds: float, max_stalls: int,
         ended,
         state=left["state"],
         reached=newest_step(checkpoints) if checkpoints else None,
-        cancelled=was_cancelled(files.log, job, since),
-        failed=read_failed_nodes(files.status.parent, checkpoints and checkpoints.parent, since),
+        cancelled=was_cancelled(files.log, job),
+        failed=read_failed_nodes(
+            files.status.parent, checkpoints and checkpoints.parent, since, lost_only=ended.ending
+        ),
     )
     verdict = decide(ended, known, max_stalls, place)
     if verdict.what == END:

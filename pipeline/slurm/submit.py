@@ -129,7 +129,14 @@ def in_chain(call: Sequence[str], script: Path, after: int | str | None) -> list
         script: the job script.
         after: the job that must end before; None: this is the first one, which waits for `scontrol release`, so that no
             job ends before those that follow it are in the queue.
+
+    Raises:
+        UserError: the job is an array.
     """
+    if any(word.startswith(("--array", "-a")) for word in call):
+        raise UserError(
+            "--chain: slurm.extra has an array, whose elements do not end together: leave one of them out"
+        )
     place = list(call).index(str(script))
     wait = "--hold" if after is None else f"--dependency=afterany:{after}"
     # After the options of `slurm.extra`, which they override.

@@ -57,14 +57,18 @@ def test_the_files_of_a_start_are_read_and_those_of_others_are_not(tmp_path: Pat
     start, run = tmp_path / "start", tmp_path / "run"
     start.mkdir()
     (run / "logs").mkdir(parents=True)
-    assert read_failed_nodes(start, None, 0) == read_failed_nodes(start, run, 0) == frozenset()
+    assert read_failed_nodes(start, None, 0, False) == read_failed_nodes(start, run, 0, False) == frozenset()
     for rank, node, written in ((0, "n1", 1000.0), (1, "n2", 900.0), (2, "n3", 100.0)):
         heartbeat = {"rank": rank, "host": node, "written": written}
         (run / "logs" / f"rank-{rank}.heartbeat").write_text(json.dumps(heartbeat))
     (run / "logs" / "rank-3.heartbeat").write_text("{torn")
-    assert read_failed_nodes(start, run, since=500) == {"n2"}
-    assert read_failed_nodes(start, run, since=950) == frozenset()
+    assert read_failed_nodes(start, run, since=500, lost_only=False) == {"n2"}
+    assert read_failed_nodes(start, run, since=950, lost_only=False) == frozenset()
     (start / "failed-1.json").write_text(json.dumps({"node": "n3"}))
-    assert read_failed_nodes(start, run, since=950) == {"n3"}
+    assert read_failed_nodes(start, run, since=950, lost_only=False) == {"n3"}
     (start / "srun.log").write_text(KILLED)
-    assert read_failed_nodes(start, run, since=950) == {"n2"}
+    assert read_failed_nodes(start, run, since=950, lost_only=False) == {"n2"}
+    # At a time limit SLURM kills what has not ended: no node has failed, unless SLURM lost one.
+    assert read_failed_nodes(start, run, since=500, lost_only=True) == frozenset()
+    (start / "srun.log").write_text(KILLED + LOST)
+    assert read_failed_nodes(start, run, since=500, lost_only=True) == {"n4"}

@@ -257,6 +257,13 @@ def test_the_jobs_of_a_chain_wait_for_each_other(monkeypatch: pytest.MonkeyPatch
     assert f"CHAIN={run}/job.json" in (run / "submit.sbatch").read_text().splitlines()
 
 
+def test_a_chain_of_arrays_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_sbatch(monkeypatch, tmp_path, "echo 1")
+    with pytest.raises(UserError, match="has an array, whose elements"):
+        submitted(tmp_path, 'slurm.extra=["--array=0-3"]', chain=2)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_chain_of_which_a_job_is_refused_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
