@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +83,6 @@ def _mlflow(uri: str) -> Finding:
     """Whether a tracking server answers. If not, that is a warning only: the nodes of the job may reach it."""
     if not uri.startswith(("http://", "https://")):
         return Finding("MLflow", uri)
-    uri = _without_password(uri)
     problem = unreachable(uri)
     if problem is None:
         return Finding("MLflow", f"{uri} answers")
@@ -93,12 +91,6 @@ def _mlflow(uri: str) -> Finding:
         " what is missing later"
     )
     return Finding("MLflow", text, warning=True)
-
-
-def _without_password(uri: str) -> str:
-    """A URL without the USER:PASSWORD@ that may be in it: it is not printed, and any answer will do."""
-    parts = urllib.parse.urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def unreachable(uri: str, timeout_s: float = MLFLOW_TIMEOUT_S) -> str | None:

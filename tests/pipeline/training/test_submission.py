@@ -64,8 +64,7 @@ def test_a_server_that_does_not_answer_is_a_warning(lambda_shards: Path, tmp_pat
     with socket.socket() as closed:  # bound, but nobody listens
         closed.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        with_password = uri.replace("//", "//me:secret@")
-        found = check_submission(config(lambda_shards, tmp_path, f"tracking.uri={with_password}"), CALL, 4)
+        found = check_submission(config(lambda_shards, tmp_path, f"tracking.uri={uri}"), CALL, 4)
     assert found[-1].warning and found[-1].text.startswith(f"{uri} does not answer from here (")
     assert "check tracking.uri" in found[-1].text
     off = config(lambda_shards, tmp_path, f"tracking.uri={uri}", "tracking.enabled=false")
