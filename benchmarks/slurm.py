@@ -36,7 +36,7 @@ FASTA = ROOT / "tests" / "data" / "lambda_phage.fna.gz"
 STEPS = 40
 # The failure comes when the journal has this step. The newest checkpoint is then that of step 10.
 FAIL_AT = 13
-HANG_MINUTES = 0.1
+HANG_MINUTES = 0.3
 # A run that has not trained again, or finished, by then hangs.
 BOUND_S = 300.0
 SETTINGS = [

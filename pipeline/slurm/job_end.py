@@ -148,7 +148,7 @@ def decide(ended: Ended, record: Record, max_stalls: int, place: Place = Place()
         record = _with_failures(record, ended.failed)
     exclude, about_nodes = _exclude(record, place)
     if ended.ending and ended.reason != "TimeLimit":
-        text = f"{what}; SLURM is ending it (scancel, or a preemption that requeues it itself): no requeue from here"
+        text = f"{what}; SLURM is ending it (scancel, a lost node or a preemption): no requeue from here"
         what = END if ended.cancelled else NEXT
         return Verdict(what, code, text + about_nodes, replace(record, step=known), exclude)
     if stalls > max_stalls:

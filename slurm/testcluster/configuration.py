@@ -43,7 +43,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=5
+KillWait=10
 SlurmdTimeout={node_timeout}
 MinJobAge=86400
 
