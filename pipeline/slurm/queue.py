@@ -124,10 +124,14 @@ def ask(jobs: Collection[int], ended: Collection[int] = ()) -> Queue:
         code, printed, error = _call("squeue", "--noheader", "--states=all", _ids(jobs), _SQUEUE)
     except FileNotFoundError:
         return Queue()
-    except (OSError, subprocess.TimeoutExpired) as caught:
-        return Queue(problem=f"squeue does not answer: {caught}")
+    except subprocess.TimeoutExpired:
+        return Queue(problem=f"squeue does not answer within {TIMEOUT_S:.0f} s")
+    except OSError as caught:
+        return Queue(problem=f"squeue cannot be run: {caught.strerror}")
     if code and _FORGOTTEN not in error:
-        return Queue(problem=f"squeue: {' '.join(error.split()) or f'exit code {code}'}")
+        # The last line says what the ones before it led to.
+        lines = error.strip().splitlines() or [f"squeue: exit code {code}"]
+        return Queue(problem=lines[-1] if lines[-1].startswith("squeue: ") else f"squeue: {lines[-1]}")
     found = parse_squeue(printed)
     if forgotten := set(ended) - set(found):
         with suppress(

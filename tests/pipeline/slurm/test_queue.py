@@ -110,7 +110,7 @@ def test_slurm_is_asked_once_for_all_jobs_and_the_accounting_for_those_that_it_h
         ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", True, ""),
         ("echo Unable to contact slurm controller >&2; exit 1", False, "squeue: Unable to contact slurm"),
         ("exit 3", False, "squeue: exit code 3"),
-        ("while :; do :; done", False, "squeue does not answer: .* timed out"),
+        ("while :; do :; done", False, "squeue does not answer within"),
     ],
 )
 def test_a_controller_without_an_answer(
