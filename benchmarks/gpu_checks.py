@@ -28,6 +28,7 @@ from torch import Tensor
 from megabase.models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from megabase.models.attention import local_attention, lsh_attention
 from megabase.models.attention.lsh import hash_buckets
+from megabase.models.generation import read_block, start
 
 BACKENDS = {"cuda": ("auto", "chunked", "triton"), "cpu": ("auto", "chunked", "native")}
 PER_RULE = 3
@@ -237,6 +238,40 @@ def reversible(chance: random.Random, device: str) -> Check:
     return check
 
 
+@torch.no_grad()
+def reading(chance: random.Random, device: str) -> Check:
+    """Log-probabilities of a sequence that is read in blocks, and from a fork: those of one pass, but for rounding.
+
+    The median over tokens is judged: a few query-keys lie so close to a border that rounding moves them to another
+    bucket.
+    """
+    check = Check("reading in blocks: one pass", limit=1e-4)
+    layers = ["local", "lsh", "performer", "full"]
+    config = ReformerConfig(
+        vocab_size=9,
+        dim=64,
+        depth=4,
+        heads=2,
+        layers=layers,
+        lsh=LSHConfig(rounds=2, chunk_length=32, n_buckets=16, duplicates="once"),
+        local=LocalConfig(window=32),
+    )
+    model = Reformer(config).to(device).eval()
+    x = torch.randint(5, 9, (2, 6000), device=device)
+    seeds = Seeds(chance.getrandbits(31))
+    expected = model(x, seeds=seeds).float().log_softmax(-1)[:, :-1].gather(2, x[:, 1:, None]).squeeze(2)
+    sizes = [3000, 1, 2, 40, 957, 2000]
+    state = start(model, 2, seeds=seeds)
+    found = []
+    for block in x.split(sizes, dim=1):
+        found.append(read_block(model, block, state).log_probs)
+        state = state.fork([0, 1])
+    difference = (torch.cat(found, dim=1)[:, 1:] - expected).abs()
+    for number, part in enumerate(difference.split([sizes[0] - 1, *sizes[1:]], dim=1)):
+        check.judge(part.median().item(), f"block {number} of {sizes[number]}")
+    return check
+
+
 def loss_and_gradients(model: Reformer, x: Tensor, seeds: Seeds, reverse: bool) -> Tensor:
     """Loss and all gradients as one fp32 vector."""
     model.zero_grad()
@@ -284,6 +319,7 @@ def checks(device: str, cases: int, seed: int, seconds: float) -> Iterator[Check
     yield guarded("hashing", lambda: hashing(chance, some, device))
     yield guarded("local attention", lambda: local(chance, some, device))
     yield guarded("reversible training", lambda: reversible(chance, device))
+    yield guarded("reading in blocks", lambda: reading(chance, device))
     yield guarded("2^31 numbers and more", lambda: beyond_31_bits(device))
 
 

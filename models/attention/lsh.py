@@ -29,8 +29,8 @@ from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_at_least,
 from megabase.models.config import DEFAULT_BUCKETS, ReformerConfig
 from megabase.models.layer_config import ATTENDS, DUPLICATES
 
-FEWEST = 16
-"""Tokens of the smallest block that runs in the kernels, which sort the whole cache; others run token by token."""
+FEWEST = 8
+"""Tokens of the smallest block that always runs in the kernels, which sort the whole cache."""
 
 
 def lsh_attention(
@@ -214,22 +214,20 @@ class LSHAttention(AttentionLayer):
         qk, v = split_heads(self.query_key(near), heads), split_heads(self.value(x), heads)
         buckets = rotate_and_hash(qk, cache.rotations)
         keys, values = unit_keys(qk), v if self.ahead is None else cache.complete(v, self.ahead)
-        if qk.shape[2] >= FEWEST:
+        # A few tokens are faster one by one, if `recent` is up to date; a single token is expected to have successors.
+        length = qk.shape[2]
+        if length >= FEWEST or (length > 1 and cache.recent is None):
             cache.add(keys, values, buckets)
-            y = cache.attend(qk, self.rule)
-        else:
-            own_values = v if self.ahead is None else torch.zeros_like(v)
-            outputs = []
-            for i in range(qk.shape[2]):
-                one = slice(i, i + 1)
-                outputs.append(
-                    cache.attend_one(
-                        qk[:, :, one], buckets[..., one], own_values[:, :, one], once=self.rule.once
-                    )
-                )
-                cache.add_one(keys[:, :, one], values[:, :, one], buckets[..., one])
-            y = torch.cat(outputs, dim=2)
-        return self.output(merge_heads(y))
+            return self.output(merge_heads(cache.attend(qk, self.rule)))
+        own_values = v if self.ahead is None else torch.zeros_like(v)
+        outputs = []
+        for one in (slice(i, i + 1) for i in range(length)):
+            entry = keys[:, :, one], values[:, :, one], buckets[..., one]
+            outputs.append(
+                cache.attend_one(qk[:, :, one], entry[2], own_values[:, :, one], once=self.rule.once)
+            )
+            cache.add_one(*entry)
+        return self.output(merge_heads(torch.cat(outputs, dim=2)))
 
 
 def _check_inputs(
