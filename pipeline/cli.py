@@ -24,6 +24,7 @@ from megabase.pipeline.commands import (
     job_end,
     prepare,
     report,
+    score,
     status,
     submit,
     sync,
@@ -50,6 +51,7 @@ COMMANDS = {
     "sync": sync,
     "export": export,
     "evaluate": evaluate,
+    "score": score,
     "bench": bench,
     "job-end": job_end,
 }

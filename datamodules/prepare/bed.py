@@ -99,12 +99,12 @@ class Row(NamedTuple):
     line: int
 
 
-def read_rows(path: Path, fourth: str, option: str) -> Iterator[Row]:
+def read_rows(path: Path, fourth: str | None, option: str) -> Iterator[Row]:
     """The intervals of a BED file, without empty lines, comments, display lines and further columns.
 
     Args:
         path: the file.
-        fourth: what the fourth column holds, for messages.
+        fourth: what the fourth column holds, for messages. None: three columns are enough.
         option: of the command line that names the file, for messages.
 
     Raises:
@@ -125,11 +125,14 @@ def _lines(path: Path, option: str) -> list[str]:
         raise DataError(f"{path}: not text ({error}): give {option} a BED file, uncompressed") from error
 
 
-def _row(path: Path, number: int, line: str, fourth: str) -> Row:
+def _row(path: Path, number: int, line: str, fourth: str | None) -> Row:
     place = f"{path}: line {number}"
     columns = line.split("\t")
+    if fourth is None:
+        columns = [*columns[: _COLUMNS - 1], *([""] if len(columns) >= _COLUMNS - 1 else [])]
     if len(columns) < _COLUMNS:
-        raise DataError(f"{place}: {line!r} is not chr, start, end and {fourth} with tabs between them")
+        wanted = "chr, start and end" if fourth is None else f"chr, start, end and {fourth}"
+        raise DataError(f"{place}: {line!r} is not {wanted} with tabs between them")
     name, first, last, text = (column.strip() for column in columns[:_COLUMNS])
     if number == 1 and first[:1].isalpha() and last[:1].isalpha():
         raise DataError(

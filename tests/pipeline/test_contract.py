@@ -51,6 +51,9 @@ COMMANDS = {
         "--output",
         "--json",
     ],
+    "score": [
+        *("model", "fasta", "--output", "--regions", "--strand", "--block", "--step", "--best", "--json"),
+    ],
     "bench": ["benchmark"],
     "job-end": [
         *("--code", "--status", "--record", "--log", "--job", "--seconds", "--job-state", "--reason"),

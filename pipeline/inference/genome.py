@@ -1,0 +1,91 @@
+"""Parts of a genome: a FASTA file read through its index, and the regions that a BED file names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pysam
+from numpy.typing import NDArray
+
+from megabase.datamodules.prepare.bed import read_rows
+from megabase.datamodules.prepare.closest import hint
+from megabase.pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bases [start, end) of a record."""
+
+    record: str
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+class Genome:
+    """A FASTA file with its index (`.fai`), which is made beside it if there is none.
+
+    Args:
+        path: FASTA, as it is or compressed with bgzip.
+
+    Raises:
+        UserError: the file cannot be read or indexed, holds no sequence, or has changed since it was indexed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file: give a FASTA file")
+        index = path.with_name(f"{path.name}.fai")
+        if index.exists() and index.stat().st_mtime_ns < path.stat().st_mtime_ns:
+            raise UserError(f"{index} is older than {path.name}: remove it, and it is made anew")
+        pysam.set_verbosity(0)  # htslib would print lines of its own
+        try:
+            self._file = pysam.FastaFile(str(path))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be indexed as FASTA: it must have sequences below lines of >NAME; if it is "
+                f"compressed, by bgzip; and its folder must be writable, unless {index.name} is there"
+            ) from error
+        self.path = path
+        self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
+
+    def records(self) -> list[Region]:
+        """All records that are not empty, whole, in the order of the file."""
+        return [Region(name, 0, length) for name, length in self.lengths.items() if length]
+
+    def regions(self, bed: Path) -> list[Region]:
+        """The regions of a BED file (chr, start, end), in its order.
+
+        Raises:
+            DataError: the file cannot be read, or a line has another form.
+            UserError: it names a record that the genome has not, or bases beyond a record's end, or nothing.
+        """
+        regions = []
+        for row in read_rows(bed, None, "--regions"):
+            place = f"{bed}: line {row.line}"
+            if row.name not in self.lengths:
+                names = list(self.lengths)
+                raise UserError(f"{place}: {self.path} has no record {row.name!r}{hint(row.name, names)}")
+            if row.end > self.lengths[row.name]:
+                raise UserError(
+                    f"{place}: [{row.start}, {row.end}) reaches beyond record {row.name!r} of "
+                    f"{self.lengths[row.name]} bases: the regions must be for this assembly of the genome"
+                )
+            regions.append(Region(row.name, row.start, row.end))
+        if not regions:
+            raise UserError(f"{bed}: holds no region: every line must be chr, start, end")
+        return regions
+
+    def letters(self, region: Region, block: int, *, backwards: bool = False) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a region, `block` at a time; backwards: the last ones first, each piece in forward order."""
+        starts = range(region.start, region.end, block)
+        if backwards:
+            starts = range(max(region.start, region.end - block), region.start - block, -block)
+        for start in starts:
+            first, end = max(start, region.start), min(start + block, region.end)
+            yield np.frombuffer(self._file.fetch(region.record, first, end).encode(), dtype=np.uint8)
