@@ -21,6 +21,8 @@ PARAM_BATCH = 100
 PARAM_LENGTH = 500
 # A setting with which a run was resumed, if it differs from the parameter: MLflow's parameters are immutable.
 CHANGED = "changed."
+# Where a run is stored and sent may differ from machine to machine, and changes nothing in it.
+_PLACES = ("run.root", "tracking.")
 
 
 def source_tags(directory: Path) -> dict[str, str]:
@@ -61,7 +63,11 @@ def changed_settings(
         sent: the last step that MLflow has.
     """
     before = {key: tags.get(f"{CHANGED}{key}", value) for key, value in params.items()}
-    different = {key: value for key, value in settings.items() if before.get(key, value) != value}
+    different = {
+        key: value
+        for key, value in settings.items()
+        if before.get(key, value) != value and not key.startswith(_PLACES)
+    }
     if not different:
         return {}
     text = ", ".join(f"{key} {before[key]} -> {value}" for key, value in different.items())
@@ -123,7 +129,8 @@ class Files:
 
     def __init__(self, directory: Path) -> None:
         paths = RunPaths(directory)
-        self._paths = (paths.loss_curve, paths.config, paths.environment, paths.init_from, paths.baselines)
+        pages = (paths.loss_curve, paths.report)
+        self._paths = (*pages, paths.config, paths.environment, paths.init_from, paths.baselines)
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def changed(self) -> list[Path]:

@@ -20,6 +20,7 @@ from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.environment import is_rank_zero
 from megabase.pipeline.rundir.lock import check_writable
 from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.tracking.server import Server
 from megabase.pipeline.training.initial import check_initial
 from megabase.pipeline.zero import passthrough
 
@@ -42,6 +43,8 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
         ConfigError: `model.*` cannot work.
     """
     config.validate()
+    if config.tracking.enabled:
+        Server.of(config)  # a password in MLFLOW_TRACKING_URI is refused before anything starts
     if (
         is_rank_zero()
     ):  # one rank decides for all: a STOP file may appear or vanish between the looks of two ranks

@@ -19,6 +19,9 @@ def test_changed_settings_are_named_with_the_steps_that_keep_older_points() -> N
         "resumed.30": "optim.lr 0.1 -> 0.2; the points of steps 31 to 40 are those of the settings before",
     }
     assert changed_settings({"optim.lr": "0.2", "zero.stage": "1"}, params, first, 30, 40) == {}
+    # A machine that sends the run from elsewhere.
+    places = {"run.root": "/x", "tracking.uri": "http://x"}
+    assert changed_settings(places, params | {"run.root": "runs", "tracking.uri": "None"}, {}, 30, 40) == {}
     # Back to the value at the start.
     again = changed_settings({"optim.lr": "0.1", "zero.stage": "1"}, params, first, 50, 50)
     assert again == {"changed.optim.lr": "0.1", "resumed.50": "optim.lr 0.2 -> 0.1"}
