@@ -117,8 +117,9 @@ def judge(seen: Seen, queue: Queue) -> Report:
     heartbeats = tuple(written_since(seen.heartbeats, begin))
     state, detail, hang = _state(seen, job, queue, heartbeats)
     if seen.stop and state in (*ALIVE, "waiting"):
-        stop = RunPaths(seen.directory).stop
-        detail = "; ".join(filter(None, [f"{stop} exists: it stops at its next checkpoint", detail]))
+        what = "its job ends when it starts" if state == "waiting" else "it writes a checkpoint and ends"
+        exists = f"{RunPaths(seen.directory).stop} exists: {what}"
+        detail = f"{exists}; {detail}" if detail else exists
     return Report(seen, state, detail, job, left, heartbeats, hang)
 
 

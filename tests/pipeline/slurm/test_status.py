@@ -155,7 +155,9 @@ def test_ranks_that_wait_for_another_are_patient_for_ten_steps() -> None:
 
 def test_a_stop_file_is_named_as_long_as_the_run_is_alive() -> None:
     assert (
-        "STOP exists: it stops at its next checkpoint"
+        "STOP exists: it writes a checkpoint and ends"
         in report_of(replace(seen("running", 3), stop=True)).detail
     )
     assert not judge(replace(seen("stopped", 3), stop=True), FORGOTTEN).detail
+    waiting = judge(replace(seen("again", 300), stop=True), queue("PENDING"))
+    assert waiting.detail == "runs/hg38/STOP exists: its job ends when it starts"
