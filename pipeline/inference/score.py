@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from pyarrow import parquet
 from torch import Tensor
 
@@ -218,7 +219,7 @@ def tokens_of(
 
 
 def walk_over(loaded: LoadedModel, blocks: Iterator[Tensor], advance: Callable[[int], None]) -> Walk:
-    """Read blocks of tokens (1, n) after BOS, and add up the nats of all letters.
+    """Read blocks of tokens (1, n), with BOS before the first one, and add up the nats of all letters.
 
     Raises:
         RunError: a log-probability is not finite.
@@ -226,14 +227,14 @@ def walk_over(loaded: LoadedModel, blocks: Iterator[Tensor], advance: Callable[[
     state = start(loaded.model, 1, seeds=Seeds(run=loaded.config.run.seed))
     nats, bases, other = 0.0, 0, 0
     for tokens in blocks:
-        if state.position == 0:
-            read_block(loaded.model, tokens.new_full((1, 1), BOS), state)
-        log_probs = read_block(loaded.model, tokens, state).log_probs
+        length = tokens.shape[1]
+        given = F.pad(tokens, (1, 0), value=BOS) if state.position == 0 else tokens
+        log_probs = read_block(loaded.model, given, state).log_probs[:, -length:]
         letter = tokens >= FIRST_LETTER
         nats -= float(log_probs.double().where(letter, 0.0).sum())
         count = int(letter.sum())
-        bases, other = bases + count, other + tokens.shape[1] - count
-        advance(tokens.shape[1])
+        bases, other = bases + count, other + length - count
+        advance(length)
     if not math.isfinite(nats):
         raise RunError(
             "the model's log-probabilities are not finite: take a checkpoint from before it diverged"
