@@ -56,7 +56,8 @@ class Server:
                     *("--workers", "1", "--backend-store-uri", self.store),
                     *("--artifacts-destination", str(self.directory / "artifacts")),
                 ],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                # Without the queues of MLflow's GenAI jobs: eight more processes, which start before it answers.
+                env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
