@@ -8,6 +8,9 @@ from typing import Any, BinaryIO
 
 from megabase.datamodules.errors import DataError
 
+SUFFIXES = (".gb", ".gbk", ".gbff", ".genbank", ".embl")
+"""How the names of such files end."""
+
 _NAMES = {"genbank": "GenBank", "embl": "EMBL"}
 
 

@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megabase.datamodules.errors import DataError
+from megabase.datamodules.index.index_file import INDEX_NAME
+from megabase.datamodules.prepare.annotated import SUFFIXES as ANNOTATED
 from megabase.datamodules.prepare.records import check_compression, plain_name
+from megabase.datamodules.prepare.rewrite import PIPES
 
 log = logging.getLogger(__name__)
 
 STDIN = "-"
 _SEQUENCES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".fas", ".fsa", ".fq", ".fastq", ".jsonl", ".ndjson")
-_ANNOTATED = (".gb", ".gbk", ".gbff", ".genbank", ".embl")
-_SUFFIXES = {"dna": (*_SEQUENCES, *_ANNOTATED), "protein": (*_SEQUENCES, ".faa", ".pep")}
+_SUFFIXES = {"dna": (*_SEQUENCES, *ANNOTATED), "protein": (*_SEQUENCES, ".faa", ".pep")}
 """What a name must end in, before the suffix of a compression, for `expand` to take the file out of a directory."""
 
 _SHOWN = 3
@@ -38,7 +40,7 @@ def expand(inputs: Sequence[str | Path], alphabet: str = "dna") -> list[Path]:
         alphabet: decides which files of a directory are taken.
 
     Raises:
-        DataError: no file matches a pattern, or a directory has no sequence file.
+        DataError: no file matches a pattern, or a directory cannot be read, is a shard set or has no sequence file.
     """
     paths: list[Path] = []
     for name in map(str, inputs):
@@ -85,7 +87,7 @@ def pipes_as_files(paths: Sequence[Path], folder: Path) -> Iterator[list[Path]]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".pipes-", dir=folder)
+        temporary = tempfile.TemporaryDirectory(prefix=PIPES, dir=folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}): choose another output") from error
     with temporary as name:
@@ -133,10 +135,18 @@ def _stem(path: Path) -> str:
 
 def _files_of(directory: Path, alphabet: str) -> list[Path]:
     """The sequence files of a directory, sorted; says which files it leaves out."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be read ({error.strerror})") from error
+    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
+    if directory / INDEX_NAME in files:
+        raise DataError(
+            f"{directory}: holds shards, which are prepared already: give the sequence files that they were made of"
+        )
     suffixes = _SUFFIXES.get(alphabet)
-    taken = [path for path in files if not suffixes or plain_name(path).lower().endswith(suffixes)]
-    left = [path.name for path in files if path not in set(taken)]
+    taken = [path for path in files if _ends_in(path, suffixes)]
+    left = [path.name for path in files if not _ends_in(path, suffixes)]
     if not taken:
         wanted = f" that ends in {', '.join(suffixes)}, plain or compressed" if suffixes else ""
         raise DataError(
@@ -148,12 +158,16 @@ def _files_of(directory: Path, alphabet: str) -> list[Path]:
         log.warning(
             "%s: left out %s%s: not sequence files by name", directory, ", ".join(left[:_SHOWN]), more
         )
-    if deeper := sorted(path.name for path in directory.iterdir() if path.is_dir()):
+    if deeper := [path.name for path in entries if path.is_dir()]:
         log.warning(
             "%s: its directories are left out (%s): a quoted pattern such as '%s/**/*.fa' takes their files too",
             *(directory, ", ".join(deeper[:_SHOWN]), directory),
         )
     return taken
+
+
+def _ends_in(path: Path, suffixes: tuple[str, ...] | None) -> bool:
+    return not suffixes or plain_name(path).lower().endswith(suffixes)
 
 
 def _matching(pattern: str) -> list[Path]:

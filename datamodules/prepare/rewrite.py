@@ -3,6 +3,11 @@
 import shlex
 from pathlib import Path
 
+from megabase.datamodules.prepare.annotated import SUFFIXES as ANNOTATED
+
+PIPES = ".pipes-"
+"""How the directory of the copies of pipes begins: it is removed at the end, so no command can name a file in it."""
+
 _READERS = {".gz": "zcat", ".bgz": "zcat", ".zst": "zstdcat", ".zstd": "zstdcat"}
 
 
@@ -19,11 +24,12 @@ def with_numbers(path: Path) -> str:
 
 
 def _rewritten(path: Path, ending: str, fasta: str, fastq: str) -> str:
-    """The command that writes a file through a filter into NAME.ENDING.fa; empty if it is no FASTA or FASTQ by name."""
+    """The command that writes a file through a filter into NAME.ENDING.fa; empty if it is no file of FASTA or FASTQ."""
     plain = path.with_suffix("") if path.suffix in _READERS else path
-    if plain.suffix in (".tar", ".jsonl", ".ndjson", ".gb", ".gbk", ".gbff", ".embl"):
+    suffix = plain.suffix.lower()
+    if suffix in (".tar", ".jsonl", ".ndjson", *ANNOTATED) or path.parent.name.startswith(PIPES):
         return ""
-    program = fastq if plain.suffix in (".fq", ".fastq") else fasta
+    program = fastq if suffix in (".fq", ".fastq") else fasta
     target = plain.with_name(f"{plain.stem}.{ending}{plain.suffix}")
     reader = _READERS.get(path.suffix, "cat")
     return f"`{reader} {shlex.quote(str(path))} | {program} > {shlex.quote(str(target))}`"

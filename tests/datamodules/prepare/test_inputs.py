@@ -81,6 +81,14 @@ def test_a_directory_becomes_its_sequence_files(
         expand(["none"])
 
 
+@pytest.mark.parametrize("alphabet", ["dna", "bytes"])
+def test_a_shard_set_is_not_taken_as_input(tmp_path: Path, alphabet: str) -> None:
+    put(tmp_path / "in.fa")
+    prepare([tmp_path / "in.fa"], tmp_path / "shards", jobs=1, progress=False)
+    with pytest.raises(DataError, match="shards: holds shards, which are prepared already"):
+        expand([tmp_path / "shards"], alphabet)
+
+
 def test_pipes_are_read_once_and_leave_nothing(tmp_path: Path) -> None:
     def fill(name: str, content: bytes) -> Path:
         os.mkfifo(tmp_path / name)
