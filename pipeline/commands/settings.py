@@ -36,8 +36,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     """(config files, KEY=VALUE settings): a word with '=' that names no existing file is a setting."""
-    files = [word for word in settings if "=" not in word or Path(word).exists()]
+    files = [word for word in settings if "=" not in word or _exists(word)]
     return files, [word for word in settings if word not in files]
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a long value is not the name of a file
+        return False
 
 
 def refuse_dashes(unknown: Sequence[str], words: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def parse(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def check_modules(entries: list[Any]) -> None:
     """Raise UserError unless the package of each callback can be found. Imports nothing."""
     for path, _ in parse(entries):
-        package = path.partition(".")[0]
-        with working_directory_on_path():
+        package, found = path.partition(".")[0], None
+        with working_directory_on_path(), suppress(ValueError):  # of __main__, which is no file of theirs
             found = importlib.util.find_spec(package)
         if found is None:
             raise UserError(
@@ -45,8 +45,9 @@ def check_modules(entries: list[Any]) -> None:
 @contextmanager
 def working_directory_on_path() -> Iterator[None]:
     """Also find modules in the working directory. `megabase` itself keeps it off the module path."""
-    sys.path.append(str(Path.cwd()))  # at the end: it must not hide a library
+    here = str(Path.cwd())
+    sys.path.append(here)  # at the end: it must not hide a library
     try:
         yield
-    finally:
-        sys.path.pop()
+    finally:  # not the last entry, if a module has added its own
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]

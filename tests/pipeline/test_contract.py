@@ -188,6 +188,8 @@ def test_settings_are_distinguished_from_files(tmp_path) -> None:
     odd = tmp_path / "lr=1.yaml"
     odd.touch()
     assert split_settings(["a.yaml", str(odd), "optim.lr=1"]) == (["a.yaml", str(odd)], ["optim.lr=1"])
+    long = "data.shards=" + "x" * 300  # longer than the name of a file may be
+    assert split_settings(["a.yaml", long]) == (["a.yaml"], [long])
 
 
 def test_signals_are_handled_before_the_heavy_libraries_load() -> None:

@@ -39,5 +39,7 @@ def test_a_package_that_is_missing_is_refused_and_nothing_is_imported(
     (tmp_path / "explosive_module.py").write_text("raise SystemExit('imported')")
     with pytest.raises(UserError, match=r"explosive_module\.C: no module is named 'explosive_module'"):
         check_modules(["explosive_module.C"])
+    with pytest.raises(UserError, match=r"no module is named '__main__'"):
+        check_modules(["__main__.C"])
     monkeypatch.chdir(tmp_path)
     check_modules(["explosive_module.C", "pytorch_lightning.callbacks.Nothing"])

@@ -37,6 +37,13 @@ def test_callbacks_are_found_in_the_working_directory_and_get_their_arguments() 
     assert load_callbacks([]) == [] and sys.path == before
 
 
+def test_a_module_may_add_to_the_module_path() -> None:
+    before = list(sys.path)
+    Path("adds.py").write_text(f"import sys\nsys.path.append('lib')\n{MODULE}")
+    load_callbacks(["adds.Every"])
+    assert sys.path == [*before, "lib"]
+
+
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
