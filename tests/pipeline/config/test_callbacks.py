@@ -1,5 +1,6 @@
 """The forms of `trainer.callbacks`, and the check before ranks start."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_a_package_that_is_missing_is_refused_and_nothing_is_imported(
     (tmp_path / "explosive_module.py").write_text("raise SystemExit('imported')")
     with pytest.raises(UserError, match=r"explosive_module\.C: no module is named 'explosive_module'"):
         check_modules(["explosive_module.C"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as in the program `megabase`
     with pytest.raises(UserError, match=r"no module is named '__main__'"):
         check_modules(["__main__.C"])
     monkeypatch.chdir(tmp_path)
