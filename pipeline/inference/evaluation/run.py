@@ -19,7 +19,7 @@ from megabase.datamodules.batches.numbered import Place
 from megabase.datamodules.batches.visits import Windows, evaluation_windows
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.files import publish_json
-from megabase.datamodules.index.segments import TRAIN
+from megabase.datamodules.index.segments import TEST, TRAIN, VALID
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.report import markov, recall
 from megabase.datamodules.report.classes import Classes
@@ -194,6 +194,9 @@ def prepare(options: EvaluateOptions) -> Task:
             f"{shards} has the alphabet {index.alphabet.name}, but the model was trained on {loaded.alphabet.name}:"
             f" give shards that were prepared with --alphabet {loaded.alphabet.name}"
         )
+    _check_split(index, options.split, shards)
+    if not config.data.pack:
+        _check_longest(index, options.split, lengths[-1])
     windows = evaluation_windows(replace(config.data, length=lengths[-1]), index, options.split)
     classes = Classes.read(options.bed, index.segments, options.split) if options.bed else None
     is_run = RunPaths(options.model).checkpoints.is_dir()
@@ -308,6 +311,25 @@ def _check_length(model: ReformerConfig, length: int) -> None:
         else:
             why = str(error)
         raise UserError(f"--length {length}: the model cannot take it: {why}") from None
+
+
+def _check_split(index: ShardIndex, split: str, shards: str) -> None:
+    if split in (held := index.segments.splits()):
+        return
+    other = VALID if VALID in held else held[0]
+    prepared = f", or prepare shards with --{split}" if split in (VALID, TEST) else ""
+    raise UserError(
+        f"{shards} has no split {split!r}, only {', '.join(held)}: score another with --split {other}{prepared}"
+    )
+
+
+def _check_longest(index: ShardIndex, split: str, length: int) -> None:
+    longest = int(index.segments.length[index.segments.rows_of(split)].max())
+    if longest < length:
+        raise UserError(
+            f"split {split!r} has no window of {length}: the longest part of a record in it has {longest}: give"
+            f" --length {longest} or less, or data.pack=true, which joins short records"
+        )
 
 
 def _count(most: int, windows: Windows) -> int:

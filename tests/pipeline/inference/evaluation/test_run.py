@@ -142,12 +142,18 @@ def test_bad_input_is_named(
             [run, "data.shards=gone"],
             "gone: no such directory: make shards with `megabase prepare INPUT... OUTPUT` (these",
         ),
-        ([run, "--shards", lambda_shards], "split 'test' is not in the shards (they hold train, valid)"),
+        (
+            [run, "--shards", lambda_shards],
+            "has no split 'test', only train, valid: score another with --split valid, or prepare shards with --test",
+        ),
         (
             [run, "--split", "valid", "--shards", tmp_path / "text"],
             "has the alphabet bytes, but the model was trained",
         ),
-        ([run, *good, "--length", "9000"], "split 'valid' has no window of data.length 9000"),
+        (
+            [run, *good, "--length", "9000"],
+            "split 'valid' has no window of 9000: the longest part of a record in it has 4850: give --length 4850",
+        ),
         (
             [tmp_path / "table", *good, "--length", "128"],
             "--length 128: the model cannot take it: its table of positions (model.positions=learned) ends at 64: give",
