@@ -80,6 +80,14 @@ def next_start(config: RunConfig, ranks: int, index: ShardIndex) -> NextStart:
     )
 
 
+def unused_changes(changes: list[str]) -> str:
+    """What to say of a finished run that is started with other settings; `changes` as in `NextStart`."""
+    return (
+        f"it was not trained with {', '.join(changes)}, and is not trained again: set another run.name to train with"
+        " these settings"
+    )
+
+
 def newest_written(paths: RunPaths) -> int:
     """The step of the newest checkpoint that a run has ever written, by its record of speed; 0: none."""
     return max((row["step"] for row in read(paths.performance, having="checkpoint_seconds")), default=0)

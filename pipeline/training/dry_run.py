@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megabase.pipeline.checkpoint.next_start import evaluates, next_start
+from megabase.pipeline.checkpoint.next_start import evaluates, next_start, unused_changes
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import Machine
@@ -15,14 +15,15 @@ from megabase.pipeline.training.machine import check_machine, warnings_about
 
 
 def dry_run(config: RunConfig, arguments: list[str]) -> None:
-    """Print the plan of a run, and what a start would warn of.
+    """Print the plan of a run, and what a start would warn of, also if this machine cannot train it.
 
     Args:
         config: of the run.
         arguments: the command line after `megabase train`.
 
     Raises:
-        UserError, DataError, ConfigError: what a start would raise, except that this machine need not fit the run.
+        UserError, DataError, ConfigError: what a start would raise. That this machine cannot train the run is raised
+            after the plan.
     """
     devices = config.trainer.devices or local_devices(None)
     ranks = config.trainer.nodes * devices
@@ -30,7 +31,9 @@ def dry_run(config: RunConfig, arguments: list[str]) -> None:
     start = next_start(config, ranks, windows.index)
     planned = plan(config, ranks, windows, start)
     notes = [*start.damaged]
-    if start.step and start.changes:
+    if start.finished and start.changes:
+        notes.append(unused_changes(start.changes) + ".")
+    elif start.step and start.changes:
         notes.append(f"It resumes with {', '.join(start.changes)}.")
     if not evaluates(config, windows.index):
         notes.append(
@@ -38,11 +41,14 @@ def dry_run(config: RunConfig, arguments: list[str]) -> None:
         )
     if planned.batches.warning:
         notes.append(planned.batches.warning + ".")
+    refused = None
     if config.trainer.nodes == 1:
         machine = Machine.this()
         try:
             check_machine(config, devices, machine, arguments)
             notes += warnings_about(config, machine)
         except UserError as error:
-            notes.append(f"On this machine it does not start: {error}")
+            refused = error
     show(as_table(planned), *notes)
+    if refused:
+        raise UserError(f"on this machine it does not start: {refused}")

@@ -18,7 +18,7 @@ from megabase.datamodules.batches.visits import Windows
 from megabase.datamodules.files import FileLock, LockHeldError
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.pipeline.checkpoint.identity import saved_layout
-from megabase.pipeline.checkpoint.next_start import next_start
+from megabase.pipeline.checkpoint.next_start import next_start, unused_changes
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import Machine
@@ -124,6 +124,8 @@ def has_finished(config: RunConfig, ranks: int, index: ShardIndex) -> bool:
             f"{config.run.name} is finished at step {start.step} (trainer.max_steps={config.trainer.max_steps}):"
             f" nothing is left to do in {config.directory}; a larger trainer.max_steps trains it further"
         )
+        if start.changes:
+            logger.info(unused_changes(start.changes))
     return start.finished
 
 

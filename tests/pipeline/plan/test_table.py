@@ -34,8 +34,10 @@ def test_a_dry_run_of_a_run_for_gpus_says_that_it_does_not_start_here(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     settings = [f"run.root={tmp_path}", "run.name=x", f"data.shards={lambda_shards}", "trainer.devices=8"]
     large = ["model.dim=4096", "model.depth=64", "data.global_batch=256"]
-    assert cli.main(["train", *settings, *large, "--dry-run"]) == 0
-    assert "On this machine it does not start: this machine has no GPU" in capsys.readouterr().out
+    assert cli.main(["train", *settings, *large, "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert "on this machine it does not start: this machine has no GPU" in printed.err
+    assert f"a new run in {tmp_path}/x" in printed.out
 
 
 @pytest.mark.slow
