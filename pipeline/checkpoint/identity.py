@@ -79,7 +79,7 @@ def check_same_run(saved: Manifest, current: Manifest, path: Path) -> None:
     saved_settings = _settings_of(saved)
     keys = sorted(k for k in {*saved_settings, *current.config} if k.startswith(IDENTITY) and k not in FREE)
     differences = [
-        f"{key}: checkpoint {saved_settings.get(key)!r}, config {current.config.get(key)!r}"
+        f"{key}: checkpoint {_written(saved_settings.get(key))}, config {_written(current.config.get(key))}"
         for key in keys
         if saved_settings.get(key) != current.config.get(key)
     ]

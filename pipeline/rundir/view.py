@@ -27,8 +27,8 @@ MEANINGS = {
     "finished": "finished",
     "again": "stopped at a checkpoint; another start resumes from there",
     "stopped": "stopped by a STOP file, at a checkpoint",
-    "failed": "failed; its log says why, and another start fails in the same way until that is repaired",
-    "crashed": "crashed; its log says why, and another start may succeed",
+    "failed": "failed; its output says why, and another start fails in the same way until that is repaired",
+    "crashed": "crashed or was interrupted; its output says why, and another start may succeed",
 }
 
 

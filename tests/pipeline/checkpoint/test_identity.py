@@ -34,6 +34,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
         "data.length=64": r"data\.length: checkpoint 8192, config 64",
         "trainer.precision=bf16": r"trainer\.precision: checkpoint 32, now bf16",
         "run.seed=2": r"run\.seed: checkpoint 1, config 2",
+        "run.init_from=other": r"run\.init_from: checkpoint null, config other",
     }
     for change, message in refused.items():
         with pytest.raises(UserError, match=message):
