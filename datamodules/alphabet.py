@@ -68,6 +68,11 @@ class Alphabet:
         return {"dna": "A, C, G or T", "protein": "one of the 20 amino acids"}.get(self.name, "a byte")
 
     @property
+    def unit(self) -> str:
+        """What one letter is called in messages."""
+        return {"dna": "base", "protein": "residue"}.get(self.name, "byte")
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens: the five special ones and the letters."""
         return FIRST_LETTER + len(self.letters)

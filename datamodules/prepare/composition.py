@@ -82,9 +82,13 @@ class Composition:
                 f"{with_t_for_u(Path(self._place))}, or keep U as an unknown letter with --allow-other"
             )
         if self._nucleotides > DNA_SHARE * self._total and self._total >= _FEWEST:
+            what, letters, way = "DNA", "A, C, G, T or N", "leave out --alphabet protein"
+            if uracil > RNA_SHARE * self._total:
+                way = f"{way}, and write U as T: {with_t_for_u(Path(self._place))}"
+                what, letters = "RNA", "A, C, G, U or N"
             raise DataError(
-                f"{self._place}: is DNA: {self._nucleotides / self._total:.0%} of its letters are A, C, G, T or N: "
-                "leave out --alphabet protein, or add --allow-other if these are proteins"
+                f"{self._place}: is {what}: {self._nucleotides / self._total:.0%} of its letters are {letters}: "
+                f"{way}, or add --allow-other if these are proteins"
             )
         others = int(self._others.sum())
         if others > OTHER_SHARE * self._total:
@@ -96,7 +100,7 @@ class Composition:
 
     def _strange(self, place: str | Path, name: str, at: int, strange: bytes) -> DataError:
         """The error for bytes that no sequence holds, of which the first is number `at` of record `name`."""
-        what = f"{place}: record {name!r} has {chr(strange[0])!r} at base {at + 1}"
+        what = f"{place}: record {name!r} has {chr(strange[0])!r} at {self._alphabet.unit} {at + 1}"
         if self._alphabet.name == "dna" and not strange.translate(None, _ONLY_PROTEIN):
             return DataError(f"{what}, which is an amino acid and not a base: use --alphabet protein")
         return DataError(

@@ -48,36 +48,36 @@ def run(options: argparse.Namespace) -> int:
         more = {"length": [report.as_dict() for report in at_length]} if at_length else {}
         print(json.dumps({**found.as_dict(), **more}, indent=2))
     else:
-        show(*_parts(found))
-        show(*_parts_at_length(at_length))
+        show(*_parts(found, index.alphabet.unit))
+        show(*_parts_at_length(at_length, index.alphabet.unit))
     return 0
 
 
-def _parts(found: Description) -> Iterator[Table | str]:
-    """What is printed, for `tables.show`."""
-    from megabase.pipeline.readable import counted
+def _parts(found: Description, unit: str) -> Iterator[Table | str]:
+    """What is printed, for `tables.show`; `unit` is what one letter is called."""
+    from megabase.pipeline.readable import counted, readable_size
 
     yield (
         f"{found.directory}: {counted(found.records, 'record')} in {counted(found.shards, 'shard')}, "
-        f"{_storage(found.bytes)}, alphabet {found.alphabet}"
+        f"{readable_size(found.bytes)}, alphabet {found.alphabet}"
     )
     longest, shortest = found.longest, found.shortest
     yield (
-        f"longest record {longest.record}, {longest.bases:,} bases; shortest {shortest.record}, "
+        f"longest record {longest.record}, {longest.bases:,} {unit}s; shortest {shortest.record}, "
         f"{shortest.bases:,}"
     )
-    yield _splits_table(found.splits)
+    yield _splits_table(found.splits, unit)
     if sources := [(name, bases) for name, bases in found.sources.items() if name]:
-        yield _sources_table(sources)
+        yield _sources_table(sources, unit)
     if len(sources) > MOST_SOURCES:
         yield f"and {len(sources) - MOST_SOURCES:,} more files"
 
 
-def _splits_table(splits: list[SplitReport]) -> Table:
+def _splits_table(splits: list[SplitReport], unit: str) -> Table:
     from megabase.datamodules.report.description import LENGTHS
     from megabase.pipeline.tables import new_table
 
-    columns = ["split", "segments", "bases", "letters", *(f"{name} windows" for name in LENGTHS)]
+    columns = ["split", "segments", f"{unit}s", "letters", *(f"{name} windows" for name in LENGTHS)]
     is_measured = any(part.leakage is not None for part in splits)
     table = new_table([*columns, *(["31-mers in train"] if is_measured else [])], left=["split"])
     for part in splits:
@@ -87,7 +87,7 @@ def _splits_table(splits: list[SplitReport]) -> Table:
     return table
 
 
-def _parts_at_length(reports: list[LengthReport]) -> Iterator[Table | str]:
+def _parts_at_length(reports: list[LengthReport], unit: str) -> Iterator[Table | str]:
     """The windows of one length, and a hint for each split that loses much to short records."""
     from megabase.pipeline.readable import counted
     from megabase.pipeline.tables import new_table
@@ -113,24 +113,17 @@ def _parts_at_length(reports: list[LengthReport]) -> Iterator[Table | str]:
                 f"{found.windows:,}), or "
             )
             yield (
-                f"{found.split}: {segments} with {found.short_bases / found.bases:.1%} of its bases "
+                f"{found.split}: {segments} with {found.short_bases / found.bases:.1%} of its {unit}s "
                 f"{'is' if found.short_segments == 1 else 'are'} shorter than {length:,}: "
                 f"{pack if found.packed_windows > found.windows else ''}lower data.length"
             )
 
 
-def _sources_table(sources: list[tuple[str, int]]) -> Table:
-    """The files with the most bases."""
+def _sources_table(sources: list[tuple[str, int]], unit: str) -> Table:
+    """The files with the most letters."""
     from megabase.pipeline.tables import new_table
 
-    table = new_table(["file", "bases"], left=["file"])
+    table = new_table(["file", f"{unit}s"], left=["file"])
     for name, bases in sorted(sources, key=lambda source: -source[1])[:MOST_SOURCES]:
         table.add_row(name, f"{bases:,}")
     return table
-
-
-def _storage(size: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size:,} bytes"

@@ -19,8 +19,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    from megabase.datamodules.index.index_file import INDEX_NAME
     from megabase.datamodules.prepare.foreign import index_tars
 
     index = index_tars(Path(options.directory), progress=sys.stderr.isatty(), **splits_of(options))
-    print_splits(options.directory, index)
+    again = f"remove {Path(options.directory) / INDEX_NAME} and index again"
+    print_splits(options.directory, index, again)
     return 0

@@ -87,11 +87,13 @@ def _prepare(options: argparse.Namespace) -> int:
             f" --portion makes {options.output}"
         )
         return 0
-    print_splits(options.output, prepare(options.inputs, options.output, **common))
+    index = prepare(options.inputs, options.output, **common)
+    print_splits(options.output, index, "prepare into another directory")
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
+    from megabase.datamodules.index.shard_index import ShardIndex
     from megabase.datamodules.prepare.check import DamageError, check
 
     if options.inputs:
@@ -104,11 +106,13 @@ def _check(options: argparse.Namespace) -> int:
             "prepare --check compares shards with their checksums: leave out --valid, --test, --intervals"
         )
     try:
-        bases = check(options.output, jobs=options.jobs, progress=sys.stderr.isatty())
+        letters = check(options.output, jobs=options.jobs, progress=sys.stderr.isatty())
     except DamageError as error:
         _show(error.damages)
         raise
-    print(f"{options.output}: {bases:,} bases match their checksums")
+    print(
+        f"{options.output}: {letters:,} {ShardIndex.open(options.output).alphabet.unit}s match their checksums"
+    )
     return 0
 
 
@@ -117,7 +121,7 @@ def _show(damages: list[Damage]) -> None:
     from megabase.pipeline.tables import new_table, show
 
     table = new_table(
-        ["shard", "record", "split", "bases", "problem"], left=["shard", "record", "split", "problem"]
+        ["shard", "record", "split", "place", "problem"], left=["shard", "record", "split", "problem"]
     )
     for damage in damages[:MOST_DAMAGES]:
         bases = f"{damage.start:,}-{damage.end:,}" if damage.record else ""

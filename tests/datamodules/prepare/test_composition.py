@@ -62,6 +62,15 @@ def test_dna_for_protein_is_refused() -> None:
     check(PROTEIN, b"GATTACA")  # a peptide
 
 
+def test_rna_for_protein_is_called_rna() -> None:
+    with pytest.raises(
+        DataError, match=r"in.fa: is RNA: 100% .* A, C, G, U or N: .* write U as T: `cat .*in.fa"
+    ):
+        check(PROTEIN, b"ACGUNacgun" * 9)
+    with pytest.raises(DataError, match="has '!' at residue 3"):
+        check(PROTEIN, b"MK!V")
+
+
 def test_rna_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
     rna = tmp_path / "my rna.fa.gz"
     rna.write_bytes(gzip.compress(b">UUU r\nACGUacgu\n>b\nGGCUU\n"))

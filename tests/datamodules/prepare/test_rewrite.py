@@ -7,7 +7,9 @@ import pytest
 from megabase.datamodules.prepare.rewrite import with_numbers, with_t_for_u
 
 
-@pytest.mark.parametrize("name", ["a.genbank", "a.GBK.gz", "a.embl", "a.tar", "a.jsonl.zst", ".pipes-x1/stdin"])
+@pytest.mark.parametrize(
+    "name", ["a.genbank", "a.GBK.gz", "a.embl", "a.tar", "a.jsonl.zst", ".pipes-x1/stdin"]
+)
 def test_no_command_is_suggested_for_what_it_would_spoil(name: str) -> None:
     assert with_t_for_u(Path(name)) == "change it in the sequences"
     assert with_numbers(Path(name)) == "rename one"
