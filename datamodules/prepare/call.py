@@ -158,13 +158,13 @@ def _sampling(files: Sequence[Path], sizes: Sequence[int], split_by: str) -> Sam
 
 def units_of(paths: Sequence[Path], sizes: Sequence[int], shard_bytes: int) -> list[Unit]:
     """Group the inputs, in their order: neighbours share a unit while it stays below 1/8 of a shard."""
-    units: list[Unit] = []
+    units: list[tuple[int, list[Path]]] = []
     filled = limit = shard_bytes // _UNITS_PER_SHARD
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
         if units and filled + size <= limit:
-            units[-1] = Unit(units[-1].number, (*units[-1].paths, path))
+            units[-1][1].append(path)
             filled += size
         else:
-            units.append(Unit(number, (path,)))
+            units.append((number, [path]))
             filled = size
-    return units
+    return [Unit(number, tuple(together)) for number, together in units]
