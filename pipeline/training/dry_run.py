@@ -22,8 +22,8 @@ def dry_run(config: RunConfig, arguments: list[str]) -> None:
         arguments: the command line after `megabase train`.
 
     Raises:
-        UserError, DataError, ConfigError: what a start would raise. That this machine cannot train the run is raised
-            after the plan.
+        UserError, DataError, ConfigError: what a start would raise. That the run's checkpoints are gone, or that this
+            machine cannot train it, is raised after the plan.
     """
     devices = config.trainer.devices or local_devices(None)
     ranks = config.trainer.nodes * devices
@@ -50,5 +50,7 @@ def dry_run(config: RunConfig, arguments: list[str]) -> None:
         except UserError as error:
             refused = error
     show(as_table(planned), *notes)
+    if start.refused:
+        raise UserError(f"it does not start: {start.refused}")
     if refused:
         raise UserError(f"on this machine it does not start: {refused}")

@@ -40,6 +40,18 @@ def test_a_dry_run_of_a_run_for_gpus_says_that_it_does_not_start_here(
     assert f"a new run in {tmp_path}/x" in printed.out
 
 
+def test_a_dry_run_of_a_run_whose_checkpoints_are_gone_is_refused_as_a_start_is(
+    tmp_path: Path, lambda_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "gone"
+    run.mkdir()
+    (run / "performance.jsonl").write_text('{"step": 20, "time": 1.0, "checkpoint_seconds": 0.1}\n')
+    assert cli.main(["train", "--dry-run", *train_settings(lambda_shards, tmp_path, "gone")]) == 2
+    printed = capsys.readouterr()
+    assert "it does not start: the checkpoint of step 20 is gone" in printed.err
+    assert "refused" in printed.out
+
+
 @pytest.mark.slow
 def test_a_dry_run_loads_neither_lightning_nor_deepspeed(tmp_path: Path, lambda_shards: Path) -> None:
     program = (
