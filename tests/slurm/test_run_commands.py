@@ -97,7 +97,7 @@ def test_a_rank_that_is_frozen_is_named_and_a_chain_is_stopped_at_a_checkpoint(
     found = run.becomes("running")
     assert (found["job"], found["job_state"], found["jobs_left"]) == (first, "RUNNING", 1)
     assert (found["ranks"], found["heartbeats"], found["restarts"]) == (2, 2, 0)
-    assert found["oldest_heartbeat"] < 30 and found["max_steps"] == 100_000 and found["seconds_left"] > 1_000
+    assert found["oldest_heartbeat"] < 30 and found["max_steps"] == 100_000 and found["seconds_left"] > 60
 
     monkeypatch.setattr(heartbeat, "SILENT_S", 2.5)
     frozen = json.loads(run.paths.heartbeat(1).read_text())

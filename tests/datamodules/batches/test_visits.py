@@ -118,11 +118,12 @@ def test_packed_windows_are_records_with_separators_each_reversed_in_place(genom
             assert (expected == 2).any()
 
 
-def test_evaluation_has_no_augmentation_and_no_weights(genomes: ShardIndex) -> None:
+def test_evaluation_has_no_augmentation_and_says_what_is_in_lower_case(genomes: ShardIndex) -> None:
     plain = list(module(genomes, length=50, pack=True).some_validation(0))
     settings = EVERYTHING | {"length": 50, "on_error": "raise"}
     assert all(map(same, plain, module(genomes, **settings).some_validation(0)))
-    assert {batch.soft for batch in plain} == {None}
+    # The batches say which letters are in lower case, whatever weight these have in training.
+    assert all(batch.soft is not None and batch.softmask_weight == 0 for batch in plain)
 
 
 def test_parts_of_the_validation_windows_hold_the_letters_that_are_scored(genomes: ShardIndex) -> None:

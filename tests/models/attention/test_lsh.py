@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megabase.models import ConfigError, LSHConfig, ReformerConfig, Seeds
 from megabase.models.attention import lsh_attention
-from megabase.models.attention.kernels.inputs import SortedOrder
+from megabase.models.attention.kernels.inputs import Rule
 from megabase.models.attention.lsh import LSHAttention, bucket_factors, hash_buckets
 from tests.quick import slow
 
@@ -317,26 +317,31 @@ def test_a_cache_finds_the_keys_that_one_pass_finds(prompt, reach, once, own):
     layer = LSHAttention(ReformerConfig(dim=8, heads=heads, head_dim=length, lsh=lsh), 0).double()
     cache = layer.new_cache(1, Seeds())
     generator = torch.Generator().manual_seed(reach)
-    buckets = torch.randint(0, 4, (heads, rounds, length), generator=generator)
-    qk = torch.randn(heads, length, length, generator=generator, dtype=torch.float64)
-    v = torch.eye(length, dtype=torch.float64).expand(heads, -1, -1)
+    buckets = torch.randint(0, 4, (1, heads, rounds, length), generator=generator, dtype=torch.int32)
+    qk = torch.randn(1, heads, length, length, generator=generator, dtype=torch.float64)
+    v = torch.eye(length, dtype=torch.float64).expand(1, heads, -1, -1)
     expected = lsh_attention(
-        qk[None],
-        v[None],
+        qk,
+        v,
         rounds=rounds,
         chunk_length=reach,
         causal=True,
         seed=0,
         own=own,
         duplicates=lsh.duplicates,
-        buckets=buckets[None],
+        buckets=buckets,
         backend="reference",
-    )[0]
+    )
+    keys = unit_keys(qk)
     if prompt:
-        cache.fill(qk[:, :prompt], v[:, :prompt], SortedOrder.by_bucket(buckets[:, :, :prompt]))
+        cache.add(keys[:, :, :prompt], v[:, :, :prompt], buckets[..., :prompt])
+        rule = Rule(reach, "window", causal=True, once=once, own="alone" if own else "never")
+        weights = cache.attend(qk[:, :, :prompt], rule)
+        torch.testing.assert_close(weights, expected[:, :, :prompt], atol=1e-12, rtol=0)
     for i in range(prompt, length):
-        own_value = v[:, i] if own else torch.zeros_like(v[:, i])
-        weights = cache.attend(qk[:, i], buckets[:, :, i], own_value, once=once)
-        cache.add(qk[:, i], v[:, i], buckets[:, :, i], i)
-        assert torch.equal(weights > 0, expected[:, i] > 0)
-        torch.testing.assert_close(weights, expected[:, i], atol=1e-12, rtol=0)
+        one = slice(i, i + 1)
+        own_value = v[:, :, one] if own else torch.zeros_like(v[:, :, one])
+        weights = cache.attend_one(qk[:, :, one], buckets[..., one], own_value, once=once)
+        cache.add_one(keys[:, :, one], v[:, :, one], buckets[..., one])
+        assert torch.equal(weights > 0, expected[:, :, one] > 0)
+        torch.testing.assert_close(weights, expected[:, :, one], atol=1e-12, rtol=0)

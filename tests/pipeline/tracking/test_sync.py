@@ -44,7 +44,7 @@ def test_a_run_is_sent_in_pieces_beside_its_job(
     copy = directory.parent / "copy"
     shutil.copytree(directory, copy)
     assert cli.main(["sync", str(copy), *settings]) == 0
-    assert capsys.readouterr().out.startswith("32 new points; http://127.0.0.1:")
+    assert capsys.readouterr().out.startswith("62 new points; http://127.0.0.1:")
     assert only(server, run).info.status == "RUNNING"
 
     write(run, 21, 50, again=1000.0)

@@ -201,5 +201,5 @@ def test_ranks_of_another_stage_start_with_the_weights_and_do_not_read_them_agai
     )
     assert all(torch.equal(weight, trained[name]) for name, weight in started.items())
     # A start that resumes does not read the source, and says so if another one is asked for.
-    with pytest.raises(UserError, match=r"run.init_from: checkpoint '.*', config '/elsewhere'"):
+    with pytest.raises(UserError, match=r"run.init_from: checkpoint /.*, config /elsewhere"):
         check(load([], [*arguments, "run.init_from=/elsewhere"]), 2)
