@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megabase.datamodules.prepare.run import prepare
+from megabase.pipeline.bench.result import machine
 from megabase.pipeline.config.load import load, save
-from megabase.pipeline.rundir import environment
 from megabase.pipeline.rundir.journal import Journal, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import write_status
@@ -134,7 +134,7 @@ def main() -> None:
             "rows": [asdict(row) for row in rows.values()],
             "points": options.points,
             "seconds": seconds,
-            "environment": environment.describe(),
+            "machine": machine("cpu"),
         }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
