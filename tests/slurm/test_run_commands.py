@@ -94,7 +94,9 @@ def test_a_rank_that_is_frozen_is_named_and_a_chain_is_stopped_at_a_checkpoint(
     run.submit()
     run.submit(f"--dependency=afterany:{run.jobs[0]}")
     first, second = run.jobs
-    found = run.becomes("running")
+    run.becomes("running")
+    assert until(lambda: run.status()["heartbeats"] == 2 and run.status()["seconds_left"], 30), run.status()
+    found = run.status()
     assert (found["job"], found["job_state"], found["jobs_left"]) == (first, "RUNNING", 1)
     assert (found["ranks"], found["heartbeats"], found["restarts"]) == (2, 2, 0)
     assert found["oldest_heartbeat"] < 30 and found["max_steps"] == 100_000 and found["seconds_left"] > 60
