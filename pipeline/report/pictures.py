@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from megabase.pipeline.inference.parts import position_bins
-from megabase.pipeline.report.record import Record
+from megabase.pipeline.report.record import Record, is_number
 from megabase.pipeline.rundir.figures import DECAY
 from megabase.pipeline.rundir.journal import Row
 
@@ -71,7 +71,7 @@ def _picture(name: str, title: str, text: str, panels: Sequence[Panel], height: 
 
 def _loss(record: Record) -> Picture | None:
     train = _averaged(
-        [(row["step"], row["bits_per_base"]) for row in record.steps if _finite(row["bits_per_base"])]
+        [(row["step"], row["bits_per_base"]) for row in record.steps if is_number(row["bits_per_base"])]
     )
     if not train:
         return None
@@ -103,7 +103,7 @@ def _draw_losses(axes: Axes, record: Record, train: Points, x: Callable[[int], f
     valid = [
         (row["step"], row["valid_bits_per_base"])
         for row in record.evaluations
-        if _finite(row["valid_bits_per_base"])
+        if is_number(row["valid_bits_per_base"])
     ]
     smoothed = list(
         itertools.accumulate(
@@ -139,7 +139,7 @@ def _positions(record: Record) -> Picture | None:
             shown.insert(0, (rows[0], LIGHT, f"step {rows[0]['step']:,}"))
         for row, color, label in shown:
             known = [(start, end, row.get(f"valid_from_{start}_bits_per_base")) for start, end in bins]
-            drawn = [((start + end) / 2, value) for start, end, value in known if _finite(value)]
+            drawn = [((start + end) / 2, value) for start, end, value in known if is_number(value)]
             axes.plot(*zip(*drawn, strict=True), "o-", color=color, markersize=4, label=label)
         for order, value in _markov(record)[-1:]:
             axes.axhline(value, color=GREY, linestyle=":", linewidth=1, label=f"Markov order {order}")
@@ -157,7 +157,7 @@ def _positions(record: Record) -> Picture | None:
 
 
 def _recall(record: Record) -> Picture | None:
-    rows = [row for row in record.evaluations if _finite(row.get("valid_recall_bits"))]
+    rows = [row for row in record.evaluations if is_number(row.get("valid_recall_bits"))]
     if not rows:
         return None
 
@@ -202,7 +202,7 @@ def _speed(record: Record) -> Picture | None:
             known = [
                 (hour, 100 * row[name])
                 for hour, row in zip(hours, rows, strict=True)
-                if _finite(row.get(name))
+                if is_number(row.get(name))
             ]
             if known:
                 axes.plot(*zip(*known, strict=True), color=color, linewidth=1, label=label)
@@ -262,7 +262,7 @@ def _hashing(record: Record) -> Picture | None:
                 known = [
                     (row["step"], row[f"lsh_{layer}_{name}"])
                     for row in rows
-                    if _finite(row.get(f"lsh_{layer}_{name}"))
+                    if is_number(row.get(f"lsh_{layer}_{name}"))
                 ]
                 if known:
                     shade = 0.25 + 0.6 * number / max(len(layers) - 1, 1)
@@ -340,7 +340,7 @@ def _markov(record: Record) -> list[tuple[int, float]]:
     known = {
         int(found[1]): row[key]
         for key in row
-        if (found := re.fullmatch(r"markov_(\d+)_bits_per_base", key)) and _finite(row[key])
+        if (found := re.fullmatch(r"markov_(\d+)_bits_per_base", key)) and is_number(row[key])
     }
     if not known:
         return []
@@ -372,11 +372,6 @@ def _time_unit(hours: float) -> tuple[float, str]:
     if hours < 5:
         return 60.0, "minutes"
     return (1.0, "hours") if hours < 120 else (1 / 24, "days")
-
-
-def _finite(value: Any) -> bool:
-    """Whether a value is a number that can be drawn: the journal writes NaN and infinities as strings."""
-    return isinstance(value, int | float)
 
 
 def _blues(share: float) -> Any:

@@ -69,7 +69,7 @@ class Record:
     @property
     def best(self) -> Row | None:
         """The evaluation with the lowest loss; None if there is none."""
-        known = [row for row in self.evaluations if _is_number(row.get("valid_loss"))]
+        known = [row for row in self.evaluations if is_number(row.get("valid_loss"))]
         return min(known, key=lambda row: float(row["valid_loss"]), default=None)
 
     @property
@@ -132,11 +132,11 @@ def read_run(directory: Path) -> Record:
         read_object(paths.environment),
         [row for row in metrics if "loss" in row],
         [row for row in metrics if "valid_loss" in row],
-        with_hours([row for row in performance if _is_number(row.get("time"))]),
+        with_hours([row for row in performance if is_number(row.get("time"))]),
         nodes,
     )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value of a row is a finite number: the journal writes NaN as a string."""
     return isinstance(value, int | float) and math.isfinite(value)

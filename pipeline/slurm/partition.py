@@ -94,7 +94,7 @@ def check_partition(call: Sequence[str], found: Sequence[Partition]) -> str:
         raise UserError(str(problems[0]))
     taken = chosen[problems.index(None)]
     down = "" if taken.up else "; it is not up now: the job waits until it is"
-    limit = "no time limit" if taken.limit is None else f"time limit {_shown(taken.limit)}"
+    limit = "no time limit" if taken.limit is None else f"time limit {as_limit(taken.limit)}"
     return f"{taken.name}: {taken.nodes} node{'s' * (taken.nodes != 1)}, {limit}{down}"
 
 
@@ -110,8 +110,8 @@ def _problem(call: Sequence[str], partition: Partition) -> str | None:
     # A quality of service may allow more time than the partition.
     if seconds and partition.limit is not None and seconds > partition.limit and not _option(call, "qos"):
         return (
-            f"slurm.time={time}: partition {partition.name} allows {_shown(partition.limit)}: lower slurm.time. The job"
-            " starts again at its time limit, so it need not cover the whole training"
+            f"slurm.time={time}: partition {partition.name} allows {as_limit(partition.limit)}: lower slurm.time. The"
+            " job starts again at its time limit, so it need not cover the whole training"
         )
     return None
 
@@ -131,5 +131,6 @@ def _seconds(limit: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _shown(seconds: int) -> str:
+def as_limit(seconds: int) -> str:
+    """A time limit as SLURM takes and shows it, HH:MM:SS."""
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -27,7 +27,7 @@ class Jobs:
 
     Attributes:
         submitted: by the last `megabase submit`, in the order in which they run.
-        last: the job of the last start, whoever submitted it; None if that was not in a job.
+        last: the job of the last start, also if a user submitted it by hand; None if that start was in no job.
         last_name: name of that job.
     """
 

@@ -23,6 +23,7 @@ from megabase.pipeline.config.slurm import RUNTIMES, SlurmConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.slurm.partition import as_limit
 from megabase.pipeline.slurm.queue import refuse_second, write_jobs
 from megabase.pipeline.slurm.script import copy_code, forget_code, job_script, restore_code
 
@@ -111,7 +112,7 @@ def sbatch_call(
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
-        "time": None if limit is None else f"{limit // 3600:02}:{limit // 60 % 60:02}:{limit % 60:02}",
+        "time": None if limit is None else as_limit(limit),
         "signal": f"USR1@{slurm.signal_seconds}",
         "chdir": directory,
         # sbatch replaces %j by the job's id; %% stands for a % in the path itself.

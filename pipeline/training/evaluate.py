@@ -31,7 +31,8 @@ class Evaluation:
     Attributes:
         subset: of the windows of every evaluation, with recall (see `scoring.evaluate` and `measure_recall`).
         full: of the whole validation split, at the end of the run; None before.
-        hashing: statistics of every LSH layer in the first batch of this rank, by the number of the layer.
+        hashing: statistics of every LSH layer in the first batch of rank 0, by the number of the layer; empty on the
+            other ranks.
         update_ratio: see `ZeroStrategy.update_ratio`.
         memory: peak memory of every rank so far, bytes.
     """
@@ -96,7 +97,8 @@ class Evaluator:
 
         def score(batch: Batch) -> Score:
             moved = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            with nullcontext(hashing) if hashing else lsh_statistics(module) as found:
+            measures = batches == 1 and self._groups.world.rank == 0  # only rank 0 records them
+            with lsh_statistics(module) if measures else nullcontext(hashing) as found:
                 sums = strategy.validation_step(moved, batches)
             hashing.update(found)
             assert isinstance(sums, dict)
