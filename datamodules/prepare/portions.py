@@ -7,6 +7,7 @@ again, also on a file system without locks. Which units it has follows from the 
 portion moves all finished units to OUTPUT.partial, writes those that are missing, and publishes.
 """
 
+import heapq
 import re
 import shutil
 from collections.abc import Sequence
@@ -41,19 +42,18 @@ class Portion:
         return _all(output) / f"{self.number}-of-{self.count}"
 
     def units(self, units: Sequence[Unit], sizes: Sequence[int]) -> list[Unit]:
-        """The units of this portion: the largest unit first, each to the portion that has the fewest bytes so far.
+        """The units of this portion. sizes: bytes of each unit of the whole prepare."""
+        return [units[place] for place in self.share(sizes)]
 
-        Args:
-            units: of the whole prepare.
-            sizes: bytes of each.
-        """
-        loads = [0] * self.count
+    def share(self, sizes: Sequence[int]) -> list[int]:
+        """Places of the items of this portion: the largest item first, each to the portion that is smallest so far."""
+        loads = [(0, number) for number in range(1, self.count + 1)]  # a heap
         mine = []
-        for size, unit in sorted(zip(sizes, units, strict=True), key=lambda each: (-each[0], each[1].number)):
-            least = loads.index(min(loads))
-            loads[least] += size
-            if least == self.number - 1:
-                mine.append(unit)
+        for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+            load, number = loads[0]
+            heapq.heapreplace(loads, (load + sizes[place], number))
+            if number == self.number:
+                mine.append(place)
         return mine
 
 

@@ -54,6 +54,11 @@ class Genome:
         self.path = path
         self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
 
+    def identity(self) -> list[str | int]:
+        """Path, bytes and time of the file: another file has another identity."""
+        status = self.path.stat()
+        return [str(self.path.resolve()), status.st_size, status.st_mtime_ns]
+
     def records(self) -> list[Region]:
         """All records that are not empty, whole, in the order of the file."""
         return [Region(name, 0, length) for name, length in self.lengths.items() if length]

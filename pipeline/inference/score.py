@@ -2,8 +2,8 @@
 
 Every region (a record, or a line of a BED file) is read in one walk from its first base to its last, in blocks, with a
 state of bounded size; the opposite strand in a second walk from its own first base. So memory does not grow with the
-region. What a walk found is published in OUTPUT.partial before the next one starts: after a kill the same command goes
-on there. The table itself is published by rename when all walks are done.
+region. Short regions are walked over together, as rows of one batch. The walks over about a million bases are one task
+of `partial`, which keeps what is finished over a kill and shares the tasks among processes.
 """
 
 from __future__ import annotations
@@ -11,31 +11,35 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from megabase.datamodules.alphabet import BOS, FIRST_LETTER
-from megabase.datamodules.files import publish_json, sync
+from megabase.datamodules.alphabet import BOS, FIRST_LETTER, PAD
+from megabase.datamodules.prepare.portions import Portion
 from megabase.datamodules.progress import bar
 from megabase.models.chance import Seeds
 from megabase.models.generation import read_block, start
 from megabase.pipeline.errors import RunError, UserError
-from megabase.pipeline.files import read_object
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import LoadedModel, load_model
+from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, grouped, is_finished
 
 logger = logging.getLogger(__name__)
 
+TASK_BASES = 1 << 20
+"""A task walks over consecutive regions that have at least this many bases together."""
 FORWARD, REVERSE, BOTH = "forward", "reverse", "both"
 STRANDS = {FORWARD: (FORWARD,), REVERSE: (REVERSE,), BOTH: (FORWARD, REVERSE)}
 SCHEMA = pa.schema(
@@ -67,6 +71,7 @@ class ScoreOptions:
         strand: one of STRANDS.
         step: of the checkpoint; "best"; None: the newest intact one.
         block: bases that are read at a time.
+        portion: of the tasks, for this process.
         json: print a summary as JSON.
     """
 
@@ -77,6 +82,7 @@ class ScoreOptions:
     strand: str = BOTH
     step: int | str | None = None
     block: int = 1 << 14
+    portion: Portion = WHOLE
     json: bool = False
 
 
@@ -89,6 +95,14 @@ class Walk:
     other: int
 
 
+@dataclass(frozen=True)
+class Task:
+    """Walks over some regions along one strand."""
+
+    places: Collection[int]
+    strand: str
+
+
 def run(options: ScoreOptions) -> int:
     """Score a FASTA file; returns the exit code.
 
@@ -96,28 +110,20 @@ def run(options: ScoreOptions) -> int:
         UserError, DataError, ConfigError: bad input; nothing was scored.
         RunError: the output cannot be written.
     """
-    if options.output.exists():
-        raise UserError(f"{options.output} exists: remove it, or choose another --output")
+    if is_finished(options.output, options.portion):
+        return 0
     genome = Genome(options.fasta)
     regions = genome.records() if options.regions is None else genome.regions(options.regions)
     loaded = load_model(options.model, options.step)
     check(loaded, regions, options.strand)
-    try:
-        parts = Parts.open(options, loaded, genome, regions)
-        walks = score(loaded, genome, regions, options, parts)
-        rows = [row_of(region, walks[number]) for number, region in enumerate(regions)]
-        write(options.output, rows)
-        shutil.rmtree(parts.directory)
-    except OSError as error:
-        raise RunError(f"{options.output}: cannot be written: {error}") from error
-    summary = summarize(rows, options, loaded)
-    if options.json:
-        print(json.dumps(summary))
-    else:
-        print(
-            f"{options.output}: {summary['bits_per_base']} bits per base; bases: {summary['bases']:,}, "
-            f"regions: {summary['regions']:,}"
-        )
+    tasks = split_up(regions, options.strand)
+    sizes = {name: sum(len(regions[place]) for place in task.places) for name, task in tasks.items()}
+    partial = Partial.open(options.output, call_of(options, loaded, genome, regions), sizes, options.portion)
+    score(loaded, genome, regions, options, tasks, partial)
+    if not partial.is_complete():
+        return 0
+    if partial.publish((options.output, lambda path: write(path, regions, tasks, partial))):
+        report(options, loaded)
     return 0
 
 
@@ -137,112 +143,113 @@ def check(loaded: LoadedModel, regions: list[Region], strand: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The directory OUTPUT.partial: what was scored already, one file for each walk."""
+def split_up(regions: Sequence[Region], strand: str) -> dict[str, Task]:
+    """The tasks, by the names of their files."""
+    groups = grouped([len(region) for region in regions], TASK_BASES)
+    return {
+        f"{number:06d}-{one}.json": Task(places, one)
+        for number, places in enumerate(groups)
+        for one in STRANDS[strand]
+    }
 
-    directory: Path
 
-    @classmethod
-    def open(cls, options: ScoreOptions, loaded: LoadedModel, genome: Genome, regions: list[Region]) -> Parts:
-        """Make the directory, or go on with the one that an interrupted call of the same kind left.
-
-        Raises:
-            UserError: it was left by a call with another model, other sequences or options.
-            OSError: it cannot be written.
-        """
-        directory = options.output.with_name(f"{options.output.name}.partial")
-        status = genome.path.stat()
-        call = {
-            "model": asdict(loaded.source),
-            "fasta": [str(genome.path.resolve()), status.st_size, status.st_mtime_ns],
-            "regions": [[region.record, region.start, region.end] for region in regions],
-            "strand": options.strand,
-            "block": options.block,
-        }
-        directory.mkdir(parents=True, exist_ok=True)
-        settings = directory / "call.json"
-        if not settings.exists():
-            publish_json(settings, call)
-        elif read_object(settings) != call:
-            raise UserError(
-                f"{directory} was left by a call with another model, FASTA file or options: remove it, or choose "
-                "another --output"
-            )
-        return cls(directory)
-
-    def find(self, number: int, strand: str) -> Walk | None:
-        """What the walk over a region found, if it was finished."""
-        found = read_object(self._path(number, strand))
-        return Walk(**found) if found else None
-
-    def add(self, number: int, strand: str, walk: Walk) -> None:
-        """Publish what a walk found."""
-        publish_json(self._path(number, strand), asdict(walk))
-
-    def _path(self, number: int, strand: str) -> Path:
-        return self.directory / f"{number:08d}-{strand}.json"
+def call_of(
+    options: ScoreOptions, loaded: LoadedModel, genome: Genome, regions: Sequence[Region]
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    return {
+        "model": asdict(loaded.source),
+        "fasta": genome.identity(),
+        "regions": [[region.record, region.start, region.end] for region in regions],
+        "strand": options.strand,
+        "block": options.block,
+    }
 
 
 def score(
-    loaded: LoadedModel, genome: Genome, regions: list[Region], options: ScoreOptions, parts: Parts
-) -> list[dict[str, Walk]]:
-    """Walk over all regions that were not scored yet: what was found, by strand, for each region."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: LoadedModel,
+    genome: Genome,
+    regions: Sequence[Region],
+    options: ScoreOptions,
+    tasks: Mapping[str, Task],
+    partial: Partial,
+) -> None:
+    """Do the tasks of this process that are not finished."""
+    device = device_of_process()
     loaded.model.to(device)
-    found: list[dict[str, Walk]] = []
-    strands = STRANDS[options.strand]
-    total = sum(len(region) for region in regions) * len(strands)
+    todo = partial.todo()
+    total = sum(partial.sizes[name] for name in todo)
     with bar("scoring", total, shown=sys.stderr.isatty()) as advance:
-        for number, region in enumerate(regions):
-            found.append({})
-            for strand in strands:
-                walk = parts.find(number, strand)
-                if walk is None:
-                    pieces = tokens_of(loaded, genome, region, strand, options.block)
-                    walk = walk_over(loaded, (piece.to(device) for piece in pieces), advance)
-                    parts.add(number, strand, walk)
-                else:
-                    advance(len(region))
-                found[number][strand] = walk
-    return found
+        for name in todo:
+            task = tasks[name]
+            found: dict[int, Walk] = {}
+            for places in batches(task.places, regions, options.block):
+                rows = [regions[place] for place in places]
+                tokens = tokens_of(loaded, genome, rows, task.strand, options.block)
+                walks = walk_over(loaded, (block.to(device) for block in tokens), rows, advance)
+                found |= dict(zip(places, walks, strict=True))
+            partial.add_json(name, [asdict(found[place]) for place in task.places])
+
+
+def batches(places: Collection[int], regions: Sequence[Region], block: int) -> Iterator[list[int]]:
+    """Places of regions to read together, of similar length: at most `block` tokens with padding, or one region."""
+    batch: list[int] = []
+    for place in sorted(places, key=lambda place: len(regions[place])):
+        if batch and (len(batch) + 1) * len(regions[place]) > block:
+            yield batch
+            batch = []
+        batch.append(place)
+    yield batch
 
 
 def tokens_of(
-    loaded: LoadedModel, genome: Genome, region: Region, strand: str, block: int
+    loaded: LoadedModel, genome: Genome, rows: Sequence[Region], strand: str, block: int
 ) -> Iterator[Tensor]:
-    """Tokens (1, n) of a region in blocks, in the order in which the strand is read."""
+    """Tokens (rows, n) in blocks, in the order in which the strand is read; short rows are padded at their end."""
     alphabet = loaded.alphabet
-    for letters in genome.letters(region, block, backwards=strand == REVERSE):
+
+    def encoded(letters: NDArray[np.uint8]) -> Tensor:
         letters = alphabet.reverse_complement(letters) if strand == REVERSE else letters
-        yield torch.from_numpy(alphabet.encode(letters)).long()[None]
+        return torch.from_numpy(alphabet.encode(letters)).long()
+
+    if len(rows) == 1:
+        for letters in genome.letters(rows[0], block, backwards=strand == REVERSE):
+            yield encoded(letters)[None]
+    else:
+        whole = [encoded(next(genome.letters(row, len(row)))) for row in rows]
+        yield pad_sequence(whole, batch_first=True, padding_value=PAD)
 
 
-def walk_over(loaded: LoadedModel, blocks: Iterator[Tensor], advance: Callable[[int], None]) -> Walk:
-    """Read blocks of tokens (1, n), with BOS before the first one, and add up the nats of all letters.
+def walk_over(
+    loaded: LoadedModel, blocks: Iterator[Tensor], rows: Sequence[Region], advance: Callable[[int], None]
+) -> list[Walk]:
+    """Read blocks of tokens (rows, n), with BOS before the first one, and add up the nats of all letters of each row.
 
     Raises:
         RunError: a log-probability is not finite.
     """
-    state = start(loaded.model, 1, seeds=Seeds(run=loaded.config.run.seed))
-    nats, bases, other = 0.0, 0, 0
+    state = start(loaded.model, len(rows), seeds=Seeds(run=loaded.config.run.seed))
+    nats = torch.zeros(len(rows), dtype=torch.float64)
+    bases = torch.zeros(len(rows), dtype=torch.int64)
     for tokens in blocks:
         length = tokens.shape[1]
         given = F.pad(tokens, (1, 0), value=BOS) if state.position == 0 else tokens
         log_probs = read_block(loaded.model, given, state).log_probs[:, -length:]
         letter = tokens >= FIRST_LETTER
-        nats -= float(log_probs.double().where(letter, 0.0).sum())
-        count = int(letter.sum())
-        bases, other = bases + count, other + length - count
-        advance(length)
-    if not math.isfinite(nats):
+        nats -= log_probs.double().where(letter, 0.0).sum(1).cpu()
+        bases += letter.sum(1).cpu()
+        advance(int((tokens != PAD).sum()))
+    if not nats.isfinite().all():
         raise RunError(
             "the model's log-probabilities are not finite: take a checkpoint from before it diverged"
         )
-    return Walk(nats, bases, other)
+    return [
+        Walk(of, count, len(row) - count)
+        for of, count, row in zip(nats.tolist(), bases.tolist(), rows, strict=True)
+    ]
 
 
-def row_of(region: Region, walks: dict[str, Walk]) -> dict[str, Any]:
+def row_of(region: Region, walks: Mapping[str, Walk]) -> dict[str, Any]:
     """A row of the table."""
     some = next(iter(walks.values()))
     nats = sum(walk.nats for walk in walks.values()) / len(walks)
@@ -257,24 +264,34 @@ def row_of(region: Region, walks: dict[str, Walk]) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Publish the table by rename. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial") / path.name
-    parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-    sync(partial)
-    partial.rename(path)
+def write(path: Path, regions: Sequence[Region], tasks: Mapping[str, Task], partial: Partial) -> None:
+    """Write the table of all tasks. Raises OSError."""
+    walks: list[dict[str, Walk]] = [{} for _ in regions]
+    for name, task in tasks.items():
+        for place, found in zip(task.places, json.loads(partial.read(name).read_bytes()), strict=True):
+            walks[place][task.strand] = Walk(**found)
+    rows = [row_of(region, of) for region, of in zip(regions, walks, strict=True)]
+    parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
 
 
-def summarize(rows: list[dict[str, Any]], options: ScoreOptions, loaded: LoadedModel) -> dict[str, Any]:
-    """The sums over all rows, and where they come from."""
-    bases, nats = sum(row["bases"] for row in rows), sum(row["nats"] for row in rows)
-    return {
+def report(options: ScoreOptions, loaded: LoadedModel) -> None:
+    """Print the sums over all rows, and where they come from."""
+    columns = parquet.read_table(options.output, columns=["bases", "other", "nats"]).to_pydict()
+    bases, nats = sum(columns["bases"]), sum(columns["nats"])
+    summary = {
         "output": str(options.output),
         "model": asdict(loaded.source),
         "strand": options.strand,
-        "regions": len(rows),
+        "regions": len(columns["bases"]),
         "bases": bases,
-        "other": sum(row["other"] for row in rows),
+        "other": sum(columns["other"]),
         "nats": nats,
         "bits_per_base": round(nats / bases / math.log(2), 6) if bases else None,
     }
+    if options.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"{options.output}: {summary['bits_per_base']} bits per base; bases: {bases:,}, "
+            f"regions: {summary['regions']:,}"
+        )

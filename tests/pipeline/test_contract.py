@@ -52,7 +52,8 @@ COMMANDS = {
         "--json",
     ],
     "score": [
-        *("model", "fasta", "--output", "--regions", "--strand", "--block", "--step", "--best", "--json"),
+        *("model", "fasta", "--regions", "--strand", "--output", "--block", "--portion"),
+        *("--step", "--best", "--json"),
     ],
     "bench": ["benchmark"],
     "job-end": [

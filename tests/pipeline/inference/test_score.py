@@ -94,26 +94,55 @@ def test_a_call_that_was_killed_goes_on(
 ) -> None:
     walk_over, walks = score.walk_over, []
 
-    def stopped(*arguments: object) -> score.Walk:
+    def stopped(*arguments: object) -> list[score.Walk]:
         if len(walks) == 3:
             raise KeyboardInterrupt
         walks.append(1)
         return walk_over(*arguments)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(score, "TASK_BASES", 1)  # a task for each of the two records and strands
     monkeypatch.setattr(score, "walk_over", stopped)
     arguments = ["score", str(run), str(fasta), "-o", str(tmp_path / "out.parquet")]
     assert cli.main(arguments) == 130
     assert not (tmp_path / "out.parquet").exists()
     capsys.readouterr()
     assert cli.main([*arguments, "--block", "99"]) == 2
-    assert "was left by a call with another model, FASTA file or options" in capsys.readouterr().err
+    assert "was left by a call with another model, input or options" in capsys.readouterr().err
     walks.clear()
     assert cli.main(arguments) == 0
     assert len(walks) == 1
-    monkeypatch.undo()
+    monkeypatch.setattr(score, "walk_over", walk_over)
     assert cli.main([*arguments[:-1], str(tmp_path / "whole.parquet")]) == 0
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert "bits per base" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_work_write_the_same_bytes(
+    run: Path,
+    fasta: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(score, "TASK_BASES", 100)
+    pieces = [(name, start, start + n) for name in ("one", "chr2") for n in (5, 30, 64) for start in (0, 9)]
+    bed = tmp_path / "some.bed"
+    bed.write_text("".join(f"{name}\t{start}\t{end}\n" for name, start, end in pieces))
+    arguments = ["score", str(run), str(fasta), "--regions", str(bed), "--block", "128", "-o"]
+    assert cli.main([*arguments, str(tmp_path / "whole.parquet")]) == 0
+    capsys.readouterr()
+    output = tmp_path / "shared.parquet"
+    for number in (3, 1, 2):
+        assert not output.exists()
+        assert cli.main([*arguments, str(output), "--portion", f"{number}/3"]) == 0
+    assert capsys.readouterr().out.count("bits per base") == 1
+    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    for row, (name, start, end) in zip(rows(output), pieces, strict=True):
+        for reverse, strand in ((False, "forward"), (True, "reverse")):
+            nats, bases = expected(run, RECORDS[name][start:end], reverse=reverse)
+            assert row["bases"] == bases
+            assert row[f"nats_{strand}"] == pytest.approx(nats, rel=1e-5)
 
 
 def test_one_strand(run: Path, fasta: Path, tmp_path: Path) -> None:
@@ -139,6 +168,7 @@ def test_one_strand(run: Path, fasta: Path, tmp_path: Path) -> None:
         ({"model": "nowhere"}, "nowhere"),
         ({"more": ["--block", "0"]}, "--block 0: must be 1 or more"),
         ({"more": ["--step", "x"]}, "--step x"),
+        ({"more": ["--portion", "4/3"]}, "--portion 4/3: write K/N with K from 1 to N"),
     ],
 )
 def test_bad_input(

@@ -110,6 +110,7 @@ ARRAY = {
         ("train", ["a b.yaml", "trainer.nodes=2", "trainer.devices=8"]),
         ("evaluate", ["runs/hg38", "data.workers=2", "--split", "test", "--output", "out"]),
         ("prepare", ["hg38.fa.gz", "data/hg38", "--valid", "chr 8"]),
+        ("use", ["score", "runs/hg38", "chr 8.fa", "-o", "scores.parquet"]),
     ],
 )
 def test_scripts(name: str, arguments: list[str], tmp_path: Path) -> None:
