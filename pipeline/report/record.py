@@ -126,6 +126,8 @@ def read_run(directory: Path) -> Record:
         }
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if any("bits_per_base" not in row for row in metrics if "loss" in row):
+        raise UserError(f"{directory}: a fine-tuning, which has no report: see {paths.result}")
     return Record(
         directory,
         config,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from megabase.pipeline.readable import age
 from megabase.pipeline.rundir.journal import Row
 
+BITS = "bits/base"
 # Each step's weight in the smoothed loss is this many times that of the step after it: a mean over about 50 steps.
 DECAY = 0.98
 # The time left follows from the speed over this many rows of performance.jsonl.
@@ -25,7 +26,8 @@ class Figures:
     Attributes:
         max_steps: the last step of the run; None: not known.
         step: the last step in the journal; 0: none.
-        bits: bits per base of that step; None: none. May be NaN.
+        loss: of that step, in bits per base or, of a task without them, as the journal has it; None: none. May be NaN.
+        unit: of the loss.
         tokens_per_second: of all ranks, when it was last measured.
         evaluation: the last row of an evaluation.
         checkpoint: the last row of a published checkpoint.
@@ -34,7 +36,8 @@ class Figures:
 
     max_steps: int | None = None
     step: int = 0
-    bits: float | None = None
+    loss: float | None = None
+    unit: str = BITS
     tokens_per_second: float | None = None
     evaluation: Row | None = None
     checkpoint: Row | None = None
@@ -47,11 +50,15 @@ class Figures:
     def add(self, row: Row) -> None:
         """Note a row of metrics.jsonl or performance.jsonl. Those of one file come in its order."""
         if "loss" in row:
-            self.step, self.bits = row["step"], float(row["bits_per_base"])
-            if math.isfinite(self.bits):
-                self._sum = DECAY * self._sum + (1 - DECAY) * self.bits
+            self.unit = BITS if "bits_per_base" in row else "loss"
+            self.step, self.loss = (
+                row["step"],
+                float(row["bits_per_base" if "bits_per_base" in row else "loss"]),
+            )
+            if math.isfinite(self.loss):
+                self._sum = DECAY * self._sum + (1 - DECAY) * self.loss
                 self._weight = DECAY * self._weight + (1 - DECAY)
-        elif "valid_bits_per_base" in row:
+        elif "valid_loss" in row:
             self.evaluation = row
         if "time" in row:
             self.updated = row["time"]
@@ -65,8 +72,13 @@ class Figures:
             self.checkpoint = row
 
     @property
+    def bits(self) -> float | None:
+        """Bits per base of the last step; None if there is none."""
+        return self.loss if self.unit == BITS else None
+
+    @property
     def smoothed(self) -> float | None:
-        """Bits per base, averaged over about the last 50 steps; steps whose loss is not finite do not count."""
+        """The loss, averaged over about the last 50 steps; steps whose loss is not finite do not count."""
         return self._sum / self._weight if self._weight else None
 
     def seconds_left(self, now: float) -> float | None:
@@ -138,16 +150,21 @@ def _step(figures: Figures, now: float) -> str:
 
 
 def _loss(figures: Figures) -> str:
-    if figures.bits is None:
+    if figures.loss is None:
         return ""
     smoothed = figures.smoothed
-    text = f"{figures.bits:.4f} bits/base"
+    text = f"{figures.loss:.4f} {figures.unit}"
     return text if smoothed is None else f"{text} (smoothed {smoothed:.4f})"
 
 
 def _validation(row: Row | None, prefix: str = "") -> str:
     """An evaluation in words: of the windows of every evaluation or, with `full_`, of the whole split."""
-    if row is None or f"{prefix}valid_bits_per_base" not in row:
+    if row is None:
+        return ""
+    if "valid_bits_per_base" not in row:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in measures(row))
+        return "" if prefix else f"{found} at step {row['step']:,}"
+    if f"{prefix}valid_bits_per_base" not in row:
         return ""
     if (
         prefix and row[f"{prefix}valid_bases"] == row["valid_bases"]
@@ -159,6 +176,16 @@ def _validation(row: Row | None, prefix: str = "") -> str:
         return text
     order = orders[-1].removeprefix(f"{prefix}markov_").partition("_")[0]
     return f"{text} (Markov order {order}: {float(row[orders[-1]]):.4f})"
+
+
+def measures(row: Row) -> list[tuple[str, float]]:
+    """(name, value) of what an evaluation of a task without bits per base found: loss, accuracy, ..."""
+    counts = ("valid_examples", "valid_bases")
+    return [
+        (key.removeprefix("valid_"), float(value))
+        for key, value in row.items()
+        if key.startswith("valid_") and key not in counts
+    ]
 
 
 def recall(row: Row) -> str:

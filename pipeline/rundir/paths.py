@@ -111,6 +111,11 @@ class RunPaths:
         return self.directory / "init_from.json"
 
     @property
+    def result(self) -> Path:
+        """What a fine-tuning reached on its test split, beside its baseline."""
+        return self.directory / "result.json"
+
+    @property
     def loss_curve(self) -> Path:
         """The loss curve, drawn."""
         return self.directory / "loss.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ OUTLIER = 2.0
 
 
 def report(
-    config: RunConfig, trouble: Trouble, ranks: Group, nats: list[float], batches: TrainBatches
+    config: RunConfig,
+    trouble: Trouble,
+    ranks: Group,
+    nats: list[float],
+    windows_of_step: Callable[[int], list[dict[str, Any]]],
 ) -> str:
     """Write the windows of a step to `logs/bad-step-N.json` of the run directory. All ranks call it.
 
@@ -37,7 +42,7 @@ def report(
         trouble: the step, and what is bad there.
         ranks: that train on different windows.
         nats: of each micro batch of this rank in the step.
-        batches: what the run trains on.
+        windows_of_step: see `Task.windows_of`.
 
     Returns:
         What to print about the windows: the first that stand out, and the file that lists all.
@@ -45,7 +50,7 @@ def report(
     gathered = ranks.gather(nats)
     if ranks.rank != 0:
         return str(ranks.broadcast(None))
-    windows = _windows(config, batches, trouble.step)
+    windows = windows_of_step(trouble.step)
     outliers = _outliers(gathered)
     for rank, losses in enumerate(gathered):
         for turn, loss in enumerate(losses):
@@ -60,7 +65,7 @@ def report(
     return str(ranks.broadcast(text))
 
 
-def _windows(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[str, Any]]:
+def windows_of(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[str, Any]]:
     """The windows of a step of the journal, in the order of the global batch, each with the places it was read from."""
     plan, segments = batches.windows.plan, batches.windows.index.segments
     samples, epochs = batches.order.of_step(step - 1, config.data.global_batch)

@@ -13,10 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from megabase.datamodules.config import SKIP
-from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.saver import Saver
-from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks import watchdog
 from megabase.pipeline.ranks.agreement import Agreed, Agreement, hash_samples
@@ -27,7 +24,6 @@ from megabase.pipeline.rundir.journal import has_evaluation
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.bad_windows import report
-from megabase.pipeline.training.baselines import baselines, evaluation_row
 from megabase.pipeline.training.decide import (
     Decision,
     Due,
@@ -42,6 +38,7 @@ from megabase.pipeline.training.evaluate import Evaluator
 from megabase.pipeline.training.guard import Trouble
 from megabase.pipeline.training.module import PretrainModule
 from megabase.pipeline.training.recorder import FinishedStep, Recorder
+from megabase.pipeline.training.task import Task
 from megabase.pipeline.zero.strategy import ZeroStrategy
 from megabase.pipeline.zero.timeouts import set_collective_timeouts
 
@@ -50,8 +47,7 @@ class TrainingCallback(pl.Callback):
     """Journal, checkpoints, evaluation and stopping of a run.
 
     Args:
-        config: of the run.
-        data: the run's windows.
+        task: what the run trains.
         groups: of ranks.
         stop: set when this rank is asked to stop.
         mirror: of rank 0, if the run is tracked.
@@ -63,24 +59,25 @@ class TrainingCallback(pl.Callback):
 
     def __init__(
         self,
-        config: RunConfig,
-        data: SequenceDataModule,
+        task: Task,
         groups: Groups,
         stop: StopRequest,
         mirror: Mirror | None,
     ) -> None:
         self.step = 0
         self.stopped_early = False
-        self._config = config
+        self._config = config = task.config
         self._paths = RunPaths(config.directory)
-        self._data = data
+        self._task = task
         self._groups = groups
         self._world = groups.world
         self._stop = stop
         self._agreement = Agreement(groups.world)
-        self._evaluator = Evaluator(config, data, groups, stop)
+        self._evaluator = Evaluator(task, groups, stop)
         # Only rank 0 writes the journal and prints.
-        self._recorder = Recorder(config, groups.world.size, mirror) if groups.world.rank == 0 else None
+        self._recorder: Recorder | None = None
+        if groups.world.rank == 0:
+            self._recorder = Recorder(config, groups.world.size, mirror, in_bits=task.in_bits)
         self._saved_at = time.monotonic()
         self._idle_since = 0.0
 
@@ -93,8 +90,8 @@ class TrainingCallback(pl.Callback):
             self._config,
             self._world,
             trainer.strategy.storage,
-            data=self._data.identity,
-            alphabet=self._data.index.alphabet.name,
+            data=self._task.identity,
+            alphabet=self._task.alphabet,
         )
         self.step = trainer.global_step
         self._open_journal()
@@ -158,7 +155,7 @@ class TrainingCallback(pl.Callback):
     # -- between two optimizer steps
 
     def _between_steps(self, trainer: pl.Trainer) -> None:
-        due = due_at(self.step, self._config, self._data.has_validation)
+        due = due_at(self.step, self._config, self._task.has_validation)
         situation = situation_of(
             due, self._agree(trainer, due), self._saver.advanced if self._saver.pending else None
         )
@@ -268,12 +265,12 @@ class TrainingCallback(pl.Callback):
 
     def _report_windows(self, trouble: Trouble) -> str:
         """Write the windows of a bad step to a file; returns what to print about them. All ranks call it."""
-        trainer = self._data.trainer
-        assert trainer is not None and trainer.train_dataloader is not None
+        trainer = self._task.data.trainer
+        assert trainer is not None
         module = trainer.lightning_module
         assert isinstance(module, PretrainModule)
         nats = module.guard.micro_nats(trouble.step)
-        return report(self._config, trouble, self._groups.data, nats, trainer.train_dataloader.dataset)
+        return report(self._config, trouble, self._groups.data, nats, self._task.windows_of)
 
     # -- journal, evaluation, checkpoints
 
@@ -289,7 +286,7 @@ class TrainingCallback(pl.Callback):
 
     def _lacks_evaluation(self) -> bool:
         """Whether an evaluation is due at the step that training resumed from, and the journal has none."""
-        if not self.step or not due_at(self.step, self._config, self._data.has_validation).evaluation:
+        if not self.step or not due_at(self.step, self._config, self._task.has_validation).evaluation:
             return False
         found = self._recorder is not None and has_evaluation(self._paths.metrics, self.step)
         return not self._world.broadcast(found)
@@ -300,13 +297,12 @@ class TrainingCallback(pl.Callback):
         if found is None:
             return False
         if self._recorder:
-            watchdog.beat("fitting Markov models", self.step)
-            skip, most = self._config.data.on_error == SKIP, self._config.trainer.eval_sequences
-            markov_bits = baselines(self._config.directory, self._data, most, skip)
-            row = evaluation_row(self.step, found.subset, found.full, markov_bits)
+            row = self._task.evaluation_row(self.step, found.subset, found.full)
             self._recorder.add_evaluation(row, found.measured)
-        loss, in_bits = found.subset["valid_loss"], found.subset["valid_bits_per_base"]
-        self._show_metrics(trainer, {"valid/loss": loss, "valid/bits_per_base": in_bits})
+        shown = ("valid_loss", "valid_bits_per_base")
+        self._show_metrics(
+            trainer, {name.replace("_", "/", 1): found.subset[name] for name in shown if name in found.subset}
+        )
         ending = trainer.should_stop  # the run ends after this evaluation
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback is not self:

@@ -22,14 +22,17 @@ SLOW_S = 30.0
 HOPELESS_S = 600.0
 
 
-def check_machine(config: RunConfig, devices: int, machine: Machine, arguments: Sequence[str]) -> None:
+def check_machine(
+    config: RunConfig, devices: int, machine: Machine, arguments: Sequence[str], command: str = "train"
+) -> None:
     """Check that a machine can train a run. A machine with GPUs passes.
 
     Args:
         config: of the run; its values have been checked.
         devices: ranks to start.
         machine: this one.
-        arguments: the command line after `megabase train`, for the message.
+        arguments: the command line after `megabase COMMAND`, for the message.
+        command: that was typed.
 
     Raises:
         UserError: a step would take very long on these CPUs, or there are more ranks than CPUs.
@@ -44,8 +47,8 @@ def check_machine(config: RunConfig, devices: int, machine: Machine, arguments: 
             " data.length or model.dim"
         )
     settings = fitting_settings(config, machine.cpus)
-    command = shlex.join(["megabase", "train", *without(arguments, settings), *settings])
-    refuse_oversubscription(devices, machine.cpus, command)
+    fitting = shlex.join(["megabase", command, *without(arguments, settings), *settings])
+    refuse_oversubscription(devices, machine.cpus, fitting)
 
 
 def warnings_about(config: RunConfig, machine: Machine) -> list[str]:

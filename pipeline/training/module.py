@@ -88,10 +88,14 @@ class PretrainModule(pl.LightningModule):
         """Build the Reformer, sharded from the start under ZeRO stage 3; the same weights on every rank."""
         if self.model is None:
             torch.manual_seed(self.config.run.seed)
-            self.model = Reformer(self.config.model, first_label=FIRST_LETTER)
+            self.model = self.build()
             refuse_shared_blocks(self.model, self.config.zero.stage)
             if self._initial is not None:
                 self._initial(self.model)
+
+    def build(self) -> Any:
+        """The model, with random weights."""
+        return Reformer(self.config.model, first_label=FIRST_LETTER)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note the ids of the samples while they are on the host: later that would synchronise the device."""
@@ -101,15 +105,12 @@ class PretrainModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Loss of one micro batch as the class describes it: fp32 scalar, nats per scored base of the global batch."""
-        assert self.model is not None
         seeds = Seeds(run=self.config.run.seed, step=self.global_step, samples=batch.samples)
-        wide = batch.widened()
-        nats = self.model.loss(wide.tokens, wide.labels, weights=wide.weights, seeds=seeds)
+        nats, micro_scored = self.micro_loss(batch, seeds)
         self.step_nats = nats.detach() if self.step_nats is None else self.step_nats + nats.detach()
         self.micro_nats.append(nats.detach())
         self.step_targets = batch.targets
-        if self.config.data.uneven:
-            micro_scored = scored(wide, batch.skipped)
+        if micro_scored is not None:
             self.step_scored = micro_scored if self.step_scored is None else self.step_scored + micro_scored
         # Undo that DeepSpeed averages gradients over ranks, and Lightning the loss over the micro batches of a step.
         micro_batches = (self._data_ranks or self.trainer.world_size) * self.trainer.accumulate_grad_batches
@@ -122,6 +123,13 @@ class PretrainModule(pl.LightningModule):
             if self.guard.is_bad(total):
                 loss = loss * math.nan  # makes DeepSpeed skip the update of the step on every rank
         return loss
+
+    def micro_loss(self, batch: Any, seeds: Seeds) -> tuple[Tensor, Tensor | None]:
+        """The sum of the losses of a micro batch, and what `step_scored` sums up if its labels weigh differently."""
+        assert self.model is not None
+        wide = batch.widened()
+        nats = self.model.loss(wide.tokens, wide.labels, weights=wide.weights, seeds=seeds)
+        return nats, scored(wide, batch.skipped) if self.config.data.uneven else None
 
     def totals(self) -> tuple[Tensor, Tensor | None]:
         """`step_nats` and `step_scored` summed over all ranks, on the device.

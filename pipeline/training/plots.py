@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def loss_curve(directory: Path) -> Path | None:
-    """Draw `loss.png`: bits per base of training, validation and Markov models against steps, restarts, and recall.
+    """Draw `loss.png`: bits per base (of another task the loss) of training, validation and Markov models, and recall.
 
     Args:
         directory: the run directory.
@@ -26,11 +26,18 @@ def loss_curve(directory: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     rows = list(read(RunPaths(directory).metrics))
-    train = [(row["step"], bits(row["loss"])) for row in rows if isinstance(row.get("loss"), float)]
-    valid = [
-        (row["step"], row["valid_bits_per_base"])
+    # A fine-tuning has no bits per base: its loss is drawn as it is.
+    in_bits = any("bits_per_base" in row for row in rows)
+    unit, evaluated = ("bits per base", "valid_bits_per_base") if in_bits else ("loss", "valid_loss")
+    train = [
+        (row["step"], bits(row["loss"]) if in_bits else row["loss"])
         for row in rows
-        if isinstance(row.get("valid_bits_per_base"), float)  # NaN is written as a string
+        if isinstance(row.get("loss"), float)
+    ]
+    valid = [
+        (row["step"], row[evaluated])
+        for row in rows
+        if isinstance(row.get(evaluated), float)  # NaN is written as a string
     ]
     if not train:
         return None
@@ -58,11 +65,12 @@ def loss_curve(directory: Path) -> Path | None:
         panels[1, 0].plot(*zip(*recall, strict=True), "o-", markersize=4, color="#4c7a34")
         panels[1, 0].set_ylabel("bits gained\nby a copy")
         panels[1, 0].set_ylim(bottom=min(0.0, *(value for _, value in recall)))
-    axes.set_ylabel("bits per base")
+    axes.set_ylabel(unit)
     # The y-axis does not cover the losses of the first steps, which would flatten the rest of the curve.
     tail = [value for _, value in train[len(train) // 20 :]] + [value for _, value in valid]
-    axes.set_ylim(min(tail) - 0.02, max(2.05, min(max(tail), 2.3)))
-    axes.set_title(f"{directory.name}: bits per base")
+    if in_bits:
+        axes.set_ylim(min(tail) - 0.02, max(2.05, min(max(tail), 2.3)))
+    axes.set_title(f"{directory.name}: {unit}")
     axes.legend(loc="upper right")
     path = RunPaths(directory).loss_curve
     partial = directory / "loss.partial.png"

@@ -15,7 +15,7 @@ from megabase.pipeline.config.schema import SKIP, RunConfig
 from megabase.pipeline.errors import first_line
 from megabase.pipeline.inference.scoring import bits
 from megabase.pipeline.ranks.agreement import Agreed
-from megabase.pipeline.rundir.figures import Figures, recall
+from megabase.pipeline.rundir.figures import Figures, measures, recall
 from megabase.pipeline.rundir.journal import Journal, Row, read
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.mirror import Mirror
@@ -60,18 +60,20 @@ class Recorder:
         config: of the run.
         ranks: number of ranks, for the speed of each device.
         mirror: started once the journal is open; None: the run is not tracked.
+        in_bits: the loss is that of predicting bases, so it is written in bits per base as well.
 
     Attributes:
         last_loss: nats per base of the last row that this start has written; None before there is one.
         trouble: why training must end before another checkpoint is published; None if nothing is wrong.
     """
 
-    def __init__(self, config: RunConfig, ranks: int, mirror: Mirror | None) -> None:
+    def __init__(self, config: RunConfig, ranks: int, mirror: Mirror | None, *, in_bits: bool = True) -> None:
         self.trouble: Trouble | None = None
         self.last_loss: float | None = None
         self._config = config
         self._paths = RunPaths(config.directory)
         self._mirror = mirror
+        self._in_bits = in_bits
         self._skips = config.guard.on_bad == SKIP
         self._history = History(config)
         self._speed = Speed(config, ranks)
@@ -144,7 +146,7 @@ class Recorder:
         row: Row = {
             "step": step.step,
             "loss": loss,
-            "bits_per_base": bits(loss),
+            **({"bits_per_base": bits(loss)} if self._in_bits else {}),
             "lr": learning_rate(step.step - 1, self._config.optim, self._config.trainer.max_steps),
             "samples": f"{step.samples:016x}",
         }
@@ -175,7 +177,7 @@ class Recorder:
         if measured:
             self._add_performance({"step": row["step"], "time": time.time(), **measured})
         self._speed.restart()
-        line = f"step {row['step']}: validation {_against_markov(row)}"
+        line = f"step {row['step']}: validation {_found(row)}"
         if text := recall(row):
             line += f"; {text}"
         self.print(line)
@@ -228,6 +230,13 @@ class Recorder:
         except Exception as error:  # a picture that fails must not end training, nor hide why training ended
             logger.warning(f"the loss curve cannot be drawn: {first_line(error)}")
         self._drawn = True
+
+
+def _found(row: Row) -> str:
+    """What an evaluation found: bits per base beside Markov models, or the values of another task."""
+    if "valid_bits_per_base" in row:
+        return _against_markov(row)
+    return ", ".join(f"{name} {value:.4f}" for name, value in measures(row))
 
 
 def _against_markov(row: Row, prefix: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.pipeline.checkpoint.choose import choose_to_resume
 from megabase.pipeline.checkpoint.identity import changed_settings, check_same_run, manifest_of
 from megabase.pipeline.checkpoint.manifest import Manifest
@@ -15,28 +14,27 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.rundir import environment
-from megabase.pipeline.rundir.dataset import write_dataset
 from megabase.pipeline.rundir.journal import has_evaluation, restore
 from megabase.pipeline.rundir.paths import METRICS, RunPaths
 from megabase.pipeline.tracking.identity import Identity
+from megabase.pipeline.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 
-def resume_point(config: RunConfig, data: SequenceDataModule, world: Group) -> tuple[Path, Manifest] | None:
+def resume_point(task: Task, world: Group) -> tuple[Path, Manifest] | None:
     """The checkpoint to resume from and its manifest; None for a fresh start. All ranks call it.
 
     Raises:
         UserError: the checkpoint belongs to another model or other data, or the run's checkpoints are gone.
     """
+    config = task.config
     chosen = choose_to_resume(RunPaths(config.directory).checkpoints, world)
     if chosen is None:
         _check_that_none_was_written(config.directory, world)
         return None
     path, manifest = chosen
-    current = manifest_of(
-        config, manifest.step, ranks=world.size, data=data.identity, alphabet=data.index.alphabet.name
-    )
+    current = manifest_of(config, manifest.step, ranks=world.size, data=task.identity, alphabet=task.alphabet)
     check_same_run(manifest, current, path)
     if world.rank == 0 and (changes := changed_settings(manifest, current)):
         logger.info(f"{config.run.name} resumes with {', '.join(changes)}")
@@ -60,9 +58,7 @@ def is_finished(config: RunConfig, step: int, evaluates: bool, world: Group) -> 
     return bool(world.broadcast(evaluated))
 
 
-def prepare_run_directory(
-    config: RunConfig, resume_from: Path | None, data: SequenceDataModule, world: Group
-) -> None:
+def prepare_run_directory(task: Task, resume_from: Path | None, world: Group) -> None:
     """Write what describes the run (config.yaml, ...), and repair the journal. All ranks call it.
 
     Raises:
@@ -71,10 +67,10 @@ def prepare_run_directory(
     error = None
     if world.rank == 0:
         try:
-            _write_run_directory(config, resume_from)
-            write_dataset(config.directory, config.data.shards, data.index)
+            _write_run_directory(task.config, resume_from)
+            task.describe_data()
         except OSError as caught:
-            error = f"cannot write in {config.directory}: {caught}"
+            error = f"cannot write in {task.config.directory}: {caught}"
     world.check(error)
 
 

@@ -14,15 +14,11 @@ from pathlib import Path
 
 import torch
 
-from megabase.datamodules.batches.visits import Windows
 from megabase.datamodules.files import FileLock, LockHeldError
-from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.pipeline.checkpoint.identity import saved_layout
-from megabase.pipeline.checkpoint.next_start import next_start, unused_changes
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import Machine
-from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.ranks import rendezvous, supervisor, watchdog
 from megabase.pipeline.ranks.environment import complete_environment, is_rank, is_rank_zero, local_devices
 from megabase.pipeline.ranks.groups import Group, Groups
@@ -31,23 +27,25 @@ from megabase.pipeline.readable import counted
 from megabase.pipeline.rundir.hint import resume_hint
 from megabase.pipeline.rundir.lock import lock_run
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.rundir.status import FINISHED, RUNNING, read_status, write_launcher_status
-from megabase.pipeline.tracking.mirror import Mirror, is_complete
-from megabase.pipeline.training.check import check
+from megabase.pipeline.rundir.status import RUNNING, read_status, write_launcher_status
+from megabase.pipeline.tracking.mirror import Mirror
 from megabase.pipeline.training.machine import check_machine, warnings_about
 from megabase.pipeline.training.outcome import Outcome, conclude, state_of, write_running
+from megabase.pipeline.training.pretraining import Pretraining
 from megabase.pipeline.training.system import system_monitor
+from megabase.pipeline.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
+def train(config: RunConfig, arguments: list[str], stop: StopRequest, task: Task | None = None) -> int:
     """Run `megabase train`: as one rank if a launcher started this process as one, else as supervisor of local ranks.
 
     Args:
         config: of the run.
-        arguments: the command line after `megabase train`, to start ranks with.
+        arguments: the command line after `megabase train`, or that of the task's command, to start ranks with.
         stop: set by the signals of this process.
+        task: what to train; None: pretraining.
 
     Returns:
         The exit code: 0 finished, EXIT_AGAIN stopped at a checkpoint, 1 failed, INTERRUPTED by a second Ctrl-C.
@@ -55,37 +53,38 @@ def train(config: RunConfig, arguments: list[str], stop: StopRequest) -> int:
     Raises:
         UserError, DataError, ConfigError: bad input; nothing has been started or changed.
     """
+    task = task or Pretraining(config)
     if is_rank():
         try:
             devices = local_devices(config.trainer.devices)
             complete_environment(config.trainer.nodes, devices)
-            windows = check(config, config.trainer.nodes * devices)
+            task.check(config.trainer.nodes * devices)
             if is_rank_zero() and not supervisor.is_supervised():
-                _warn(config, config.trainer.nodes * devices, windows)
+                _warn(task, config.trainer.nodes * devices)
         except BaseException:
             # Only the launcher's status: the run directory may belong to another job.
             if is_rank_zero():
                 write_launcher_status("failed", None)
             raise
-        return _run_rank(config, devices, stop)
+        return _run_rank(task, devices, stop)
     devices = local_devices(config.trainer.devices)
     if config.trainer.nodes == 1:
-        check_machine(config, devices, Machine.this(), arguments)
+        check_machine(config, devices, Machine.this(), arguments, task.command)
     ranks = config.trainer.nodes * devices
-    windows = check(config, ranks)
+    task.check(ranks)
     if config.trainer.nodes > 1:
         raise UserError(
             f"trainer.nodes={config.trainer.nodes}: start it with `megabase submit`, or with srun or torchrun"
             " on every node"
         )
-    if has_finished(config, ranks, windows.index):
+    if task.has_finished(ranks):
         return 0
-    _warn(config, ranks, windows)
+    _warn(task, ranks)
     logger.info(
         f"{config.run.name}: starting {counted(devices, 'rank')}, which takes a while;"
         f" run directory {config.directory}"
     )
-    command = supervisor.megabase_command("train", *arguments)
+    command = supervisor.megabase_command(task.command, *arguments)
     try:
         code = supervisor.supervise(command, devices, stop, hint=lambda: resume_hint(config.directory))
     except KeyboardInterrupt:
@@ -109,36 +108,17 @@ def _conclude_killed(config: RunConfig) -> None:
     lock.close()
 
 
-def has_finished(config: RunConfig, ranks: int, index: ShardIndex) -> bool:
-    """Whether nothing is left to do, in training, in the status and in MLflow; then it is logged. Starts nothing.
-
-    If this is not certain, ranks are started, and they decide it again (`resume.is_finished`).
-    """
-    if read_status(config.directory)[0] != FINISHED:
-        return False
-    if config.tracking.enabled and not is_complete(config):
-        return False
-    start = next_start(config, ranks, index)
-    if start.finished:
-        logger.info(
-            f"{config.run.name} is finished at step {start.step} (trainer.max_steps={config.trainer.max_steps}):"
-            f" nothing is left to do in {config.directory}; a larger trainer.max_steps trains it further"
-        )
-        if start.changes:
-            logger.info(unused_changes(start.changes))
-    return start.finished
-
-
-def _warn(config: RunConfig, ranks: int, windows: Windows) -> None:
-    """Log what is worth knowing before a run starts: about this machine, and about the batch."""
-    for text in warnings_about(config, Machine.this()):
+def _warn(task: Task, ranks: int) -> None:
+    """Log what is worth knowing before a run starts: about this machine, and about the task."""
+    for text in warnings_about(task.config, Machine.this()):
         logger.warning(text)
-    if beyond := batches_of(config, ranks, windows).warning:
+    if beyond := task.warning(ranks):
         logger.warning(beyond)
 
 
-def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
+def _run_rank(task: Task, devices: int, stop: StopRequest) -> int:
     """Run one rank: join the process group, train, leave it; returns the exit code."""
+    config = task.config
     if is_rank_zero():
         write_launcher_status("starting", None, config.directory)
     rendezvous.start()
@@ -148,7 +128,7 @@ def _run_rank(config: RunConfig, devices: int, stop: StopRequest) -> int:
         watch = watchdog.Watchdog(config.directory, world.rank, config.trainer.hang_minutes).start()
         measures = _is_first_of_its_node(world)
         with system_monitor(config.directory, config.tracking.system_seconds if measures else 0):
-            state = fit(config, devices, groups, stop)
+            state = fit(task, devices, groups, stop)
         world.check(None)
     torch.distributed.destroy_process_group()
     watch.stop()
@@ -187,13 +167,13 @@ def _locked(directory: Path, world: Group) -> Iterator[None]:
             lock.close()
 
 
-def fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> str:
+def fit(task: Task, devices: int, groups: Groups, stop: StopRequest) -> str:
     """Train until the end or until the ranks agree to stop.
 
     However training ends, the outcome is written to the status files and to MLflow.
 
     Args:
-        config: of the run, checked.
+        task: what to train; it passed its check.
         devices: ranks on each node.
         groups: of ranks.
         stop: set when this rank is asked to stop.
@@ -201,11 +181,11 @@ def fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> s
     Returns:
         The state of the run: finished, again or stopped (see `Outcome.state`).
     """
-    rank = groups.world.rank
+    rank, config = groups.world.rank, task.config
     mirror = Mirror(config, config.directory) if config.tracking.enabled and rank == 0 else None
     outcome, failure = Outcome(), None
     try:
-        _set_up_and_fit(config, devices, groups, stop, mirror, outcome)
+        _set_up_and_fit(task, devices, groups, stop, mirror, outcome)
     except BaseException as error:
         outcome.state, failure = state_of(error), error
         raise
@@ -215,7 +195,7 @@ def fit(config: RunConfig, devices: int, groups: Groups, stop: StopRequest) -> s
 
 
 def _set_up_and_fit(
-    config: RunConfig,
+    task: Task,
     devices: int,
     groups: Groups,
     stop: StopRequest,
@@ -223,40 +203,37 @@ def _set_up_and_fit(
     outcome: Outcome,
 ) -> None:
     """Choose a checkpoint, build everything, train; keeps `outcome` up to date."""
-    from megabase.datamodules.datamodule import SequenceDataModule
     from megabase.pipeline.training.callback import TrainingCallback
-    from megabase.pipeline.training.initial import choose_initial
-    from megabase.pipeline.training.module import PretrainModule
     from megabase.pipeline.training.resume import is_finished, prepare_run_directory, resume_point
     from megabase.pipeline.training.trainer import make_trainer
     from megabase.pipeline.training.user_callbacks import load_callbacks
 
+    config = task.config
     own_callbacks = load_callbacks(config.trainer.callbacks)
     watchdog.beat("choosing a checkpoint")
-    data = SequenceDataModule(config.data, config.run.seed)
     resume_from, saved = None, None
-    if chosen := resume_point(config, data, groups.world):
+    if chosen := resume_point(task, groups.world):
         resume_from, manifest = chosen
         outcome.step, saved = manifest.step, saved_layout(manifest)
-    if resume_from and is_finished(config, outcome.step, data.has_validation, groups.world):
+    if resume_from and is_finished(config, outcome.step, task.has_validation, groups.world):
         outcome.state, outcome.started = "finished", True
         if groups.world.rank == 0:
             logger.info(f"{config.run.name} is finished (step {outcome.step})")
         if mirror:
             mirror.start()  # MLflow may lack the last rows
         return
-    initial = None if resume_from else choose_initial(config, data.index.alphabet.name, groups.world)
-    prepare_run_directory(config, resume_from, data, groups.world)
+    initial = None if resume_from else task.initial(groups.world)
+    prepare_run_directory(task, resume_from, groups.world)
     outcome.started = True
     if groups.world.rank == 0:
         write_running(config.directory, outcome.step)
 
     watchdog.beat("building the model")
-    callback = TrainingCallback(config, data, groups, stop, mirror)
+    callback = TrainingCallback(task, groups, stop, mirror)
     trainer = make_trainer(config, devices, groups, [*own_callbacks, callback], saved)
     try:
-        module = PretrainModule(config, groups.data.size, initial, log=False)
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)
+        module = task.module(groups.data.size, initial)
+        trainer.fit(module, datamodule=task.data, ckpt_path=resume_from, weights_only=False)
     except SystemExit:  # which Lightning raises for a KeyboardInterrupt
         raise KeyboardInterrupt from None
     finally:

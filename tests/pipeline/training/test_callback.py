@@ -11,13 +11,14 @@ from megabase.pipeline.ranks.groups import Group
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.training.callback import TrainingCallback
 from megabase.pipeline.training.module import PretrainModule
+from megabase.pipeline.training.pretraining import Pretraining
 
 
 def test_every_micro_batch_within_a_step_is_shown(ranks: Group) -> None:
     config = load([], ["run.name=x", "data.shards=s"])
     config.model.vocab_size = 9
     groups = cast(Any, SimpleNamespace(world=ranks))
-    callback = TrainingCallback(config, cast(Any, None), groups, StopRequest(), None)
+    callback = TrainingCallback(Pretraining(config), groups, StopRequest(), None)
     shown: list[tuple[int, int, int]] = []
     callback._recorder = cast(Any, SimpleNamespace(within=lambda *figures: shown.append(figures)))
     callback.step = 5
@@ -37,7 +38,7 @@ def test_a_callback_that_sets_should_stop_stops_the_run_as_a_stop_file_does(
     config.directory.mkdir()
     stop = StopRequest()
     groups = cast(Any, SimpleNamespace(world=ranks))
-    callback = TrainingCallback(config, cast(Any, None), groups, stop, None)
+    callback = TrainingCallback(Pretraining(config), groups, stop, None)
     callback._recorder = None
     trainer = cast(Any, SimpleNamespace(global_step=0, should_stop=True))
     callback.on_train_batch_end(trainer, cast(Any, None), None, None, 0)
