@@ -6,11 +6,12 @@ exactly what the forward pass had, and several forward passes may precede one ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from megabase.models.chance import Seeds
+from megabase.models.sequence import Part
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Call:
         mask: (batch, length) bool, True where a token is real; None means that all are.
         context: (batch, source length, width) fp32, what cross-attention reads; None without cross-attention.
         context_mask: (batch, source length) bool, True where a source token is real; None means that all are.
+        part: the part of every sequence that the tensors of the pass hold; None: the tensors hold whole sequences.
+        heads: the heads that attention computes; all, except between two exchanges of a `part`.
         grad: (batch, length, dim) fp32, the gradient of the branch's output. Set only while the backward pass of the
             reversible stack runs a branch again: the branch may then compute forward and backward together.
     """
@@ -32,4 +35,21 @@ class Call:
     mask: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    part: Part | None = None
+    heads: slice = field(default_factory=lambda: slice(None))
     grad: Tensor | None = None
+
+    @property
+    def start(self) -> int:
+        """The position of the first token that the tensors of the pass hold."""
+        return 0 if self.part is None else self.part.start
+
+    def of_heads(self, part: Part, heads: int) -> Call:
+        """The call of attention between two exchanges: all positions of this process's share of the heads.
+
+        Args:
+            part: the call's own.
+            heads: how many heads there are.
+        """
+        mask = None if self.mask is None else part.gather(self.mask)
+        return replace(self, mask=mask, part=None, heads=part.heads(heads))

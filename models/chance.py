@@ -152,22 +152,34 @@ def keep(bits: Tensor, rate: float) -> Tensor:
     return bits >= round(rate * 2.0**32) - (1 << 31)
 
 
-def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
+def dropout(x: Tensor, rate: float, keys: Tensor, start: int = 0) -> Tensor:
     """Dropout. Whether an element is kept is a function of its sample's key and its place in the sample.
 
     Args:
-        x: (batch, ...).
+        x: (batch, length, ...).
         rate: probability that an element becomes 0, in [0, 1); the others are scaled by 1 / (1 − rate).
         keys: (batch,) int64.
+        start: positions of the sample before the first one of x.
     """
     if rate == 0.0:
         return x
+    first = start * x[0, 0].numel() if start else 0
     if fused.supports(x):
-        return fused.dropout(x, rate, keys)
-    n = x[0].numel()
-    counters = torch.arange(n, dtype=torch.int32, device=x.device)
-    kept = keep(random_bits(keys[:, None], counters[None]), rate).view_as(x)
+        return fused.dropout(x, rate, keys, first)
+    kept = keep(_bits_of_places(keys, first, x[0].numel()), rate).view_as(x)
     return x * (kept * (1.0 / (1.0 - rate))).to(x.dtype)
+
+
+def _bits_of_places(keys: Tensor, first: int, n: int) -> Tensor:
+    """Random bits of n places from `first` on, for each key: (batch, n) int32.
+
+    A counter has 32 bits. A place's bits above these change the key: places that are 2^32 apart are independent.
+    """
+    places = torch.arange(first, first + n, device=keys.device)
+    counters = places.to(torch.int32)  # the lowest 32 bits
+    if first + n > 1 << 32:
+        return random_bits(keys[:, None] ^ ((places >> 32) * GOLDEN)[None], counters[None])
+    return random_bits(keys[:, None], counters[None])
 
 
 def _mix(word: Word) -> Word:

@@ -46,8 +46,8 @@ class FeedForwardBranch(nn.Module):
             return self.feedforward(x, grad)
         keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, x.shape[0], x.device)
         if grad is not None:
-            grad = dropout(grad, self.rate, keys)
-        return dropout(self.feedforward(x, grad), self.rate, keys)
+            grad = dropout(grad, self.rate, keys, call.start)
+        return dropout(self.feedforward(x, grad), self.rate, keys, call.start)
 
     def new_cache(self, batch: int, call: Call) -> None:
         """None: a feed-forward branch treats each token on its own, and needs nothing of the tokens before."""

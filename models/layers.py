@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megabase.models import fused
 from megabase.models.device import has_half_products, pieces
 from megabase.models.precision import Precision
+from megabase.models.sequence import Around, Part
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,11 +101,17 @@ class ShortConvolution(nn.Module):
         self.after = width - 1 - self.before
         self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Convolve. mask: (batch, length) bool, True where a token is real; others count as zero. None: all are."""
+    def forward(self, x: Tensor, mask: Tensor | None, part: Part | None = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: (batch, length, dim).
+            mask: (batch, length) bool, True where a token is real; others count as zero. None: all are.
+            part: of the sequence, that x is; None: x is all of it.
+        """
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        return convolve(x, self.weight, self.before)
+        return convolve_part(x, self.weight, self.before, part)
 
 
 class ValuesAhead(nn.Module):
@@ -123,12 +130,13 @@ class ValuesAhead(nn.Module):
         # A vector, like the scales of a norm: without weight decay.
         self.weight = nn.Parameter(torch.full((2 * heads,), 0.5))
 
-    def forward(self, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, v: Tensor, mask: Tensor | None, part: Part | None = None) -> Tensor:
         """Mix all values.
 
         Args:
             v: (batch, length, heads · d). The last position has no next one: zeros count instead.
             mask: (batch, length) bool, True where a token is real; the values of others count as zero. None: all are.
+            part: of the sequence, that v is; None: v is all of it.
 
         Returns:
             (batch, length, heads · d).
@@ -137,7 +145,7 @@ class ValuesAhead(nn.Module):
             v = v.masked_fill(~mask[..., None], 0.0)
         shares = self._shares(v.dtype)
         width = v.shape[-1] // shares.shape[1]
-        return convolve(v, shares.repeat_interleave(width, dim=1), before=0)
+        return convolve_part(v, shares.repeat_interleave(width, dim=1), 0, part)
 
     def pairs(self, v: Tensor) -> Tensor:
         """The mixed values of all positions but the last, which waits for its next one.
@@ -154,6 +162,15 @@ class ValuesAhead(nn.Module):
     def _shares(self, dtype: torch.dtype) -> Tensor:
         """(2, heads): of the position's own value, and of the next one's."""
         return self.weight.to(dtype).view(2, -1)
+
+
+def convolve_part(x: Tensor, weight: Tensor, before: int, part: Part | None) -> Tensor:
+    """`convolve` of the part of a sequence that x is; None: of all of it."""
+    if part is None:
+        return convolve(x, weight, before)
+    around = Around(before, weight.shape[0] - 1 - before)
+    first = around.first(part)
+    return convolve(part.with_neighbours(x, around), weight, before)[:, first : first + x.shape[1]]
 
 
 def convolve(x: Tensor, weight: Tensor, before: int) -> Tensor:

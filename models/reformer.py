@@ -30,6 +30,7 @@ from megabase.models.layers import Norm
 from megabase.models.loss import linear_cross_entropy, log_probabilities
 from megabase.models.positions import build_positions
 from megabase.models.reversible import Block, ReversibleStack
+from megabase.models.sequence import Part
 
 NEVER = -20.0
 """The bias at the start of tokens that are never labels: e^-20 of the probability of the others."""
@@ -54,13 +55,22 @@ class Reformer(nn.Module):
         self.body = Body(config)
         self.head = LanguageHead(config, self.body.embedding.tokens, first_label)
 
-    def forward(self, tokens: Tensor, *, seeds: Seeds | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        seeds: Seeds | None = None,
+        mask: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
         """Compute logits.
 
         Args:
             tokens: (batch, length) int64 in [0, vocab_size).
             seeds: the random numbers of dropout and hashing; None = Seeds().
             mask: (batch, length) bool, True where a token is real; None = all are.
+            part: what part of every sequence the tokens are, if several processes share the sequences (sequence.py);
+                None: the tokens are whole sequences.
 
         Returns:
             (batch, length, vocab_size).
@@ -69,7 +79,7 @@ class Reformer(nn.Module):
             ConfigError: the sequences do not fit the config.
             ValueError: the mask does not fit the tokens.
         """
-        return self.head(self.body(tokens, seeds=seeds, mask=mask))
+        return self.head(self.body(tokens, seeds=seeds, mask=mask, part=part))
 
     def loss(
         self,
@@ -79,11 +89,12 @@ class Reformer(nn.Module):
         seeds: Seeds | None = None,
         weights: Tensor | None = None,
         mask: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """Compute the sum over labels of weights · nats, without all logits in memory.
 
         Args:
-            tokens, seeds, mask: see `forward`.
+            tokens, seeds, mask, part: see `forward`. The sum is over the labels of the part.
             labels: (batch, length) int64; labels[:, i] is what position i must predict (the caller shifts them). A
                 label of −100 has no loss.
             weights: (batch, length) float; None = 1.
@@ -91,7 +102,7 @@ class Reformer(nn.Module):
         Returns:
             An fp32 scalar.
         """
-        return self.head(self.body(tokens, seeds=seeds, mask=mask), labels, weights)
+        return self.head(self.body(tokens, seeds=seeds, mask=mask, part=part), labels, weights)
 
 
 class Body(nn.Module):
@@ -120,12 +131,13 @@ class Body(nn.Module):
         mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        part: Part | None = None,
         reverse: bool = True,
     ) -> Tensor:
         """Compute hidden states.
 
         Args:
-            tokens, seeds, mask: see Reformer.
+            tokens, seeds, mask, part: see Reformer.
             context: (batch, source length, context_width), what cross-attention reads.
             context_mask: (batch, source length) bool, like `mask`.
             reverse: False keeps every activation: the same numbers, more memory (see ReversibleStack).
@@ -137,18 +149,23 @@ class Body(nn.Module):
             ConfigError: the sequences do not fit the config.
             ValueError: the mask does not fit the tokens.
         """
-        call = Call(Seeds() if seeds is None else seeds, self.training, mask, context, context_mask)
+        call = Call(Seeds() if seeds is None else seeds, self.training, mask, context, context_mask, part)
         return self.run(tokens, call, reverse=reverse)
 
     def run(self, tokens: Tensor, call: Call, *, reverse: bool = True) -> Tensor:
         """Do the same as `forward`, with everything but the tokens in one Call."""
-        self.config.validate(tokens.shape[1])
+        part = call.part
+        self.config.validate(tokens.shape[1] if part is None else part.length)
+        if part is not None and tokens.shape[1] * part.size != part.length:
+            raise ValueError(
+                f"{tokens.shape[1]:,} tokens are not part {part.rank} of {part.size} of a sequence of {part.length:,}"
+            )
         if call.mask is not None and (call.mask.shape != tokens.shape or call.mask.dtype != torch.bool):
             raise ValueError(
                 f"mask is {call.mask.dtype} of shape {tuple(call.mask.shape)}: it must be bool, of the tokens' "
                 f"shape {tuple(tokens.shape)}"
             )
-        return self.norm(self.stack(self.embedding(tokens, call), call, reverse=reverse))
+        return self.norm(self.stack(self.embedding(tokens, call, call.start), call, reverse=reverse))
 
 
 def build_block(config: ReformerConfig, layer: int, context_width: int | None) -> Block:
@@ -174,7 +191,7 @@ class Embedding(nn.Module):
             x = x + self.positions(tokens.shape[1], start)
         if not (call.training and self.rate):
             return x
-        return dropout(x, self.rate, call.seeds.keys(Purpose.EMBEDDING, 0, x.shape[0], x.device))
+        return dropout(x, self.rate, call.seeds.keys(Purpose.EMBEDDING, 0, x.shape[0], x.device), start)
 
 
 class TokenEmbedding(nn.Embedding):

@@ -23,6 +23,7 @@ from megabase.models.device import devices_in_use
 from megabase.models.layers import Linear, Norm, ShortConvolution, ValuesAhead
 from megabase.models.positions import rotary
 from megabase.models.precision import Precision
+from megabase.models.sequence import Part
 
 
 class AttentionLayer(nn.Module, ABC):
@@ -86,10 +87,11 @@ class AttentionLayer(nn.Module, ABC):
                 "model.causal=False: a model that sees both sides cannot generate; train one with causal=True"
             )
 
-    def values(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def values(self, x: Tensor, call: Call) -> Tensor:
         """The values (batch, heads, length, d) of x, each mixed with the next one if the values look ahead."""
         v = self.value(x)
-        return split_heads(v if self.ahead is None else self.ahead(v, mask), self.config.heads)
+        mixed = v if self.ahead is None else self.ahead(v, call.mask, call.part)
+        return split_heads(mixed, self.config.heads)
 
     def no_keys(self, batch: int) -> Tensor:
         """An empty tensor (batch, heads, 0, d), in the dtype and on the device of this layer's keys."""
@@ -154,11 +156,18 @@ class SeparateAttention(AttentionLayer):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Attention of all positions: (batch, heads, length, d) each -> the same."""
+        """Attention of all positions: (batch, heads, length, d) each -> the same. The heads are `call.heads`."""
+
+    def attend_part(self, q: Tensor, k: Tensor, v: Tensor, part: Part, call: Call) -> Tensor:
+        """`attend` where q, k and v are a part of the sequence."""
+        q, k, v = (part.to_heads(each) for each in (q, k, v))
+        return part.to_positions(self.attend(q, k, v, call.of_heads(part, self.config.heads)))
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        q, k = self.project(near)
-        return self.output(merge_heads(self.attend(q, k, self.values(x, call.mask), call)))
+        (q, k), v = self.project(near, call.start), self.values(x, call)
+        if call.part is None:
+            return self.output(merge_heads(self.attend(q, k, v, call)))
+        return self.output(merge_heads(self.attend_part(q, k, v, call.part, call)))
 
     def project(self, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Queries and keys (batch, heads, length, d) of the positions from `start` on."""
@@ -205,11 +214,12 @@ class AttentionBranch(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         x = self.norm(x)
-        near = x if self.convolution is None else self.convolution(x, call.mask)
+        near = x if self.convolution is None else self.convolution(x, call.mask, call.part)
         y = self.attention(x, near, call)
         if not (call.training and self.rate):
             return y
-        return dropout(y, self.rate, call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device))
+        keys = call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device)
+        return dropout(y, self.rate, keys, call.start)
 
     def new_cache(self, batch: int, call: Call) -> BranchCache:
         """The cache of `batch` sequences before their first token; see AttentionLayer."""
@@ -272,7 +282,7 @@ def weight_dropout(
         return None
     keys = call.seeds.keys(purpose, layer, batch, device)
     # Multiples of an odd 64-bit number make the keys of the heads differ in both halves, which random_bits hashes.
-    head_salts = torch.arange(heads, device=device) * 0x632BE59BD9B4E019
+    head_salts = torch.arange(heads, device=device)[call.heads] * 0x632BE59BD9B4E019
     return PairDropout(rate, (keys[:, None] ^ head_salts).flatten())
 
 

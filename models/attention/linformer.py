@@ -95,4 +95,9 @@ class LinformerAttention(SeparateAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         dropout = self.pair_dropout(call, v.shape[0], v.device)
-        return linformer_attention(q, k, v, self.to_keys, self.to_values, mask=call.mask, dropout=dropout)
+        to_keys: Tensor = self.to_keys
+        to_values: Tensor | None = self.to_values
+        if self.config.linformer.share == "none":
+            assert to_values is not None
+            to_keys, to_values = to_keys[call.heads], to_values[call.heads]
+        return linformer_attention(q, k, v, to_keys, to_values, mask=call.mask, dropout=dropout)

@@ -3,7 +3,7 @@ bucket: nothing is hashed, and sorting only moves padding to the end."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from megabase.models.attention.kernels import dispatch
 from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder, row_mask
 from megabase.models.call import Call
 from megabase.models.chance import Seeds
+from megabase.models.sequence import Around, Part
 
 
 def local_attention(
@@ -119,6 +120,22 @@ class LocalAttention(SeparateAttention):
             mask=call.mask,
             dropout=self.pair_dropout(call, v.shape[0], v.device),
         )
+
+    def attend_part(self, q: Tensor, k: Tensor, v: Tensor, part: Part, call: Call) -> Tensor:
+        local = self.config.local
+        dropout = call.training and self.config.attention_rate("local")
+        if local.attend == "chunk" or dropout:  # both depend on where a position lies in the whole sequence
+            return super().attend_part(q, k, v, part, call)
+        # The positions around this part are attended to; what they attend to is computed as well, and left out.
+        # In whole pieces of the kernels, so that every position is computed as in the whole sequence.
+        after = 0 if self.config.causal else local.window
+        around, n = Around(local.window, after, dispatch.piece_of(q.device)), q.shape[2]
+        mask = None
+        if call.mask is not None:
+            mask = part.with_neighbours(call.mask.to(torch.uint8), around).bool()
+        q, k, v = (part.with_neighbours(each, around, dim=2) for each in (q, k, v))
+        first = around.first(part)
+        return self.attend(q, k, v, replace(call, mask=mask, part=None))[:, :, first : first + n]
 
     def new_cache(self, batch: int, seeds: Seeds) -> LocalCache:
         self.check_causal()

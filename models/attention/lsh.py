@@ -178,9 +178,12 @@ class LSHAttention(AttentionLayer):
         self.output = output(config)
 
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        qk = split_heads(self.query_key(near), self.config.heads)
-        order = sort_by_hash(qk, self.rotations(call.seeds, qk.device), call.mask)
-        return self.output(merge_heads(self.attend(qk, self.values(x, call.mask), order, call)))
+        qk, v, part = split_heads(self.query_key(near), self.config.heads), self.values(x, call), call.part
+        if part is not None:
+            qk, v, call = part.to_heads(qk), part.to_heads(v), call.of_heads(part, self.config.heads)
+        rotations = self.rotations(call.seeds, qk.device).of_heads(call.heads)
+        y = self.attend(qk, v, sort_by_hash(qk, rotations, call.mask), call)
+        return self.output(merge_heads(y if part is None else part.to_positions(y)))
 
     def rotations(self, seeds: Seeds, device: torch.device) -> Rotations:
         """The rotations that hash the query-keys of this layer."""

@@ -118,7 +118,7 @@ class PerformerAttention(SeparateAttention):
         return draw_directions(config.heads, config.performer.features, config.width, seed, device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        directions = self.directions(call.seeds, q.device)
+        directions = self.directions(call.seeds, q.device)[call.heads]
         own = self.ahead is None
         return performer_attention(q, k, v, directions, causal=self.config.causal, own=own, mask=call.mask)
 

@@ -33,9 +33,12 @@ def random_bits(counter, low, high):
     return bits
 
 
-def dropout(x: Tensor, rate: float, keys: Tensor) -> Tensor:
-    """`chance.dropout` of x (batch, ...) with keys (batch,) int64. Saves the keys, not the mask."""
-    return _Dropout.apply(x, rate, keys)
+def dropout(x: Tensor, rate: float, keys: Tensor, first: int = 0) -> Tensor:
+    """`chance.dropout` of x (batch, ...) with keys (batch,) int64. Saves the keys, not the mask.
+
+    first: the place in the sample of x's first number.
+    """
+    return _Dropout.apply(x, rate, keys, first)
 
 
 def normals(key: int, n: int, quantiles: Tensor) -> Tensor:
@@ -48,36 +51,40 @@ def normals(key: int, n: int, quantiles: Tensor) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rate: float, keys: Tensor) -> Tensor:
-        ctx.rate = rate
+    def forward(ctx: Any, x: Tensor, rate: float, keys: Tensor, first: int) -> Tensor:
+        ctx.rate, ctx.first = rate, first
         ctx.save_for_backward(keys)
-        return _drop(x, rate, keys)
+        return _drop(x, rate, keys, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _drop(grads[0], ctx.rate, ctx.saved_tensors[0]), None, None
+        return _drop(grads[0], ctx.rate, ctx.saved_tensors[0], ctx.first), None, None, None
 
 
-def _drop(x: Tensor, rate: float, keys: Tensor) -> Tensor:
+def _drop(x: Tensor, rate: float, keys: Tensor, first: int) -> Tensor:
     x = x.contiguous()
     y, n = torch.empty_like(x), x[0].numel()
     # The comparison is that of `chance.keep`; the factor is rounded to x's dtype, as there.
     least, kept = round(rate * 2.0**32) - (1 << 31), torch.tensor(1.0 / (1.0 - rate), dtype=x.dtype).item()
     with torch.cuda.device_of(x):
-        _dropout[(x.shape[0] * triton.cdiv(n, BLOCK),)](x, keys, y, n, least, kept, BLOCK=BLOCK, **FUSED)
+        _dropout[(x.shape[0] * triton.cdiv(n, BLOCK),)](
+            x, keys, y, n, first, least, kept, BLOCK=BLOCK, **FUSED
+        )
     return y
 
 
-@triton.jit(do_not_specialize=["least"])
-def _dropout(x, keys, y, n, least, kept, BLOCK: tl.constexpr):
-    """Dropout of BLOCK numbers of one sample, which has n."""
+@triton.jit(do_not_specialize=["n", "first", "least"])
+def _dropout(x, keys, y, n, first, least, kept, BLOCK: tl.constexpr):
+    """Dropout of BLOCK numbers of one sample, which has n; x has those from place `first` of the sample on."""
     blocks = tl.cdiv(n, BLOCK)
-    sample = tl.program_id(0) // blocks
-    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    valid = place < n
-    at = sample.to(tl.int64) * n + place
-    key = tl.load(keys + sample)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    inside = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = inside < n
+    at = sample * n + inside
+    place = inside + first
+    # `chance._bits_of_places`: the bits above 32 change the key; they are zero for places below 2^32.
+    key = tl.load(keys + sample) ^ ((place >> 32) * -7046029254386353131)
     bits = random_bits(place.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
     factor = tl.where(bits.to(tl.int32, bitcast=True) >= least, kept, 0.0)
     tl.store(y + at, (load(x, at, valid) * factor).to(y.dtype.element_ty), mask=valid)

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from megabase.models import Seeds
-from megabase.models.chance import GOLDEN, Purpose, _mix, _wrap, dropout, keep, normals, random_bits
+from megabase.models.chance import (
+    GOLDEN,
+    Purpose,
+    _bits_of_places,
+    _mix,
+    _wrap,
+    dropout,
+    keep,
+    normals,
+    random_bits,
+)
 
 CPU = torch.device("cpu")
 
@@ -38,6 +48,23 @@ def test_dropout_of_a_sample_is_the_same_in_any_batch():
     assert len({tuple(row.flatten().tolist()) for row in together}) == 4
     other = dropout(x, 0.5, Seeds(1, 3, ids).keys(Purpose.FEEDFORWARD, 0, 4, CPU))
     assert not torch.equal(together, other)
+
+
+def test_dropout_of_a_part_is_that_of_the_whole():
+    x, keys = torch.ones(2, 12, 5), Seeds(1).keys(Purpose.FEEDFORWARD, 0, 2, CPU)
+    whole = dropout(x, 0.5, keys)
+    assert torch.equal(dropout(x[:, 7:], 0.5, keys, start=7), whole[:, 7:])
+
+
+def test_places_beyond_2_to_the_32_have_numbers_of_their_own():
+    keys = Seeds(1).keys(Purpose.FEEDFORWARD, 0, 1, CPU)
+    near, far = _bits_of_places(keys, 0, 4096), _bits_of_places(keys, 1 << 32, 4096)
+    assert (near == far).sum() <= 1
+    across = _bits_of_places(keys, (1 << 32) - 5, 10)
+    assert torch.equal(across[:, 5:], far[:, :5])
+    assert torch.equal(
+        across[:, :5], random_bits(keys[:, None], torch.arange(-5, 0, dtype=torch.int32)[None])
+    )
 
 
 def test_dropout_does_not_use_the_global_generator():

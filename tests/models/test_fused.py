@@ -163,13 +163,15 @@ class TestNorm:
 
 @needs_kernels
 class TestDropout:
+    # Below 2^32 places, across them, and beyond: a place has more bits than a counter.
+    @pytest.mark.parametrize("start", [0, 7, (1 << 32) // 50 - 20, 1 << 34])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_equals_plain_torch(self, dtype):
+    def test_equals_plain_torch(self, dtype, start):
         """The same numbers are dropped, forward and backward, and the others are rounded alike."""
         x, grad = draw(3, 50, 50, dtype=dtype), draw(3, 50, 50, seed=1, dtype=dtype)
         keys = torch.tensor([0, -5, 2**61 + 12345], device=DEVICE)
-        got = gradients(lambda x: fused.dropout(x, 0.3, keys), [x], grad)
-        expected = gradients(lambda x: dropout(x, 0.3, keys.cpu()), [x.cpu()], grad.cpu())
+        got = gradients(lambda x: fused.dropout(x, 0.3, keys, start * 50), [x], grad)
+        expected = gradients(lambda x: dropout(x, 0.3, keys.cpu(), start), [x.cpu()], grad.cpu())
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a.cpu() == 0.0, b == 0.0)
             if GPU or dtype != torch.bfloat16:  # the interpreter truncates to bf16 instead of rounding

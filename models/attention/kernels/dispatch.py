@@ -136,6 +136,14 @@ def sort_by_bucket(buckets: Tensor, n_buckets: int | None, mask: Tensor | None) 
     return SortedOrder.by_bucket(buckets, mask)
 
 
+def piece_of(device: torch.device) -> int:
+    """Positions that a kernel computes together, counted from the first one.
+
+    If the sequence begins a multiple of this later, a position is computed as before, bit for bit.
+    """
+    return native.STRIP if device.type == "cpu" else 128
+
+
 def unit_keys(qk: Tensor) -> Tensor:
     """Keys of shared query-keys (..., d): x · rsqrt(mean(x²) + 1e-6) / √d, unit vectors, in their dtype."""
     wide = qk.to(torch.promote_types(qk.dtype, torch.float32))

@@ -153,6 +153,10 @@ class Rotations:
     table: Tensor
     halves: tuple[int, ...]
 
+    def of_heads(self, heads: slice) -> Rotations:
+        """The rotations of some of the heads."""
+        return self if heads == slice(None) else Rotations(self.table[:, heads].contiguous(), self.halves)
+
     @property
     def rounds(self) -> int:
         """How many rounds of hashing there are."""

@@ -18,6 +18,9 @@ from megabase.models.attention.kernels.native_library import load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+STRIP = 240
+"""Slots of a row that are computed together, as in cpp/problem.h."""
+
 EXCLUDED = -1e30
 """What a running maximum of scores starts from, as in cpp/problem.h."""
 
