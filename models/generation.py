@@ -39,11 +39,14 @@ class Sampling:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw from this many of the likeliest tokens; None = all.
         allowed: the only token ids to draw; None = all.
+        top_p: draw from the fewest of the likeliest tokens whose probabilities add up to this; None = all
+            (nucleus sampling, Holtzman et al., arXiv 1904.09751). It acts on what temperature and top_k leave.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     allowed: Sequence[int] | None = None
+    top_p: float | None = None
 
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError if a setting cannot work with this many token ids."""
@@ -51,19 +54,23 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be at least 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
         allowed = self.allowed
         if allowed is not None and not (allowed and all(0 <= token < vocab_size for token in allowed)):
             raise ValueError(
                 f"allowed={list(allowed)} must name at least one token id, each from 0 to {vocab_size - 1}"
             )
 
-    def draw(self, logits: Tensor, keys: Tensor, position: int) -> Tensor:
+    def draw(self, logits: Tensor, keys: Tensor, position: int, allowed: Tensor | None = None) -> Tensor:
         """Draw one token for each row, by inverting the distribution function.
 
         Args:
             logits: (batch, vocab).
             keys: (batch,) int64, the keys of the random numbers (see `Seeds.keys`).
             position: the position of the token to draw.
+            allowed: (batch, vocab) bool, the tokens to draw in each row, at least one that `self.allowed` has too;
+                None = all.
 
         Returns:
             (batch,) int64.
@@ -73,6 +80,8 @@ class Sampling:
             forbidden = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
             forbidden[list(self.allowed)] = False
             logits = logits.masked_fill(forbidden, -torch.inf)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
         if self.temperature == 0.0:
             return logits.argmax(dim=-1)
         if self.top_k is not None:
@@ -80,10 +89,20 @@ class Sampling:
             logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, best)
         # The largest becomes 0, so that it can be drawn even if a small temperature makes the other quotients overflow.
         logits = logits - logits.amax(dim=-1, keepdim=True)
-        cumulative = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        probabilities = (logits / self.temperature).softmax(dim=-1)
+        if self.top_p is not None:
+            probabilities = _nucleus(probabilities, self.top_p)
+        cumulative = probabilities.cumsum(dim=-1)
         counter = torch.tensor(position, dtype=torch.int32, device=logits.device)
         uniform = (random_bits(keys, counter).double() + (2.0**31 + 0.5)) * 2.0**-32
         return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
+
+
+def _nucleus(probabilities: Tensor, share: float) -> Tensor:
+    """The probabilities (batch, n) of the likeliest tokens that add up to `share`, 0 for all others."""
+    likeliest, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = likeliest.cumsum(dim=-1) - likeliest
+    return torch.zeros_like(probabilities).scatter_(-1, ids, likeliest.where(before < share, 0.0))
 
 
 def generate(
@@ -95,6 +114,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     allowed: Sequence[int] | None = None,
+    top_p: float | None = None,
     stop: int | None = None,
     source: Tensor | None = None,
     source_mask: Tensor | None = None,
@@ -108,7 +128,7 @@ def generate(
         model: the model, in any mode: dropout is never used.
         prompt: (batch, n) int64, n at least 1.
         length: how many tokens to draw.
-        temperature, top_k, allowed: see Sampling.
+        temperature, top_k, allowed, top_p: see Sampling.
         seed: the seed of hashing and drawing.
         stop: a token id. A sequence that has drawn it repeats it, and the result ends early once all sequences have.
         source: see `start`.
@@ -124,7 +144,7 @@ def generate(
     """
     if length < 0:
         raise ValueError(f"length={length} must be at least 0")
-    sampling = Sampling(temperature, top_k, allowed)
+    sampling = Sampling(temperature, top_k, allowed, top_p)
     sampling.validate(vocab_size=model.head.weight.shape[0])
     state = start(model, prompt.shape[0], seeds=Seeds(run=seed), source=source, source_mask=source_mask)
     keys = Seeds(run=seed).keys(Purpose.SAMPLING, 0, state.batch, prompt.device)

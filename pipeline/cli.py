@@ -20,6 +20,7 @@ from megabase.pipeline.commands import (
     data,
     evaluate,
     export,
+    generate,
     index,
     job_end,
     prepare,
@@ -52,6 +53,7 @@ COMMANDS = {
     "export": export,
     "evaluate": evaluate,
     "score": score,
+    "generate": generate,
     "bench": bench,
     "job-end": job_end,
 }

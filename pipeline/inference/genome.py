@@ -27,6 +27,12 @@ class Region:
         return self.end - self.start
 
 
+def identity(path: Path) -> list[str | int]:
+    """Path, bytes and time of a file: another file has another identity."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
 class Genome:
     """A FASTA file with its index (`.fai`), which is made beside it if there is none.
 
@@ -55,9 +61,8 @@ class Genome:
         self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
 
     def identity(self) -> list[str | int]:
-        """Path, bytes and time of the file: another file has another identity."""
-        status = self.path.stat()
-        return [str(self.path.resolve()), status.st_size, status.st_mtime_ns]
+        """See the function."""
+        return identity(self.path)
 
     def records(self) -> list[Region]:
         """All records that are not empty, whole, in the order of the file."""

@@ -72,6 +72,18 @@ def test_drawing_follows_the_distribution():
     assert_shares(shares(top_k=100), logits.softmax(0))
     assert_shares(shares(allowed=[1, 3]), two.softmax(0))
     assert_shares(shares(allowed=[4]), torch.tensor([0.0, 0, 0, 0, 1]))
+    # Probabilities in this order: 3, 1, 0, 4. The first three are what adds up to 0.9.
+    three = logits.masked_fill(torch.arange(5) == 4, -torch.inf)
+    assert_shares(shares(top_p=0.9), three.softmax(0))
+    assert_shares(shares(top_p=1.0), logits.softmax(0))
+    assert_shares(shares(top_p=1e-9), torch.tensor([0.0, 0, 0, 1, 0]))
+    assert_shares(shares(top_p=0.7, allowed=[0, 1]), torch.tensor([0.0, 1, 0, 0, 0]))
+    rows = (torch.arange(n)[:, None] % 2 == 0) | (
+        torch.arange(5) == 4
+    )  # every second row may draw token 4 only
+    drawn = Sampling().draw(logits.expand(n, 5), keys, 7, rows)
+    assert (drawn[1::2] == 4).all()
+    assert torch.equal(drawn[::2], Sampling().draw(logits.expand(n, 5), keys, 7)[::2])
     assert_shares(shares(temperature=1e-320), torch.tensor([0.0, 0, 0, 1, 0]))
     # The positions of one sequence draw independently of each other.
     places = torch.stack([Sampling().draw(logits.expand(99, 5), keys[:99], p) for p in range(200)])
@@ -111,6 +123,7 @@ def test_settings_of_lsh_do_not_matter_without_lsh_layers():
         (lambda model: generate(model, tokens(length=60), 10), "max_length=64"),
         (lambda model: generate(model, tokens(), 3, temperature=-1.0), "temperature=-1.0"),
         (lambda model: generate(model, tokens(), 3, top_k=0), "top_k=0"),
+        (lambda model: generate(model, tokens(), 3, top_p=0.0), "top_p=0.0"),
         (lambda model: generate(model, tokens(), -3), "length=-3"),
         (lambda model: generate(model, tokens(), 3, allowed=[]), "allowed"),
         (lambda model: generate(model, tokens(), 3, allowed=[9]), "from 0 to 8"),
