@@ -30,6 +30,7 @@ from megabase.pipeline.commands import (
     submit,
     sync,
     train,
+    variants,
     watch,
 )
 from megabase.pipeline.commands.settings import refuse_dashes
@@ -53,6 +54,7 @@ COMMANDS = {
     "export": export,
     "evaluate": evaluate,
     "score": score,
+    "variants": variants,
     "generate": generate,
     "bench": bench,
     "job-end": job_end,

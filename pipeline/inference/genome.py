@@ -97,5 +97,8 @@ class Genome:
         if backwards:
             starts = range(max(region.start, region.end - block), region.start - block, -block)
         for start in starts:
-            first, end = max(start, region.start), min(start + block, region.end)
-            yield np.frombuffer(self._file.fetch(region.record, first, end).encode(), dtype=np.uint8)
+            yield self.fetch(region.record, max(start, region.start), min(start + block, region.end))
+
+    def fetch(self, record: str, start: int, end: int) -> NDArray[np.uint8]:
+        """The bytes [start, end) of a record, which has them."""
+        return np.frombuffer(self._file.fetch(record, start, end).encode(), dtype=np.uint8)

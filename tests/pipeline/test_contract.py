@@ -80,6 +80,10 @@ COMMANDS = {
         ),
         "--json",
     ],
+    "variants": [
+        *("model", "vcf", "--genome", "--downstream", "--context", "--strand", "--hash-seeds"),
+        *("--rename", "--keep-going", "--output", "--block", "--portion", "--step", "--best", "--json"),
+    ],
     "bench": ["benchmark"],
     "job-end": [
         *("--code", "--status", "--record", "--log", "--job", "--seconds", "--job-state", "--reason"),
