@@ -94,7 +94,9 @@ class SequenceDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless micro batches from the trainer's global step on."""
         step = self.trainer.global_step if self.trainer else 0
-        return self._loader(TrainBatches(self._training, self._place, self.seed, self.accumulation, step))
+        return make_loader(
+            TrainBatches(self._training, self._place, self.seed, self.accumulation, step), self.config
+        )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Every validation window once; an empty list if there is none."""
@@ -175,22 +177,24 @@ class SequenceDataModule(pl.LightningDataModule):
     def _eval_loader(self, windows: Windows, most: int = 0) -> DataLoader[Batch]:
         # Lightning warns that workers may repeat the batches of an iterable data set: those of NumberedBatches do not.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-        return self._loader(EvalBatches(windows, self._place, most))
-
-    def _loader(self, batches: NumberedBatches) -> DataLoader[Batch]:
-        return _Loader(
-            batches,
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self.config.workers,
-            prefetch_factor=self.config.prefetch if self.config.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_prepare_reader,
-            multiprocessing_context="fork" if self.config.workers else None,
-        )
+        return make_loader(EvalBatches(windows, self._place, most), self.config)
 
 
-class _Loader(DataLoader[Batch]):
+def make_loader(batches: NumberedBatches, config: DataConfig) -> DataLoader[Any]:
+    """A loader of these batches, with as many readers as `data.workers` says."""
+    return _Loader(
+        batches,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_prepare_reader,
+        multiprocessing_context="fork" if config.workers else None,
+    )
+
+
+class _Loader(DataLoader[Any]):
     """Blocks stop signals while its readers start, so that none reaches a reader before `_prepare_reader` has run.
 
     The readers must be forked, whatever the default start method is: they inherit the blocked signals, and the rank is

@@ -20,6 +20,7 @@ from megabase.pipeline.commands import (
     data,
     evaluate,
     export,
+    finetune,
     generate,
     index,
     job_end,
@@ -56,6 +57,7 @@ COMMANDS = {
     "score": score,
     "variants": variants,
     "generate": generate,
+    "finetune": finetune,
     "bench": bench,
     "job-end": job_end,
 }

@@ -9,7 +9,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ class Place:
     micro_batch: int
 
 
-class NumberedBatches(IterableDataset[Batch], ABC):
+class NumberedBatches(IterableDataset[Any], ABC):
     """Batches by number. Iterating yields those of `numbers()` in order; each of k workers makes every k-th of them."""
 
     @abstractmethod
@@ -50,10 +50,10 @@ class NumberedBatches(IterableDataset[Batch], ABC):
         """The numbers of the batches, in order."""
 
     @abstractmethod
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> Any:
         """The batch with a number."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         return map(self.batch, itertools.islice(self.numbers(), first, None, stride))

@@ -42,19 +42,7 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
         DataError: the shards are missing or damaged, or do not fit `data.*`.
         ConfigError: `model.*` cannot work.
     """
-    config.validate()
-    if config.tracking.enabled:
-        Server.of(config)  # a password in MLFLOW_TRACKING_URI is refused before anything starts
-    if (
-        is_rank_zero()
-    ):  # one rank decides for all: a STOP file may appear or vanish between the looks of two ranks
-        _check_run_directory(config)
-    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
-    passthrough.check(config, here=here)
-    check_modules(config.trainer.callbacks)
-    has_gpu = torch.cuda.is_available() if here else bool(config.slurm.gpus)
-    if precision_of(config.trainer.precision) == "16" and not has_gpu:
-        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
+    check_settings(config, ranks, here=here)
     index = ShardIndex.open(config.data.shards)
     windows = training_windows(config.data, index)
     if config.checkpoint.keep_best and VALID not in index.segments.splits():
@@ -64,10 +52,27 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
         )
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
-    _check_newest_checkpoint(config, ranks, index)
+    data = identity_of(index.segments, config.data.mixture)
+    check_newest_checkpoint(config, ranks, data, index.alphabet.name)
     if config.run.init_from and not list_checkpoints(RunPaths(config.directory).checkpoints):
         check_initial(config, index.alphabet.name)
     return windows
+
+
+def check_settings(config: RunConfig, ranks: int, *, here: bool = True) -> None:
+    """Check a run against its run directory and this machine: what does not depend on its data. See `check`."""
+    config.validate()
+    if config.tracking.enabled:
+        Server.of(config)  # a password in MLFLOW_TRACKING_URI is refused before anything starts
+    # One rank decides for all: a STOP file may appear or vanish between the looks of two ranks.
+    if is_rank_zero():
+        _check_run_directory(config)
+    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    passthrough.check(config, here=here)
+    check_modules(config.trainer.callbacks)
+    has_gpu = torch.cuda.is_available() if here else bool(config.slurm.gpus)
+    if precision_of(config.trainer.precision) == "16" and not has_gpu:
+        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
 
 
 def _check_run_directory(config: RunConfig) -> None:
@@ -77,11 +82,10 @@ def _check_run_directory(config: RunConfig) -> None:
     check_writable(config.directory)
 
 
-def _check_newest_checkpoint(config: RunConfig, ranks: int, index: ShardIndex) -> None:
+def check_newest_checkpoint(config: RunConfig, ranks: int, data: str, alphabet: str) -> None:
     """Raise UserError if the newest checkpoint is of another model or other data. `choose` handles a damaged one."""
     for path in list_checkpoints(RunPaths(config.directory).checkpoints)[:1]:
         with suppress(Damaged, OSError):
             manifest = read_manifest(path)
-            data = identity_of(index.segments, config.data.mixture)
-            current = manifest_of(config, 0, ranks=ranks, data=data, alphabet=index.alphabet.name)
+            current = manifest_of(config, 0, ranks=ranks, data=data, alphabet=alphabet)
             check_same_run(manifest, current, path)

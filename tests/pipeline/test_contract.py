@@ -84,6 +84,10 @@ COMMANDS = {
         *("model", "vcf", "--genome", "--downstream", "--context", "--strand", "--hash-seeds"),
         *("--rename", "--keep-going", "--output", "--block", "--portion", "--step", "--best", "--json"),
     ],
+    "finetune": [
+        *("model", "table", "settings", "--output", "--mode", "--pool", "--rank", "--task"),
+        *("--sequence", "--label", "--split", "--step", "--best", "--predict", "--json"),
+    ],
     "bench": ["benchmark"],
     "job-end": [
         *("--code", "--status", "--record", "--log", "--job", "--seconds", "--job-state", "--reason"),

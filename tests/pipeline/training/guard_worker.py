@@ -33,6 +33,7 @@ from megabase.pipeline.training import run as train
 from megabase.pipeline.training.check import check
 from megabase.pipeline.training.guard import LEAST_LOSSES
 from megabase.pipeline.training.module import PretrainModule
+from megabase.pipeline.training.pretraining import Pretraining
 from megabase.pipeline.zero.checkpoint_engine import DIRECTORY
 
 # BAD: a step at which a loss can count as exploded and no checkpoint is due. SAVED: steps between checkpoints.
@@ -202,7 +203,7 @@ def run(name: str, case: Case, shards: str, root: Path, groups: Groups) -> dict[
     groups.world.check(None)
     Poisoned.case = case
     try:
-        ended = train.fit(config, groups.world.size, groups, StopRequest())
+        ended = train.fit(Pretraining(config), groups.world.size, groups, StopRequest())
     except RunError as error:
         ended = str(error)
     trained = Poisoned.last
