@@ -16,6 +16,9 @@ What is special, and where to read on:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,6 +169,28 @@ class Body(nn.Module):
                 f"shape {tuple(tokens.shape)}"
             )
         return self.norm(self.stack(self.embedding(tokens, call, call.start), call, reverse=reverse))
+
+    @torch.no_grad()
+    def outputs(self, tokens: Tensor, call: Call, layers: Collection[int]) -> dict[int, Tensor]:
+        """Hidden states of some layers in one pass, of any kind of model (`read_block` gives those of causal ones).
+
+        Args:
+            tokens: (batch, length) int64.
+            call: the arguments of the pass.
+            layers: from 0 to depth − 1 both streams after this block; depth: after the last norm, as `forward` returns.
+
+        Returns:
+            (batch, length, 2·dim) fp32 by layer.
+
+        Raises:
+            ConfigError: the sequences do not fit the config.
+        """
+        self.config.validate(tokens.shape[1])
+        branches = (partial(branch, call=call) for branch in self.stack.branches)
+        streams, found = self.stack.run(self.embedding(tokens, call), branches, layers)
+        if self.config.depth in layers:
+            found[self.config.depth] = self.norm(streams)
+        return found
 
 
 def build_block(config: ReformerConfig, layer: int, context_width: int | None) -> Block:

@@ -116,7 +116,7 @@ def run(options: ScoreOptions) -> int:
     regions = genome.records() if options.regions is None else genome.regions(options.regions)
     loaded = load_model(options.model, options.step)
     check(loaded, regions, options.strand)
-    tasks = split_up(regions, options.strand)
+    tasks = split_up(regions, STRANDS[options.strand])
     sizes = {name: sum(len(regions[place]) for place in task.places) for name, task in tasks.items()}
     partial = Partial.open(options.output, call_of(options, loaded, genome, regions), sizes, options.portion)
     score(loaded, genome, regions, options, tasks, partial)
@@ -143,13 +143,13 @@ def check(loaded: LoadedModel, regions: list[Region], strand: str) -> None:
         )
 
 
-def split_up(regions: Sequence[Region], strand: str) -> dict[str, Task]:
+def split_up(regions: Sequence[Region], strands: Sequence[str], suffix: str = ".json") -> dict[str, Task]:
     """The tasks, by the names of their files."""
     groups = grouped([len(region) for region in regions], TASK_BASES)
     return {
-        f"{number:06d}-{one}.json": Task(places, one)
+        f"{number:06d}-{one}{suffix}": Task(places, one)
         for number, places in enumerate(groups)
-        for one in STRANDS[strand]
+        for one in strands
     }
 
 

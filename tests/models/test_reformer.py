@@ -17,6 +17,8 @@ from megabase.models import (
     ReformerConfig,
     Seeds,
 )
+from megabase.models.call import Call
+from megabase.models.generation import read_block, start
 from megabase.models.layers import Norm
 
 SMALL = ReformerConfig(
@@ -217,3 +219,19 @@ def test_inputs_that_cannot_work_are_refused():
         model(tokens(length=0))
     with pytest.raises(ValueError, match="must be bool"):
         model(tokens(), mask=torch.ones(2, 50))
+
+
+def test_outputs_of_layers_in_one_pass():
+    causal = Reformer(SMALL).eval()
+    found = causal.body.outputs(tokens(), Call(Seeds(1)), [0, 2, 3])
+    expected = read_block(causal, tokens(), start(causal, 2, seeds=Seeds(1)), layers=[0, 2, 3]).hidden
+    assert list(found) == [0, 2, 3] and found[0].shape == (2, 50, 32)
+    for layer, states in found.items():
+        torch.testing.assert_close(states, expected[layer], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        both_sides = Reformer(dataclasses.replace(SMALL, causal=False)).eval()
+        last = both_sides.body.outputs(tokens(), Call(Seeds(1)), [3])[3]
+        assert torch.equal(last, both_sides.body(tokens(), seeds=Seeds(1)))
+    learned = Reformer(dataclasses.replace(SMALL, positions="learned"))
+    with pytest.raises(ConfigError, match="max_length"):
+        learned.body.outputs(tokens(length=65), Call(Seeds(1)), [3])

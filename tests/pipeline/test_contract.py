@@ -55,6 +55,10 @@ COMMANDS = {
         *("model", "fasta", "--regions", "--strand", "--output", "--block", "--portion"),
         *("--step", "--best", "--json"),
     ],
+    "embed": [
+        *("model", "fasta", "--regions", "--layer", "--pool", "--strand", "--dtype", "--output", "--block"),
+        *("--portion", "--step", "--best", "--json"),
+    ],
     "generate": [
         *(
             "model",
