@@ -46,6 +46,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="average over K rotations of the hashes, and write the standard deviation (default: 1)",
     )
     parser.add_argument(
+        "--null",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compare each variant with N random ones of the same lengths (default: 0)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the random variants (default: 0)"
+    )
+    parser.add_argument(
         "--rename",
         action="append",
         default=[],
@@ -60,10 +70,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    for name, least in (("downstream", 0), ("context", 0), ("hash_seeds", 1)):
+    for name, least in (("downstream", 0), ("context", 0), ("hash_seeds", 1), ("null", 0), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    if options.null == 1:
+        raise UserError("--null 1: one random variant has no standard deviation: take 2 or more, better 100")
     given = values(options)
     from megabase.pipeline.inference.variants.command import VariantOptions
     from megabase.pipeline.inference.variants.command import run as variants

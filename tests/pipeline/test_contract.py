@@ -86,7 +86,18 @@ COMMANDS = {
     ],
     "variants": [
         *("model", "vcf", "--genome", "--downstream", "--context", "--strand", "--hash-seeds"),
-        *("--rename", "--keep-going", "--output", "--block", "--portion", "--step", "--best", "--json"),
+        *(
+            "--null",
+            "--seed",
+            "--rename",
+            "--keep-going",
+            "--output",
+            "--block",
+            "--portion",
+            "--step",
+            "--best",
+            "--json",
+        ),
     ],
     "finetune": [
         *("model", "table", "settings", "--output", "--mode", "--pool", "--rank", "--task"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +31,13 @@ _STRAND = {FORWARD: "forward strand", REVERSE: "reverse strand"}
 SKIPPED = Column("llr_skipped", False, "Why there is no score")
 
 
-def columns(strands: Sequence[str], rotations: int) -> list[Column]:
+def columns(strands: Sequence[str], rotations: int, null: int = 0) -> list[Column]:
     """The columns with numbers.
 
     Args:
         strands: that were read.
         rotations: how many rotations of the hashes were used.
+        null: with how many random variants each one is compared.
     """
     mean = "mean of both strands" if len(strands) == 2 else _STRAND[strands[0]]
     found = [
@@ -65,10 +67,16 @@ def columns(strands: Sequence[str], rotations: int) -> list[Column]:
         found.append(
             Column("llr_sd", False, f"Standard deviation of LLR over {rotations} rotations of the hashes")
         )
+    if null:
+        others = f"the LLR of {null} random variants of the same lengths"
+        found += [
+            Column("llr_null_z", False, f"Standard deviations of LLR above the mean of {others}"),
+            Column("llr_null_p", False, f"Share of {others}, and of this one, that are no higher"),
+        ]
     return found
 
 
-def values(terms: Mapping[str, NDArray[np.void]]) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+def values(terms: Mapping[str, NDArray[np.void]]) -> dict[str, NDArray[Any]]:
     """The numbers of all edits by column, (edits,) each.
 
     Args:

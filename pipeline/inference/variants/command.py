@@ -25,6 +25,7 @@ from megabase.pipeline.inference.score import BOTH, STRANDS
 from megabase.pipeline.inference.variants.calls import parse_renames, read_calls
 from megabase.pipeline.inference.variants.columns import SKIPPED, columns, values
 from megabase.pipeline.inference.variants.edits import Edit
+from megabase.pipeline.inference.variants.null import compare, random_edits
 from megabase.pipeline.inference.variants.reading import Reader
 from megabase.pipeline.inference.variants.tasks import Plan, Task
 from megabase.pipeline.inference.variants.write import (
@@ -53,6 +54,8 @@ class VariantOptions:
         context: bases that are read before a variant; None: all.
         strand: one of STRANDS.
         hash_seeds: with how many rotations of the hashes each variant is scored.
+        null: with how many random variants each one is compared.
+        seed: of the random variants.
         rename: texts for `parse_renames`.
         keep_going: skip variants that do not fit the genome.
         step: of the checkpoint; "best"; None: the newest intact one.
@@ -69,6 +72,8 @@ class VariantOptions:
     context: int | None = None
     strand: str = BOTH
     hash_seeds: int = 1
+    null: int = 0
+    seed: int = 0
     rename: Sequence[str] = ()
     keep_going: bool = False
     step: int | str | None = None
@@ -89,21 +94,14 @@ def run(options: VariantOptions) -> int:
         return 0
     genome = Genome(options.genome)
     calls = read_calls(options.vcf, genome, parse_renames(options.rename), keep_going=options.keep_going)
-    wanted = columns(STRANDS[options.strand], options.hash_seeds)
+    wanted = columns(STRANDS[options.strand], options.hash_seeds, options.null)
     if not options.output.name.endswith(PARQUET):
         check_fields(calls, [*wanted, SKIPPED])
     edits = list(dict.fromkeys(one.edit for one in calls.alternates if one.edit))
     loaded = load_model(options.model, options.step)
     check(loaded, genome, edits, options)
-    plan = Plan(
-        genome,
-        loaded.alphabet,
-        edits,
-        STRANDS[options.strand],
-        options.hash_seeds,
-        options.context,
-        options.downstream,
-    )
+    random = random_edits(genome, edits, options.null, options.seed)
+    plan = plan_of(options, loaded, genome, [*edits, *(edit for of in random.values() for edit in of)])
     tasks = plan.tasks()
     sizes = {name: plan.size(task) for name, task in tasks.items()}
     partial = Partial.open(options.output, call_of(options, loaded, genome), sizes, options.portion)
@@ -112,12 +110,23 @@ def run(options: VariantOptions) -> int:
         return 0
     place = {edit: number for number, edit in enumerate(edits)}
     rows = [place[one.edit] if one.edit else -1 for one in calls.alternates]
-    scores = Scores(
-        calls, rows, wanted, values(plan.collect(tasks, partial.read)), source_of(options, loaded)
-    )
+    found = values(plan.collect(tasks, partial.read))
+    if options.null:
+        others = found["llr"][len(edits) :].reshape(len(random), options.null)
+        null = compare(edits, found["llr"][: len(edits)], dict(zip(random, others, strict=True)))
+        found["llr_null_z"], found["llr_null_p"] = null
+    scores = Scores(calls, rows, wanted, found, source_of(options, loaded))
     if publish(partial, scores):
         report(options, loaded, scores)
     return 0
+
+
+def plan_of(options: VariantOptions, loaded: LoadedModel, genome: Genome, edits: Sequence[Edit]) -> Plan:
+    """How the edits are scored."""
+    strands = STRANDS[options.strand]
+    return Plan(
+        genome, loaded.alphabet, edits, strands, options.hash_seeds, options.context, options.downstream
+    )
 
 
 def check(loaded: LoadedModel, genome: Genome, edits: Sequence[Edit], options: VariantOptions) -> None:
@@ -159,6 +168,8 @@ def call_of(options: VariantOptions, loaded: LoadedModel, genome: Genome) -> dic
         "context": options.context,
         "strand": options.strand,
         "hash_seeds": options.hash_seeds,
+        "null": options.null,
+        "seed": options.seed,
         "block": options.block,
     }
 
@@ -168,7 +179,7 @@ def source_of(options: VariantOptions, loaded: LoadedModel) -> str:
     context = "all" if options.context is None else options.context
     return (
         f"model={loaded.source.path} step={loaded.source.step} context={context} downstream={options.downstream} "
-        f"strand={options.strand} hash_seeds={options.hash_seeds}"
+        f"strand={options.strand} hash_seeds={options.hash_seeds} null={options.null} seed={options.seed}"
     )
 
 
@@ -208,6 +219,8 @@ def report(options: VariantOptions, loaded: LoadedModel, scores: Scores) -> None
         "context": options.context,
         "downstream": options.downstream,
         "hash_seeds": options.hash_seeds,
+        "null": options.null,
+        "seed": options.seed,
         "alternates": total,
         "scored": len(found),
         "skipped": skipped,

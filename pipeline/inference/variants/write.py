@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pysam
 from numpy.typing import NDArray
@@ -38,11 +39,14 @@ class Scores:
     source: str
 
     def value(self, column: Column, alternate: int) -> float | int | None:
-        """A number of an ALT; None: it was not scored."""
+        """A number of an ALT; None: it was not scored, or has none."""
         row = self.rows[alternate]
         if row < 0:
             return None
-        return int(self.values[column.name][row]) if column.whole else float(self.values[column.name][row])
+        value = self.values[column.name][row]
+        if np.isnan(value):
+            return None
+        return int(value) if column.whole else float(value)
 
 
 def check_output(output: Path) -> None:

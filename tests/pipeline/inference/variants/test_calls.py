@@ -38,6 +38,8 @@ def genome(folder: Path) -> Genome:
         ([GOOD], ["--downstream", "-1"], "--downstream -1: must be 0 or more"),
         ([GOOD], ["--context", "-1"], "--context -1: must be 0 or more"),
         ([GOOD], ["--hash-seeds", "0"], "--hash-seeds 0: must be 1 or more"),
+        ([GOOD], ["--null", "1"], "--null 1: one random variant has no standard deviation"),
+        ([GOOD], ["--seed", "-1"], "--seed -1: must be 0 or more"),
         ([GOOD], ["--rename", "chr1"], "--rename chr1: give FROM=TO, or a file"),
         ([GOOD], ["--genome", "none.fa"], "none.fa: there is no such file"),
         ([GOOD], ["-o", "out.vcf"], "--output out.vcf: the name must end in .vcf.gz or .parquet"),

@@ -105,9 +105,9 @@ def test_the_table_has_the_scores_of_walks(
 
 @pytest.mark.slow
 def test_the_vcf_has_the_numbers_of_the_table(folder: Path, tmp_path: Path) -> None:
-    assert variants(folder, tmp_path / "out.parquet", "--hash-seeds", "3") == 0
+    assert variants(folder, tmp_path / "out.parquet", "--hash-seeds", "3", "--null", "4") == 0
     for name in ("out.vcf.gz", "again.vcf.gz"):
-        assert variants(folder, tmp_path / name, "--hash-seeds", "3") == 0
+        assert variants(folder, tmp_path / name, "--hash-seeds", "3", "--null", "4") == 0
     table = {(row["chromosome"], row["position"], row["alt"]): row for row in rows(tmp_path / "out.parquet")}
     with pysam.VariantFile(str(tmp_path / "out.vcf.gz")) as file:
         fields = {name: field for name, field in file.header.info.items() if name.startswith("LLR")}
@@ -130,6 +130,9 @@ def test_the_vcf_has_the_numbers_of_the_table(folder: Path, tmp_path: Path) -> N
         }
         assert [record.pos for record in file.fetch("chr1", 13, 18)] == [14, 18]  # by the index
     scored = [row for row in table.values() if row["llr"] is not None]
+    for column in ("llr_null_z", "llr_null_p"):
+        assert all(np.isfinite(row[column]) for row in scored)
+    assert {row["llr_null_p"] for row in scored} <= {n / 5 for n in range(1, 6)}
     assert all(row["llr_sd"] > 1e-4 for row in scored if row["chromosome"] == "chr1")
     assert (tmp_path / "out.vcf.gz").read_bytes() == (tmp_path / "again.vcf.gz").read_bytes()
     names = sorted(path.name for path in tmp_path.iterdir())
