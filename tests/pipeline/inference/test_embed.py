@@ -101,11 +101,11 @@ def test_rows_are_the_means_of_one_pass(
 @pytest.mark.slow
 def test_the_block_size_changes_nothing_but_the_rounding(run: Path, fasta: Path, tmp_path: Path) -> None:
     for pool, blocks in {
-        "none": (7, 33),
+        "none": (17, 33),
         "bin:20": (32,),
-        "center:5": (7,),
+        "center:5": (17,),
         "last": (33,),
-        "mean": (7,),
+        "mean": (17,),
     }.items():
         found = {}
         for block in (*blocks, 1 << 14):
