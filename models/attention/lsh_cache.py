@@ -232,12 +232,14 @@ class LSHCache:
 
     def fork(self, sequences: Tensor) -> LSHCache:
         """A copy for some of the sequences; see AttentionLayer."""
+        # With room for the next tokens, which saves copying all again.
+        room = self.most - self.used
         return LSHCache(
             self.rotations,
             self.reach,
-            self.keys[:, :, : self.used].index_select(0, sequences),
-            self.values[:, :, : self.used].index_select(0, sequences),
-            self.buckets[..., : self.used].index_select(0, sequences),
+            _extended(self.keys, self.used, room, 2, sequences),
+            _extended(self.values, self.used, room, 2, sequences),
+            _extended(self.buckets, self.used, room, 3, sequences),
             self.last_value.index_select(0, sequences),
             self.most,
             self.used,
@@ -259,10 +261,16 @@ def _indices(buckets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row, torch.arange(buckets.shape[1], device=buckets.device), buckets
 
 
-def _extended(x: Tensor, used: int, extra: int, dim: int) -> Tensor:
-    """A copy of the first `used` elements along `dim`, with room for `extra` more."""
+def _extended(x: Tensor, used: int, extra: int, dim: int, sequences: Tensor | None = None) -> Tensor:
+    """A copy of the first `used` elements along `dim`, with room for `extra` more; of some sequences, or of all."""
     shape = list(x.shape)
     shape[dim] = used + extra
+    if sequences is not None:
+        shape[0] = len(sequences)
     larger = x.new_empty(shape)
-    larger.narrow(dim, 0, used).copy_(x.narrow(dim, 0, used))
+    target, source = larger.narrow(dim, 0, used), x.narrow(dim, 0, used)
+    if sequences is None:
+        target.copy_(source)
+    else:
+        torch.index_select(source, 0, sequences, out=target)
     return larger

@@ -20,8 +20,9 @@ from megabase.models.generation import State, read_block, start
 from megabase.models.reformer import Reformer
 from megabase.pipeline.errors import RunError
 
-FORK_BYTES = 1 << 30
-"""Forks that are read at once take no more memory than this, unless a single one does."""
+FORK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
+"""Forks that are read at once take no more memory than this, unless a single one does. On a CPU, many large ones are
+slower than one after another."""
 
 TERMS = np.dtype(
     [
@@ -122,7 +123,8 @@ class Row:
 def read_rows(reader: Reader, state: State, rows: Sequence[Row]) -> list[tuple[Sums, Sums]]:
     """Read rows, each from its own fork of the state, which is not changed: sums over its allele and what follows."""
     found: list[tuple[Sums, Sums]] = [(Sums(0.0, 0), Sums(0.0, 0))] * len(rows)
-    most = max(1, FORK_BYTES // max(1, state.nbytes // state.batch))
+    device = next(reader.model.parameters()).device
+    most = max(1, FORK_BYTES[device.type] // max(1, state.nbytes // state.batch))
     for numbers in batches([len(row) for row in rows], reader.block, most):
         tokens = np.full((len(numbers), max(len(rows[n]) for n in numbers)), OTHER)
         for line, number in zip(tokens, numbers, strict=True):
