@@ -270,7 +270,7 @@ def train_peer(task: Task, watch: Watch) -> None:
         use_distributed_sampler=False,
     )
     module, data = (
-        PretrainModule(config, task.ranks, log=False),
+        PretrainModule(config, log=False),
         SequenceDataModule(config.data, config.run.seed),
     )
     quiet(trainer).fit(module, datamodule=data, ckpt_path=resume_from, weights_only=False)

@@ -8,6 +8,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -35,15 +36,18 @@ log = logging.getLogger(__name__)
 class SequenceDataModule(pl.LightningDataModule):
     """Loaders of the splits of a shard directory; each item is a micro batch (`Batch`)."""
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, sequence_ranks: int = 1) -> None:
         """
         Args:
             config: the settings.
             seed: of the training order, augmentation and masks; any integer.
+            sequence_ranks: how many consecutive ranks share each window. Rank r gets the batches of place r //
+                sequence_ranks, and of every window its part number r % sequence_ranks.
         """
         super().__init__()
         self.config = config
         self.seed = seed
+        self.sequence_ranks = sequence_ranks
 
     @cached_property
     def index(self) -> ShardIndex:
@@ -83,6 +87,14 @@ class SequenceDataModule(pl.LightningDataModule):
         """The windows to train on. Raises DataError if there is none, or a setting does not fit the data."""
         return training_windows(self.config, self.index)
 
+    def _cut(self, windows: Windows) -> Windows:
+        """The windows, of which batches hold this rank's part."""
+        if self.sequence_ranks == 1:
+            return windows
+        share = self.config.length // self.sequence_ranks
+        start = self._rank % self.sequence_ranks * share
+        return replace(windows, cut=(start, start + share))
+
     def setup(self, stage: str) -> None:
         """Check the settings and the windows of `stage` ("fit", "validate" or "test"); raises DataError."""
         self.config.validate()
@@ -94,9 +106,9 @@ class SequenceDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless micro batches from the trainer's global step on."""
         step = self.trainer.global_step if self.trainer else 0
-        return make_loader(
-            TrainBatches(self._training, self._place, self.seed, self.accumulation, step), self.config
-        )
+        windows = self._cut(self._training)
+        batches = TrainBatches(windows, self._place, self.seed, self.accumulation, step)
+        return make_loader(batches, self.config)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Every validation window once; an empty list if there is none."""
@@ -128,7 +140,8 @@ class SequenceDataModule(pl.LightningDataModule):
         if self._validation is None or (copy := self._copy) is None:
             return None
         gaps = recall.distances(self.config.length, copy)
-        batches = partial(recall.probe_batches, self._validation, self._place, most, copy, gaps=gaps)
+        windows = self._cut(self._validation)
+        batches = partial(recall.probe_batches, windows, self._place, most, copy, gaps=gaps)
         return batches(recall.Source(copy)), batches(None)
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -142,7 +155,7 @@ class SequenceDataModule(pl.LightningDataModule):
     @cached_property
     def _training(self) -> Windows:
         windows = self.training_windows()
-        if (bases := windows.plan.left_out) and self._place.rank == 0:
+        if (bases := windows.plan.left_out) and self._rank == 0:
             log.warning(
                 "%s bases for training lie in parts of records shorter than data.length %s and are left out:"
                 " data.pack=true trains on them too",
@@ -165,19 +178,24 @@ class SequenceDataModule(pl.LightningDataModule):
     def _copy(self) -> int | None:
         """Bases of the copies in a probe of recall; None if they do not fit."""
         copy = recall.copy_length(self.config.length)
-        if copy is None and self._place.rank == 0:
+        if copy is None and self._rank == 0:
             log.info("recall is not measured: windows of data.length %s are too short", self.config.length)
         return copy
 
     @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
     def _place(self) -> Place:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Place(rank, world_size, self.config.micro_batch)
+        world_size = self.trainer.world_size if self.trainer else self.sequence_ranks
+        parts = self.sequence_ranks
+        return Place(self._rank // parts, world_size // parts, self.config.micro_batch)
 
     def _eval_loader(self, windows: Windows, most: int = 0) -> DataLoader[Batch]:
         # Lightning warns that workers may repeat the batches of an iterable data set: those of NumberedBatches do not.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-        return make_loader(EvalBatches(windows, self._place, most), self.config)
+        return make_loader(EvalBatches(self._cut(windows), self._place, most), self.config)
 
 
 def make_loader(batches: NumberedBatches, config: DataConfig) -> DataLoader[Any]:

@@ -83,6 +83,15 @@ class Batch(NamedTuple):
             return None
         return (self.soft[:, 1:] if self.hidden is None else self.soft).bool()
 
+    def cut(self, start: int, end: int) -> "Batch":
+        """The positions [start, end) of every window, in memory of their own."""
+        codes = slice(start, end + 1 if self.hidden is None else end)
+        return self._replace(
+            codes=self.codes[:, codes].clone(),
+            hidden=None if self.hidden is None else self.hidden[:, start:end].clone(),
+            soft=None if self.soft is None else self.soft[:, codes].clone(),
+        )
+
     def widened(self) -> Wide:
         """The tensors that a model takes, on the device of the batch."""
         labels = self.labels.long()

@@ -69,6 +69,7 @@ class Windows:
         reverse_complement: probability that a visit reads the other strand. In a packed window, each segment is
             reversed in its own place.
         skip: a window that cannot be read becomes padding, counted in the batch, instead of an error.
+        cut: the positions [start, end) of each window that batches hold, where several ranks share a window; None: all.
     """
 
     index: ShardIndex
@@ -78,6 +79,7 @@ class Windows:
     shift: int = 0
     reverse_complement: float = 0.0
     skip: bool = False
+    cut: tuple[int, int] | None = None
     _warned: list[str] = field(default_factory=list, repr=False)
     _buffer: list[NDArray[np.uint8]] = field(default_factory=list, repr=False)
 
@@ -134,16 +136,26 @@ class Windows:
         Raises:
             DataError: bases cannot be read or differ from their checksum, unless `skip`.
         """
-        raw = self._read(visits)
+        start, end = self.cut or (0, self.plan.length)
         alphabet = self.index.alphabet
+        if self.mask_rate is None and self.plan.tape is None:
+            # Only the bases of the cut are read, with the one before it, which is a token of its first position.
+            first = max(0, start - 1)
+            batch = causal_batch(self._read(visits, first, end), alphabet, targets, self.softmask_weight)
+            return batch.cut(1, 1 + end - start) if start else batch
+        raw = self._read(visits, 0, self.plan.length)
         if self.mask_rate is None:
-            return causal_batch(raw, alphabet, targets, self.softmask_weight)
-        return masked_batch(
-            raw, alphabet, targets, self.softmask_weight, keys=visits.keys, rate=self.mask_rate
-        )
+            batch = causal_batch(raw, alphabet, targets, self.softmask_weight)
+        else:
+            batch = masked_batch(
+                raw, alphabet, targets, self.softmask_weight, keys=visits.keys, rate=self.mask_rate
+            )
+        return batch if self.cut is None else batch.cut(start, end)
 
-    def _read(self, visits: Visits) -> Raw:
-        bases = self._buffer_for(len(visits.samples))
+    def _read(self, visits: Visits, first: int, end: int) -> Raw:
+        """The positions [first, end) of some windows; of packed ones, all."""
+        length = self.plan.length
+        bases = self._buffer_for(len(visits.samples), end - first)
         blank = visits.samples == FILLER
         specials: list[Special] = []
         skipped = 0
@@ -159,7 +171,8 @@ class Windows:
                 if row == PACKED:
                     specials += self._read_packed(slot, start, reverse, bases[slot, 1:])
                 else:
-                    self._read_piece(row, start, reverse, bases[slot, 1:])
+                    begin = start + (length - end if reverse else first)
+                    self._read_piece(row, begin, reverse, bases[slot, 1:])
             except DataError as error:
                 if not self.skip:
                     raise
@@ -168,10 +181,10 @@ class Windows:
                 skipped += 1
         return Raw(bases, visits.samples.copy(), blank, specials, skipped)
 
-    def _buffer_for(self, windows: int) -> NDArray[np.uint8]:
+    def _buffer_for(self, windows: int, length: int) -> NDArray[np.uint8]:
         """(windows, 1 + length), first column 0. The same memory every time: new pages cost as much as reading."""
-        if not self._buffer or len(self._buffer[0]) < windows:
-            self._buffer[:] = [np.zeros((windows, 1 + self.plan.length), np.uint8)]
+        if not self._buffer or len(self._buffer[0]) < windows or self._buffer[0].shape[1] != 1 + length:
+            self._buffer[:] = [np.zeros((windows, 1 + length), np.uint8)]
         return self._buffer[0][:windows]
 
     def _read_piece(self, row: int, start: int, reverse: bool, out: NDArray[np.uint8]) -> None:

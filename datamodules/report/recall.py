@@ -177,14 +177,14 @@ def probe_batches(
     """Batches that score the copies at the ends of held-out windows. All ranks get equally many.
 
     Args:
-        windows: of a split; its objective is that of the batches.
+        windows: of a split; its objective, and its cut, are those of the batches.
         place: of this process.
         most: number of windows, spread evenly over the split; 0: all.
         copy: bases of the copy at the end of each window.
         source: what is written before each copy; None: nothing, so that the same bases are scored without a source.
         gaps: distances; the windows take turns with them.
     """
-    read = EvalBatches(replace(windows, mask_rate=None), place, most)
+    read = EvalBatches(replace(windows, mask_rate=None, cut=None), place, most)
     together = place.world_size * place.micro_batch
     for number in read.numbers():
         batch = read.batch(number)
@@ -196,7 +196,8 @@ def probe_batches(
             bases = planted(
                 bases, windows.index.alphabet, source, of_each, seed=EVALUATION_SEED, samples=samples
             )
-        yield recall_batch(bases, labels, samples, mask_rate=windows.mask_rate)
+        batch = recall_batch(bases, labels, samples, mask_rate=windows.mask_rate)
+        yield batch if windows.cut is None else batch.cut(*windows.cut)
 
 
 def _keys(seed: int, samples: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megabase.datamodules.config import CAUSAL, MASKED, DataConfig
+from megabase.datamodules.config import SKIP as SKIP_WINDOW
 from megabase.models.config import ReformerConfig
-from megabase.pipeline.config.callbacks import parse
 from megabase.pipeline.config.keys import dotted
+from megabase.pipeline.config.require import require_choice, require_not_negative, require_positive
 from megabase.pipeline.config.slurm import SlurmConfig
+from megabase.pipeline.config.trainer import TrainerConfig
 from megabase.pipeline.config.uris import refuse_credentials
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.readable import counted
 
-PRECISIONS = ("16", "32", "auto", "bf16")
 NONE, CPU, NVME = OFFLOAD = ("none", "cpu", "nvme")
 SKIP, STOP = ON_BAD = ("skip", "stop")
 
@@ -79,68 +81,13 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise UserError for a value out of its range."""
-        _require_positive(self, "optim", "lr")
-        _require_not_negative(self, "optim", "warmup_steps", "min_lr", "weight_decay", "clip")
+        require_positive(self, "optim", "lr")
+        require_not_negative(self, "optim", "warmup_steps", "min_lr", "weight_decay", "clip")
         for name in ("beta1", "beta2"):
             if not 0 <= (beta := getattr(self, name)) < 1:
                 raise UserError(f"optim.{name}={beta}: must be at least 0 and below 1")
         if self.min_lr > 1:
             raise UserError(f"optim.min_lr={self.min_lr}: it is a fraction of optim.lr, at most 1")
-
-
-@dataclass
-class TrainerConfig:
-    """How long a run trains, on which ranks, and how often it evaluates and writes its journal.
-
-    Attributes:
-        max_steps: Optimizer steps of the whole run.
-        nodes: Number of machines.
-        devices: Ranks on each node. null: one for each GPU of the node, or 1 on a node without GPUs.
-        precision: `auto` (bf16 on GPUs, 32 on CPUs), `32`, `bf16` or `16` (GPUs only).
-        eval_every_steps: Optimizer steps between evaluations on the validation split. 0: only at the end.
-        eval_sequences: Windows of one evaluation, spread evenly over the split, the same ones each time. 0: all. At
-            the end of a run the whole split is evaluated as well; the journal has it under names that begin with
-            `full_`.
-        eval_recall: Windows in which each evaluation measures recall: how much better the last bases of a validation
-            window are predicted if the same bases came before (docs/evaluate.md). It costs a forward pass of twice as
-            many windows. 0: none.
-        log_every_steps: Optimizer steps between writes of the journal. Each write reads the losses from the device.
-        max_minutes: Time limit of one start, in minutes from when its ranks begin. Then the ranks finish their step
-            (each start trains at least one), write a checkpoint and exit with code 75. 0: no limit. Leave time for a
-            step and a checkpoint before the machine's own limit.
-        hang_minutes: If a rank finishes no micro batch, evaluation batch or phase of a checkpoint for this many
-            minutes, it writes its Python stacks to `logs/` and ends the job. 0: never. Until the first micro batch is
-            done, the limit is at least 30 minutes.
-        callbacks: Lightning callbacks of yours, such as `[my.module.MyCallback]`, or with arguments
-            `[{class: my.module.MyCallback, arguments: {every: 10}}]` (docs/lightning.md).
-    """
-
-    max_steps: int = 1000
-    nodes: int = 1
-    devices: int | None = None
-    precision: str = "auto"
-    eval_every_steps: int = 500
-    eval_sequences: int = 0
-    eval_recall: int = 8
-    log_every_steps: int = 10
-    max_minutes: float = 0.0
-    hang_minutes: float = 30.0
-    callbacks: list[Any] = field(default_factory=list)
-
-    def validate(self) -> None:
-        """Raise UserError for a value out of its range."""
-        _require_positive(self, "trainer", "max_steps", "nodes", "log_every_steps", "devices")
-        _require_not_negative(
-            self,
-            "trainer",
-            "eval_every_steps",
-            "eval_sequences",
-            "eval_recall",
-            "max_minutes",
-            "hang_minutes",
-        )
-        _require_choice("trainer.precision", self.precision, PRECISIONS)
-        list(parse(self.callbacks))  # raises
 
 
 @dataclass
@@ -180,11 +127,11 @@ class ZeroConfig:
 
     def validate(self) -> None:
         """Raise UserError for settings that do not fit together."""
-        _require_positive(self, "zero", "bucket_mb")
+        require_positive(self, "zero", "bucket_mb")
         if self.stage not in (0, 1, 2, 3):
             raise UserError(f"zero.stage={self.stage}: DeepSpeed ZeRO has stages 0, 1, 2 and 3")
-        _require_choice("zero.offload", self.offload, OFFLOAD)
-        _require_choice("zero.offload_parameters", self.offload_parameters, OFFLOAD)
+        require_choice("zero.offload", self.offload, OFFLOAD)
+        require_choice("zero.offload_parameters", self.offload_parameters, OFFLOAD)
         if self.offload != NONE and self.stage == 0:
             raise UserError(f"zero.offload={self.offload} needs sharded states: set zero.stage to 1, 2 or 3")
         if self.offload == NVME and self.stage != 3:
@@ -220,8 +167,8 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raise UserError for a value out of its range, or a `keep_every` without checkpoints at its multiples."""
-        _require_positive(self, "checkpoint", "keep")
-        _require_not_negative(self, "checkpoint", "every_steps", "every_minutes", "keep_every", "keep_best")
+        require_positive(self, "checkpoint", "keep")
+        require_not_negative(self, "checkpoint", "every_steps", "every_minutes", "keep_every", "keep_best")
         if self.keep_every and not _one_divides_the_other(self.keep_every, self.every_steps):
             way_out = (
                 f"take a multiple of checkpoint.every_steps={self.every_steps}"
@@ -253,8 +200,8 @@ class GuardConfig:
 
     def validate(self) -> None:
         """Raise UserError for a value out of its range."""
-        _require_positive(self, "guard", "window", "max_skips")
-        _require_choice("guard.on_bad", self.on_bad, ON_BAD)
+        require_positive(self, "guard", "window", "max_skips")
+        require_choice("guard.on_bad", self.on_bad, ON_BAD)
         if self.spike and self.spike <= 1:
             raise UserError(
                 f"guard.spike={self.spike}: must be above 1, as a multiple of the usual loss (0 switches it off)"
@@ -288,7 +235,7 @@ class TrackingConfig:
 
     def validate(self) -> None:
         """Raise UserError for a value out of its range, or a password in the URI, which would be written to logs."""
-        _require_not_negative(self, "tracking", "system_seconds")
+        require_not_negative(self, "tracking", "system_seconds")
         if self.uri:
             refuse_credentials("tracking.uri", self.uri)
 
@@ -334,11 +281,12 @@ class RunConfig:
             self.tracking,
         ):
             section.validate()
-        _require_positive(self.data, "data", "length", "global_batch", "micro_batch")
+        require_positive(self.data, "data", "length", "global_batch", "micro_batch")
         self.data.validate()
         self._check_offload_and_background()
         self._check_keep_best()
         self._check_objective()
+        self.check_sequence_ranks()
         # The shards decide the size of the vocabulary. What does not depend on it is checked here.
         vocab_size = self.model.vocab_size or 1
         dataclasses.replace(self.model, vocab_size=vocab_size).validate(self.data.length)
@@ -371,24 +319,34 @@ class RunConfig:
                 "set model.causal=false, or data.objective=causal"
             )
 
+    def check_sequence_ranks(self) -> None:
+        """Raise UserError if `trainer.sequence_ranks` ranks cannot share a window of this model."""
+        parts = self.trainer.sequence_ranks
+        for key, number in (("data.length", self.data.length), ("model.heads", self.model.heads)):
+            if number % parts:
+                raise UserError(
+                    f"trainer.sequence_ranks={parts} does not divide {key}={number}: ranks that share a window hold"
+                    f" equally many of its positions, and of the heads: take a divisor of {key}"
+                )
+        if parts > 1 and self.data.on_error == SKIP_WINDOW:
+            raise UserError(
+                f"trainer.sequence_ranks={parts} with data.on_error=skip: the ranks that share a window would skip"
+                " different parts of it: set data.on_error=raise"
+            )
 
-def _require_positive(section: object, prefix: str, *names: str) -> None:
-    """Raise UserError unless each of these numbers of a section is above zero or None."""
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value <= 0:
-            raise UserError(f"{prefix}.{name}={value}: must be above zero")
+    def data_ranks(self, ranks: int) -> int:
+        """How many of `ranks` ranks train on windows of their own.
 
-
-def _require_not_negative(section: object, prefix: str, *names: str) -> None:
-    for name in names:
-        if (value := getattr(section, name)) < 0:
-            raise UserError(f"{prefix}.{name}={value}: must not be negative (0 switches it off)")
-
-
-def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}={value!r}: choose one of {', '.join(choices)}")
+        Raises:
+            UserError: `trainer.sequence_ranks` does not divide them.
+        """
+        parts = self.trainer.sequence_ranks
+        if ranks % parts:
+            raise UserError(
+                f"trainer.sequence_ranks={parts} does not divide the {counted(ranks, 'rank')} (trainer.nodes x"
+                f" trainer.devices): {parts} ranks share each window: change one of them"
+            )
+        return ranks // parts
 
 
 def _one_divides_the_other(a: int, b: int) -> bool:

@@ -21,7 +21,6 @@ class FinetuneModule(PretrainModule):
 
     Args:
         config: of the run.
-        data_ranks: see PretrainModule.
         initial: puts the pretrained weights into the body of a FULL model at step 0.
         problem: what is to be predicted.
         method: how.
@@ -31,13 +30,12 @@ class FinetuneModule(PretrainModule):
     def __init__(
         self,
         config: RunConfig,
-        data_ranks: int,
         initial: Callable[[Any], None] | None,
         problem: Problem,
         method: Method,
         body: Body | None,
     ) -> None:
-        super().__init__(config, data_ranks, initial, log=False)
+        super().__init__(config, initial, log=False)
         self.problem, self.method = problem, method
         self._body = (body,)  # in a tuple, so that it is no submodule before the model is built
 

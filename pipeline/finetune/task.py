@@ -21,7 +21,7 @@ from megabase.pipeline.finetune.examples import SPLITS, Examples
 from megabase.pipeline.finetune.layout import layout_of
 from megabase.pipeline.finetune.model import FULL, Method, prepared
 from megabase.pipeline.finetune.settings import Pretrained
-from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.ranks.groups import Group, Groups
 from megabase.pipeline.rundir.journal import Row
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import FINISHED, read_status
@@ -84,6 +84,10 @@ class Finetuning(Task):
     def check(self, ranks: int) -> None:
         self._check_call()
         check_settings(self.config, ranks)
+        if (parts := self.config.trainer.sequence_ranks) > 1:
+            raise UserError(
+                f"trainer.sequence_ranks={parts}: the ranks of a fine-tuning do not share examples: leave it out"
+            )
         self.config.model.validate(self.config.data.length)
         check_newest_checkpoint(self.config, ranks, self.identity, self.alphabet)
 
@@ -154,14 +158,14 @@ class Finetuning(Task):
         world.check(error)
         return None if self.work.method.mode != FULL else base.filler(self.config.directory)
 
-    def module(self, data_ranks: int, initial: Initial | None) -> PretrainModule:
+    def module(self, groups: Groups, initial: Initial | None) -> PretrainModule:
         from megabase.pipeline.finetune.module import FinetuneModule
 
         method, body = self.work.method, None
         if method.mode != FULL:
             body = base.load_body(self.config.directory, self.config.model)
             body = prepared(body, method, self.config.run.seed)
-        return FinetuneModule(self.config, data_ranks, initial, self.work.examples.problem, method, body)
+        return FinetuneModule(self.config, initial, self.work.examples.problem, method, body)
 
     def describe_data(self) -> None:
         """Write `finetune.json`, and `splits.tsv`: which example is in which split."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megabase.datamodules.batches.collate import IGNORE, Batch, Wide
 from megabase.models import Reformer, Seeds
+from megabase.models.sequence import Part
 from megabase.pipeline.inference.parts import part_sums
 
 
@@ -138,17 +139,26 @@ def scorer(model: Reformer, seed: int) -> Callable[[Batch], Score]:
     return score
 
 
-def score_batch(model: Reformer, batch: Batch, seed: int) -> Score:
-    """Score one batch that is on the model's device. Evaluation weighs every scored base alike."""
+def score_batch(model: Reformer, batch: Batch, seed: int, part: Part | None = None) -> Score:
+    """Score one batch that is on the model's device. Evaluation weighs every scored base alike.
+
+    Args:
+        model: in evaluation mode.
+        batch: of windows, or of a part of each.
+        seed: `run.seed`.
+        part: what part of the windows the batch holds; None: all of them.
+    """
     wide = batch.widened()._replace(weights=None)
-    hidden = model.body(wide.tokens, seeds=Seeds(run=seed))
+    hidden = model.body(wide.tokens, seeds=Seeds(run=seed), part=part)
     nats = model.head(hidden, wide.labels)
     bases, skipped = scored(wide, batch.skipped)
-    parts = part_sums(_label_nats(model, hidden, wide.labels), wide.labels != IGNORE, batch.lower)
-    return Score(nats, bases, skipped, parts)
+    of_bases, labelled = _label_nats(model, hidden, wide.labels), wide.labels != IGNORE
+    if part is None:
+        return Score(nats, bases, skipped, part_sums(of_bases, labelled, batch.lower))
+    return Score(nats, bases, skipped, part_sums(of_bases, labelled, batch.lower, part.start, part.length))
 
 
-def base_nats(model: Reformer, wide: Wide, seeds: Seeds) -> Tensor:
+def base_nats(model: Reformer, wide: Wide, seeds: Seeds, part: Part | None = None) -> Tensor:
     """The nats of every labelled base, by itself.
 
     The products run in the precision of autocast; logits, log-softmax and result are fp32.
@@ -157,11 +167,12 @@ def base_nats(model: Reformer, wide: Wide, seeds: Seeds) -> Tensor:
         model: in evaluation mode.
         wide: on the model's device; `weights` are ignored.
         seeds: of the rotations of LSH attention.
+        part: what part of the sequences `wide` holds; None: all of them.
 
     Returns:
         (batch, length) fp32, 0 where there is no label.
     """
-    return _label_nats(model, model.body(wide.tokens, seeds=seeds), wide.labels)
+    return _label_nats(model, model.body(wide.tokens, seeds=seeds, part=part), wide.labels)
 
 
 def _label_nats(model: Reformer, hidden: Tensor, labels: Tensor) -> Tensor:

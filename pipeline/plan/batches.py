@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megabase.datamodules.batches.visits import Windows
 from megabase.datamodules.config import CYCLE, accumulation, mixture_quotas
 from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.readable import counted
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,10 @@ class Batches:
 
     Attributes:
         ranks: that train.
-        micro_batch: windows of one forward pass on one rank.
+        sequence_ranks: that share each window.
+        micro_batch: windows of one forward pass on one rank, or on the ranks that share them.
         accumulation: micro batches of a rank in a step.
-        global_batch: windows of a step: the product of these three.
+        global_batch: windows of a step: ranks / sequence_ranks x micro_batch x accumulation.
         length: bases of a window.
         steps: of the whole run.
         windows: of an epoch: every training window.
@@ -25,6 +27,7 @@ class Batches:
     """
 
     ranks: int
+    sequence_ranks: int
     micro_batch: int
     accumulation: int
     global_batch: int
@@ -32,6 +35,15 @@ class Batches:
     steps: int
     windows: int
     epochs: tuple[float, float]
+
+    @property
+    def product(self) -> str:
+        """How the global batch is divided, such as "4 ranks x 2 of a micro batch x 8 accumulated"."""
+        shared = f" / {self.sequence_ranks} that share a window" if self.sequence_ranks > 1 else ""
+        return (
+            f"{counted(self.ranks, 'rank')}{shared} x {self.micro_batch} of a micro batch x {self.accumulation}"
+            " accumulated"
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -56,7 +68,7 @@ class Batches:
 
 
 def batches_of(config: RunConfig, ranks: int, windows: Windows) -> Batches:
-    """The batches of a run on `ranks` ranks. Raises DataError if they cannot form the global batch."""
+    """The batches of a run on `ranks` ranks. Raises DataError or UserError if they cannot form the global batch."""
     batch, plan = config.data.global_batch, windows.plan
     quotas = mixture_quotas(plan.weights)
     sizes = [after - before for before, after in zip(plan.bounds, plan.bounds[1:], strict=False)]
@@ -64,8 +76,9 @@ def batches_of(config: RunConfig, ranks: int, windows: Windows) -> Batches:
     epochs = [consumed * quota / CYCLE / size for quota, size in zip(quotas, sizes, strict=True)]
     return Batches(
         ranks=ranks,
+        sequence_ranks=config.trainer.sequence_ranks,
         micro_batch=config.data.micro_batch,
-        accumulation=accumulation(batch, config.data.micro_batch, ranks),
+        accumulation=accumulation(batch, config.data.micro_batch, config.data_ranks(ranks)),
         global_batch=batch,
         length=config.data.length,
         steps=config.trainer.max_steps,

@@ -75,5 +75,5 @@ def memory_of(config: RunConfig, parameters: int, ranks: int, precision: str) ->
     ]
     if offload != DEVICE:
         states.append(Part("fp32 gradients", _FP32 * share, offload))
-    tokens = config.data.micro_batch * config.data.length
+    tokens = config.data.micro_batch * config.data.length // config.trainer.sequence_ranks
     return Memory(states, streams=2 * 2 * _FP32 * config.model.dim * tokens)

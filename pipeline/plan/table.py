@@ -7,7 +7,7 @@ from rich.table import Table
 from megabase.pipeline.plan.batches import Batches
 from megabase.pipeline.plan.memory import DEVICE, DISK, HOST
 from megabase.pipeline.plan.run import Plan
-from megabase.pipeline.readable import counted, readable_size
+from megabase.pipeline.readable import readable_size
 from megabase.pipeline.tables import new_table
 
 _PLACES = {DEVICE: "", HOST: "in host memory", DISK: "on the disk"}
@@ -35,8 +35,7 @@ def _batches(batches: Batches) -> list[Row]:
         (
             "global batch",
             f"{batches.global_batch:,}",
-            f"windows: {counted(batches.ranks, 'rank')} x {batches.micro_batch} of a micro batch x"
-            f" {batches.accumulation} accumulated",
+            f"windows: {batches.product}",
         ),
         ("tokens of a step", f"{batches.tokens_per_step:,}", f"windows of {batches.length:,} bases"),
         ("windows of an epoch", f"{batches.windows:,}", "all training windows"),

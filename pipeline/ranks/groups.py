@@ -1,16 +1,21 @@
 """The groups of ranks of a run, and how ranks exchange small objects and decisions in them.
 
-All of it goes over gloo, on the host, never through the device.
+All of it goes over gloo, on the host, never through the device; except what the ranks that share a window exchange of
+it, which goes over the backend of the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megabase.datamodules.batches.numbered import Place
+from megabase.models.sequence import Group as Exchange
+from megabase.models.sequence import Part
 from megabase.pipeline.errors import RunError
 from megabase.pipeline.ranks.rendezvous import STARTING_TIMEOUT
 
@@ -69,16 +74,49 @@ class Groups:
     Attributes:
         world: every process of the run. Use its size to count processes: those that write files of a checkpoint, take
             part in a decision or wait at a barrier. A manifest's `ranks` is this size.
-        data: the processes that train on different windows. Use its size to divide windows: for the micro batches of a
-            step, a rank's share of a batch and the average of gradients. Today every process trains on its own
-            windows, so `data` equals `world`. If several ranks shared one sequence, `data` would be smaller.
+        sequence_ranks: how many consecutive processes share each window (`trainer.sequence_ranks`).
+        exchange: with the processes that share this one's windows; None: no other does.
     """
 
     world: Group
-    data: Group
+    sequence_ranks: int = 1
+    exchange: Exchange | None = None
 
     @classmethod
-    def create(cls) -> Groups:
+    def create(cls, sequence_ranks: int = 1) -> Groups:
         """The groups of a run, after `rendezvous.start`. All ranks must call it."""
         world = Group.of_all_ranks()
-        return cls(world, data=world)
+        if sequence_ranks == 1:
+            return cls(world)
+        # Every rank makes every group, in the same order.
+        shared = [
+            dist.new_group(list(range(first, first + sequence_ranks)))
+            for first in range(0, world.size, sequence_ranks)
+        ]
+        return cls(world, sequence_ranks, Exchange(shared[world.rank // sequence_ranks]))
+
+    @property
+    def data_size(self) -> int:
+        """How many windows are trained on at a time. Use it to divide windows: for the micro batches of a step."""
+        return self.world.size // self.sequence_ranks
+
+    @property
+    def holds_start(self) -> bool:
+        """Whether this process holds the first positions of its windows: one of those that share a window does."""
+        return self.world.rank % self.sequence_ranks == 0
+
+    def place(self, micro_batch: int) -> Place:
+        """Which windows this process takes, `micro_batch` at a time."""
+        return Place(self.world.rank // self.sequence_ranks, self.data_size, micro_batch)
+
+    def part(self, length: int) -> Part | None:
+        """The part of every window of `length` positions that this process holds; None: all of it."""
+        if self.exchange is None:
+            return None
+        return Part(self.world.rank % self.sequence_ranks, self.sequence_ranks, length, self.exchange)
+
+    def summed(self, of_ranks: Sequence[list[float]]) -> list[list[float]]:
+        """Lists of all ranks, summed over the ranks that share a window: one list for each of `data_size`."""
+        parts = self.sequence_ranks
+        groups = [of_ranks[first : first + parts] for first in range(0, len(of_ranks), parts)]
+        return [[sum(numbers) for numbers in zip(*group, strict=True)] for group in groups]

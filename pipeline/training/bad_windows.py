@@ -16,7 +16,7 @@ from megabase.datamodules.order.training_order import slots
 from megabase.datamodules.order.windows import PACKED
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import first_line
-from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.training.guard import Trouble
 
@@ -29,7 +29,7 @@ OUTLIER = 2.0
 def report(
     config: RunConfig,
     trouble: Trouble,
-    ranks: Group,
+    groups: Groups,
     nats: list[float],
     windows_of_step: Callable[[int], list[dict[str, Any]]],
 ) -> str:
@@ -40,29 +40,34 @@ def report(
     Args:
         config: of the run.
         trouble: the step, and what is bad there.
-        ranks: that train on different windows.
+        groups: of ranks.
         nats: of each micro batch of this rank in the step.
         windows_of_step: see `Task.windows_of`.
 
     Returns:
         What to print about the windows: the first that stand out, and the file that lists all.
     """
-    gathered = ranks.gather(nats)
-    if ranks.rank != 0:
-        return str(ranks.broadcast(None))
+    world = groups.world
+    gathered = groups.summed(world.gather(nats))
+    if world.rank != 0:
+        return str(world.broadcast(None))
     windows = windows_of_step(trouble.step)
     outliers = _outliers(gathered)
     for rank, losses in enumerate(gathered):
         for turn, loss in enumerate(losses):
-            mine = slots(turn, rank, ranks.size, config.data.micro_batch)
+            mine = slots(turn, rank, groups.data_size, config.data.micro_batch)
             for window in windows[mine]:
-                window |= {"rank": rank, "micro_batch": turn, "micro_batch_nats": _number(loss)}
+                window |= {
+                    "rank": rank * groups.sequence_ranks,
+                    "micro_batch": turn,
+                    "micro_batch_nats": _number(loss),
+                }
                 window["stands_out"] = (rank, turn) in outliers
     windows.sort(key=lambda window: not window.get("stands_out", False))
     path = RunPaths(config.directory).bad_step(trouble.step)
     content = {"step": trouble.step, "why": trouble.text, "on_bad": config.guard.on_bad, "windows": windows}
     text = _describe(windows, len(outliers) == sum(map(len, gathered))) + _write(path, content)
-    return str(ranks.broadcast(text))
+    return str(world.broadcast(text))
 
 
 def windows_of(config: RunConfig, batches: TrainBatches, step: int) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ class TrainingCallback(pl.Callback):
             stop=bool(self._stop),
             save=recorder is not None and self._save_is_overdue(),
             progress=self._saver.progress,
-            samples=hash_samples(module.step_samples),
+            samples=hash_samples(module.step_samples) if self._groups.holds_start else 0,
             trouble=recorder is not None and recorder.trouble is not None,
         )
         if recorder:
@@ -270,7 +270,7 @@ class TrainingCallback(pl.Callback):
         module = trainer.lightning_module
         assert isinstance(module, PretrainModule)
         nats = module.guard.micro_nats(trouble.step)
-        return report(self._config, trouble, self._groups.data, nats, self._task.windows_of)
+        return report(self._config, trouble, self._groups, nats, self._task.windows_of)
 
     # -- journal, evaluation, checkpoints
 

@@ -67,7 +67,7 @@ def check_settings(config: RunConfig, ranks: int, *, here: bool = True) -> None:
     # One rank decides for all: a STOP file may appear or vanish between the looks of two ranks.
     if is_rank_zero():
         _check_run_directory(config)
-    accumulation(config.data.global_batch, config.data.micro_batch, ranks)
+    accumulation(config.data.global_batch, config.data.micro_batch, config.data_ranks(ranks))
     passthrough.check(config, here=here)
     check_modules(config.trainer.callbacks)
     has_gpu = torch.cuda.is_available() if here else bool(config.slurm.gpus)

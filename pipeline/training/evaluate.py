@@ -96,7 +96,7 @@ class Evaluator:
             return sums
 
         module.eval()
-        trial = Trial(score, stop, strategy.root_device, self._groups.data.handle)
+        trial = Trial(score, stop, strategy.root_device, self._groups.world.handle)
         results = self._task.measure(trial, step)
         module.train()
         agreement.settle()

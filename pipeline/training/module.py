@@ -22,6 +22,7 @@ from megabase.datamodules.config import accumulation
 from megabase.models import Reformer
 from megabase.models.chance import Seeds
 from megabase.models.reversible import ReversibleStack
+from megabase.models.sequence import Part
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
@@ -44,9 +45,8 @@ class PretrainModule(pl.LightningModule):
 
     Args:
         config: of the run; `model.vocab_size` is set.
-        data_ranks: number of ranks that train on different windows. Gradients are averaged over them. None: all ranks
-            of the Trainer.
         initial: puts the weights of step 0 into the model that was built, on every rank; None: they are random.
+        part: the part of every window that this rank holds; None: all of it.
         log: log train/loss at each step, and valid/loss and valid/bits_per_base at each validation, for the loggers
             and callbacks of a Trainer; `guard.*` then has no effect. False where `TrainingCallback` records the run.
 
@@ -63,9 +63,9 @@ class PretrainModule(pl.LightningModule):
     def __init__(
         self,
         config: RunConfig,
-        data_ranks: int | None = None,
         initial: Callable[[Reformer], None] | None = None,
         *,
+        part: Part | None = None,
         log: bool = True,
     ) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class PretrainModule(pl.LightningModule):
         self.step_samples: list[int] = []
         self.step_targets: float = 0
         self.guard = Guard(config)
-        self._data_ranks = data_ranks
+        self._part = part
         self._initial = initial
         self._logs = log
         self._valid_sums: Tensor | None = None  # (2,) fp64: nats and scored bases of this rank
@@ -112,9 +112,10 @@ class PretrainModule(pl.LightningModule):
         self.step_targets = batch.targets
         if micro_scored is not None:
             self.step_scored = micro_scored if self.step_scored is None else self.step_scored + micro_scored
-        # Undo that DeepSpeed averages gradients over ranks, and Lightning the loss over the micro batches of a step.
-        micro_batches = (self._data_ranks or self.trainer.world_size) * self.trainer.accumulate_grad_batches
-        loss = nats * (micro_batches / max(batch.targets, 1))
+        # Undo that DeepSpeed averages gradients over all ranks, and Lightning the loss over the micro batches of a
+        # step. The gradients of ranks that share a window add up like those of different windows.
+        averaged = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        loss = nats * (averaged / max(batch.targets, 1))
         if self._logs:
             if self._is_last_micro_batch():
                 self._log_step()
@@ -128,7 +129,7 @@ class PretrainModule(pl.LightningModule):
         """The sum of the losses of a micro batch, and what `step_scored` sums up if its labels weigh differently."""
         assert self.model is not None
         wide = batch.widened()
-        nats = self.model.loss(wide.tokens, wide.labels, weights=wide.weights, seeds=seeds)
+        nats = self.model.loss(wide.tokens, wide.labels, weights=wide.weights, seeds=seeds, part=self._part)
         return nats, scored(wide, batch.skipped) if self.config.data.uneven else None
 
     def totals(self) -> tuple[Tensor, Tensor | None]:
@@ -194,7 +195,7 @@ class PretrainModule(pl.LightningModule):
     def validation_step(self, batch: Any, batch_index: int) -> dict[str, Tensor]:
         """The `Score` of one batch, as a dictionary."""
         assert self.model is not None
-        score = score_batch(self.model, batch, self.config.run.seed)
+        score = score_batch(self.model, batch, self.config.run.seed, self._part)
         if self._logs:
             sums = torch.stack([score.nats.double(), score.bases.double()])
             self._valid_sums = sums if self._valid_sums is None else self._valid_sums + sums

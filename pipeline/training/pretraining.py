@@ -14,7 +14,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.inference.parts import part_names
 from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.ranks import watchdog
-from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.ranks.groups import Group, Groups
 from megabase.pipeline.rundir.dataset import write_dataset
 from megabase.pipeline.rundir.journal import Row
 from megabase.pipeline.rundir.status import FINISHED, read_status
@@ -54,7 +54,8 @@ class Pretraining(Task):
     def data(self) -> SequenceDataModule:
         from megabase.datamodules.datamodule import SequenceDataModule
 
-        return SequenceDataModule(self.config.data, self.config.run.seed)
+        config = self.config
+        return SequenceDataModule(config.data, config.run.seed, config.trainer.sequence_ranks)
 
     @property
     def identity(self) -> str:
@@ -73,10 +74,11 @@ class Pretraining(Task):
 
         return choose_initial(self.config, self.alphabet, world)
 
-    def module(self, data_ranks: int, initial: Initial | None) -> PretrainModule:
+    def module(self, groups: Groups, initial: Initial | None) -> PretrainModule:
         from megabase.pipeline.training.module import PretrainModule
 
-        return PretrainModule(self.config, data_ranks, initial, log=False)
+        part = groups.part(self.config.data.length)
+        return PretrainModule(self.config, initial, part=part, log=False)
 
     def describe_data(self) -> None:
         write_dataset(self.config.directory, self.config.data.shards, self.data.index)

@@ -122,7 +122,7 @@ def _run_rank(task: Task, devices: int, stop: StopRequest) -> int:
     if is_rank_zero():
         write_launcher_status("starting", None, config.directory)
     rendezvous.start()
-    groups = Groups.create()
+    groups = Groups.create(config.trainer.sequence_ranks)
     world = groups.world
     with _locked(config.directory, world):
         watch = watchdog.Watchdog(config.directory, world.rank, config.trainer.hang_minutes).start()
@@ -232,7 +232,7 @@ def _set_up_and_fit(
     callback = TrainingCallback(task, groups, stop, mirror)
     trainer = make_trainer(config, devices, groups, [*own_callbacks, callback], saved)
     try:
-        module = task.module(groups.data.size, initial)
+        module = task.module(groups, initial)
         trainer.fit(module, datamodule=task.data, ckpt_path=resume_from, weights_only=False)
     except SystemExit:  # which Lightning raises for a KeyboardInterrupt
         raise KeyboardInterrupt from None

@@ -57,8 +57,7 @@ def check_submission(config: RunConfig, call: Sequence[str], ranks: int) -> list
         ),
         Finding(
             "batch",
-            f"{batches.global_batch} windows = {batches.micro_batch} x {batches.accumulation} accumulated x"
-            f" {batches.ranks} ranks",
+            f"{batches.global_batch} windows = {batches.product}",
         ),
         Finding("run directory", f"{config.directory} can be written"),
         Finding("disk", _disk(config)),

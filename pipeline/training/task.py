@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.ranks.groups import Group, Groups
 from megabase.pipeline.rundir.journal import Row
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and only ranks need it
@@ -103,8 +103,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def module(self, data_ranks: int, initial: Initial | None) -> PretrainModule:
-        """The module to train on `data_ranks` ranks, with the weights of `initial` at step 0."""
+    def module(self, groups: Groups, initial: Initial | None) -> PretrainModule:
+        """The module to train in these groups of ranks, with the weights of `initial` at step 0."""
 
     @abstractmethod
     def describe_data(self) -> None:

@@ -25,12 +25,12 @@ def make_trainer(
     Args:
         config: of the run.
         devices: ranks on each node.
-        groups: of ranks; the micro batches of a step are divided over the data-parallel group.
+        groups: of ranks.
         callbacks: the last one ends the run, and does what the Trainer is configured not to do.
         saved: layout of the checkpoint to load; None for a fresh start.
     """
     silence_libraries()
-    batches = accumulation(config.data.global_batch, config.data.micro_batch, groups.data.size)
+    batches = accumulation(config.data.global_batch, config.data.micro_batch, groups.data_size)
     # Lightning counts the devices that a process sees: with one for each task, every task is a node to it.
     seen = min(devices, visible_gpus() or devices)
     trainer = pl.Trainer(

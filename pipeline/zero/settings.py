@@ -115,7 +115,11 @@ def check_engine(engine: Any, config: RunConfig) -> None:
         "zero.offload": (str(devices[0]), in_engine[config.zero.offload]),
         "zero.offload_parameters": (str(devices[1]), in_engine[config.zero.offload_parameters]),
         "optim.clip": (float(engine.gradient_clipping()), float(config.optim.clip)),
-        "data.global_batch": (accumulated * engine.dp_world_size, config.data.global_batch),
+        # DeepSpeed does not know that ranks share windows: to it, each has windows of its own.
+        "data.global_batch": (
+            accumulated * engine.dp_world_size // config.trainer.sequence_ranks,
+            config.data.global_batch,
+        ),
         "trainer.precision": (precision, precision_of(config.trainer.precision)),
         f"{ZERO}.overlap_comm": (zero.overlap_comm, False),
     }

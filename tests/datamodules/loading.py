@@ -17,11 +17,16 @@ LENGTH, GLOBAL_BATCH, SEED = 512, 8, 11
 
 
 def module(
-    index: ShardIndex, rank: int = 0, ranks: int = 1, step: int = 0, **settings: Any
+    index: ShardIndex,
+    rank: int = 0,
+    ranks: int = 1,
+    step: int = 0,
+    sequence_ranks: int = 1,
+    **settings: Any,
 ) -> SequenceDataModule:
     """A data module on one of several ranks, set up for training."""
     config = DataConfig(str(index.directory), **{"length": LENGTH, "global_batch": GLOBAL_BATCH, **settings})
-    data = SequenceDataModule(config, SEED)
+    data = SequenceDataModule(config, SEED, sequence_ranks)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, global_step=step)  # type: ignore[assignment]
     data.setup("fit")
     return data

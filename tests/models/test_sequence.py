@@ -224,3 +224,35 @@ def test_parts_that_do_not_fit() -> None:
         Reformer(CONFIG)(batch()[0][:, part.rows], part=part)
     with pytest.raises(ValueError, match=r"256 tokens are not part 0 of 8 of a sequence of 256"):
         Reformer(CONFIG)(batch()[0], part=part)
+
+
+@dataclass
+class Counted:
+    """An exchange that counts the numbers it sends to others."""
+
+    rank: int
+    inner: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+    sent: list[int] = field(default_factory=list)
+
+    def __call__(self, sent: Tensor, counts_sent: Sequence[int], counts: Sequence[int]) -> Tensor:
+        width = sent[:1].numel() if sent.shape[0] else 0
+        self.sent.append(width * (sum(counts_sent) - counts_sent[self.rank]))
+        return self.inner(sent, counts_sent, counts)
+
+
+@pytest.mark.parametrize(("layer", "exchanged"), [("lsh", 9), ("full", 12), ("performer", 12)])
+def test_how_much_is_exchanged(layer: str, exchanged: int) -> None:
+    """The table in docs/scale.md."""
+    more = {"conv": 0, "values_ahead": False, "positions": "none"}
+    config = dataclasses.replace(CONFIG, layers=[layer], depth=1, **more)
+    tokens, labels = batch()
+    model = Reformer(config)
+
+    def work(part: Part) -> int:
+        counted = Counted(part.rank, part.exchange)
+        own, part = copy.deepcopy(model), dataclasses.replace(part, exchange=counted)
+        own.loss(tokens[:, part.rows], labels[:, part.rows], part=part).backward()
+        return sum(counted.sent)
+
+    positions = 2 * LENGTH // 4
+    assert in_parts(4, LENGTH, work) == [exchanged * positions * config.dim * 3 // 4] * 4

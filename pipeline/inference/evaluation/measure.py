@@ -25,7 +25,7 @@ from megabase.pipeline.inference.evaluation.tally import Tally
 from megabase.pipeline.inference.parts import LOWER, UPPER, position_bins
 from megabase.pipeline.inference.scoring import base_nats
 from megabase.pipeline.log import console
-from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.ranks.groups import Groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +35,33 @@ class Scorer:
     Attributes:
         model: on the device, in evaluation mode.
         place: which windows this process scores.
-        group: the ranks that share out the windows; None: this process scores all.
+        groups: the ranks that share out the windows, and each window; None: this process scores all.
         precision: of matrix products: 32, bf16 or 16.
         seed: of the rotations of LSH attention.
     """
 
     model: Reformer
     place: Place
-    group: Group | None
+    groups: Groups | None
     precision: str
     seed: int
 
     def nats(self, wide: Wide) -> NDArray[np.float64]:
-        """(batch, length) nats of every labelled base, 0 elsewhere."""
+        """(batch, length) nats of every labelled base, 0 elsewhere.
+
+        Ranks that share windows must call it together, with the same tensors.
+        """
         device = next(self.model.parameters()).device
         dtype = torch.float16 if self.precision == "16" else torch.bfloat16
-        moved = Wide(wide.tokens.to(device), wide.labels.to(device), None)
+        length, part = wide.tokens.shape[1], None
+        if self.groups is not None and length % self.groups.sequence_ranks == 0:
+            part = self.groups.part(length)
+        rows = slice(None) if part is None else part.rows
+        moved = Wide(wide.tokens[:, rows].to(device), wide.labels[:, rows].to(device), None)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=self.precision != "32"):
-            found: NDArray[np.float64] = (
-                base_nats(self.model, moved, Seeds(run=self.seed)).double().cpu().numpy()
-            )
+            nats = base_nats(self.model, moved, Seeds(run=self.seed), part)
+        whole = nats if part is None else part.gather(nats)
+        found: NDArray[np.float64] = whole.double().cpu().numpy()
         return found
 
     def tally(
@@ -72,8 +79,10 @@ class Scorer:
         for batch in self._with_progress(batches):
             nats, bases = groups(batch, batch.widened())
             parts.append(Tally(batch.samples.numpy(), nats, bases))
-        mine = Tally.merged(parts)
-        return mine if self.group is None else Tally.merged(self.group.gather(mine))
+        mine, ranks = Tally.merged(parts), self.groups
+        if ranks is None:
+            return mine
+        return Tally.merged(ranks.world.gather(mine)[:: ranks.sequence_ranks])
 
     def _with_progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The batches, with a bar on stderr if it is a terminal and their number is known."""

@@ -51,7 +51,7 @@ from megabase.pipeline.ranks.environment import (
     local_devices,
     refuse_oversubscription,
 )
-from megabase.pipeline.ranks.groups import Group
+from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.ranks.stop import STOP_SIGNALS, StopRequest
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tables import show
@@ -126,8 +126,9 @@ def run(options: EvaluateOptions, arguments: Sequence[str]) -> int:
     """
     trainer = _trainer(options.settings)
     devices = local_devices(trainer.devices)
+    RunConfig(run=RunSettings(name="model"), trainer=trainer).data_ranks(trainer.nodes * devices)
     if is_rank():
-        return _run_rank(options, trainer.nodes, devices)
+        return _run_rank(options, trainer, devices)
     if trainer.nodes > 1:
         raise UserError(f"trainer.nodes={trainer.nodes}: start it with slurm/evaluate.sbatch, or with srun")
     if devices > 1 and not (machine := Machine.this()).gpus:
@@ -149,24 +150,24 @@ def _trainer(settings: Sequence[str]) -> TrainerConfig:
     return with_settings(base, {}, "", [text for text in settings if text.startswith("trainer.")]).trainer
 
 
-def _run_rank(options: EvaluateOptions, nodes: int, devices: int) -> int:
+def _run_rank(options: EvaluateOptions, trainer: TrainerConfig, devices: int) -> int:
     """Evaluate as one of several ranks; returns the exit code."""
     # A supervisor starts its ranks with these signals blocked. There is nothing to save, so they end a rank at once.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    complete_environment(nodes, devices)
+    complete_environment(trainer.nodes, devices)
     # Rank 0 checks the input first, so that an error is reported once: then the launcher ends the others, which wait.
     task = prepare(options) if is_rank_zero() else None
     rendezvous.start()
-    group = Group.of_all_ranks()
+    groups = Groups.create(trainer.sequence_ranks)
     # The run may be training: all ranks take the checkpoint that rank 0 found.
-    step = group.broadcast(task.step if task else None)
+    step = groups.world.broadcast(task.step if task else None)
     if task is None:
         logging.getLogger("megabase").setLevel(logging.ERROR)
         task = prepare(options if step is None else replace(options, step=step))
-    found = evaluate_model(options, task, group)
-    if group.rank == 0:
+    found = evaluate_model(options, task, groups)
+    if groups.world.rank == 0:
         _finish(options, found)
-    group.check(None)
+    groups.world.check(None)
     dist.destroy_process_group()
     return 0
 
@@ -178,6 +179,7 @@ def prepare(options: EvaluateOptions) -> Task:
     for length in options.lengths:
         _check_length(config.model, length)
     lengths = tuple(sorted({*options.lengths})) or (config.data.length,)
+    replace(config, data=replace(config.data, length=lengths[-1])).check_sequence_ranks()
     shards = options.shards or config.data.shards
     if not shards:
         raise UserError(f"{options.model} does not say which shards it was trained on: give --shards DIR")
@@ -203,14 +205,14 @@ def prepare(options: EvaluateOptions) -> Task:
     return Task(loaded, windows, lengths, classes, loaded.source.step if is_run else None)
 
 
-def evaluate_model(options: EvaluateOptions, task: Task, group: Group | None) -> Evaluation:
+def evaluate_model(options: EvaluateOptions, task: Task, groups: Groups | None) -> Evaluation:
     """Score this rank's share of everything; returns the result of all ranks, on rank 0 with its baselines.
 
     Raises:
         DataError: bases cannot be read, or none was scored.
     """
     windows, config = task.windows, task.loaded.config
-    scorer = _scorer(task, group)
+    scorer = _scorer(task, groups)
     logger.info(f"scoring {_count(options.windows, windows):,} windows of {windows.plan.length:,} bases")
     parts, tally = measure.score_windows(scorer, windows, options.windows, task.classes)
     total = tally.mean(0)
@@ -222,7 +224,7 @@ def evaluate_model(options: EvaluateOptions, task: Task, group: Group | None) ->
         found = measure.score_contexts(scorer, windows, options.windows, task.lengths)
         contexts = [Context(length, found.mean(group)) for group, length in enumerate(task.lengths)]
     copies = _measure_recall(scorer, windows, options.recall) if options.recall else None
-    is_main = group is None or group.rank == 0
+    is_main = groups is None or groups.world.rank == 0
     return Evaluation(
         model=task.loaded.source,
         shards=str(windows.index.directory),
@@ -253,15 +255,15 @@ def _cases(parts: Parts, tally: Tally) -> list[Named]:
     return found if any(each.name == LOWER and each.bits for each in found) else []
 
 
-def _scorer(task: Task, group: Group | None) -> Scorer:
+def _scorer(task: Task, groups: Groups | None) -> Scorer:
     config = task.loaded.config
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     precision = precision_of(config.trainer.precision)
     return Scorer(
         model=task.loaded.model.to(device),
-        place=Place(group.rank if group else 0, group.size if group else 1, config.data.micro_batch),
-        group=group,
+        place=groups.place(config.data.micro_batch) if groups else Place(0, 1, config.data.micro_batch),
+        groups=groups,
         precision="32" if precision == "16" and not cuda else precision,
         seed=config.run.seed,
     )

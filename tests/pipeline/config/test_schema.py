@@ -1,9 +1,11 @@
 """Every section checks its own values; the tree checks sections against each other."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import (
     CheckpointConfig,
     GuardConfig,
@@ -44,6 +46,31 @@ def test_defaults_of_every_section_are_valid() -> None:
     config.data.shards = "somewhere"
     config.validate()
     assert config.directory == Path("runs/x").absolute()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["trainer.sequence_ranks=3"], "trainer.sequence_ranks=3 does not divide data.length=8192"),
+        (["trainer.sequence_ranks=16"], "trainer.sequence_ranks=16 does not divide model.heads=8"),
+        (
+            ["trainer.sequence_ranks=2", "data.on_error=skip"],
+            "trainer.sequence_ranks=2 with data.on_error=skip: the ranks that share a window",
+        ),
+        (["trainer.sequence_ranks=0"], "trainer.sequence_ranks=0: must be above zero"),
+    ],
+)
+def test_ranks_that_cannot_share_a_window(settings: list[str], message: str) -> None:
+    settings = ["run.name=x", "data.shards=s", "data.length=8192", "model.heads=8", *settings]
+    with pytest.raises(UserError, match=re.escape(message)):
+        load([], settings).validate()
+
+
+def test_windows_at_a_time() -> None:
+    config = load([], ["run.name=x", "data.shards=s", "trainer.sequence_ranks=4"])
+    assert config.data_ranks(8) == 2
+    with pytest.raises(UserError, match=r"trainer\.sequence_ranks=4 does not divide the 6 ranks"):
+        config.data_ranks(6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,7 +22,7 @@ def test_every_micro_batch_within_a_step_is_shown(ranks: Group) -> None:
     shown: list[tuple[int, int, int]] = []
     callback._recorder = cast(Any, SimpleNamespace(within=lambda *figures: shown.append(figures)))
     callback.step = 5
-    module = PretrainModule(config, 1)
+    module = PretrainModule(config)
     trainer = cast(Any, SimpleNamespace(global_step=5, accumulate_grad_batches=3, should_stop=False))
     for number in range(2):
         module.micro_nats.append(torch.zeros(()))

@@ -42,7 +42,7 @@ def test_the_rate_rises_then_falls_to_its_floor(warmup: int, max_steps: int, flo
 def test_only_matrices_decay() -> None:
     run = load([], ["run.name=x", "data.shards=s", "model.dim=8", "model.heads=2", "optim.weight_decay=0.3"])
     run.model.vocab_size = 9
-    module = PretrainModule(run, data_ranks=1, log=False)
+    module = PretrainModule(run, log=False)
     module.configure_model()
     matrices, vectors = module.configure_optimizers().param_groups
     assert matrices["weight_decay"] == 0.3 and all(p.ndim >= 2 for p in matrices["params"])
@@ -56,7 +56,7 @@ def test_the_seed_decides_the_weights() -> None:
     weights = []
     for _ in range(2):
         torch.rand(3)
-        module = PretrainModule(run, data_ranks=1, log=False)
+        module = PretrainModule(run, log=False)
         module.configure_model()
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
@@ -87,7 +87,7 @@ def test_soft_masked_letters_weigh_less_in_training_and_the_same_in_evaluation(t
     raw = Raw(bases, np.arange(2), np.zeros(2, bool))
     nats, scored = {}, {}
     for weight in (1.0, 0.5, 0.0):
-        module = PretrainModule(tiny_run(tmp_path, f"data.softmask_weight={weight}"), data_ranks=1, log=False)
+        module = PretrainModule(tiny_run(tmp_path, f"data.softmask_weight={weight}"), log=False)
         module.configure_model()
         module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
         batch = causal_batch(raw, Alphabet.named("dna"), 20, weight)

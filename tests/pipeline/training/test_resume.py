@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megabase.pipeline.checkpoint.manifest import list_checkpoints, step_of
-from megabase.pipeline.rundir.journal import Row
+from megabase.pipeline.rundir.journal import Row, read
 from megabase.pipeline.zero.states import MOMENTS, WEIGHTS
 from tests.conftest import train_settings, training_rows
 from tests.pipeline.shards import open_shards
@@ -97,8 +97,8 @@ def mappings(process: int, directory: Path) -> set[str]:
     return {line.split(maxsplit=5)[5] for line in lines if f" {directory}/" in line}
 
 
-# Parts of a run: last step, ranks, ZeRO stage, micro batch.
-CHAIN = [(3, 4, 3, 3), (6, 2, 1, 3), (9, 1, 0, 4), (12, 3, 3, 1), (15, 2, 2, 6)]
+# Parts of a run: last step, ranks, ranks that share each window, ZeRO stage, micro batch.
+CHAIN = [(3, 4, 2, 3, 3), (6, 2, 1, 1, 3), (9, 1, 1, 0, 4), (12, 3, 1, 3, 1), (15, 2, 2, 2, 6)]
 
 
 def moved(root: Path, shards: Path, precision: str) -> tuple[list[Row], list[Row]]:
@@ -106,14 +106,15 @@ def moved(root: Path, shards: Path, precision: str) -> tuple[list[Row], list[Row
     batch = ["data.global_batch=12", "trainer.eval_every_steps=0", "checkpoint.every_steps=0"]
     batch += [f"trainer.precision={precision}", "tracking.enabled=false"]
 
-    def train(name: str, step: int, ranks: int, stage: int, micro: int) -> None:
+    def train(name: str, step: int, ranks: int, shared: int, stage: int, micro: int) -> None:
         settings = [f"trainer.max_steps={step}", f"trainer.devices={ranks}", f"zero.stage={stage}"]
+        settings.append(f"trainer.sequence_ranks={shared}")
         arguments = train_settings(shards, root, name, *batch, *settings, f"data.micro_batch={micro}")
         code, output = Job("train", *arguments, cwd=root).wait()
         assert code == 0, output
         assert ("resuming" in output) == (name == "moved" and step > CHAIN[0][0])
 
-    train("whole", CHAIN[-1][0], 2, 2, 6)
+    train("whole", CHAIN[-1][0], 2, 1, 2, 6)
     for part in CHAIN:
         train("moved", *part)
     return training_rows(root / "whole"), training_rows(root / "moved")
@@ -133,6 +134,16 @@ def test_other_ranks_and_stages_continue_the_curve(
     assert [row["samples"] for row in other] == [row["samples"] for row in whole]
     # Only the order in which gradients are added differs.
     assert furthest(other, whole) < rounding
+    # The last evaluation is of both ranks' parts of the windows here, and of their windows there: positions, recall.
+    ours, theirs = (last_evaluation(tmp_path / name) for name in ("moved", "whole"))
+    assert ours.keys() == theirs.keys() and "valid_from_16_bits_per_base" in ours
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=20 * rounding, abs=20 * rounding), name
+
+
+def last_evaluation(run: Path) -> Row:
+    """The last evaluation in the journal of a run."""
+    return [row for row in read(run / "metrics.jsonl") if "valid_loss" in row][-1]
 
 
 def test_a_lost_tail_of_the_journal_comes_back_from_the_checkpoint(

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megabase.models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models.sequence import Group, Part
 from megabase.pipeline.ranks import rendezvous
 from megabase.pipeline.ranks.environment import is_rank_zero
 
@@ -80,10 +81,13 @@ class Trained(nn.Module):
         super().__init__()
         self.reformer = build()
 
-    def forward(self, step: int, rows: slice, reverse: bool = True) -> torch.Tensor:
+    def forward(self, step: int, rows: slice, reverse: bool = True, part: Part | None = None) -> torch.Tensor:
         """The nats of some rows of a step's global batch, divided by the number of labels in the full batch."""
-        tokens, labels, samples = (part[rows] for part in batch(step))
-        hidden = self.reformer.body(tokens, seeds=Seeds(run=3, step=step, samples=samples), reverse=reverse)
+        tokens, labels, samples = (each[rows] for each in batch(step))
+        if part is not None:
+            tokens, labels = tokens[:, part.rows], labels[:, part.rows]
+        seeds = Seeds(run=3, step=step, samples=samples)
+        hidden = self.reformer.body(tokens, seeds=seeds, reverse=reverse, part=part)
         return self.reformer.head(hidden, labels) / (BATCH * (LENGTH - 1))
 
 
@@ -116,18 +120,23 @@ def alone(precision: str, clip: float) -> dict[str, Any]:
     return {"losses": losses, "weights": {n: w.tolist() for n, w in zip(names, master, strict=True)}}
 
 
-def sharded(stage: int, accumulation: int, precision: str, clip: float) -> dict[str, Any]:
-    """The same training on two ranks under DeepSpeed."""
+def sharded(
+    stage: int, accumulation: int, precision: str, clip: float, *, shared: bool = False
+) -> dict[str, Any]:
+    """The same training on two ranks under DeepSpeed. shared: both ranks share each sequence."""
     import deepspeed
 
     ranks = dist.get_world_size()
+    part, turns = None, ranks
+    if shared:
+        part, turns = Part(dist.get_rank(), ranks, LENGTH, Group(dist.group.WORLD)), 1
     model = Trained().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config={
-            "train_micro_batch_size_per_gpu": BATCH // ranks // accumulation,
+            "train_micro_batch_size_per_gpu": BATCH // turns // accumulation,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
             "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 1000},
@@ -137,13 +146,13 @@ def sharded(stage: int, accumulation: int, precision: str, clip: float) -> dict[
         },
         dist_init_required=False,
     )
-    micro = BATCH // ranks // accumulation
+    micro = BATCH // turns // accumulation
     losses = []
     for step in range(STEPS):
         total = torch.zeros(())
         for turn in range(accumulation):
-            first = (turn * ranks + dist.get_rank()) * micro
-            loss = engine(step, slice(first, first + micro))
+            first = (turn * turns + dist.get_rank() % turns) * micro
+            loss = engine(step, slice(first, first + micro), part=part)
             total += loss.detach()
             engine.backward(loss * ranks * accumulation)
             engine.step()
@@ -380,6 +389,9 @@ def main(output: str) -> None:
         results["-".join(map(str, ["alone", *reference]))] = alone(*reference)
     for case in itertools.product(STAGES, ACCUMULATIONS, PRECISIONS, CLIPS):
         results["-".join(map(str, case))] = sharded(*case)
+    for stage, accumulation in itertools.product(STAGES, ACCUMULATIONS):
+        shared = sharded(stage, accumulation, "fp32", CLIPS[-1], shared=True)
+        results[f"shared-{stage}-{accumulation}"] = shared
     for kept in OFFLOADS:
         results["-".join(map(str, kept))] = offloaded(*kept)
     results["update-alone"] = update_alone()

@@ -167,6 +167,7 @@ def test_bad_input_is_named(
         ),
         ([run, *good, "--bed", bed], "names 'chr1', but the shards hold 'gi|9626243|ref|NC_001416.1|'"),
         ([run, "trainer.devices=0", *good], "trainer.devices=0: must be above zero"),
+        ([run, "trainer.sequence_ranks=2", *good], "trainer.sequence_ranks=2 does not divide the 1 rank"),
         ([run, "trainer.nodes=2", *good], "trainer.nodes=2: start it with slurm/evaluate.sbatch"),
         ([run, "data.lenth=5", *good], "unknown key 'data.lenth'"),
     ):
@@ -195,10 +196,13 @@ def test_one_rank_and_two_give_the_numbers_of_the_journal(
         and one["bits_per_base"]["bases"] == row["full_valid_bases"]
     )
     assert one["bits_per_base"]["value"] == pytest.approx(row["full_valid_bits_per_base"], rel=1e-6)
-    out = undisturbed.parent / "evaluated"
-    arguments = ["evaluate", undisturbed, "trainer.devices=2", *more, "--output", out]
-    code, output = start_job(*map(str, arguments)).wait()
-    assert code == 0, output
-    two = json.loads((out / "evaluation.json").read_text())
-    assert two | {"compressors": []} == one | {"compressors": []}
-    assert output.count("written: ") == output.count("measuring recall: ") == 1  # by one rank
+    for shared in (1, 2):  # two ranks with windows of their own, and two that share each window
+        out = undisturbed.parent / f"evaluated-{shared}"
+        settings = ["trainer.devices=2", f"trainer.sequence_ranks={shared}"]
+        code, output = start_job(
+            *map(str, ["evaluate", undisturbed, *settings, *more, "--output", out])
+        ).wait()
+        assert code == 0, output
+        two = json.loads((out / "evaluation.json").read_text())
+        assert two | {"compressors": []} == one | {"compressors": []}
+        assert output.count("written: ") == output.count("measuring recall: ") == 1  # by one rank
