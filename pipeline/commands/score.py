@@ -25,6 +25,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strand", choices=("both", "forward", "reverse"), default="both", help="default: both"
     )
+    parser.add_argument(
+        "--track",
+        metavar="NAMES",
+        help="write bigWig files into FILE.tracks too: logp, entropy, acgt, with commas between them",
+    )
+    parser.add_argument(
+        "--assembly", metavar="NAME", help="the genome in FILE.tracks/hub.txt (default: the name of FASTA)"
+    )
     add_output(parser, "the Parquet file to write")
 
 
@@ -33,5 +41,7 @@ def run(options: argparse.Namespace) -> int:
     given = values(options)
     from megabase.pipeline.inference.score import ScoreOptions
     from megabase.pipeline.inference.score import run as score
+    from megabase.pipeline.inference.tracks import Tracks
 
+    given["tracks"] = Tracks.parse(given.pop("track"))
     return score(ScoreOptions(**given))

@@ -8,12 +8,15 @@ of `partial`, which keeps what is finished over a kill and shares the tasks amon
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import LoadedModel, load_model
 from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, grouped, is_finished
+from megabase.pipeline.inference.tracks import Hub, TrackRows, Tracks, directory_of, in_order, write_tracks
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,8 @@ class ScoreOptions:
         step: of the checkpoint; "best"; None: the newest intact one.
         block: bases that are read at a time.
         portion: of the tasks, for this process.
+        tracks: the bigWig files to write beside the table.
+        assembly: what a browser calls the genome; None: the name of the FASTA file.
         json: print a summary as JSON.
     """
 
@@ -83,6 +89,8 @@ class ScoreOptions:
     step: int | str | None = None
     block: int = 1 << 14
     portion: Portion = WHOLE
+    tracks: Tracks = field(default_factory=Tracks)
+    assembly: str | None = None
     json: bool = False
 
 
@@ -112,19 +120,42 @@ def run(options: ScoreOptions) -> int:
     """
     if is_finished(options.output, options.portion):
         return 0
+    options.tracks.check_directory(options.output, options.portion)
     genome = Genome(options.fasta)
     regions = genome.records() if options.regions is None else genome.regions(options.regions)
     loaded = load_model(options.model, options.step)
     check(loaded, regions, options.strand)
+    options.tracks.check(loaded.alphabet, genome, regions)
     tasks = split_up(regions, STRANDS[options.strand])
     sizes = {name: sum(len(regions[place]) for place in task.places) for name, task in tasks.items()}
     partial = Partial.open(options.output, call_of(options, loaded, genome, regions), sizes, options.portion)
     score(loaded, genome, regions, options, tasks, partial)
     if not partial.is_complete():
         return 0
-    if partial.publish((options.output, lambda path: write(path, regions, tasks, partial))):
+    if partial.publish(*outputs(options, loaded, genome, regions, tasks, partial)):
         report(options, loaded)
     return 0
+
+
+def outputs(
+    options: ScoreOptions,
+    loaded: LoadedModel,
+    genome: Genome,
+    regions: Sequence[Region],
+    tasks: Mapping[str, Task],
+    partial: Partial,
+) -> list[tuple[Path, Callable[[Path], None]]]:
+    """What is written when all tasks are finished, and how: the directory of tracks, if any, and the table."""
+    table = (options.output, functools.partial(write, regions=regions, tasks=tasks, partial=partial))
+    if not options.tracks.names:
+        return [table]
+    files = {strand: track_files(regions, tasks, partial, strand) for strand in STRANDS[options.strand]}
+    hub = Hub.of(options.output, options.assembly or options.fasta.name.split(".")[0], loaded.source)
+    scored = in_order(genome, regions)
+    tracks = functools.partial(
+        write_tracks, hub=hub, tracks=options.tracks, lengths=genome.lengths, regions=scored, files=files
+    )
+    return [(directory_of(options.output), tracks), table]
 
 
 def check(loaded: LoadedModel, regions: list[Region], strand: str) -> None:
@@ -163,6 +194,7 @@ def call_of(
         "regions": [[region.record, region.start, region.end] for region in regions],
         "strand": options.strand,
         "block": options.block,
+        "tracks": list(options.tracks.names),
     }
 
 
@@ -181,14 +213,64 @@ def score(
     total = sum(partial.sizes[name] for name in todo)
     with bar("scoring", total, shown=sys.stderr.isatty()) as advance:
         for name in todo:
-            task = tasks[name]
-            found: dict[int, Walk] = {}
-            for places in batches(task.places, regions, options.block):
-                rows = [regions[place] for place in places]
-                tokens = tokens_of(loaded, genome, rows, task.strand, options.block)
-                walks = walk_over(loaded, (block.to(device) for block in tokens), rows, advance)
-                found |= dict(zip(places, walks, strict=True))
-            partial.add_json(name, [asdict(found[place]) for place in task.places])
+            walks: dict[int, Walk] = {}
+            walk = functools.partial(
+                do_task, loaded, genome, regions, options, tasks[name], device, advance, walks
+            )
+            if options.tracks.names:
+                partial.add(values_of(name), walk)
+            else:
+                walk(None)
+            partial.add_json(name, [asdict(walks[place]) for place in tasks[name].places])
+
+
+def do_task(
+    loaded: LoadedModel,
+    genome: Genome,
+    regions: Sequence[Region],
+    options: ScoreOptions,
+    task: Task,
+    device: torch.device,
+    advance: Callable[[int], None],
+    walks: dict[int, Walk],
+    path: Path | None,
+) -> None:
+    """Walk over the regions of a task, collect what was found by their places, and write the values of the tracks."""
+    firsts = first_rows(task, regions)
+    with nullcontext() if path is None else path.open("wb") as file:
+        for places in batches(task.places, regions, options.block):
+            rows = [regions[place] for place in places]
+            tokens = tokens_of(loaded, genome, rows, task.strand, options.block)
+            values = None
+            if file is not None:
+                values = TrackRows(
+                    options.tracks, file, task.strand == REVERSE, [firsts[place] for place in places]
+                )
+            found = walk_over(loaded, (block.to(device) for block in tokens), rows, advance, values)
+            walks |= dict(zip(places, found, strict=True))
+
+
+def first_rows(task: Task, regions: Sequence[Region]) -> dict[int, int]:
+    """The row of the first base of each region in the file of a task's values."""
+    lengths = [len(regions[place]) for place in task.places]
+    return dict(zip(task.places, itertools.accumulate([0, *lengths]), strict=False))
+
+
+def values_of(task: str) -> str:
+    """The file of a task's values."""
+    return f"{task}.values"
+
+
+def track_files(
+    regions: Sequence[Region], tasks: Mapping[str, Task], partial: Partial, strand: str
+) -> dict[Region, tuple[Path, int]]:
+    """The file with the values of each region on a strand, and the row of its first base."""
+    return {
+        regions[place]: (partial.read(values_of(name)), first)
+        for name, task in tasks.items()
+        if task.strand == strand
+        for place, first in first_rows(task, regions).items()
+    }
 
 
 def batches(places: Collection[int], regions: Sequence[Region], block: int) -> Iterator[list[int]]:
@@ -221,9 +303,16 @@ def tokens_of(
 
 
 def walk_over(
-    loaded: LoadedModel, blocks: Iterator[Tensor], rows: Sequence[Region], advance: Callable[[int], None]
+    loaded: LoadedModel,
+    blocks: Iterator[Tensor],
+    rows: Sequence[Region],
+    advance: Callable[[int], None],
+    values: TrackRows | None = None,
 ) -> list[Walk]:
     """Read blocks of tokens (rows, n), with BOS before the first one, and add up the nats of all letters of each row.
+
+    Args:
+        values: what writes the values of the tracks, if any.
 
     Raises:
         RunError: a log-probability is not finite.
@@ -234,7 +323,12 @@ def walk_over(
     for tokens in blocks:
         length = tokens.shape[1]
         given = F.pad(tokens, (1, 0), value=BOS) if state.position == 0 else tokens
-        log_probs = read_block(loaded.model, given, state).log_probs[:, -length:]
+        read = max(state.position - 1, 0)
+        every_token = values is not None and values.tracks.every_token
+        found = read_block(loaded.model, given, state, every_token=every_token)
+        if values is not None:
+            values.add(rows, read, found, tokens)
+        log_probs = found.log_probs[:, -length:]
         letter = tokens >= FIRST_LETTER
         nats -= log_probs.double().where(letter, 0.0).sum(1).cpu()
         bases += letter.sum(1).cpu()

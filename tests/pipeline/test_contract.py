@@ -52,8 +52,8 @@ COMMANDS = {
         "--json",
     ],
     "score": [
-        *("model", "fasta", "--regions", "--strand", "--output", "--block", "--portion"),
-        *("--step", "--best", "--json"),
+        *("model", "fasta", "--regions", "--strand", "--track", "--assembly", "--output", "--block"),
+        *("--portion", "--step", "--best", "--json"),
     ],
     "embed": [
         *("model", "fasta", "--regions", "--layer", "--pool", "--strand", "--dtype", "--output", "--block"),
