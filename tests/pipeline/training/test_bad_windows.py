@@ -16,6 +16,7 @@ from megabase.datamodules.datamodule import SequenceDataModule
 from megabase.datamodules.prepare.run import prepare
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.ranks.groups import Groups
 from megabase.pipeline.training.bad_windows import report, windows_of
 from megabase.pipeline.training.guard import Trouble
 
@@ -75,7 +76,7 @@ def test_a_report_names_the_windows_that_each_rank_read(
         for rank in range(ranks)
     ]
     message = report(
-        run, Trouble(step, "the loss"), Others(nats), nats[0], partial(windows_of, run, loaders[0])
+        run, Trouble(step, "the loss"), Groups(Others(nats)), nats[0], partial(windows_of, run, loaders[0])
     )  # type: ignore[arg-type]
 
     path = run.directory / "logs" / f"bad-step-{step}.json"
@@ -112,7 +113,9 @@ def test_a_report_without_file_or_outliers_says_so(
     batches = TrainBatches(data.training_windows(), Place(0, 2, 2), 1, 2)
 
     def message_for(nats: list[list[float]]) -> str:
-        return report(run, Trouble(3, "the loss"), Others(nats), nats[0], partial(windows_of, run, batches))  # type: ignore[arg-type]
+        return report(
+            run, Trouble(3, "the loss"), Groups(Others(nats)), nats[0], partial(windows_of, run, batches)
+        )  # type: ignore[arg-type]
 
     assert "cannot be written" in message_for([[5.0, 5.0], [5.0, 5.0]])  # there is no run directory
     run.directory.mkdir()

@@ -89,7 +89,7 @@ def test_soft_masked_letters_weigh_less_in_training_and_the_same_in_evaluation(t
     for weight in (1.0, 0.5, 0.0):
         module = PretrainModule(tiny_run(tmp_path, f"data.softmask_weight={weight}"), log=False)
         module.configure_model()
-        module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
+        module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0, world_size=1)
         batch = causal_batch(raw, Alphabet.named("dna"), 20, weight)
         loss = module.training_step(batch, 0)
         module.training_step(batch, 1)

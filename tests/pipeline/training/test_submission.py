@@ -39,7 +39,7 @@ def test_what_is_found(lambda_shards: Path, tmp_path: Path) -> None:
     ]
     texts = {each.what: each.text for each in found}
     assert texts["shards"] == f"{lambda_shards}: 85 training windows of 512 bases"
-    assert texts["batch"] == "8 windows = 2 x 1 accumulated x 4 ranks"
+    assert texts["batch"] == "8 windows = 4 ranks x 2 of a micro batch x 1 accumulated"
     assert texts["run directory"] == f"{tmp_path}/a can be written"
     assert texts["disk"].startswith("up to 4 checkpoints of ") and f" free in {tmp_path}" in texts["disk"]
     assert texts["partition"] == "gpu: 2 nodes, no time limit"
