@@ -1,4 +1,4 @@
-"""Classes of bases from a BED file, such as coding and repeat: which bases of a window are in which class."""
+"""Classes of bases from an annotation, such as coding and repeat: which bases of a window are in which class."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.segments import Segments
 from megabase.datamodules.order.ranges import united
 from megabase.datamodules.order.windows import PACKED, WindowPlan
-from megabase.datamodules.prepare.bed import read_rows
+from megabase.datamodules.report.annotation import read_annotation
 
 REST = "(none)"
 """The class of bases that are in no interval."""
@@ -19,7 +19,7 @@ REST = "(none)"
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """The intervals of a BED file by class.
+    """The intervals of an annotation by class.
 
     Attributes:
         names: of the classes, sorted; REST comes last.
@@ -31,7 +31,7 @@ class Classes:
 
     @classmethod
     def read(cls, path: Path, segments: Segments, split: str) -> "Classes":
-        """Read a BED file: the fourth column is the class. A base may be in several classes.
+        """Read an annotation: the types of GFF features, or the fourth column of BED. A base may be in several classes.
 
         Args:
             path: the file.
@@ -43,10 +43,12 @@ class Classes:
                 none touches the split. The message names the file.
         """
         found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        for row in read_rows(path, "class", "--bed"):
+        for row in read_annotation(path, "--annotation"):
             found.setdefault((row.fourth, row.name), []).append((row.start, row.end))
         if not found:
-            raise DataError(f"{path}: holds no interval: every line must be chr, start, end, class")
+            raise DataError(
+                f"{path}: holds no interval: give GFF features, or lines of chr, start, end, class"
+            )
         _check_records(path, sorted({record for _, record in found}), segments)
         names = sorted({name for name, _ in found})
         classes = cls((*names, REST), {key: united(np.array(spans)) for key, spans in found.items()})

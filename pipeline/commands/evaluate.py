@@ -45,7 +45,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="windows to measure recall in; 0: none (default: 32)",
     )
-    parser.add_argument("--bed", type=Path, metavar="FILE", help="classes of bases: chr, start, end, class")
+    parser.add_argument(
+        "--bed",
+        "--annotation",
+        dest="annotation",
+        type=Path,
+        metavar="FILE",
+        help="classes of bases: GFF3 or GTF, by type; or BED (chr, start, end, class)",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write evaluation.json and evaluation.png there"
     )
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     """The command line after `megabase evaluate`."""
-    names = ("split", "shards", "length", "step", "windows", "recall", "bed", "output")
+    names = ("split", "shards", "length", "step", "windows", "recall", "annotation", "output")
     chosen = {name: getattr(options, name) for name in names}
     flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
     return [str(options.model), *options.settings, *flags, *(["--json"] if options.json else [])]

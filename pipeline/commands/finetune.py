@@ -29,8 +29,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "table",
         metavar="TABLE",
         type=Path,
-        help="CSV, TSV or Parquet with a sequence and a label in each row; or a folder with SPLIT/CLASS.fa or"
-        " SPLIT/CLASS/*.txt",
+        help="CSV, TSV or Parquet with a sequence and a label in each row; a folder with SPLIT/CLASS.fa or"
+        " SPLIT/CLASS/*.txt; with --genome BED or bigWig",
     )
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="such as trainer.max_steps=500 or optim.lr=1e-4"
@@ -49,6 +49,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="default: by the labels")
     for name in ("sequence", "label", "split"):
         parser.add_argument(f"--{name}", default=name, metavar="COLUMN", help=f"default: {name}")
+    parser.add_argument(
+        "--genome",
+        type=Path,
+        metavar="FASTA",
+        help="TABLE is BED or bigWig, with labels of this genome's bases",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="with --genome: bases of a window (default: that of the model's training)",
+    )
     add_choice(parser)
     parser.add_argument(
         "--predict", action="store_true", help="predict with a fine-tuned model; do not train"
@@ -58,8 +70,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if options.rank < 1:
-        raise UserError(f"--rank {options.rank}: must be 1 or more")
+    for name in ("rank", "window"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be 1 or more")
+    if options.window and not options.genome:
+        raise UserError("--window: only with --genome, which is cut into windows")
+    if options.predict and options.genome:
+        raise UserError("--genome: --predict takes sequences: give a table or FASTA as TABLE")
     # Before torch is imported, which takes seconds: a signal that comes meanwhile must not be lost.
     stop = StopRequest(answers=not is_rank()).listen()
     from megabase.pipeline.finetune.model import Method
@@ -68,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
     from megabase.pipeline.finetune.tables import Columns
 
     given: dict[str, Any] = {
-        name: getattr(options, name) for name in ("model", "table", "output", "task", "predict")
+        name: getattr(options, name)
+        for name in ("model", "table", "output", "task", "genome", "window", "predict")
     }
     call = FinetuneOptions(
         **given,
@@ -83,7 +101,19 @@ def run(options: argparse.Namespace) -> int:
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     """The command line after `megabase finetune`."""
-    names = ("output", "mode", "pool", "rank", "task", "sequence", "label", "split", "step")
+    names = (
+        "output",
+        "mode",
+        "pool",
+        "rank",
+        "task",
+        "sequence",
+        "label",
+        "split",
+        "genome",
+        "window",
+        "step",
+    )
     values = {name: getattr(options, name) for name in names}
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return [str(options.model), str(options.table), *options.settings, *flags]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID
+from megabase.pipeline.finetune.bases import neighbourhoods
 from megabase.pipeline.finetune.examples import Examples
 from megabase.pipeline.finetune.extras import require
 
@@ -30,6 +31,58 @@ class Baseline:
 
     name: str
     found: NDArray[np.float64]
+
+
+WIDTHS = (7, 15)
+"""Letters around a base, itself in the middle."""
+MOST_FITTED = 100_000
+"""Bases of the training split, spread over it, that the baseline of single bases is fitted on."""
+
+
+def base_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
+    """Logistic or ridge regression on the letters around each base; width and penalty are chosen as for k-mers.
+
+    Returns:
+        Predictions of the labelled bases of the test split, one behind the other.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    pre, pipeline, linear = (
+        require(f"sklearn.{name}") for name in ("preprocessing", "pipeline", "linear_model")
+    )
+    classes = examples.problem.classes
+    rows = {split: examples.of(split) for split in (TRAIN, VALID, TEST)}
+    best: tuple[float, int, float, Any] | None = None
+    for width in WIDTHS:
+        x, y, _ = neighbourhoods(examples, alphabet, rows[TRAIN], width, MOST_FITTED)
+        valid_x, valid_y, _ = neighbourhoods(examples, alphabet, rows[VALID], width, MOST_FITTED)
+        for strength in STRENGTHS:
+            model = (
+                linear.LogisticRegression(C=strength, max_iter=100) if classes else linear.Ridge(1 / strength)
+            )
+            fitted = pipeline.make_pipeline(pre.OneHotEncoder(handle_unknown="ignore"), model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fitted.fit(x, y)
+            score = float(fitted.score(valid_x, valid_y))
+            if best is None or score > best[0]:
+                best = (score, width, strength, fitted)
+    assert best is not None
+    _, width, strength, fitted = best
+    x, _, _ = neighbourhoods(examples, alphabet, rows[TEST], width, 0)
+    kind = "logistic" if classes else "ridge"
+    name = f"{width} letters around each base, {kind} regression, C={strength:g}"
+    return Baseline(name, _predicted(fitted, x, examples))
+
+
+def _predicted(fitted: Any, x: Any, examples: Examples) -> NDArray[np.float64]:
+    """(n, outputs) predictions of a fitted model of scikit-learn; probability 0 for a class it has not seen."""
+    if not examples.problem.classes:
+        return np.asarray(fitted.predict(x), np.float64)[:, None]
+    found = np.zeros((np.shape(x)[0], examples.problem.outputs))
+    found[:, fitted.classes_.astype(np.int64)] = fitted.predict_proba(x)
+    return found
 
 
 def kmer_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
@@ -75,8 +128,4 @@ def kmer_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
         guess = majority / majority.sum() if examples.problem.classes else np.array([labels[TRAIN].mean()])
         return Baseline("the training split's mean", np.tile(guess, (len(rows[TEST]), 1)))
     _, name, fitted = best
-    if not examples.problem.classes:
-        return Baseline(name, fitted.predict(texts[TEST])[:, None])
-    found = np.zeros((len(rows[TEST]), examples.problem.outputs))
-    found[:, fitted.classes_.astype(np.int64)] = fitted.predict_proba(texts[TEST])
-    return Baseline(name, found)
+    return Baseline(name, _predicted(fitted, texts[TEST], examples))

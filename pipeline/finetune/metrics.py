@@ -1,6 +1,7 @@
 """What predictions are worth: metrics with bootstrap intervals.
 
-Examples are drawn with replacement RESAMPLES times, always the same ones; an interval is the middle CONFIDENCE of the
+Examples are drawn with replacement RESAMPLES times, always the same ones (of single bases: their windows,
+RESAMPLES_OF_BASES times); an interval is the middle CONFIDENCE of the
 values (Efron & Tibshirani 1993, percentile intervals).
 """
 
@@ -16,7 +17,9 @@ from scipy.stats import rankdata
 
 from megabase.pipeline.finetune.examples import Problem
 
-RESAMPLES = 1000
+RESAMPLES, RESAMPLES_OF_BASES = 1000, 100
+MOST_BASES = 1_000_000
+"""Labelled bases, spread evenly over the test split, that metrics of single bases are computed of."""
 CONFIDENCE = 0.95
 _SEED = 0
 
@@ -111,7 +114,7 @@ def estimates(
     ends = np.append(starts[1:], len(labels))
     drawn = np.random.default_rng(_SEED)
     values: dict[str, list[float]] = {name: [] for name in metrics}
-    for _ in range(RESAMPLES if groups is None else RESAMPLES // 10):
+    for _ in range(RESAMPLES if groups is None else RESAMPLES_OF_BASES):
         chosen = drawn.integers(0, len(starts), len(starts))
         rows = chosen
         if groups is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from rich.table import Table
 from megabase.datamodules.files import publish_json
 from megabase.datamodules.index.segments import TEST
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.finetune.baseline import kmer_baseline
+from megabase.pipeline.finetune.baseline import base_baseline, kmer_baseline
 from megabase.pipeline.finetune.examples import SPLITS, Examples, Problem
-from megabase.pipeline.finetune.metrics import Estimate, estimates
+from megabase.pipeline.finetune.metrics import MOST_BASES, Estimate, estimates
 from megabase.pipeline.finetune.predict import Loaded, load_finetuned
 from megabase.pipeline.finetune.task import Work
 from megabase.pipeline.rundir.paths import RunPaths
@@ -41,8 +41,9 @@ def write_result(config: RunConfig, work: Work) -> dict[str, Any]:
     chosen = examples.of(TEST)
     found = loaded.predict(examples, chosen)
     write_predictions(directory / PREDICTIONS, loaded, examples, chosen, found, labels=True)
-    labels = np.asarray(examples.labels)[chosen]
-    baseline = kmer_baseline(examples, loaded.alphabet)
+    judged = _judged(examples, chosen, found)
+    per_base = examples.problem.per_base
+    baseline = (base_baseline if per_base else kmer_baseline)(examples, loaded.alphabet)
     result = {
         "run": str(directory),
         "step": loaded.step,
@@ -50,14 +51,49 @@ def write_result(config: RunConfig, work: Work) -> dict[str, Any]:
         **work.record,
         "task": examples.problem.name,
         "splits": {split: examples.splits.count(split) for split in SPLITS},
-        "metrics": _as_dict(estimates(examples.problem, labels, np.stack(found))),
+        "metrics": _as_dict(judged.estimates(judged.found)),
         "baseline": {
             "name": baseline.name,
-            "metrics": _as_dict(estimates(examples.problem, labels, baseline.found)),
+            "metrics": _as_dict(judged.estimates(baseline.found[judged.spread])),
         },
     }
     publish_json(RunPaths(directory).result, result, indent=1)
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What the metrics are computed of: labels and predictions, of single bases one behind the other.
+
+    Attributes:
+        problem: what was predicted.
+        labels, found: (n,) and (n, outputs).
+        windows: (n,) of single bases; None: of whole sequences.
+        spread: which of all labels these are.
+    """
+
+    problem: Problem
+    labels: NDArray[np.float64]
+    found: NDArray[np.float64]
+    windows: NDArray[np.int64] | None
+    spread: NDArray[np.int64]
+
+    def estimates(self, found: NDArray[np.float64]) -> dict[str, Estimate]:
+        return estimates(self.problem, self.labels, found, self.windows)
+
+
+def _judged(examples: Examples, chosen: NDArray[np.int64], found: Sequence[NDArray[np.float64]]) -> _Judged:
+    problem = examples.problem
+    if not problem.per_base:
+        labels = np.asarray(examples.labels)[chosen]
+        return _Judged(problem, labels, np.stack(found), None, np.arange(len(labels)))
+    each = [np.asarray(examples.labels[number], np.float64) for number in chosen]
+    has = ~np.isnan(np.concatenate(each))
+    windows = np.repeat(np.arange(len(each)), [len(label) for label in each])[has]
+    count = min(len(windows), MOST_BASES)
+    spread = np.arange(count) * len(windows) // count
+    labels, values = np.concatenate(each)[has][spread], np.concatenate(found)[has][spread]
+    return _Judged(problem, labels, values, windows[spread], spread)
 
 
 def _as_dict(found: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
@@ -98,24 +134,30 @@ def write_predictions(
 ) -> None:
     """Write predictions as a Parquet file, which appears complete.
 
-    Columns: example, prediction (a class or a number), with classes p_CLASS for each, and with `labels` the label.
+    Columns: example, prediction (a class or a number), with classes p_CLASS for each, and with `labels` the label. Of
+    single bases, each is a list with a value for every base.
     """
     problem = loaded.problem
     columns: dict[str, Any] = {"example": [examples.names[each] for each in chosen]}
     if labels:
-        columns["label"] = [_written(problem, float(examples.labels[each])) for each in chosen]
+        columns["label"] = [_written(problem, examples.labels[each]) for each in chosen]
     columns["prediction"] = [
-        _written(problem, float(row.argmax()) if problem.classes else float(row[0])) for row in found
+        _written(problem, row.argmax(axis=-1) if problem.classes else row[..., 0]) for row in found
     ]
     for number, name in enumerate(problem.classes):
-        columns[f"p_{name}"] = [float(row[number]) for row in found]
+        columns[f"p_{name}"] = [row[..., number].tolist() for row in found]
     partial = path.with_name(f"{path.name}.partial")
     parquet.write_table(pa.table(columns), partial)
     partial.rename(path)
 
 
-def _written(problem: Problem, value: float) -> str | float:
-    return problem.classes[int(value)] if problem.classes else value
+def _written(problem: Problem, values: Any) -> Any:
+    """A label or its prediction; of single bases a list, with None where there is no label."""
+    if np.ndim(values):
+        return [_written(problem, value) for value in values.tolist()]
+    if not math.isfinite(values):
+        return None
+    return problem.classes[int(values)] if problem.classes else float(values)
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:

@@ -17,12 +17,13 @@ from megabase.models import pretrained
 from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, read_manifest
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.files import read_object
+from megabase.pipeline.finetune.bases import known, per_base_examples
 from megabase.pipeline.finetune.examples import AUTO, Examples, check_letters, labelled
 from megabase.pipeline.finetune.extras import require
 from megabase.pipeline.finetune.model import LORA, Method
 from megabase.pipeline.finetune.settings import Pretrained, settings_of
 from megabase.pipeline.finetune.splits import split_of_each
-from megabase.pipeline.finetune.tables import Columns, Table, read_folder, read_table
+from megabase.pipeline.finetune.tables import FASTA, Columns, Table, read_fasta, read_folder, read_table
 from megabase.pipeline.finetune.task import RECORD, Finetuning, Work
 from megabase.pipeline.inference.model import ALPHABETS, chosen_step
 from megabase.pipeline.inference.source import describe
@@ -36,6 +37,7 @@ from megabase.pipeline.training.run import train
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 1
+DEFAULT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class FinetuneOptions:
         method: what is trained, and the pooling.
         task: see `examples.labelled`.
         columns: of a table.
+        genome: FASTA: `table` is BED or bigWig, with a label for each base; None: a label for each sequence.
+        window: bases of a window of the genome; None: as in the model's training.
         step: of the model's checkpoint; see `load_model`.
         predict: do not train.
         as_json: print the result as JSON.
@@ -62,6 +66,8 @@ class FinetuneOptions:
     method: Method = field(default_factory=Method)
     task: str = AUTO
     columns: Columns = field(default_factory=Columns)
+    genome: Path | None = None
+    window: int | None = None
     step: int | str | None = None
     predict: bool = False
     as_json: bool = False
@@ -129,7 +135,10 @@ def predict(options: FinetuneOptions) -> int:
         raise UserError(f"{options.settings[0]}: --predict takes no settings")
     step = chosen_step(options.model, options.step)
     loaded = load_finetuned(options.model, step)
-    table = _read(options.table, replace(options.columns, label=None))
+    if options.table.suffix in FASTA or options.table.with_suffix("").suffix in FASTA:
+        table = read_fasta(options.table)
+    else:
+        table = _read(options.table, replace(options.columns, label=None))
     check_letters(table.sequences, loaded.alphabet, options.table)
     examples = unlabelled(table.names, table.sequences, loaded.problem)
     chosen = np.arange(len(examples))
@@ -187,12 +196,23 @@ def read_examples(options: FinetuneOptions, model: Pretrained) -> Examples:
         UserError: see `read_table`, `read_folder`, `labelled` and `split_of_each`; or the training split has one class.
     """
     alphabet, source = Alphabet.named(model.alphabet), options.table
+    if options.genome is not None:
+        window = options.window or model.length or DEFAULT_WINDOW
+        return _scaled(per_base_examples(source, options.genome, alphabet, window), source)
     table = _read(source, options.columns)
     problem, labels = labelled(table, options.task, source)
     check_letters(table.sequences, alphabet, source)
     splits = split_of_each(table, alphabet, _seed(options.settings), source)
-    examples = Examples(problem, table.names, table.sequences, labels, splits)
-    of_training = labels[examples.of(TRAIN)]
+    return _scaled(Examples(problem, table.names, table.sequences, labels, splits), source)
+
+
+def _scaled(examples: Examples, source: Path) -> Examples:
+    """The examples, with mean and scale of the training split; raises UserError if nothing can be learned from it."""
+    problem = examples.problem
+    if problem.per_base:
+        of_training = known(examples.labels, examples.of(TRAIN))
+    else:
+        of_training = np.asarray(examples.labels)[examples.of(TRAIN)]
     if problem.classes:
         if len(np.unique(of_training)) < 2:
             only = problem.classes[int(of_training[0])]

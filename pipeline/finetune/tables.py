@@ -142,6 +142,18 @@ def read_folder(path: Path) -> Table:
     return Table(names, sequences, labels, splits)
 
 
+def read_fasta(path: Path) -> Table:
+    """Read sequences without labels. Raises UserError if the file cannot be read, or holds none."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    found = list(_sequences(path))
+    if not found:
+        raise UserError(f"{path} holds no sequences")
+    names, sequences = [name for name, _ in found], [sequence for _, sequence in found]
+    _check_sequences(path, names, sequences)
+    return Table(names, sequences, [], None)
+
+
 def _stem(path: Path) -> str:
     """The name of a file without its format and compression."""
     name = path.name

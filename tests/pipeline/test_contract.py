@@ -47,7 +47,7 @@ COMMANDS = {
         "--best",
         "--windows",
         "--recall",
-        "--bed",
+        "--annotation",
         "--output",
         "--json",
     ],
@@ -101,7 +101,8 @@ COMMANDS = {
     ],
     "finetune": [
         *("model", "table", "settings", "--output", "--mode", "--pool", "--rank", "--task"),
-        *("--sequence", "--label", "--split", "--step", "--best", "--predict", "--json"),
+        *("--sequence", "--label", "--split", "--genome", "--window", "--step", "--best"),
+        *("--predict", "--json"),
     ],
     "bench": ["benchmark"],
     "job-end": [

@@ -89,7 +89,7 @@ class Evaluation:
         positions: by position in the window.
         contexts: by length of context; empty for a single length.
         cases: by letter case; empty if no scored letter is in lower case, which marks repeats.
-        classes: of the BED file.
+        classes: of the annotation.
         recall: None if it was not measured.
     """
 

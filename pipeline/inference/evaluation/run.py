@@ -76,7 +76,7 @@ class EvaluateOptions:
         step: of the checkpoint; "best"; None: the newest intact one.
         windows: number of windows, spread evenly over the split; 0: all.
         recall: number of windows in which recall is measured; 0: none.
-        bed: file of classes.
+        annotation: file of classes: GFF or BED.
         output: directory for the result as JSON and PNG.
         json: print JSON instead of tables.
     """
@@ -89,7 +89,7 @@ class EvaluateOptions:
     step: int | str | None = None
     windows: int = 0
     recall: int = 32
-    bed: Path | None = None
+    annotation: Path | None = None
     output: Path | None = None
     json: bool = False
 
@@ -200,7 +200,9 @@ def prepare(options: EvaluateOptions) -> Task:
     if not config.data.pack:
         _check_longest(index, options.split, lengths[-1])
     windows = evaluation_windows(replace(config.data, length=lengths[-1]), index, options.split)
-    classes = Classes.read(options.bed, index.segments, options.split) if options.bed else None
+    classes = None
+    if options.annotation:
+        classes = Classes.read(options.annotation, index.segments, options.split)
     is_run = RunPaths(options.model).checkpoints.is_dir()
     return Task(loaded, windows, lengths, classes, loaded.source.step if is_run else None)
 

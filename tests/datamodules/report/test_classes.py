@@ -71,7 +71,7 @@ def test_windows_of_every_kind(tmp_path: Path, genomes: ShardIndex) -> None:
         ("r\t1\t2\n", "line 1: 'r.t1.t2' is not chr, start, end and class with tabs between them"),
         ("r\t1\tx\tgene\n", "line 1: end 'x' is not a non-negative integer"),
         ("r\t5\t5\tgene\n", "holds no base: BED counts from 0"),
-        ("# nothing\n", "holds no interval: every line must be chr, start, end, class"),
+        ("# nothing\n", "holds no interval: give GFF features, or lines of chr, start, end, class"),
         (
             "chr1\t1\t2\tgene\nchr2\t1\t2\tgene\n",
             "names 'chr1', 'chr2', but the shards hold 'r', 's': use the names",
@@ -85,8 +85,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be read .*: give --bed a BED file"):
+    with pytest.raises(DataError, match=r"cannot be read .*: give --annotation a BED file"):
         Classes.read(tmp_path / "none.bed", SEGMENTS, "valid")
     (tmp_path / "zipped.bed").write_bytes(b"\x1f\x8b\xff\xfe")
-    with pytest.raises(DataError, match=r"not text .*: give --bed a BED file, uncompressed"):
+    with pytest.raises(DataError, match=r"not text .*: give --annotation a BED file, uncompressed"):
         Classes.read(tmp_path / "zipped.bed", SEGMENTS, "valid")

@@ -163,7 +163,7 @@ def test_bad_input_is_named(
         ([run, *good, "--recall", "-1"], "--recall -1: must be 0 or more"),
         (
             [run, *good, "--bed", tmp_path / "no.bed"],
-            "no.bed: cannot be read (No such file or directory): give --bed",
+            "no.bed: cannot be read (No such file or directory): give --annotation",
         ),
         ([run, *good, "--bed", bed], "names 'chr1', but the shards hold 'gi|9626243|ref|NC_001416.1|'"),
         ([run, "trainer.devices=0", *good], "trainer.devices=0: must be above zero"),
