@@ -27,7 +27,8 @@ from megabase.pipeline.errors import RunError
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import LoadedModel
 from megabase.pipeline.inference.pooling import Pool, Pooling
-from megabase.pipeline.inference.score import REVERSE, Task, batches, tokens_of
+from megabase.pipeline.inference.score import REVERSE, Task, tokens_of
+from megabase.pipeline.inference.walk import batches
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megabase.datamodules.alphabet import BOS, FIRST_LETTER, PAD
+from megabase.datamodules.alphabet import PAD
 from megabase.datamodules.prepare.portions import Portion
 from megabase.datamodules.progress import bar
-from megabase.models.chance import Seeds
-from megabase.models.generation import read_block, start
-from megabase.pipeline.errors import RunError, UserError
+from megabase.models.generation import start
+from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import LoadedModel, load_model
 from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, grouped, is_finished
 from megabase.pipeline.inference.tracks import Hub, TrackRows, Tracks, directory_of, in_order, write_tracks
+from megabase.pipeline.inference.walk import Walk, batches, walk_over
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +91,6 @@ class ScoreOptions:
     tracks: Tracks = field(default_factory=Tracks)
     assembly: str | None = None
     json: bool = False
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What one walk found: nats of all bases, number of bases, and of letters that are none."""
-
-    nats: float
-    bases: int
-    other: int
 
 
 @dataclass(frozen=True)
@@ -273,17 +263,6 @@ def track_files(
     }
 
 
-def batches(places: Collection[int], regions: Sequence[Region], block: int) -> Iterator[list[int]]:
-    """Places of regions to read together, of similar length: at most `block` tokens with padding, or one region."""
-    batch: list[int] = []
-    for place in sorted(places, key=lambda place: len(regions[place])):
-        if batch and (len(batch) + 1) * len(regions[place]) > block:
-            yield batch
-            batch = []
-        batch.append(place)
-    yield batch
-
-
 def tokens_of(
     loaded: LoadedModel, genome: Genome, rows: Sequence[Region], strand: str, block: int
 ) -> Iterator[Tensor]:
@@ -300,47 +279,6 @@ def tokens_of(
     else:
         whole = [encoded(next(genome.letters(row, len(row)))) for row in rows]
         yield pad_sequence(whole, batch_first=True, padding_value=PAD)
-
-
-def walk_over(
-    loaded: LoadedModel,
-    blocks: Iterator[Tensor],
-    rows: Sequence[Region],
-    advance: Callable[[int], None],
-    values: TrackRows | None = None,
-) -> list[Walk]:
-    """Read blocks of tokens (rows, n), with BOS before the first one, and add up the nats of all letters of each row.
-
-    Args:
-        values: what writes the values of the tracks, if any.
-
-    Raises:
-        RunError: a log-probability is not finite.
-    """
-    state = start(loaded.model, len(rows), seeds=Seeds(run=loaded.config.run.seed))
-    nats = torch.zeros(len(rows), dtype=torch.float64)
-    bases = torch.zeros(len(rows), dtype=torch.int64)
-    for tokens in blocks:
-        length = tokens.shape[1]
-        given = F.pad(tokens, (1, 0), value=BOS) if state.position == 0 else tokens
-        read = max(state.position - 1, 0)
-        every_token = values is not None and values.tracks.every_token
-        found = read_block(loaded.model, given, state, every_token=every_token)
-        if values is not None:
-            values.add(rows, read, found, tokens)
-        log_probs = found.log_probs[:, -length:]
-        letter = tokens >= FIRST_LETTER
-        nats -= log_probs.double().where(letter, 0.0).sum(1).cpu()
-        bases += letter.sum(1).cpu()
-        advance(int((tokens != PAD).sum()))
-    if not nats.isfinite().all():
-        raise RunError(
-            "the model's log-probabilities are not finite: take a checkpoint from before it diverged"
-        )
-    return [
-        Walk(of, count, len(row) - count)
-        for of, count, row in zip(nats.tolist(), bases.tolist(), rows, strict=True)
-    ]
 
 
 def row_of(region: Region, walks: Mapping[str, Walk]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ class TrackRows:
     reverse: bool
     firsts: Sequence[int]
 
-    def add(self, regions: Sequence[Region], read: int, found: Reading, tokens: Tensor) -> None:
+    def add(self, regions: Sequence[Sized], read: int, found: Reading, tokens: Tensor) -> None:
         """Write the values of a block.
 
         Args:
