@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -49,6 +50,31 @@ def test_score_and_generate(exported: Path) -> None:
     sequences = [line.split()[1] for line in lines if line.startswith("generated")]
     assert len(set(sequences)) == 2
     assert all(re.fullmatch("[ACGT]{60}", sequence) for sequence in sequences)
+
+
+@pytest.mark.slow
+def test_the_commands_that_use_a_model(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(script: str, *arguments: object) -> list[str]:
+        """What an example prints, in this process."""
+        monkeypatch.setattr(sys, "argv", [script, str(exported), *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    genome = tmp_path / "genome.fa"
+    genome.write_text(f">one\n{'ACGGTTCATTGGCATC' * 100}NNNN{'GATTACA' * 60}\n")
+    found = lines("generate.py", tmp_path / "new.fa")
+    assert [line.split()[0] for line in found[1:]] == ["sequence"] + sorted(
+        (f"generated_{k}" for k in range(1, 9)), key=[line.split()[0] for line in found].index
+    )
+    assert all(0.45 <= float(line.split()[2]) <= 0.55 for line in found[2:])
+    found = lines("embed.py", genome, tmp_path / "embedding.png")
+    assert found[1] == "11 bins, 64 numbers in each" and found[2].startswith("component 1: ")
+    found = lines("tracks.py", genome, "one:1590-1640", tmp_path / "tracks.png")
+    assert re.fullmatch(r"one:1590-1640 reverse: \d\.\d{3} bits per base", found[3])
+    for name in ("embedding.png", "tracks.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
