@@ -75,6 +75,12 @@ def test_the_commands_that_use_a_model(
     assert re.fullmatch(r"one:1590-1640 reverse: \d\.\d{3} bits per base", found[3])
     for name in ("embedding.png", "tracks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    summary, _, *rows = lines("variants.py")
+    assert "ALTs: 11, scored: 11" in summary
+    assert {row.split()[1] for row in rows} == {"snv", "deletion", "insertion"} and len(rows) == 11
+    scores = [[float(value) for value in row.split()[3:]] for row in rows]
+    assert all(llr == pytest.approx((forward + reverse) / 2, abs=2e-3) for llr, forward, reverse, _ in scores)
+    assert [z for *_, z in scores] == sorted(z for *_, z in scores)
 
 
 @pytest.mark.slow

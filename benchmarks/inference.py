@@ -1,0 +1,186 @@
+"""What it costs to score sequences and variants on one CPU core, with a model of random weights.
+
+    python -m benchmarks.inference [--config configs/demo.yaml] [--lengths 10k 100k 1M 4M] [--variants 32] [--json FILE]
+
+It reads E. coli from examples/data, and prints two tables.
+- score: one strand of a record of each length, in a process of its own. peak: memory of the process beyond that before
+  it read the first base.
+- variants: SNVs after `--position` bases, with 1,024 bases scored after each. walk: a base of the walk itself. fork: an
+  SNV read from a fork of the walk's state. context: the same with `--context N`, a window of its own. windows: what
+  others do, a forward pass over a window of N bases with REF and one with ALT, as two rows of a batch.
+Times are CPU seconds of the process, so that other work on the machine disturbs them less; wall time is in the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.blocks import genome as tokens_of_genome
+from benchmarks.blocks import number
+from megabase.datamodules.alphabet import Alphabet
+from megabase.models import Reformer, ReformerConfig, Seeds
+from megabase.models.generation import read_block, start
+from megabase.pipeline.bench.result import machine, versions
+from megabase.pipeline.config.load import load
+from megabase.pipeline.inference.genome import Genome
+from megabase.pipeline.inference.variants.edits import Edit, Strand
+from megabase.pipeline.inference.variants.reading import Reader
+from megabase.pipeline.inference.variants.walk import walk
+from megabase.pipeline.inference.variants.windows import windows
+
+BLOCK = 1 << 14
+LENGTHS = (10_000, 100_000, 1_000_000, 4_000_000)
+SPACING = 2_000
+"""Bases between the SNVs: each has a fork of its own."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured: `count` bases or variants took so many seconds; bytes: of peak memory."""
+
+    what: str
+    count: int
+    cpu_seconds: float
+    wall_seconds: float
+    bytes: int | None = None
+
+    @property
+    def each(self) -> float:
+        """CPU seconds of one."""
+        return self.cpu_seconds / self.count
+
+
+def model_of(config: Path) -> tuple[Reformer, ReformerConfig]:
+    """The model of a config, with random weights."""
+    run = load([config], ["run.name=benchmark", "data.shards=none"])
+    run.model.vocab_size, run.model.max_length = Alphabet.named("dna").vocab_size, run.data.length
+    torch.manual_seed(0)
+    return Reformer(run.model).eval(), run.model
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """CPU and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def score(config: Path, length: int) -> Row:
+    """Read one strand of `length` bases, in this process."""
+    model, _ = model_of(config)
+    tokens = tokens_of_genome(length)
+    read_block(model, tokens[:, :256], start(model, 1))  # loads the kernels
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = start(model, 1)
+    seconds = timed(lambda: [read_block(model, piece, state) for piece in tokens.split(BLOCK, dim=1)])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return Row("score", length, *seconds, bytes=peak * 1024)
+
+
+def scores(config: Path, lengths: list[int]) -> list[Row]:
+    """Score each length in a new process."""
+    rows = []
+    for length in lengths:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.inference",
+            "--config",
+            str(config),
+            "--one",
+            str(length),
+        ]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append(Row(**json.loads(found)))
+        print(f"| {length:,} | {1 / rows[-1].each:,.0f} | {(rows[-1].bytes or 0) / 2**20:,.0f} |", flush=True)
+    return rows
+
+
+def variants(config: Path, position: int, count: int, context: int, folder: Path) -> list[Row]:
+    """The cost of SNVs in several ways."""
+    model, _ = model_of(config)
+    letters = "ACGT"
+    codes = tokens_of_genome(position + count * SPACING + SPACING)[0, 1:].numpy() - 5
+    sequence = np.frombuffer(letters.encode(), np.uint8)[codes.clip(0, 3)]
+    fasta = folder / "genome.fa"
+    fasta.write_bytes(b">ecoli\n" + sequence.tobytes() + b"\n")
+    strand = Strand(Genome(fasta), "ecoli", Alphabet.named("dna"), reverse=False)
+    places = [position + number * SPACING for number in range(count)]
+    edits = [
+        Edit("ecoli", p, p + 1, letters[(letters.index(chr(sequence[p])) + 1) % 4].encode()) for p in places
+    ]
+    reader, rows = Reader(model, Seeds()), []
+
+    def add(what: str, number: int, seconds: tuple[float, float]) -> None:
+        rows.append(Row(what, number, *seconds))
+        print(f"| {what} | {rows[-1].each * 1e3:,.4f} |", flush=True)
+
+    # The same walk without the variants: its only edit changes nothing, where it ends.
+    last = places[-1] + 1
+    read = min(last + reader.downstream, len(strand))
+    bare = timed(lambda: walk(reader, strand, [Edit("ecoli", last, last, b"")], ignore))
+    add("a base of the walk", read, bare)
+    both = timed(lambda: walk(reader, strand, edits, ignore))
+    add("fork", count, (both[0] - bare[0], both[1] - bare[1]))
+    few = edits[: max(2, count // 4)]
+    add(f"context of {context:,}", len(few), timed(lambda: windows(reader, strand, few, context, ignore)))
+    window = tokens_of_genome(context).expand(2, -1)
+    with torch.no_grad():
+        model(window)
+        add(f"windows of {context:,}", 3, timed(lambda: [model(window) for _ in range(3)]))
+    return rows
+
+
+def ignore(_: int) -> None:
+    """Show no progress."""
+
+
+def main() -> None:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="the model's settings")
+    parser.add_argument("--lengths", type=number, nargs="*", default=list(LENGTHS), help="records to score")
+    parser.add_argument("--position", type=number, default=300_000, help="bases before the first variant")
+    parser.add_argument("--variants", type=int, default=32, help="how many")
+    parser.add_argument("--context", type=number, default=8192, help="bases of a window")
+    parser.add_argument("--json", type=Path, help="also write the rows, with machine and versions")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one:
+        print(json.dumps(asdict(score(options.config, options.one))))
+        return
+    print("| bases | bases/s | peak, MiB |\n|---|---|---|")
+    rows = scores(options.config, options.lengths)
+    print("\n| | milliseconds |\n|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        found = variants(options.config, options.position, options.variants, options.context, Path(folder))
+    each = {row.what.split(" of ")[0]: row.each for row in found}
+    print(f"\nwindows / fork: {each['windows'] / each['fork']:.1f}")
+    if options.json:
+        described = {
+            "config": asdict(model_of(options.config)[1]),
+            "rows": [asdict(row) for row in [*rows, *found]],
+            "machine": machine("cpu"),
+            "versions": versions(),
+            "command": f"python -m benchmarks.inference {' '.join(sys.argv[1:])}",
+        }
+        options.json.write_text(json.dumps(described, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
