@@ -1,4 +1,4 @@
-"""The environment of a run: versions, commit and hardware, as `environment.json` in the run directory."""
+"""The environment of a run: versions, commit and hardware in `environment.json`, all packages in `packages.txt`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megabase.datamodules.files import publish_json
+from megabase.datamodules.files import publish, publish_json
 from megabase.models.attention.kernels.dispatch import choose_backend
 from megabase.models.device import processor_lines
 from megabase.pipeline.rundir.paths import RunPaths
@@ -59,9 +59,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def packages() -> list[str]:
+    """All installed packages as NAME==VERSION, as pip takes them."""
+    return sorted({f"{found.name}=={found.version}" for found in distributions() if found.name})
+
+
 def write(directory: Path) -> None:
-    """Write `describe()` to `environment.json` of a run directory. Raises OSError."""
-    publish_json(RunPaths(directory).environment, describe(), indent=1)
+    """Write `describe()` to `environment.json` of a run directory, and `packages()` beside it. Raises OSError."""
+    paths = RunPaths(directory)
+    publish_json(paths.environment, describe(), indent=1)
+    publish(paths.packages, "".join(f"{package}\n" for package in packages()).encode())
 
 
 def _kernel(device: str) -> str:

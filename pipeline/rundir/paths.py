@@ -36,6 +36,11 @@ class RunPaths:
         return self.directory / "environment.json"
 
     @property
+    def packages(self) -> Path:
+        """All installed packages at the last start, as pip writes them."""
+        return self.directory / "packages.txt"
+
+    @property
     def metrics(self) -> Path:
         """The journal: losses, learning rates and evaluations, a function of the run alone."""
         return self.directory / METRICS

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run beside its points: parameters, tags, datasets and files."""
+"""What MLflow is told about a run beside its points and files: parameters, tags and datasets."""
 
 from __future__ import annotations
 
@@ -118,33 +118,3 @@ def log_datasets(client: Any, run_id: str, directory: Path) -> None:
         for split, profile in about["splits"].items()
     ]
     client.log_inputs(run_id, inputs)
-
-
-class Files:
-    """Sends the run's small files as artifacts, again when they have changed.
-
-    Args:
-        directory: the run directory.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        paths = RunPaths(directory)
-        pages = (paths.loss_curve, paths.report)
-        self._paths = (*pages, paths.config, paths.environment, paths.init_from, paths.baselines)
-        self._sent: dict[Path, tuple[int, int]] = {}
-
-    def changed(self) -> list[Path]:
-        """The files that exist and were not sent as they are now."""
-        return [path for path in self._paths if path.exists() and self._sent.get(path) != _version(path)]
-
-    def send(self, client: Any, run_id: str) -> None:
-        """Send the files that have changed."""
-        for path in self.changed():
-            version = _version(path)
-            client.log_artifact(run_id, str(path))
-            self._sent[path] = version
-
-
-def _version(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size

@@ -14,6 +14,7 @@ from megabase.datamodules.files import FileLock
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking import about
+from megabase.pipeline.tracking.artifacts import Files
 from megabase.pipeline.tracking.identity import Identity, settle
 from megabase.pipeline.tracking.names import metric_name
 from megabase.pipeline.tracking.points import Point, Points
@@ -51,7 +52,7 @@ class Sender:
         self._is_open = False
         self._points = Points(directory)
         self._queue: list[Point] = []
-        self._files = about.Files(directory)
+        self._files = Files(directory)
 
     def send(self, status: str | None = None, *, complete: bool = False) -> None:
         """Send what is new. After an error, the next call begins with a look at what MLflow has.
@@ -106,7 +107,7 @@ class Sender:
             None,
             run_id,
         ):  # somebody deleted the MLflow run: send everything to the new one
-            self._points, self._files = Points(directory), about.Files(directory)
+            self._points, self._files = Points(directory), Files(directory)
             self._queue = self._points.new(complete=False)
         self._run_id = run_id
         run = client.get_run(run_id)

@@ -7,7 +7,7 @@ import pytest
 
 from megabase.pipeline.config.load import load
 from megabase.pipeline.rundir.paths import RunPaths
-from megabase.pipeline.tracking.about import Files, changed_settings, settings_of, source_tags
+from megabase.pipeline.tracking.about import changed_settings, settings_of, source_tags
 
 
 def test_changed_settings_are_named_with_the_steps_that_keep_older_points() -> None:
@@ -59,19 +59,3 @@ def test_source(tmp_path: Path, environment: dict[str, object], expected: dict[s
     found = source_tags(tmp_path)
     found.pop("mlflow.user", None)
     assert found == {"megabase.run_directory": str(tmp_path), **expected}
-
-
-def test_a_file_is_sent_again_when_it_has_changed(tmp_path: Path) -> None:
-    sent: list[str] = []
-
-    class Client:
-        def log_artifact(self, _: str, path: str) -> None:
-            sent.append(Path(path).read_text())
-
-    files = Files(tmp_path)
-    assert files.changed() == []
-    for text in ("one", "one", "three"):
-        if not sent or sent[-1] != text:
-            RunPaths(tmp_path).loss_curve.write_text(text)
-        files.send(Client(), "run")
-    assert sent == ["one", "three"]

@@ -16,6 +16,7 @@ from megabase.pipeline.rundir.journal import Journal
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking import mirror as mirror_module
 from megabase.pipeline.tracking.mirror import Mirror, is_complete
+from tests.pipeline.checkpoints import write_checkpoint
 from tests.pipeline.tracking.runs import expected, history, rows, runs_of, time_of, write
 from tests.pipeline.tracking.servers import FAIL, LOSE, PASS, REFUSE, Proxy, Server, once
 
@@ -173,6 +174,10 @@ def test_the_page_of_mlflow_has_what_it_shows(run: RunConfig, proxy: Proxy, serv
     about = {"shards": "data/lambda", "identity": "00ff", "alphabet": "dna", "splits": splits}
     paths.dataset.write_text(json.dumps(about))
     paths.loss_curve.write_bytes(b"picture")
+    paths.submit_script.write_text("#!/bin/bash")
+    paths.pictures.mkdir()
+    (paths.pictures / "memory.png").write_bytes(b"picture")
+    write_checkpoint(paths.checkpoints / "step-5")
     write(run, 1, 5, markov_0_bits_per_base=2.0, full_markov_5_bits_per_base=1.9)
     for _ in range(2):  # the second start must add nothing
         assert Mirror(run, run.directory).start().finish("FINISHED", timeout_s=60)
@@ -200,10 +205,16 @@ def test_the_page_of_mlflow_has_what_it_shows(run: RunConfig, proxy: Proxy, serv
         "speed/tokens_per_second",
     }
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == {
+        "checkpoints.json",
         "config.yaml",
         "environment.json",
         "loss.png",
+        "pictures",
+        "submit.sbatch",
     }
+    assert [file.path for file in client.list_artifacts(found.info.run_id, "pictures")] == [
+        "pictures/memory.png"
+    ]
 
 
 def test_a_server_that_never_starts_delays_only_the_end(tmp_path: Path) -> None:
