@@ -18,6 +18,7 @@ from megabase.pipeline.commands import (
     cancel,
     checkpoints,
     data,
+    doctor,
     embed,
     evaluate,
     export,
@@ -61,6 +62,7 @@ COMMANDS = {
     "generate": generate,
     "finetune": finetune,
     "bench": bench,
+    "doctor": doctor,
     "job-end": job_end,
 }
 

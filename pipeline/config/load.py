@@ -21,12 +21,15 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError, first_line
 
 
-def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+def load(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), required: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Merge the defaults, YAML `files` from left to right, and `overrides` into a validated RunConfig.
 
     Args:
         files: each may set any part of the tree.
         overrides: settings as "key.path=value".
+        required: values by section and name for required keys that neither sets.
 
     Returns:
         The configuration, for which `RunConfig.validate` passed.
@@ -37,7 +40,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
         DataError: a setting under `data` cannot work.
         ConfigError: a setting under `model` cannot work.
     """
-    merged = _defaults()
+    merged = _merge(_defaults(), dict(required or {}), "")
     for file in files:
         merged = _merge(merged, _read_yaml(Path(file)), str(file))
     return _completed(merged, overrides)

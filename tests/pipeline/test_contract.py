@@ -105,6 +105,7 @@ COMMANDS = {
         *("--predict", "--json"),
     ],
     "bench": ["benchmark"],
+    "doctor": ["settings", "--json"],
     "job-end": [
         *("--code", "--status", "--record", "--log", "--job", "--seconds", "--job-state", "--reason"),
         *("--max-stalls", "--successors", "--needed", "--usable", "--excluded", "--required"),
