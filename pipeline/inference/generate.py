@@ -29,7 +29,7 @@ from megabase.pipeline.inference.drawing import (
 )
 from megabase.pipeline.inference.genome import identity
 from megabase.pipeline.inference.model import LoadedModel, load_model
-from megabase.pipeline.inference.partial import Partial, device_of_process, is_finished
+from megabase.pipeline.inference.partial import Partial, check_beside, device_of_process, is_finished
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,7 @@ def run(options: GenerateOptions) -> int:
     check_options(options)
     if is_finished(options.output, options.portion):
         return 0
-    if beside(options.output).exists() and options.portion.count == 1:
-        raise UserError(
-            f"{beside(options.output)} exists, which is written too: remove it, or choose another --output"
-        )
+    check_beside(options.output, beside(options.output))
     loaded = load_model(options.model, options.step)
     prompts = read_prompts(options.prompts, loaded.alphabet)
     check_model(loaded, prompts, options)

@@ -92,6 +92,12 @@ def is_finished(output: Path, portion: Portion) -> bool:
     return True
 
 
+def check_beside(output: Path, beside: Path) -> None:
+    """Raise UserError if what is written beside OUTPUT exists, and is not of an unfinished call for this OUTPUT."""
+    if beside.exists() and not output.exists() and not _directory_of(output).exists():
+        raise UserError(f"{beside} exists, which is written too: remove it, or choose another --output")
+
+
 @dataclass(frozen=True)
 class Partial:
     """The tasks of one output. Methods that write raise RunError if the disk does not take it.
@@ -136,10 +142,12 @@ class Partial:
     @property
     def directory(self) -> Path:
         """Where the results of the tasks are."""
-        return self.output.with_name(f"{self.output.name}.partial")
+        return _directory_of(self.output)
 
     def todo(self) -> list[str]:
-        """The tasks of this process that are not finished, in order."""
+        """The tasks of this process that are not finished, in order; none if another process wrote the output."""
+        if self.output.exists():
+            return []
         names = list(self.sizes)
         mine = sorted(self.portion.share(list(self.sizes.values())))
         left = set(self._missing())
@@ -162,6 +170,8 @@ class Partial:
         """Whether all tasks are finished, so that this process must write the output; if not, a message says so."""
         missing = self._missing()
         if missing and self.output.exists():
+            # A process that starts when the output is being published makes the directory again.
+            shutil.rmtree(self.directory, ignore_errors=True)
             logger.info(f"{self.output}: written by another process")
         elif missing:
             logger.info(
@@ -174,6 +184,9 @@ class Partial:
     def publish(self, *writes: tuple[Path, Callable[[Path], object]]) -> bool:
         """Publish the output's files in order, the output itself last, and remove the directory.
 
+        A directory beside the output that exists is kept: another process of this call, or this call before it was
+        killed, has written it (`check_beside`).
+
         Args:
             writes: a path, and what reads the finished tasks and writes a file or a directory to the path that it gets.
 
@@ -183,7 +196,8 @@ class Partial:
         try:
             with self._writing():
                 for path, write in writes:
-                    self._publish(path, write)
+                    if path == self.output or not path.is_dir():
+                        self._publish(path, write)
         except RunError:
             if self.output.exists() and self.portion.count > 1:
                 return False
@@ -202,22 +216,25 @@ class Partial:
         return self.directory / name
 
     def _publish(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write under a name of this process's own, sync, rename: several processes may publish the same file."""
-        temporary = self._path(
-            f".{uuid.uuid4().hex}.{path.name}"
-        )  # the end of the name may tell a library the format
+        """Write under a name of this process's own, sync, rename: several processes may publish the same file.
+
+        A directory beside the output stays if another process was faster: a rename replaces files only.
+        """
+        # The end of the name may tell a library the format.
+        temporary = self._path(f".{uuid.uuid4().hex}.{path.name}")
         try:
             write(temporary)
             sync(temporary)
-            if path.is_dir():
-                raise FileExistsError(f"{path} exists")
-            temporary.rename(path)
-        except BaseException:
+            try:
+                temporary.rename(path)
+            except OSError:
+                if path == self.output or not path.is_dir():
+                    raise
+        finally:
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
                 temporary.unlink(missing_ok=True)
-            raise
         sync(path.parent)
 
     @contextmanager
@@ -226,6 +243,10 @@ class Partial:
             yield
         except OSError as error:
             raise RunError(f"{self.output}: cannot be written: {error}") from error
+
+
+def _directory_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
 
 
 def grouped(sizes: Sequence[int], least: int) -> list[Collection[int]]:

@@ -110,7 +110,7 @@ def run(options: ScoreOptions) -> int:
     """
     if is_finished(options.output, options.portion):
         return 0
-    options.tracks.check_directory(options.output, options.portion)
+    options.tracks.check_directory(options.output)
     genome = Genome(options.fasta)
     regions = genome.records() if options.regions is None else genome.regions(options.regions)
     loaded = load_model(options.model, options.step)

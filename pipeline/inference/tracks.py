@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megabase.datamodules.alphabet import FIRST_LETTER, Alphabet
-from megabase.datamodules.prepare.portions import Portion
 from megabase.models.generation import Reading
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import Source
+from megabase.pipeline.inference.partial import check_beside
 
 LOGP, ENTROPY, ACGT = "logp", "entropy", "acgt"
 NAMES = (LOGP, ENTROPY, ACGT)
@@ -85,12 +85,10 @@ class Tracks:
                     "and a base has one value in a track: merge them (bedtools merge), or leave --track out"
                 )
 
-    def check_directory(self, output: Path, portion: Portion) -> None:
-        """Raise UserError if the directory of the tracks exists, and no other process may have written it."""
-        if self.names and portion.count == 1 and directory_of(output).exists():
-            raise UserError(
-                f"{directory_of(output)} exists, which --track writes: remove it, or choose another --output"
-            )
+    def check_directory(self, output: Path) -> None:
+        """Raise UserError if the directory of the tracks is of another call."""
+        if self.names:
+            check_beside(output, directory_of(output))
 
     @property
     def columns(self) -> list[str]:

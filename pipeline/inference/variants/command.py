@@ -6,12 +6,13 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megabase.datamodules.prepare.portions import Portion
 from megabase.datamodules.progress import bar
@@ -25,7 +26,7 @@ from megabase.pipeline.inference.score import BOTH, STRANDS
 from megabase.pipeline.inference.variants.calls import parse_renames, read_calls
 from megabase.pipeline.inference.variants.columns import SKIPPED, columns, values
 from megabase.pipeline.inference.variants.edits import Edit
-from megabase.pipeline.inference.variants.null import compare, random_edits
+from megabase.pipeline.inference.variants.null import Lengths, compare, random_edits
 from megabase.pipeline.inference.variants.reading import Reader
 from megabase.pipeline.inference.variants.tasks import Plan, Task
 from megabase.pipeline.inference.variants.write import (
@@ -108,17 +109,29 @@ def run(options: VariantOptions) -> int:
     score(loaded, plan, tasks, options, partial)
     if not partial.is_complete():
         return 0
-    place = {edit: number for number, edit in enumerate(edits)}
-    rows = [place[one.edit] if one.edit else -1 for one in calls.alternates]
-    found = values(plan.collect(tasks, partial.read))
-    if options.null:
-        others = found["llr"][len(edits) :].reshape(len(random), options.null)
-        null = compare(edits, found["llr"][: len(edits)], dict(zip(random, others, strict=True)))
-        found["llr_null_z"], found["llr_null_p"] = null
-    scores = Scores(calls, rows, wanted, found, source_of(options, loaded))
+
+    # Read while the output is written: another process may write it at the same time, and remove the tasks.
+    @functools.cache
+    def scores() -> Scores:
+        found = values(plan.collect(tasks, partial.read))
+        if options.null:
+            found |= compared(edits, random, found["llr"])
+        place = {edit: number for number, edit in enumerate(edits)}
+        rows = [place[one.edit] if one.edit else -1 for one in calls.alternates]
+        return Scores(calls, rows, wanted, found, source_of(options, loaded))
+
     if publish(partial, scores):
-        report(options, loaded, scores)
+        report(options, loaded, scores())
     return 0
+
+
+def compared(
+    edits: Sequence[Edit], random: Mapping[Lengths, Sequence[Edit]], llr: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """The columns that compare edits with random ones. llr: (all,) of the edits, then of the random ones."""
+    others = llr[len(edits) :].reshape(len(random), -1) if random else llr[:0]
+    z, p = compare(edits, llr[: len(edits)], dict(zip(random, others, strict=True)))
+    return {"llr_null_z": z, "llr_null_p": p}
 
 
 def plan_of(options: VariantOptions, loaded: LoadedModel, genome: Genome, edits: Sequence[Edit]) -> Plan:
@@ -196,14 +209,14 @@ def score(
             partial.add(name, functools.partial(np.save, arr=plan.run(tasks[name], reader, advance)))
 
 
-def publish(partial: Partial, scores: Scores) -> bool:
+def publish(partial: Partial, scores: Callable[[], Scores]) -> bool:
     """Write the output, and the index of a VCF before it; returns whether this process wrote it."""
     output = partial.output
     if output.name.endswith(PARQUET):
-        return partial.publish((output, lambda path: write_parquet(path, scores)))
+        return partial.publish((output, lambda path: write_parquet(path, scores())))
     index = output.with_name(f"{output.name}.tbi")
     return partial.publish(
-        (index, lambda path: write_index(path, scores)), (output, lambda path: write_vcf(path, scores))
+        (index, lambda path: write_index(path, scores())), (output, lambda path: write_vcf(path, scores()))
     )
 
 

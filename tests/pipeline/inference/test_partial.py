@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from megabase.datamodules.prepare.portions import Portion
 from megabase.pipeline.errors import RunError, UserError
-from megabase.pipeline.inference.partial import WHOLE, Partial, grouped, is_finished, parse_portion
+from megabase.pipeline.inference.partial import (
+    WHOLE,
+    Partial,
+    check_beside,
+    grouped,
+    is_finished,
+    parse_portion,
+)
 
 CALL = {"model": "m"}
 SIZES = {"a": 5, "b": 1, "c": 3, "d": 3}
@@ -43,6 +50,44 @@ def test_processes_share_the_tasks_and_the_last_one_writes(tmp_path: Path) -> No
     assert is_finished(output, Portion(2, 2))
     with pytest.raises(UserError, match=r"out exists: remove it, or choose another --output"):
         is_finished(output, WHOLE)
+
+
+def test_a_process_that_starts_while_the_output_is_published_does_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.touch()  # after this process has seen that there is none
+    late = Partial.open(output, CALL, SIZES, Portion(1, 2))
+    assert late.todo() == [] and not late.is_complete()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_written_beside_the_output_survives_a_kill_and_a_second_process(tmp_path: Path) -> None:
+    output, beside = tmp_path / "out", tmp_path / "out.tracks"
+
+    def directory(path: Path) -> None:
+        path.mkdir()
+        (path / "track").write_text("1")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    partial = Partial.open(output, CALL, SIZES)
+    with pytest.raises(KeyboardInterrupt):
+        partial.publish((beside, directory), (output, killed))
+    check_beside(output, beside)
+    partials = [Partial.open(output, CALL, SIZES, Portion(number, 2)) for number in (1, 2)]
+
+    def slow(path: Path) -> None:  # the other process writes both meanwhile
+        directory(path)
+        partials[1].publish((beside, directory), (output, lambda path: path.write_text("2")))
+
+    (beside / "track").unlink()
+    beside.rmdir()
+    assert not partials[0].publish((beside, slow), (output, lambda path: path.write_text("1")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tracks"]
+    assert output.read_text() == "2" and [path.name for path in beside.iterdir()] == ["track"]
+    output.unlink()
+    with pytest.raises(UserError, match=r"out\.tracks exists, which is written too"):
+        check_beside(output, beside)
 
 
 def test_a_directory_of_another_call_is_refused(tmp_path: Path) -> None:

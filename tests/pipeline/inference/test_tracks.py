@@ -151,7 +151,7 @@ def test_portions_write_the_same_bytes(run: Path, fasta: Path, tmp_path: Path) -
         ({"more": ["--track", ""]}, "--track : '' is no track"),
         ({"bed": "one\t0\t50\nchr2\t0\t9\none\t49\t60\n"}, "one:0-50 and 49-60 overlap"),
         ({"bed": "one\t0\t50\none\t0\t50\n"}, "one:0-50 and 0-50 overlap"),
-        ({"output": "there.parquet"}, "there.tracks exists, which --track writes"),
+        ({"output": "there.parquet"}, "there.tracks exists, which is written too"),
         (
             {"alphabet": "protein", "more": ["--strand", "forward", "--track", "acgt"]},
             "alphabet is 'protein'",

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from megabase.models import Seeds
 from megabase.pipeline import cli
 from megabase.pipeline.inference.genome import Genome
 from megabase.pipeline.inference.model import load_model
+from megabase.pipeline.inference.partial import Partial
 from megabase.pipeline.inference.variants import command
 from megabase.pipeline.inference.variants.edits import Edit, Strand
 from megabase.pipeline.inference.variants.reading import Reader
@@ -139,6 +141,13 @@ def test_the_vcf_has_the_numbers_of_the_table(folder: Path, tmp_path: Path) -> N
     assert names == ["again.vcf.gz", "again.vcf.gz.tbi", "out.parquet", "out.vcf.gz", "out.vcf.gz.tbi"]
 
 
+def overtaken(partial: Partial) -> bool:
+    """All tasks are finished, and another process writes the output before this one reads them."""
+    partial.output.write_text("of the other process")
+    shutil.rmtree(partial.directory)
+    return True
+
+
 @pytest.mark.slow
 def test_sharing_and_continuing_change_no_byte(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -150,6 +159,11 @@ def test_sharing_and_continuing_change_no_byte(
         assert not (tmp_path / "out.parquet").exists()
         assert variants(folder, tmp_path / "out.parquet", *more, "--portion", f"{number}/2") == 0
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert variants(folder, tmp_path / "two.parquet", *more, "--portion", "2/2") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Partial, "is_complete", overtaken)
+        assert variants(folder, tmp_path / "two.parquet", *more, "--portion", "1/2") == 0
+    assert (tmp_path / "two.parquet").read_text() == "of the other process"
     done, run = [], command.Plan.run
 
     def stopped(*arguments: object) -> np.ndarray:
