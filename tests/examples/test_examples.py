@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from megabase.models import Reformer, ReformerConfig
 from megabase.models.pretrained import CONFIG, WEIGHTS
+from megabase.pipeline import cli
+from megabase.pipeline.rundir.journal import read
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -114,3 +117,42 @@ def test_scoring_without_an_export_says_how_to_call_it() -> None:
     assert result.stderr.splitlines() == [
         "usage: python examples/score_and_generate.py EXPORT (what `megabase export` wrote)"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_finetune(exported: Path, tmp_path: Path) -> None:
+    """The whole of `megabase finetune`: it trains, measures, and predicts what it measured."""
+    out = tmp_path / "runs" / "genes"
+    call = [str(exported), str(out), "--bases", "60000", "--pool", "last", "tracking.enabled=false"]
+    short = ["trainer.max_steps=4", "trainer.eval_every_steps=2", "data.global_batch=8", "optim.lr=0.05"]
+    lines = run("finetune.py", *call, *short)
+    assert re.fullmatch(r"\d+ genes in 60,000 bases", lines[0])
+    rows = list(read(out / "metrics.jsonl"))
+    assert [row["step"] for row in rows if "valid_accuracy" in row] == [2, 4]
+    result = json.loads((out / "result.json").read_text())
+    assert sum(result["splits"].values()) == int(lines[1].split()[0])
+    assert lines[-3].split()[:2] == ["accuracy", f"{result['metrics']['accuracy']['value']:.4f}"]
+    assert list(result["baseline"]["metrics"]) == ["accuracy", "auroc", "mcc"]
+    # The body, 70 kB, is in no checkpoint.
+    checkpoint = out / "checkpoints" / "step-4"
+    assert sum(path.stat().st_size for path in checkpoint.rglob("*")) < 50_000
+    predicted = tmp_path / "predicted.parquet"
+    command = [
+        "finetune",
+        str(out),
+        str(out.with_suffix(".csv")),
+        "-o",
+        str(predicted),
+        "--predict",
+        "--json",
+    ]
+    assert cli.main(command) == 0
+    every = parquet.read_table(predicted).to_pylist()
+    of_test = parquet.read_table(out / "predictions.parquet").to_pylist()
+    by_name = {row["example"]: row for row in every}
+    for row in of_test:
+        assert row["prediction"] == by_name[row["example"]]["prediction"]
+        assert row["p_gene"] == pytest.approx(by_name[row["example"]]["p_gene"], abs=1e-6)
+    right = sum(row["label"] == row["prediction"] for row in of_test) / len(of_test)
+    assert right == result["metrics"]["accuracy"]["value"]
