@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megabase.pipeline.commands.use import add_model, add_output, values
+from megabase.pipeline.errors import UserError
 
 HELP = "how likely a model finds each sequence of a FASTA file"
 DESCRIPTION = (
@@ -43,5 +44,9 @@ def run(options: argparse.Namespace) -> int:
     from megabase.pipeline.inference.score import run as score
     from megabase.pipeline.inference.tracks import Tracks
 
+    if options.assembly and options.track is None:
+        raise UserError(
+            f"--assembly {options.assembly}: it names the genome of tracks: add --track, or leave it out"
+        )
     given["tracks"] = Tracks.parse(given.pop("track"))
     return score(ScoreOptions(**given))

@@ -105,7 +105,6 @@ def test_the_block_size_changes_nothing_but_the_rounding(run: Path, fasta: Path,
         "bin:20": (32,),
         "center:5": (17,),
         "last": (33,),
-        "mean": (17,),
     }.items():
         found = {}
         for block in (*blocks, 1 << 14):

@@ -149,6 +149,7 @@ def test_portions_write_the_same_bytes(run: Path, fasta: Path, tmp_path: Path) -
             "--track logp,gc: 'gc' is no track: choose from logp, entropy, acgt",
         ),
         ({"more": ["--track", ""]}, "--track : '' is no track"),
+        ({"more": ["--assembly", "hg38"]}, "--assembly hg38: it names the genome of tracks: add --track"),
         ({"bed": "one\t0\t50\nchr2\t0\t9\none\t49\t60\n"}, "one:0-50 and 49-60 overlap"),
         ({"bed": "one\t0\t50\none\t0\t50\n"}, "one:0-50 and 0-50 overlap"),
         ({"output": "there.parquet"}, "there.tracks exists, which is written too"),
