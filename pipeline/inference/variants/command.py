@@ -23,7 +23,7 @@ from megabase.pipeline.inference.genome import Genome, identity
 from megabase.pipeline.inference.model import LoadedModel, load_model
 from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, is_finished
 from megabase.pipeline.inference.score import BOTH, STRANDS
-from megabase.pipeline.inference.variants.calls import parse_renames, read_calls
+from megabase.pipeline.inference.variants.calls import Calls, parse_renames, read_calls
 from megabase.pipeline.inference.variants.columns import SKIPPED, columns, values
 from megabase.pipeline.inference.variants.edits import Edit
 from megabase.pipeline.inference.variants.null import Lengths, compare, random_edits
@@ -34,6 +34,7 @@ from megabase.pipeline.inference.variants.write import (
     Scores,
     check_fields,
     check_output,
+    index_of,
     write_index,
     write_parquet,
     write_vcf,
@@ -120,7 +121,7 @@ def run(options: VariantOptions) -> int:
         rows = [place[one.edit] if one.edit else -1 for one in calls.alternates]
         return Scores(calls, rows, wanted, found, source_of(options, loaded))
 
-    if publish(partial, scores):
+    if publish(partial, calls, scores):
         report(options, loaded, scores())
     return 0
 
@@ -209,14 +210,14 @@ def score(
             partial.add(name, functools.partial(np.save, arr=plan.run(tasks[name], reader, advance)))
 
 
-def publish(partial: Partial, scores: Callable[[], Scores]) -> bool:
+def publish(partial: Partial, calls: Calls, scores: Callable[[], Scores]) -> bool:
     """Write the output, and the index of a VCF before it; returns whether this process wrote it."""
     output = partial.output
     if output.name.endswith(PARQUET):
         return partial.publish((output, lambda path: write_parquet(path, scores())))
-    index = output.with_name(f"{output.name}.tbi")
     return partial.publish(
-        (index, lambda path: write_index(path, scores())), (output, lambda path: write_vcf(path, scores()))
+        (index_of(output, calls), lambda path: write_index(path, scores())),
+        (output, lambda path: write_vcf(path, scores())),
     )
 
 

@@ -18,6 +18,7 @@ from megabase.pipeline.inference.variants.calls import SYMBOLIC, Calls, open_vcf
 from megabase.pipeline.inference.variants.columns import SKIPPED, Column
 
 VCF, PARQUET = (".vcf.gz", ".vcf.bgz"), (".parquet",)
+_LAST_OF_TBI = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,18 @@ def write_vcf(path: Path, scores: Scores) -> None:
                 target.write(record)
 
 
+def index_of(output: Path, calls: Calls) -> Path:
+    """The path of a VCF's index. A `.tbi` ends at base 2^29, a `.csi` does not."""
+    needs_csi = any(one.position >= _LAST_OF_TBI for one in calls.alternates)
+    return output.with_name(f"{output.name}.{'csi' if needs_csi else 'tbi'}")
+
+
 def write_index(path: Path, scores: Scores) -> None:
-    """Write the tabix index of what `write_vcf` writes. Raises OSError."""
+    """Write the index of what `write_vcf` writes; the end of its name tells which kind. Raises OSError."""
     whole = path.with_name(f"{path.name}.vcf.gz")
     try:
         write_vcf(whole, scores)
-        pysam.tabix_index(str(whole), preset="vcf", force=True, index=str(path))
+        pysam.tabix_index(str(whole), preset="vcf", force=True, index=str(path), csi=path.suffix == ".csi")
     finally:
         whole.unlink(missing_ok=True)
 
