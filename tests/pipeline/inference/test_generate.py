@@ -54,20 +54,8 @@ def test_files_have_the_numbers_of_one_pass(
     run: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "out.fa"
-    options = [
-        "--prompts",
-        prompts,
-        "-n",
-        2,
-        "--length",
-        70,
-        "--temperature",
-        0.7,
-        "--top-p",
-        0.9,
-        "--seed",
-        3,
-    ]
+    options = ["--prompts", prompts, "-n", 2, "--length", 40, "--batch", 4, "--seed", 3]
+    options += ["--temperature", 0.7, "--top-p", 0.9]
     assert call(run, output, *options, "--json") == 0
     summary, loaded, found = json.loads(capsys.readouterr().out), load_model(run), sequences(output)
     assert list(found) == ["one_1", "one_2", "same_1", "same_2", "chr2_1", "chr2_2"]
