@@ -122,10 +122,10 @@ def load_finetuned(run: Path, step: int | None = None) -> Loaded:
         seed = int(manifest.config["run.seed"])
         return Loaded(model.eval().to(device), Alphabet.named(record["alphabet"]), seed, manifest.step, run)
 
-    return read_checkpoint(run, step if step is not None else _best(run), read)[1]
+    return read_checkpoint(run, step if step is not None else best_or_none(run), read)[1]
 
 
-def _best(run: Path) -> int | None:
+def best_or_none(run: Path) -> int | None:
     """The step of the checkpoint with the lowest validation loss; None if none was evaluated."""
     from megabase.pipeline.inference.model import best_step
 

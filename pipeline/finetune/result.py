@@ -21,7 +21,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.finetune.baseline import base_baseline, kmer_baseline
 from megabase.pipeline.finetune.examples import SPLITS, Examples, Problem
 from megabase.pipeline.finetune.metrics import MOST_BASES, Estimate, estimates
-from megabase.pipeline.finetune.predict import Loaded, load_finetuned
+from megabase.pipeline.finetune.predict import Loaded, best_or_none, load_finetuned
 from megabase.pipeline.finetune.task import Work
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tables import new_table
@@ -161,10 +161,10 @@ def _written(problem: Problem, values: Any) -> Any:
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
-    """The result in a run directory; None if there is none."""
+    """The result in a run directory; None if there is none, or if training went on and another checkpoint is the best."""
     path = RunPaths(directory).result
     if not path.exists():
         return None
     content = json.loads(path.read_bytes())
     assert isinstance(content, dict)
-    return content
+    return content if content["step"] == best_or_none(directory) else None
