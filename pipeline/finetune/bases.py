@@ -63,7 +63,8 @@ def per_base_examples(labels: Path, fasta: Path, alphabet: Alphabet, window: int
     names: list[str] = []
     sequences: list[bytes] = []
     values: list[NDArray[np.float32]] = []
-    for record, of_record in found.of_records.items():
+    for record in (name for name in genome.lengths if name in found.of_records):
+        of_record = found.of_records[record]
         region = Region(record, 0, genome.lengths[record])
         letters = np.concatenate(list(genome.letters(region, 1 << 20)))
         for start in range(0, len(letters), window):

@@ -161,7 +161,7 @@ def _written(problem: Problem, values: Any) -> Any:
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
-    """The result in a run directory; None if there is none, or if training went on and another checkpoint is the best."""
+    """The result in a run directory; None if there is none, or since then training found a better checkpoint."""
     path = RunPaths(directory).result
     if not path.exists():
         return None

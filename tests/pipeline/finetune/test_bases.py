@@ -47,6 +47,8 @@ def test_windows_of_a_bed_file(tmp_path: Path, genome: Path) -> None:
     assert np.array_equal(examples.labels[5], [np.nan, np.nan, 1, 1, np.nan, np.nan, 2, 2], equal_nan=True)
     # The end of the genome is for test, and what comes before it for validation.
     assert examples.splits == ["train"] * 6 + ["valid", "test"]
+    # The order of the intervals in the file does not matter.
+    assert made(tmp_path, genome, "b\t0\t4\trepeat\na\t3\t10\tgene\na\t8\t12\tgene\n").names == examples.names
     assert known(examples.labels, np.array([5])).tolist() == [1, 1, 2, 2]
 
 
