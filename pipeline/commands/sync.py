@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megabase.pipeline.errors import UserError
 
-HELP = "send a run's journal to MLflow"
+HELP = "send a run to MLflow"
 DESCRIPTION = (
     "Send what MLflow lacks of a run: points, settings, files and status. It may run beside a job that trains, for"
     " example on a login node if the compute nodes do not reach the server. Sent twice, nothing arrives twice."
@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "settings",
         nargs="*",
         metavar="tracking.KEY=VALUE",
-        help="another server or experiment than the run's own",
+        help="another server or experiment than the run's own; log_model=true, register=NAME: with its model",
     )
     parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     for setting in options.settings:
         if not setting.startswith(SECTION) or "=" not in setting:
-            raise UserError(f"{setting}: give settings as tracking.uri=URI or tracking.experiment=NAME")
+            raise UserError(f"{setting}: give settings as tracking.KEY=VALUE")
     directory = Path(options.directory)
     check_run_directory(directory)
     sync = Sync(directory, options.settings)
@@ -47,7 +47,20 @@ def run(options: argparse.Namespace) -> int:
             f"{directory}: sending to MLflow at {sync.server.uri} until the run has ended (Ctrl-C ends this)"
         )
         sync.follow()
-    else:
-        sync.once()
+    if sync.wants_model:
+        _make_model(directory)
+    sync.once()
     print(f"{sync.sender.sent} new points; {sync.address()}")
     return 0
+
+
+def _make_model(directory: Path) -> None:
+    """Make the model of a run that is finished, unless the run itself has."""
+    from megabase.pipeline.rundir.status import FINISHED, read_status
+
+    if read_status(directory)[0] != FINISHED:
+        logger.warning(f"{directory}: the run is not finished, so MLflow does not get its model yet")
+        return
+    from megabase.pipeline.inference.mlflow_model import write_model
+
+    write_model(directory)

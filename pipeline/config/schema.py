@@ -224,6 +224,9 @@ class TrackingConfig:
         experiment: Name of the MLflow experiment. null: the environment variable MLFLOW_EXPERIMENT_NAME, and without it
             `megabase`.
         report: Write `report.html`, the run as a page, when the run is finished.
+        log_model: When the run is finished, make an MLflow model of its newest checkpoint (`model/` in the run
+            directory, 4 bytes for each parameter) and send it to MLflow.
+        register: Name of the registered model of which this model becomes a version. It includes `log_model`.
         system_seconds: Every node measures its CPUs, memory, network and GPUs at this interval. 0: never.
     """
 
@@ -231,6 +234,8 @@ class TrackingConfig:
     uri: str | None = None
     experiment: str | None = None
     report: bool = True
+    log_model: bool = False
+    register: str | None = None
     system_seconds: float = 30.0
 
     def validate(self) -> None:
@@ -238,6 +243,15 @@ class TrackingConfig:
         require_not_negative(self, "tracking", "system_seconds")
         if self.uri:
             refuse_credentials("tracking.uri", self.uri)
+        if self.register is not None and (not self.register.strip() or set(self.register) & set("/:")):
+            raise UserError(
+                f"tracking.register={self.register!r}: MLflow takes no model name that is empty or contains / or :"
+            )
+
+    @property
+    def wants_model(self) -> bool:
+        """Whether MLflow gets the trained model."""
+        return self.log_model or self.register is not None
 
 
 @dataclass
@@ -312,6 +326,11 @@ class RunConfig:
             raise UserError(
                 "data.objective=causal predicts the next base, but model.causal=false lets the model see it: "
                 "set model.causal=true, or data.objective=masked"
+            )
+        if self.data.objective == MASKED and self.tracking.wants_model:
+            raise UserError(
+                "tracking.log_model: an MLflow model scores sequences from left to right, which a model of"
+                " data.objective=masked cannot: set tracking.log_model=false, and leave tracking.register out"
             )
         if self.data.objective == MASKED and self.model.causal:
             raise UserError(

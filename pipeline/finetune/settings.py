@@ -42,6 +42,8 @@ WITHOUT_EFFECT = (
     "trainer.eval_recall",
     "trainer.eval_sequences",
     "tracking.report",
+    "tracking.log_model",
+    "tracking.register",
 )
 """Settings of pretraining that a fine-tuning does not have, or that follow from its arguments."""
 

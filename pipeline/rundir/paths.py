@@ -136,6 +136,11 @@ class RunPaths:
         return self.directory / "pictures"
 
     @property
+    def model(self) -> Path:
+        """The trained model as MLflow takes it, with `tracking.log_model`."""
+        return self.directory / "model"
+
+    @property
     def lock(self) -> Path:
         """Locked by the job that trains in this directory."""
         return self.directory / ".lock"

@@ -16,6 +16,7 @@ from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking import about
 from megabase.pipeline.tracking.artifacts import Files
 from megabase.pipeline.tracking.identity import Identity, settle
+from megabase.pipeline.tracking.model import TrainedModel
 from megabase.pipeline.tracking.names import metric_name
 from megabase.pipeline.tracking.points import Point, Points
 from megabase.pipeline.tracking.server import Server
@@ -24,6 +25,8 @@ from megabase.pipeline.tracking.status import FINAL, RUNNING
 # Most points that MLflow's REST interface takes in one call.
 BATCH = 1000
 RESTARTS_TAG = "megabase.restarts"
+# The settings that MLflow shows with the trained model.
+MODEL_SETTINGS = ("model.", "data.length", "data.shards")
 # The metric that every step has.
 STEPS = metric_name("loss")
 
@@ -53,6 +56,7 @@ class Sender:
         self._points = Points(directory)
         self._queue: list[Point] = []
         self._files = Files(directory)
+        self._model = TrainedModel(directory, config.tracking.register, self.identity)
 
     def send(self, status: str | None = None, *, complete: bool = False) -> None:
         """Send what is new. After an error, the next call begins with a look at what MLflow has.
@@ -66,7 +70,7 @@ class Sender:
             Exception: of MLflow, SQLAlchemy, requests or sqlite.
         """
         self._queue += self._points.new(complete=complete)
-        if self._is_open and status is None and not self._queue and not self._files.changed():
+        if self._is_open and status is None and not self._queue and not self._has_files():
             return
         with FileLock.take(RunPaths(self._directory).tracking_lock):
             try:
@@ -74,6 +78,9 @@ class Sender:
             except BaseException:
                 self._is_open = False
                 raise
+
+    def _has_files(self) -> bool:
+        return bool(self._files.changed()) or self._model.is_pending(self._run_id)
 
     def _send(self, status: str | None) -> None:
         self._client = self._client or self._server.client()
@@ -87,6 +94,12 @@ class Sender:
                 self._client, str(self._run_id), {}, {RESTARTS_TAG: str(self._points.restarts)}
             )
         self._files.send(self._client, str(self._run_id))
+        settings = {
+            key: value
+            for key, value in about.settings_of(self._config).items()
+            if key.startswith(MODEL_SETTINGS)
+        }
+        self._model.send(self._client, self.identity.read()["experiment_id"], str(self._run_id), settings)
         if status:
             # A request to create the run, slower than the client waits, may have been carried out in the meantime.
             known = self.identity.read()

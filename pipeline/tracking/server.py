@@ -29,6 +29,15 @@ TIMEOUT_S = 20
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
+def quiet_mlflow() -> None:
+    """Keep MLflow's messages off our output, and its reports of use off the network. For before it is imported."""
+    # Standard output is for results, of `megabase job-end` for example.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+
+
 @dataclass(frozen=True)
 class Server:
     """An MLflow server and an experiment on it.
@@ -77,14 +86,11 @@ class Server:
 
     def client(self) -> Any:
         """An `MlflowClient`. Imports MLflow, which takes seconds."""
+        quiet_mlflow()
         # MLflow's client would repeat a POST whose answer was lost, and so create a second run. The mirror repeats
         # requests itself, after it has looked at what the server has.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(TIMEOUT_S))
-        # Standard output is for results, of `megabase job-end` for example.
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
 
         return MlflowClient(tracking_uri=self.uri)

@@ -42,6 +42,7 @@ class Sync:
         server: to send to.
         sender: that sends.
         tracked: whether the run itself sends its journal (`tracking.enabled`).
+        wants_model: whether MLflow gets the trained model.
     """
 
     def __init__(self, directory: Path, settings: Sequence[str] = ()) -> None:
@@ -54,6 +55,7 @@ class Sync:
         self.server = Server.of(config, known=known)
         self.sender = Sender(config, directory, self.server)
         self.tracked = config.tracking.enabled
+        self.wants_model = config.tracking.wants_model
 
     def once(self) -> str:
         """Send everything there is; returns the status that the run has now in MLflow.

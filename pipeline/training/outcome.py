@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megabase.datamodules.errors import DataError
 from megabase.models.config import ConfigError
+from megabase.pipeline.config.schema import TrackingConfig
 from megabase.pipeline.errors import RunError, UserError, first_line
-from megabase.pipeline.ranks import supervisor
+from megabase.pipeline.ranks import supervisor, watchdog
 from megabase.pipeline.ranks.failure import report_failure
 from megabase.pipeline.report.page import write_report
 from megabase.pipeline.rundir.status import FINISHED, RUNNING, write_launcher_status, write_status
@@ -61,9 +63,9 @@ def conclude(
     mirror: Mirror | None,
     failure: BaseException | None,
     *,
-    report: bool = False,
+    tracking: TrackingConfig | None = None,
 ) -> None:
-    """Write the status, print the error, write the report, flush MLflow; every rank calls it.
+    """Write the status, print the error, write report and model, flush MLflow; every rank calls it.
 
     In this order: SLURM or the launcher may kill this process while MLflow is being flushed.
 
@@ -73,7 +75,7 @@ def conclude(
         rank: of this process.
         mirror: of rank 0, if the run is tracked.
         failure: the error that ended the run, if one did.
-        report: write the run's page if it is finished.
+        tracking: what to write if the run is finished; None: nothing.
     """
     if rank == 0:
         if outcome.started:
@@ -81,8 +83,12 @@ def conclude(
         write_launcher_status(outcome.state, outcome.step, directory)
     if failure:
         report_failure(failure)
-    if report and rank == 0 and outcome.started and outcome.state == FINISHED:
-        _write_report(directory)
+    if tracking and rank == 0 and outcome.started and outcome.state == FINISHED:
+        if tracking.report:
+            _make("report", write_report, directory)
+        if tracking.wants_model:
+            watchdog.beat("writing the MLflow model")
+            _make("MLflow model", _write_model, directory)
     if mirror:
         seconds = MLFLOW_FLUSH_AFTER_FAILURE_S if failure else MLFLOW_FLUSH_S
         status = mlflow_status(outcome.state, may_continue=has_job_script())
@@ -92,8 +98,15 @@ def conclude(
             )
 
 
-def _write_report(directory: Path) -> None:
+def _write_model(directory: Path) -> Path:
+    # Imported here, because it imports DeepSpeed, and the process that starts ranks does not need it.
+    from megabase.pipeline.inference.mlflow_model import write_model
+
+    return write_model(directory)
+
+
+def _make(what: str, make: Callable[[Path], Path], directory: Path) -> None:
     try:
-        logger.info(f"report: {write_report(directory)}")
-    except Exception as error:  # a page that cannot be made must not fail a run that is finished
-        logger.warning(f"the report cannot be written: {first_line(error)}")
+        logger.info(f"{what}: {make(directory)}")
+    except Exception as error:  # which must not fail a run that is finished
+        logger.warning(f"the {what} cannot be written: {first_line(error)}")

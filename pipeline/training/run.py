@@ -190,7 +190,7 @@ def fit(task: Task, devices: int, groups: Groups, stop: StopRequest) -> str:
         outcome.state, failure = state_of(error), error
         raise
     finally:
-        conclude(outcome, config.directory, rank, mirror, failure, report=config.tracking.report)
+        conclude(outcome, config.directory, rank, mirror, failure, tracking=config.tracking)
     return outcome.state
 
 

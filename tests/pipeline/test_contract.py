@@ -190,6 +190,8 @@ KEYS = [
     "guard.max_skips",
     "tracking.uri",
     "tracking.experiment",
+    "tracking.log_model",
+    "tracking.register",
     "slurm.partition",
     "slurm.account",
     "slurm.time",

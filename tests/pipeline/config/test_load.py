@@ -126,6 +126,14 @@ def test_missing_file_bad_yaml_and_missing_key(tmp_path: Path) -> None:
         load([], ["run.name=x"])
 
 
+def test_a_model_that_reads_both_sides_is_not_for_mlflow() -> None:
+    masked = ["data.objective=masked", "model.causal=false"]
+    load([], [*MINIMAL, *masked]).validate()
+    for wanted in ("tracking.log_model=true", "tracking.register=genome"):
+        with pytest.raises(UserError, match=r"data\.objective=masked cannot: set tracking\.log_model=false"):
+            load([], [*MINIMAL, *masked, wanted]).validate()
+
+
 ROOT = Path(__file__).parents[3]
 
 

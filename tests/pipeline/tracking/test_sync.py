@@ -76,7 +76,7 @@ def test_what_sync_refuses(
     directory, settings = offline
     for arguments, code, message in (
         ([str(directory / "no")], 2, "no such directory"),
-        ([str(directory), "optim.lr=1"], 2, "optim.lr=1: give settings as tracking.uri=URI"),
+        ([str(directory), "optim.lr=1"], 2, "optim.lr=1: give settings as tracking.KEY=VALUE"),
         ([str(directory), "tracking.uri=http://me:pw@host"], 2, "tracking.uri holds a user name or password"),
     ):
         assert cli.main(["sync", *arguments]) == code
