@@ -15,7 +15,16 @@ from torch import Tensor
 
 from megabase.models.chance import Purpose, Seeds, random_bits
 from megabase.models.encoder_decoder import EncoderDecoder
-from megabase.models.reading import NearBorders, Reading, State, near_borders, read, read_block, start
+from megabase.models.reading import (
+    NearBorders,
+    Reading,
+    State,
+    check_length,
+    near_borders,
+    read,
+    read_block,
+    start,
+)
 from megabase.models.reformer import Reformer
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "Reading",
     "Sampling",
     "State",
+    "check_length",
     "generate",
     "near_borders",
     "read",

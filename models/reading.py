@@ -139,6 +139,18 @@ def start(
     return _start(model.decoder, batch, Call(decoder_seeds(seeds), context=context, context_mask=source_mask))
 
 
+def check_length(model: Reformer | EncoderDecoder, length: int) -> None:
+    """Raise ConfigError if a sequence of `length` tokens is longer than `read_block` reads."""
+    config = _body(model).config
+    config.validate(length)
+    if "full" in config.pattern and length > LONGEST_WITH_FULL_LAYERS:
+        raise ConfigError(
+            f"model.layers has 'full', whose state grows with every token: at most {LONGEST_WITH_FULL_LAYERS:,} tokens "
+            f"can be read in blocks, and {length:,} are asked for; take a model with local, lsh or performer layers, "
+            "or start a new state"
+        )
+
+
 @dataclass(frozen=True)
 class Reading:
     """What `read_block` found in a block of n tokens. All log-probabilities are natural logarithms, fp32 (fp64 for
@@ -188,12 +200,7 @@ def read_block(
     wrong = [layer for layer in layers if not 0 <= layer <= body.config.depth]
     if wrong:
         raise ValueError(f"layers={wrong}: the model has the layers 0 to {body.config.depth}")
-    if "full" in body.config.pattern and state.position + tokens.shape[1] > LONGEST_WITH_FULL_LAYERS:
-        raise ConfigError(
-            f"model.layers has 'full', whose state grows with every token: at most {LONGEST_WITH_FULL_LAYERS:,} tokens "
-            f"can be read in blocks, and {state.position:,} + {tokens.shape[1]:,} are asked for; take a model with "
-            "local, lsh or performer layers, or start a new state"
-        )
+    check_length(model, state.position + tokens.shape[1])
     before = state.last
     hidden, outputs = _read(body, tokens, state, layers)
     if body.config.depth in layers:

@@ -180,7 +180,8 @@ def build_guide(
             given = " and ".join(f"--{name}" for name in ("forbid", "gc") if getattr(options, name))
             after = f" after prompt {prompt.name!r}" if prompt.name else ""
             raise UserError(
-                f"{given}: no sequence of {options.length:,} letters{after} can keep to it: ask for less"
+                f"{given}: no sequence of {options.length:,} letters{after} satisfies this: give fewer motifs, or "
+                "wider bounds"
             )
     return guide
 
@@ -273,7 +274,7 @@ def draw_batch(
 
 
 class Chooser:
-    """Draws the next token of every row, and keeps what the options ask for.
+    """Draws the next token of every row under the masks of the guide, and notes where sequences stop.
 
     Attributes:
         lengths: (rows,) int64, letters of each sequence: up to its stop motif, or all.

@@ -21,7 +21,7 @@ from megabase.datamodules.config import MASKED
 from megabase.datamodules.prepare.portions import Portion
 from megabase.datamodules.progress import bar
 from megabase.models.config import ConfigError
-from megabase.models.generation import start
+from megabase.models.generation import check_length, start
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.embedding import Reader, Walks, row_type
 from megabase.pipeline.inference.embedding_files import WRITERS, Rows, Table, check_suffix
@@ -135,7 +135,7 @@ def check(loaded: LoadedModel, regions: Sequence[Region], options: EmbedOptions,
         )
     begins = int(loaded.config.data.objective != MASKED)
     for region in regions:
-        pool.part(len(region), reverse=False)
+        pool.check(f"{region.record}:{region.start}-{region.end}", len(region))
         loaded.model.body.config.validate(begins + len(region))
     longest, trained = max(regions, key=len), loaded.config.data.length
     try:
@@ -148,6 +148,7 @@ def check(loaded: LoadedModel, regions: Sequence[Region], options: EmbedOptions,
                 f"({error})"
             ) from None
         return False
+    check_length(loaded.model, begins + len(longest))
     if len(longest) > trained:
         logger.warning(
             f"the longest region has {len(longest):,} bases, and the model was trained on windows of {trained:,}: it "

@@ -42,15 +42,17 @@ class Pool:
         """Rows of a region of `length` bases."""
         return -(-length // self.step(length))
 
-    def part(self, length: int, *, reverse: bool) -> Part:
-        """The positions of a region of `length` bases that the pool takes, on a strand.
+    def check(self, region: str, length: int) -> None:
+        """Raise UserError if a region of `length` bases is shorter than the centre."""
+        if self.kind == CENTER and self.size > length:
+            raise UserError(
+                f"--pool {CENTER}:{self.size}: {region} has only {length} bases: take a smaller centre, or longer "
+                "regions"
+            )
 
-        Raises:
-            UserError: the region is shorter than the centre.
-        """
+    def part(self, length: int, *, reverse: bool) -> Part:
+        """The positions of a region of `length` bases that the pool takes, on a strand."""
         if self.kind == CENTER:
-            if self.size > length:
-                raise UserError(f"--pool center:{self.size}: a region has only {length} bases")
             start = (length - self.size) // 2
             return Part(start, start + self.size, self.size)
         if self.kind == LAST:

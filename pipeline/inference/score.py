@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megabase.datamodules.alphabet import PAD
 from megabase.datamodules.prepare.portions import Portion
 from megabase.datamodules.progress import bar
-from megabase.models.generation import start
+from megabase.models.generation import check_length, start
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import LoadedModel, load_model
@@ -156,7 +156,7 @@ def check(loaded: LoadedModel, regions: list[Region], strand: str) -> None:
         )
     start(loaded.model, 1)
     longest, trained = max(len(region) for region in regions), loaded.config.data.length
-    loaded.model.body.config.validate(1 + longest)
+    check_length(loaded.model, 1 + longest)
     if longest > trained:
         logger.warning(
             f"the longest region has {longest:,} bases, and the model was trained on windows of {trained:,}: it was "

@@ -405,7 +405,7 @@ def test_models_with_full_layers_are_read_up_to_a_length(monkeypatch):
     model = build(SMALL)
     state = start(model, 2)
     read_block(model, tokens(length=50), state)
-    with pytest.raises(ConfigError, match=r"at most 50 tokens.* 50 \+ 1 are"):
+    with pytest.raises(ConfigError, match=r"at most 50 tokens.* 51 are"):
         read_block(model, tokens(length=1), state)
     bounded = build(BOUNDED)
     read_block(bounded, tokens(length=51), start(bounded, 2))

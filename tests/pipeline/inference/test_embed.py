@@ -213,7 +213,7 @@ BAD = [
     ({"more": ["--layer", "3"]}, "--layer 3: the model has the layers 0 to 2, and last"),
     ({"more": ["--layer", "first"]}, "--layer first: the model has"),
     ({"more": ["--pool", "max"]}, "--pool max: give mean, last, center:N"),
-    ({"more": ["--pool", "center:6"]}, "--pool center:6: a region has only 5 bases"),
+    ({"more": ["--pool", "center:6"]}, "--pool center:6: short:0-5 has only 5 bases"),
     ({"more": ["--block", "0"]}, "--block 0: must be 1 or more"),
     ({"output": "out.csv"}, "out.csv: its suffix must be one of .parquet, .zarr, .h5ad"),
     ({"output": "there.parquet"}, "there.parquet exists: remove it, or choose another --output"),
@@ -254,6 +254,18 @@ def test_bad_input(
     assert captured.out == "" and captured.err.count("\n") == 1, captured.err
     assert message in captured.err
     assert output.name == "there.parquet" or not output.exists()
+
+
+def test_a_model_with_full_layers_is_refused_before_it_reads(
+    tmp_path: Path, fasta: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megabase.models.reading.LONGEST_WITH_FULL_LAYERS", 90)
+    write_checkpoint(tmp_path / "run", dataclasses.replace(CONFIG, layers=["full"], max_length=None), 5)
+    for command in ("embed", "score"):
+        output = tmp_path / "out.parquet"
+        assert cli.main([command, str(tmp_path / "run"), str(fasta), "-o", str(output)]) == 2
+        assert "at most 90 tokens can be read in blocks, and 91 are asked for" in capsys.readouterr().err
+        assert not output.with_name("out.parquet.partial").exists()
 
 
 def test_one_strand_only(tmp_path: Path, fasta: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,7 @@ BAD = [
     ({"more": ["--gc", "0.4:0.5", "--stop", "TAA"]}, "--gc with --stop"),
     ({"more": ["--forbid", "GAZ"]}, "--forbid 'GAZ': 'Z' is unknown"),
     ({"more": ["--stop", ""]}, "--stop '': it is empty"),
-    ({"more": ["--forbid", "N"]}, "--forbid: no sequence of 9 letters after prompt 'one' can keep to it"),
+    ({"more": ["--forbid", "N"]}, "--forbid: no sequence of 9 letters after prompt 'one' satisfies this"),
     ({"more": ["--forbid", "SS", "--gc", "0.9:1"]}, "--forbid and --gc: no sequence of 9 letters"),
     ({"output": "out.txt"}, "out.txt: name a FASTA file, with one of .fa, .fasta, .fna, .faa"),
     ({"output": "prompts.fa"}, "prompts.fa exists: remove it, or choose another --output"),
@@ -200,6 +200,27 @@ BAD = [
     ({"alphabet": "bytes"}, "FASTA cannot hold every byte"),
     ({"alphabet": "protein", "more": ["--gc", "0:1"]}, "alphabet is 'protein', without bases"),
 ]
+
+
+def test_bounds_that_no_sequence_meets_may_show_while_drawing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the first letter all are G and C, or none is: so one or four of four, or none or three, never two."""
+    options = [
+        "--length",
+        4,
+        "--forbid",
+        "NWS",
+        "--forbid",
+        "NSW",
+        "--forbid-strand",
+        "forward",
+        "--gc",
+        "0.5:0.5",
+    ]
+    assert call(run, tmp_path / "out.fa", *options) == 1
+    assert "--gc with --forbid: no letter can follow letter 1 of a sequence" in capsys.readouterr().err
+    assert not (tmp_path / "out.fa").exists()
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)

@@ -81,5 +81,7 @@ def test_a_pool_that_does_not_parse(text: str) -> None:
 
 
 def test_a_centre_longer_than_the_region() -> None:
-    with pytest.raises(UserError, match="--pool center:24: a region has only 23 bases"):
-        Pool.parse("center:24").part(LENGTH, reverse=False)
+    Pool.parse("center:23").check("one:0-23", LENGTH)
+    Pool.parse("bin:24").check("one:0-23", LENGTH)
+    with pytest.raises(UserError, match="--pool center:24: one:0-23 has only 23 bases"):
+        Pool.parse("center:24").check("one:0-23", LENGTH)
