@@ -54,7 +54,7 @@ class Entry:
         ranks: number of ranks that wrote it; None if its manifest cannot be read.
         stage: ZeRO stage; None if its manifest cannot be read.
         precision: `32`, `bf16` or `16`; None if its manifest cannot be read.
-        valid_loss: nats per base of the evaluation at this step; None if there was none.
+        valid_loss: of the evaluation at this step, nats per base (of a fine-tuning its loss); None if there was none.
     """
 
     name: str
@@ -111,17 +111,18 @@ def list_run(run: Path, *, fast: bool, progress: bool) -> list[Entry]:
     raise UserError(f"{run}: its checkpoints are deleted faster than they can be read: try --fast")
 
 
-def as_table(entries: Sequence[Entry]) -> Table:
-    """The list as a table, a row for each checkpoint."""
+def as_table(entries: Sequence[Entry], *, in_bits: bool = True) -> Table:
+    """The list as a table, a row for each checkpoint. in_bits: the validation loss is that of bases, in nats."""
     now = time.time()
-    table = new_table(_HEADINGS, left=("checkpoint", "state"))
+    headings = [heading if in_bits else heading.replace("bits/base", "loss") for heading in _HEADINGS]
+    table = new_table(headings, left=("checkpoint", "state"))
     for entry in entries:
         table.add_row(
             entry.name,
             readable_size(entry.bytes),
             age(now - entry.created),
             *("" if value is None else str(value) for value in (entry.ranks, entry.stage, entry.precision)),
-            "" if entry.valid_loss is None else f"{entry.valid_loss / math.log(2):.4f}",
+            "" if entry.valid_loss is None else f"{entry.valid_loss / (math.log(2) if in_bits else 1):.4f}",
             f"{entry.state}: {entry.reason}" if entry.reason else entry.state,
         )
     return table

@@ -19,6 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from megabase.pipeline.checkpoint import listing
+    from megabase.pipeline.rundir.paths import RunPaths
     from megabase.pipeline.tables import show
 
     run = Path(options.directory)
@@ -26,5 +27,6 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(listing.as_json(run, entries))
     else:
-        show(listing.as_table(entries), *listing.conclusions(run, entries))
+        table = listing.as_table(entries, in_bits=not RunPaths(run).finetune.exists())
+        show(table, *listing.conclusions(run, entries))
     return 0

@@ -24,7 +24,7 @@ from megabase.pipeline.finetune.model import LORA, Method
 from megabase.pipeline.finetune.settings import Pretrained, settings_of
 from megabase.pipeline.finetune.splits import split_of_each
 from megabase.pipeline.finetune.tables import FASTA, Columns, Table, read_fasta, read_folder, read_table
-from megabase.pipeline.finetune.task import RECORD, Finetuning, Work
+from megabase.pipeline.finetune.task import Finetuning, Work
 from megabase.pipeline.inference.model import ALPHABETS, chosen_step
 from megabase.pipeline.inference.source import describe
 from megabase.pipeline.ranks.environment import is_rank, is_rank_zero, local_devices
@@ -88,6 +88,9 @@ def run(options: FinetuneOptions, arguments: list[str], stop: StopRequest) -> in
         UserError, DataError, ConfigError: bad input; nothing was started.
         RunError: the result cannot be written.
     """
+    if is_supervised() or not is_rank_zero():
+        # The process that started this rank has said it, or rank 0 does.
+        logging.getLogger("megabase.pipeline.finetune").setLevel(logging.ERROR)
     require("sklearn")  # the baseline needs it, after the training
     if options.method.mode == LORA:
         require("peft")
@@ -162,7 +165,7 @@ def predict(options: FinetuneOptions) -> int:
 
 def pretrained_of(path: Path, step: int | str | None) -> Pretrained:
     """The model to start from. Raises UserError if there is none, or ConfigError."""
-    if (path / RECORD).exists():
+    if RunPaths(path).finetune.exists():
         raise UserError(f"{path} is the run of a fine-tuning: give the pretrained model that it started from")
     chosen = None
     if RunPaths(path).checkpoints.is_dir():

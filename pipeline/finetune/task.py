@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD, SPLIT_TABLE = "finetune.json", "splits.tsv"
+SPLIT_TABLE = "splits.tsv"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class Finetuning(Task):
     def _check_call(self) -> None:
         """Raise UserError if the run directory is of another call."""
         directory, now = self.config.directory, self.work.record
-        path = directory / RECORD
+        path = RunPaths(directory).finetune
         if not path.exists():
             if RunPaths(directory).config.exists():
                 raise UserError(f"{directory} is the run of another command: choose another RUN with -o")
@@ -170,7 +170,7 @@ class Finetuning(Task):
     def describe_data(self) -> None:
         """Write `finetune.json`, and `splits.tsv`: which example is in which split."""
         directory, examples = self.config.directory, self.work.examples
-        publish_json(directory / RECORD, self.work.record, indent=1)
+        publish_json(RunPaths(directory).finetune, self.work.record, indent=1)
         lines = ["example\tsplit\n"]
         lines += [f"{name}\t{split}\n" for name, split in zip(examples.names, examples.splits, strict=True)]
         publish(directory / SPLIT_TABLE, "".join(lines).encode())
@@ -217,9 +217,9 @@ class Finetuning(Task):
 
 def read_record(run: Path) -> dict[str, Any]:
     """The content of `finetune.json`. Raises UserError if the directory is not of a fine-tuning."""
-    path = run / RECORD
+    path = RunPaths(run).finetune
     if not path.exists():
-        raise UserError(f"{run} is not the run of a fine-tuning: it has no {RECORD}")
+        raise UserError(f"{run} is not the run of a fine-tuning: it has no {path.name}")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:

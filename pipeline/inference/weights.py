@@ -16,7 +16,8 @@ from megabase.models.reformer import Reformer
 from megabase.pipeline.checkpoint.choose import ATTEMPTS, choose_to_read
 from megabase.pipeline.checkpoint.identity import model_config, saved_layout
 from megabase.pipeline.checkpoint.manifest import Damaged, Manifest
-from megabase.pipeline.errors import RunError
+from megabase.pipeline.errors import RunError, UserError
+from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.zero.states import Shards
 
 T = TypeVar("T")
@@ -90,6 +91,12 @@ def load_weights(checkpoint: Path, manifest: Manifest) -> Reformer:
 def _check_weights(checkpoint: Path, shards: Shards, shapes: Mapping[str, torch.Size]) -> None:
     """Raise RunError unless the checkpoint has the weights of the model that its manifest describes."""
     saved: dict[str, Any] = {name.removeprefix(PREFIX): shards.shapes[name] for name in shards.names}
+    run = checkpoint.absolute().parent.parent
+    if RunPaths(run).finetune.exists():
+        raise UserError(
+            f"{run} is the run of a fine-tuning, which predicts labels: use `megabase finetune {run} TABLE --predict`;"
+            f" the model that it started from is {run / 'base'}"
+        )
     if differing := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
         name = differing[0]
         raise RunError(

@@ -131,7 +131,7 @@ def _fields(figures: Figures, now: float) -> list[tuple[str, str]]:
     speed = figures.tokens_per_second
     return [
         ("step", _step(figures, now)),
-        ("loss", _loss(figures)),
+        ("loss", _loss(figures).replace(" loss", "")),
         ("speed", "" if speed is None else f"{speed:,.0f} tokens/s"),
         ("validation", _validation(figures.evaluation)),
         ("whole split", _validation(figures.evaluation, "full_")),

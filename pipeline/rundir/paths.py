@@ -116,6 +116,11 @@ class RunPaths:
         return self.directory / "init_from.json"
 
     @property
+    def finetune(self) -> Path:
+        """What a fine-tuning started from, and what it predicts. No other run has this file."""
+        return self.directory / "finetune.json"
+
+    @property
     def result(self) -> Path:
         """What a fine-tuning reached on its test split, beside its baseline."""
         return self.directory / "result.json"
