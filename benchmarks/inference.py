@@ -5,9 +5,10 @@
 It reads E. coli from examples/data, and prints two tables.
 - score: one strand of a record of each length, in a process of its own. peak: memory of the process beyond that before
   it read the first base.
-- variants: SNVs after `--position` bases, with 1,024 bases scored after each. walk: a base of the walk itself. fork: an
-  SNV read from a fork of the walk's state. context: the same with `--context N`, a window of its own. windows: what
-  others do, a forward pass over a window of N bases with REF and one with ALT, as two rows of a batch.
+- variants: SNVs after `--position` bases of a walk, on one strand, with 1,024 bases scored after each. fork: one SNV,
+  read from a fork of the walk's state. near: one of 16 within 256 bases, whose forks are read together. context: one
+  with `--context N`, given N bases of its own. windows: what others do, a forward pass over a window of N bases with
+  REF and one with ALT, as two rows of a batch.
 Times are CPU seconds of the process, so that other work on the machine disturbs them less; wall time is in the JSON.
 """
 
@@ -24,30 +25,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.blocks import genome as tokens_of_genome
 from benchmarks.blocks import number
-from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.alphabet import FIRST_LETTER, Alphabet
 from megabase.models import Reformer, ReformerConfig, Seeds
 from megabase.models.generation import read_block, start
 from megabase.pipeline.bench.result import machine, versions
 from megabase.pipeline.config.load import load
 from megabase.pipeline.inference.genome import Genome
 from megabase.pipeline.inference.variants.edits import Edit, Strand
-from megabase.pipeline.inference.variants.reading import Reader
-from megabase.pipeline.inference.variants.walk import walk
+from megabase.pipeline.inference.variants.reading import Reader, Row, read_rows
 from megabase.pipeline.inference.variants.windows import windows
 
 BLOCK = 1 << 14
 LENGTHS = (10_000, 100_000, 1_000_000, 4_000_000)
-SPACING = 2_000
-"""Bases between the SNVs: each has a fork of its own."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Cost:
     """What was measured: `count` bases or variants took so many seconds; bytes: of peak memory."""
 
     what: str
@@ -77,7 +74,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def score(config: Path, length: int) -> Row:
+def score(config: Path, length: int) -> Cost:
     """Read one strand of `length` bases, in this process."""
     model, _ = model_of(config)
     tokens = tokens_of_genome(length)
@@ -86,10 +83,10 @@ def score(config: Path, length: int) -> Row:
     state = start(model, 1)
     seconds = timed(lambda: [read_block(model, piece, state) for piece in tokens.split(BLOCK, dim=1)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return Row("score", length, *seconds, bytes=peak * 1024)
+    return Cost("score", length, *seconds, bytes=peak * 1024)
 
 
-def scores(config: Path, lengths: list[int]) -> list[Row]:
+def scores(config: Path, lengths: list[int]) -> list[Cost]:
     """Score each length in a new process."""
     rows = []
     for length in lengths:
@@ -103,39 +100,39 @@ def scores(config: Path, lengths: list[int]) -> list[Row]:
             str(length),
         ]
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append(Row(**json.loads(found)))
+        rows.append(Cost(**json.loads(found)))
         print(f"| {length:,} | {1 / rows[-1].each:,.0f} | {(rows[-1].bytes or 0) / 2**20:,.0f} |", flush=True)
     return rows
 
 
-def variants(config: Path, position: int, count: int, context: int, folder: Path) -> list[Row]:
+def variants(config: Path, position: int, count: int, context: int, folder: Path) -> list[Cost]:
     """The cost of SNVs in several ways."""
     model, _ = model_of(config)
-    letters = "ACGT"
-    codes = tokens_of_genome(position + count * SPACING + SPACING)[0, 1:].numpy() - 5
-    sequence = np.frombuffer(letters.encode(), np.uint8)[codes.clip(0, 3)]
+    dna = Alphabet.named("dna")
     fasta = folder / "genome.fa"
-    fasta.write_bytes(b">ecoli\n" + sequence.tobytes() + b"\n")
-    strand = Strand(Genome(fasta), "ecoli", Alphabet.named("dna"), reverse=False)
-    places = [position + number * SPACING for number in range(count)]
-    edits = [
-        Edit("ecoli", p, p + 1, letters[(letters.index(chr(sequence[p])) + 1) % 4].encode()) for p in places
-    ]
+    fasta.write_bytes(b">ecoli\n" + dna.decode(tokens_of_genome(position + context)[0].numpy()) + b"\n")
+    strand = Strand(Genome(fasta), "ecoli", dna, reverse=False)
     reader, rows = Reader(model, Seeds()), []
 
     def add(what: str, number: int, seconds: tuple[float, float]) -> None:
-        rows.append(Row(what, number, *seconds))
+        rows.append(Cost(what, number, *seconds))
         print(f"| {what} | {rows[-1].each * 1e3:,.4f} |", flush=True)
 
-    # The same walk without the variants: its only edit changes nothing, where it ends.
-    last = places[-1] + 1
-    read = min(last + reader.downstream, len(strand))
-    bare = timed(lambda: walk(reader, strand, [Edit("ecoli", last, last, b"")], ignore))
-    add("a base of the walk", read, bare)
-    both = timed(lambda: walk(reader, strand, edits, ignore))
-    add("fork", count, (both[0] - bare[0], both[1] - bare[1]))
-    few = edits[: max(2, count // 4)]
-    add(f"context of {context:,}", len(few), timed(lambda: windows(reader, strand, few, context, ignore)))
+    def row(place: int, change: int) -> Row:
+        """What a fork reads of an SNV at a place, from a walk that stands at `position`."""
+        allele = (strand.tokens(place, place + 1) - FIRST_LETTER + change) % 4 + FIRST_LETTER
+        after = strand.tokens(place + 1, place + 1 + reader.downstream)
+        return Row(0, strand.tokens(position, place), allele, after)
+
+    state = reader.start(1)
+    reads = [strand.tokens(start, min(start + BLOCK, position)) for start in range(0, position, BLOCK)]
+    add("a base of the walk", position, timed(lambda: [reader.read(piece[None], state) for piece in reads]))
+    alone = [row(position, 1 + number % 3) for number in range(count)]
+    add("fork", count, timed(lambda: [read_rows(reader, state, [one]) for one in alone]))
+    near = [row(position + 16 * number, 1) for number in range(16)]
+    add("near", len(near), timed(lambda: read_rows(reader, state, near)))
+    edits = [Edit("ecoli", place, place + 1, b"N") for place in range(position, position + 400, 50)]
+    add(f"context of {context:,}", len(edits), timed(lambda: windows(reader, strand, edits, context, ignore)))
     window = tokens_of_genome(context).expand(2, -1)
     with torch.no_grad():
         model(window)
