@@ -8,7 +8,8 @@ on both sides). Each is paired with a decoy: the same substitution at a random p
 strains share, at the same position of a codon (pyrodigal's genes, read along the gene), or also outside of genes.
 
 Printed is in how many pairs the natural one has the higher score: `megabase variants`' LLR, with the standard error;
-0.5 is chance. Beside the model: Markov models fitted to the rest of REFERENCE, both strands. Needs mappy and pyrodigal.
+0.5 is chance. Beside the model: Markov models fitted to the rest of REFERENCE, both strands. A second table says how
+far the effect of a random substitution reaches. Needs mappy and pyrodigal.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pyrodigal
 import torch
 from numpy.typing import NDArray
 
+from megabase.datamodules.alphabet import BOS, FIRST_LETTER
 from megabase.datamodules.index.segments import VALID
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.models import Seeds
@@ -46,6 +48,7 @@ FLANK = 10
 """Equal bases that a substitution needs on both sides."""
 ORDERS = (1, 2, 3, 5, 8, 10)
 OUTSIDE = 0
+REACHES, FARTHEST = (16, 64, 256, 512, 1024), 2048
 COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
 
 
@@ -222,6 +225,27 @@ def scores_of_model(
     return {"LLR": numbers["llr"], **parts}
 
 
+@torch.no_grad()
+def reach(loaded: LoadedModel, reference: str, number: int = 40) -> dict[int, float]:
+    """How far the effect of random substitutions reaches: for numbers of bases after them, the correlation of the score
+    up to there with that up to FARTHEST."""
+    generator = np.random.default_rng(1)
+    before, rows = min(loaded.config.data.length, 4096) - 1, []
+    for place in generator.integers(before, len(reference) - FARTHEST, number):
+        window = np.frombuffer(reference[place - before : place + 1 + FARTHEST].encode(), np.uint8)
+        tokens = torch.tensor([[BOS, *loaded.alphabet.encode(window).tolist()]])
+        changed = tokens.clone()
+        changed[0, 1 + before] = (
+            changed[0, 1 + before] - FIRST_LETTER + int(generator.integers(1, 4))
+        ) % 4 + FIRST_LETTER
+        both = torch.cat((tokens, changed))
+        log_probs = loaded.model(both, seeds=Seeds(run=loaded.config.run.seed)).double().log_softmax(-1)
+        old, new = log_probs[:, :-1].gather(2, both[:, 1:, None]).squeeze(2)
+        rows.append((new - old)[before:].numpy().cumsum())
+    sums = np.array(rows)
+    return {bases: float(np.corrcoef(sums[:, bases], sums[:, -1])[0, 1]) for bases in REACHES}
+
+
 def share(higher: NDArray[np.float64]) -> str:
     """The mean of 0, 0.5 and 1, with its standard error."""
     mean = higher.mean()
@@ -268,11 +292,16 @@ def main() -> None:
         print(
             f"| {name} | {' | '.join(share(higher[chosen]) for chosen in groups.values() if chosen.any())} |"
         )
+    correlations = reach(loaded, reference)
+    print("\n| bases scored after | " + " | ".join(map(str, correlations)) + " |")
+    print("|---|" + "---|" * len(correlations))
+    print(f"| correlation with {FARTHEST} | " + " | ".join(f"{r:.3f}" for r in correlations.values()) + " |")
     if options.json:
         described = {
             "natural": len(natural),
             "pairs": {name: int(chosen.sum()) for name, chosen in groups.items()},
             "higher": rows,
+            "reach": correlations,
             "model": {"step": loaded.source.step, "bases_of_a_window": loaded.config.data.length},
             "downstream": options.downstream,
             "machine": machine("cpu"),

@@ -65,7 +65,12 @@ def test_the_table_has_the_scores_of_walks(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert variants(folder, tmp_path / "out.parquet", "--downstream", "20", "--json") == 0
-    summary = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert (
+        "up to 210 bases are read before a variant, and the model was trained on windows of 64"
+        in captured.err
+    )
+    summary = json.loads(captured.out)
     found = rows(tmp_path / "out.parquet")
     loaded, genome = load_model(folder / "run"), Genome(folder / "genome.fa")
     edits = [Edit("chr1", 13, 14, b"G"), Edit("chr1", 20, 23, b""), Edit("chr1", 19, 23, b"CC")]
