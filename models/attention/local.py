@@ -129,7 +129,8 @@ class LocalAttention(SeparateAttention):
         # The positions around this part are attended to; what they attend to is computed as well, and left out.
         # In whole pieces of the kernels, so that every position is computed as in the whole sequence.
         after = 0 if self.config.causal else local.window
-        around, n = Around(local.window, after, dispatch.piece_of(q.device)), q.shape[2]
+        piece, n = dispatch.piece_of(q.device, local.window + after), q.shape[2]
+        around = Around(piece, after, piece)
         mask = None
         if call.mask is not None:
             mask = part.with_neighbours(call.mask.to(torch.uint8), around).bool()

@@ -146,9 +146,11 @@ def test_dropout_and_mask(size: int) -> None:
     compare(dataclasses.replace(CONFIG, causal=False), size, mask=mask)
 
 
-def test_lengths_that_the_kernels_do_not_divide() -> None:
+@pytest.mark.parametrize(("window", "causal"), [(300, True), (100, True), (16, False), (300, False)])
+def test_lengths_that_the_kernels_do_not_divide(window: int, causal: bool) -> None:
     """Parts of 125 positions: neither local attention's pieces nor a window begin where a part does."""
-    config = dataclasses.replace(CONFIG, max_length=None, layers=["local"], local=LocalConfig(window=300))
+    local = LocalConfig(window=window)
+    config = dataclasses.replace(CONFIG, max_length=None, layers=["local"], local=local, causal=causal)
     torch.manual_seed(0)
     model = Reformer(config).eval()
     tokens = torch.randint(5, 9, (1, 1000), generator=torch.Generator().manual_seed(1))

@@ -136,12 +136,18 @@ def sort_by_bucket(buckets: Tensor, n_buckets: int | None, mask: Tensor | None) 
     return SortedOrder.by_bucket(buckets, mask)
 
 
-def piece_of(device: torch.device) -> int:
-    """Positions that a kernel computes together, counted from the first one.
+def piece_of(device: torch.device, reach: int) -> int:
+    """Positions that a kernel computes together, counted from the first one; at least `reach`.
 
-    If the sequence begins a multiple of this later, a position is computed as before, bit for bit.
+    If the sequence begins a multiple of this later, and at least one piece before a position, the position is computed
+    as before, bit for bit.
+
+    Args:
+        device: of the tensors.
+        reach: how many positions before and after it a position attends to.
     """
-    return native.STRIP if device.type == "cpu" else 128
+    least, multiple = (native.STRIP, native.BLOCK) if device.type == "cpu" else (128, 128)
+    return max(least, -(-reach // multiple) * multiple)
 
 
 def unit_keys(qk: Tensor) -> Tensor:

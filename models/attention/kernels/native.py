@@ -18,8 +18,8 @@ from megabase.models.attention.kernels.native_library import load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-STRIP = 240
-"""Slots of a row that are computed together, as in cpp/problem.h."""
+STRIP, BLOCK = 240, 24
+"""Slots of a row that are computed together, and a divisor of their number, as in cpp/problem.h."""
 
 EXCLUDED = -1e30
 """What a running maximum of scores starts from, as in cpp/problem.h."""
