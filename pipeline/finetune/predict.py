@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,10 @@ class Loaded:
     """A fine-tuned model.
 
     Attributes:
-        model: on the device that predicts, in fp32, in evaluation mode.
+        model: on the device that predicts, with fp32 weights, in evaluation mode.
         alphabet: of its tokens.
         seed: of the rotations of LSH attention, `run.seed`.
+        precision: of the training: 32, bf16 or 16. On a CPU it predicts in fp32.
         step: optimizer steps of the fine-tuning.
         path: the run directory.
     """
@@ -50,6 +50,7 @@ class Loaded:
     model: FineTuned
     alphabet: Alphabet
     seed: int
+    precision: str
     step: int
     path: Path
 
@@ -86,9 +87,10 @@ class Loaded:
             if sys.stderr.isatty()
             else batches
         )
-        half = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
+        half = self.precision != "32" and device.type == "cuda"
+        dtype = torch.float16 if self.precision == "16" else torch.bfloat16
         found = []
-        with half:
+        with torch.autocast(device.type, dtype, enabled=half):
             for batch in shown:
                 values = self.model.predict(
                     batch.codes.to(device), batch.lengths.to(device), Seeds(run=self.seed)
@@ -120,7 +122,8 @@ def load_finetuned(run: Path, step: int | None = None) -> Loaded:
         model = _filled(run, checkpoint, manifest, problem, method)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         seed = int(manifest.config["run.seed"])
-        return Loaded(model.eval().to(device), Alphabet.named(record["alphabet"]), seed, manifest.step, run)
+        alphabet = Alphabet.named(record["alphabet"])
+        return Loaded(model.eval().to(device), alphabet, seed, manifest.precision, manifest.step, run)
 
     return read_checkpoint(run, step if step is not None else best_or_none(run), read)[1]
 

@@ -113,10 +113,17 @@ def as_tables(result: dict[str, Any]) -> list[Table | str]:
         of_baseline = result["baseline"]["metrics"][name]
         table.add_row(name, *_cells(of_model), *_cells(of_baseline))
     return [
-        f"{result['run']} (step {result['step']:,}): {result['task']}, {method['mode']} of {result['model']}",
+        f"{_shown(result['run'])} (step {result['step']:,}): {result['task']}, {method['mode']} of"
+        f" {_shown(result['model'])}",
         f"{splits} examples; seed {result['seed']}; baseline: {result['baseline']['name']}",
         table,
     ]
+
+
+def _shown(path: str) -> str:
+    """A path, relative to the working directory if it lies in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _cells(found: dict[str, float | None]) -> list[str]:

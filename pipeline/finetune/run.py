@@ -134,6 +134,7 @@ def predict(options: FinetuneOptions) -> int:
     from megabase.pipeline.finetune.predict import load_finetuned, unlabelled
     from megabase.pipeline.finetune.result import write_predictions
 
+    require("sklearn")
     if options.settings:
         raise UserError(f"{options.settings[0]}: --predict takes no settings")
     step = chosen_step(options.model, options.step)

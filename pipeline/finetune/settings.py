@@ -116,12 +116,14 @@ def settings_of(
         config.trainer.eval_every_steps = epoch
     if "checkpoint.every_steps" not in keys:
         config.checkpoint.every_steps = config.trainer.eval_every_steps
+    if "checkpoint.keep" not in keys:
+        config.checkpoint.keep = 1
+    # Evaluations and checkpoints of different steps leave the last checkpoint as the result.
     if (
         "checkpoint.keep_best" not in keys
-        and config.trainer.eval_every_steps
-        and config.checkpoint.every_steps
+        and config.checkpoint.every_steps == config.trainer.eval_every_steps
     ):
-        config.checkpoint.keep, config.checkpoint.keep_best = 1, 1
+        config.checkpoint.keep_best = 1 if config.checkpoint.every_steps else 0
     if "data.micro_batch" not in keys:
         config.data.micro_batch = _micro_batch(config, devices)
     config.validate()

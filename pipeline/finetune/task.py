@@ -84,6 +84,8 @@ class Finetuning(Task):
     def check(self, ranks: int) -> None:
         self._check_call()
         check_settings(self.config, ranks)
+        if self.config.data.reverse_complement and Alphabet.named(self.alphabet).complement is None:
+            raise UserError(f"data.reverse_complement: {self.alphabet} has no other strand: leave it out")
         if (parts := self.config.trainer.sequence_ranks) > 1:
             raise UserError(
                 f"trainer.sequence_ranks={parts}: the ranks of a fine-tuning do not share examples: leave it out"
@@ -125,7 +127,12 @@ class Finetuning(Task):
     def has_finished(self, ranks: int) -> bool:
         state, step = read_status(self.config.directory)
         done = state == FINISHED and (step or 0) >= self.config.trainer.max_steps
-        return done and not (self.config.tracking.enabled and not is_complete(self.config))
+        if not done or (self.config.tracking.enabled and not is_complete(self.config)):
+            return False
+        logger.info(
+            f"{self.config.run.name} is finished at step {step}: a larger trainer.max_steps trains it further"
+        )
+        return True
 
     @cached_property
     def data(self) -> ExampleData:

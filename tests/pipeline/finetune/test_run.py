@@ -63,7 +63,19 @@ def test_settings_follow_from_model_data_and_mode(options: FinetuneOptions) -> N
         "optim.lr=0.5",
     )
     config = call(replace(options, settings=settings, method=Method(FULL))).config
+    assert (config.checkpoint.keep, config.checkpoint.keep_best) == (1, 1)
     assert (config.trainer.max_steps, config.data.micro_batch, config.optim.lr) == (5, 2, 0.5)
+
+
+def test_evaluations_between_checkpoints_need_no_settings_of_their_own(options: FinetuneOptions) -> None:
+    settings = (
+        *options.settings,
+        "checkpoint.every_steps=3",
+        "trainer.eval_every_steps=2",
+        "checkpoint.keep=4",
+    )
+    checkpoint = call(replace(options, settings=settings)).config.checkpoint
+    assert (checkpoint.keep, checkpoint.keep_best) == (4, 0)
 
 
 def test_a_task_names_the_examples_of_a_step(options: FinetuneOptions) -> None:
