@@ -73,8 +73,15 @@ for row, strand in zip((0, 2), ("forward", "reverse"), strict=True):
         places, -values(f"entropy.{strand}"), where="mid", color="black", label="expected: −entropy"
     )
     rows[row + 1].set(ylabel="nats", ylim=(-4, 0))
-rows[0].legend(ncols=4, loc="lower right", fontsize="small")
-rows[1].legend(ncols=2, loc="lower right", fontsize="small")
+for row, number in ((0, 4), (1, 2)):  # above the panels
+    rows[row].legend(
+        ncols=number,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        fontsize="small",
+        borderpad=0,
+    )
 rows[3].set_xlabel(f"position in {record}")
 figure.savefig(picture, dpi=110)
 print(f"picture: {picture}")
