@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,11 +79,20 @@ def score(config: Path, length: int) -> Cost:
     model, _ = model_of(config)
     tokens = tokens_of_genome(length)
     read_block(model, tokens[:, :256], start(model, 1))  # loads the kernels
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    state = start(model, 1)
-    seconds = timed(lambda: [read_block(model, piece, state) for piece in tokens.split(BLOCK, dim=1)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return Cost("score", length, *seconds, bytes=peak * 1024)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again here
+    before, state = peak(), start(model, 1)
+
+    def read() -> None:
+        for piece in tokens.split(BLOCK, dim=1):
+            read_block(model, piece, state)
+
+    return Cost("score", length, *timed(read), bytes=peak() - before)
+
+
+def peak() -> int:
+    """Most memory of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def scores(config: Path, lengths: list[int]) -> list[Cost]:
