@@ -10,9 +10,11 @@ values of a task are rows of fp32 in a file of `partial`; NaN stands for no valu
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,11 +33,14 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, Region
 from megabase.pipeline.inference.model import Source
 from megabase.pipeline.inference.partial import check_beside
+from megabase.pipeline.readable import readable_size
 
 LOGP, ENTROPY, ACGT = "logp", "entropy", "acgt"
 NAMES = (LOGP, ENTROPY, ACGT)
 ROWS_AT_ONCE = 1 << 18
 """Bases whose values are in memory at once while the bigWig files are written."""
+BYTES_OF_VALUE = 6
+"""In a bigWig file of values that cannot be compressed, zoom levels included (5.2 were measured)."""
 COLORS = {
     LOGP: "31,119,180",
     ENTROPY: "127,127,127",
@@ -242,6 +247,10 @@ def write_tracks(
     Raises:
         OSError: they cannot be written.
     """
+    # pyBigWig crashes if the disk is full.
+    needed = BYTES_OF_VALUE * len(tracks.columns) * len(files) * sum(map(len, regions))
+    if shutil.disk_usage(directory.parent).free < needed:
+        raise OSError(errno.ENOSPC, f"the tracks need up to {readable_size(needed)} of free space")
     directory.mkdir()
     (directory / "hub.txt").write_text(hub.text(tracks, list(files)))
     for strand, of_strand in files.items():

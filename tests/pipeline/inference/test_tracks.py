@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pybigtools
@@ -128,9 +129,19 @@ def test_the_hub_names_every_file(run: Path, fasta: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_portions_write_the_same_bytes(run: Path, fasta: Path, tmp_path: Path) -> None:
+def test_portions_write_the_same_bytes_also_after_a_full_disk(
+    run: Path,
+    fasta: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     options = ["--track", "logp,acgt"]
     whole, shared = tmp_path / "whole.parquet", tmp_path / "shared.parquet"
+    with monkeypatch.context() as full:
+        full.setattr(tracks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        assert call(run, fasta, whole, *options) == 1
+    assert "the tracks need up to" in capsys.readouterr().err
     assert call(run, fasta, whole, *options) == 0
     for portion in ("2/2", "1/2"):
         assert not shared.exists() and not shared.with_suffix(".tracks").exists()
