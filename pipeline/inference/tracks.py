@@ -125,6 +125,7 @@ class TrackRows:
     """The file of a task while it is written.
 
     Attributes:
+        tracks: what to write.
         file: rows of all regions of the task, one after the other.
         reverse: whether the strand is the reverse one, which is read from the end.
         firsts: the row of the first base of each region that is read.
