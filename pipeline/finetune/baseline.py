@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,15 @@ from megabase.pipeline.finetune.bases import neighbourhoods
 from megabase.pipeline.finetune.examples import Examples
 from megabase.pipeline.finetune.extras import require
 
+logger = logging.getLogger(__name__)
+
 SIZES = {"dna": (2, 4, 6), "protein": (1, 2), "bytes": (1, 2)}
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 """Inverse strengths of the penalty."""
+WIDTHS = (7, 15)
+"""Letters around a base, itself in the middle."""
+MOST_FITTED = 100_000
+"""Examples or bases of the training split, spread over it, that a baseline is fitted on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +40,6 @@ class Baseline:
     found: NDArray[np.float64]
 
 
-WIDTHS = (7, 15)
-"""Letters around a base, itself in the middle."""
-MOST_FITTED = 100_000
-"""Bases of the training split, spread over it, that the baseline of single bases is fitted on."""
-
-
 def base_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
     """Logistic or ridge regression on the letters around each base; width and penalty are chosen as for k-mers.
 
@@ -48,6 +49,7 @@ def base_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
     Raises:
         UserError: scikit-learn is not installed.
     """
+    logger.info("fitting the baseline")
     pre, pipeline, linear = (
         require(f"sklearn.{name}") for name in ("preprocessing", "pipeline", "linear_model")
     )
@@ -91,6 +93,7 @@ def kmer_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
     Raises:
         UserError: scikit-learn is not installed.
     """
+    logger.info("fitting the baseline")
     text, pre, pipeline, linear = (
         require(f"sklearn.{name}")
         for name in ("feature_extraction.text", "preprocessing", "pipeline", "linear_model")
@@ -99,6 +102,8 @@ def kmer_baseline(examples: Examples, alphabet: Alphabet) -> Baseline:
     if alphabet.soft is not None:
         letters = [each.upper() for each in letters]
     rows = {split: examples.of(split) for split in (TRAIN, VALID, TEST)}
+    if len(rows[TRAIN]) > MOST_FITTED:
+        rows[TRAIN] = rows[TRAIN][np.arange(MOST_FITTED) * len(rows[TRAIN]) // MOST_FITTED]
     texts = {split: [letters[each] for each in chosen] for split, chosen in rows.items()}
     labels = {split: np.asarray(examples.labels)[chosen] for split, chosen in rows.items()}
     best: tuple[float, str, Any] | None = None

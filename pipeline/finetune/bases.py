@@ -152,7 +152,7 @@ def known(values: Any, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def neighbourhoods(
     examples: Examples, alphabet: Alphabet, chosen: NDArray[np.int64], width: int, most: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int16], NDArray[np.float64], NDArray[np.int64]]:
     """The letters around labelled bases, for a baseline that sees nothing else.
 
     Args:
@@ -175,10 +175,10 @@ def neighbourhoods(
 
 def _neighbourhoods(
     examples: Examples, alphabet: Alphabet, chosen: NDArray[np.int64], width: int
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]]:
+) -> Iterator[tuple[NDArray[np.int16], NDArray[np.float64], NDArray[np.int64]]]:
     side = width // 2
     for number, each in enumerate(chosen.tolist()):
-        tokens = alphabet.encode(np.frombuffer(examples.sequences[each], np.uint8)).astype(np.uint8)
+        tokens = alphabet.encode(np.frombuffer(examples.sequences[each], np.uint8)).astype(np.int16)
         around = np.lib.stride_tricks.sliding_window_view(np.pad(tokens, side), width)
         label = np.asarray(examples.labels[each], np.float64)
         has = ~np.isnan(label)

@@ -104,15 +104,15 @@ class Finetuning(Task):
         before = read_object(path)
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
-            told = [
+            differences = [
                 "the examples or their splits"
                 if key == "examples"
                 else f"{key} {before.get(key)} -> {now[key]}"
                 for key in changed
             ]
             raise UserError(
-                f"{directory} is the run of another call, which differs in {'; '.join(told)}: repeat that call, or"
-                " choose another RUN with -o"
+                f"{directory} is the run of another call, which differs in {'; '.join(differences)}: repeat that call,"
+                " or choose another RUN with -o"
             )
 
     def warning(self, ranks: int) -> str | None:

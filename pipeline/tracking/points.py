@@ -134,10 +134,14 @@ class Points:
 
     def _unseen(self, row: Row, ms: int) -> Iterator[Point]:
         """The points of a row that neither this nor MLflow had yet."""
+        # Only the loss of predicting letters has a perplexity.
+        finetuned = self._paths.finetune.exists()
         for name, value in row.items():
             if name in NOT_METRICS or name.startswith(MARKOV) or not isinstance(value, int | float):
                 continue
             for metric, number in metrics_of(name, float(value)):
+                if finetuned and metric.endswith("perplexity"):
+                    continue
                 if row["step"] > self._last.get(metric, -1):
                     self._last[metric] = row["step"]
                     yield Point(metric, number, ms, row["step"])

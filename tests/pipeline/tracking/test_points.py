@@ -72,6 +72,10 @@ def test_what_is_not_a_measurement_is_no_metric(tmp_path: Path) -> None:
     write(config, 1, 1, markov_0_bits_per_base=2.0, full_markov_1_bits_per_base=1.9, bad="nan")
     names = {point.name for point in Points(config.directory).new(complete=True)}
     assert names == {"train/loss", "train/perplexity", "speed/tokens_per_second", "train/restarts"}
+    RunPaths(config.directory).finetune.touch()  # its loss is not that of predicting letters
+    assert {point.name for point in Points(config.directory).new(complete=True)} == names - {
+        "train/perplexity"
+    }
     assert "step_times" in json.loads(RunPaths(config.directory).performance.read_text().splitlines()[-1])
 
 
