@@ -17,7 +17,7 @@ from megabase.pipeline.inference.genome import Genome
 
 @dataclass(frozen=True)
 class Edit:
-    """Bases [start, end) of a record become `bases`; both may be empty, but not both at once."""
+    """Bases [start, end) of a record become `bases`. An insertion replaces no base, a deletion has no `bases`."""
 
     record: str
     start: int
