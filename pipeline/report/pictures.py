@@ -105,23 +105,20 @@ def _draw_losses(axes: Axes, record: Record, train: Points, x: Callable[[int], f
         for row in record.evaluations
         if is_number(row["valid_bits_per_base"])
     ]
-    smoothed = list(
-        itertools.accumulate(
-            (value for _, value in train), lambda mean, new: DECAY * mean + (1 - DECAY) * new
-        )
-    )
+    smoothed = _smoothed([value for _, value in train])
     places = [x(step) for step, _ in train]
     axes.plot(places, [value for _, value in train], color=LIGHT, linewidth=0.8, label="training")
     axes.plot(places, smoothed, color=BLUE, linewidth=1.2, label="training, smoothed")
     if valid:
         values = [value for _, value in valid]
         axes.plot([x(step) for step, _ in valid], values, "o-", color=RED, markersize=3, label="validation")
-    for order, value in _markov(record):
+    markov = _markov(record)
+    for order, value in markov:
         axes.axhline(value, color=GREY, linestyle=":", linewidth=1)
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         axes.annotate(f"Markov order {order}", (1, value), fontsize=7, color=GREY, **place)  # type: ignore[arg-type]
     # The first steps, whose losses are much higher, would flatten the rest.
-    tail = [value for _, value in train[len(train) // 20 :]] + [value for _, value in valid]
+    tail = [value for _, value in [*train[len(train) // 20 :], *valid, *markov]]
     axes.set_ylim(min(tail) - 0.01, min(max(tail), sorted(tail)[len(tail) // 2] + 0.3) + 0.01)
     axes.set_ylabel("bits per base")
 
@@ -355,6 +352,13 @@ def _averaged(points: Points) -> Points:
     size = -(-len(points) // POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential means. Early ones are means of the few values before them, not close to the first."""
+    sums = itertools.accumulate(values, lambda total, new: DECAY * total + new, initial=0.0)
+    weights = itertools.accumulate(values, lambda total, _: DECAY * total + 1, initial=0.0)
+    return [total / weight for total, weight in zip(sums, weights, strict=True) if weight]
 
 
 def _unit(tokens: int) -> tuple[float, str]:

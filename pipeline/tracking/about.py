@@ -19,6 +19,8 @@ from megabase.pipeline.rundir.paths import RunPaths
 PARAM_BATCH = 100
 # Longest value of a parameter, in characters.
 PARAM_LENGTH = 500
+# The same of a tag.
+TAG_LENGTH = 5000
 # A setting with which a run was resumed, if it differs from the parameter: MLflow's parameters are immutable.
 CHANGED = "changed."
 # Where a run is stored and sent may differ from machine to machine, and changes nothing in it.
@@ -33,7 +35,12 @@ def source_tags(directory: Path) -> dict[str, str]:
         tags["mlflow.user"] = getpass.getuser()
     command = [str(word) for word in environment.get("command") or []]
     if command:
-        tags["mlflow.source.name"] = " ".join([Path(command[0]).name, *command[1:]])[:PARAM_LENGTH]
+        program = Path(command[0]).name
+        if program == "cli.py":  # `python -m megabase.pipeline.cli`, as jobs call it
+            program = "megabase"
+        tags["megabase.command"] = " ".join([program, *command[1:]])[:TAG_LENGTH]
+        # Without arguments: of a source, MLflow's page shows what follows the last slash.
+        tags["mlflow.source.name"] = " ".join([program, *command[1:2]])
         tags["mlflow.source.type"] = "JOB" if environment.get("slurm") else "LOCAL"
     if commit := environment.get("commit"):
         tags["mlflow.source.git.commit"] = str(commit).removesuffix("-dirty")
@@ -96,6 +103,11 @@ def log_settings(client: Any, run_id: str, params: dict[str, str], tags: dict[st
         client.log_batch(run_id, tags=other[first : first + PARAM_BATCH])
 
 
+def dataset_name(shards: str, split: str) -> str:
+    """The name in MLflow of a split of the shards."""
+    return f"{Path(shards.rstrip('/')).name}/{split}"
+
+
 def log_datasets(client: Any, run_id: str, directory: Path) -> None:
     """Send each split of the shards as a dataset. MLflow stores one once, however often it is sent."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -107,7 +119,7 @@ def log_datasets(client: Any, run_id: str, directory: Path) -> None:
     inputs = [
         DatasetInput(
             Dataset(
-                name=f"{Path(shards.rstrip('/')).name}/{split}",
+                name=dataset_name(shards, split),
                 digest=str(about["identity"]),
                 source_type="http" if "://" in shards else "local",
                 source=json.dumps({"uri": shards}),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megabase.datamodules.index.segments import VALID
 from megabase.pipeline.files import read_object
+from megabase.pipeline.rundir.journal import read
 from megabase.pipeline.rundir.paths import RunPaths
+from megabase.pipeline.tracking.about import dataset_name, source_tags
 from megabase.pipeline.tracking.identity import KEY_TAG, Identity
+from megabase.pipeline.tracking.names import metrics_of
 
 # The name of a run's model in MLflow.
 NAME = "model"
@@ -28,6 +33,7 @@ class TrainedModel:
     """
 
     def __init__(self, directory: Path, register: str | None, identity: Identity) -> None:
+        self._run = directory
         self._directory = RunPaths(directory).model
         self._register = register
         self._identity = identity
@@ -55,7 +61,14 @@ class TrainedModel:
             self._sent = now
         return False
 
-    def send(self, client: Any, experiment_id: str, run_id: str, params: dict[str, str]) -> None:
+    def send(
+        self,
+        client: Any,
+        experiment_id: str,
+        run_id: str,
+        params: dict[str, str],
+        time_of: Callable[[int], int | None],
+    ) -> None:
         """Send and register the model, unless that was done.
 
         Args:
@@ -63,6 +76,7 @@ class TrainedModel:
             experiment_id: of the run.
             run_id: of the MLflow run.
             params: that MLflow shows with the model.
+            time_of: when a step was done, in milliseconds since 1970.
         """
         if not self.is_pending(run_id):
             return
@@ -72,8 +86,11 @@ class TrainedModel:
             CHECKSUM_TAG: str(about["manifest_sha256"]),
             STEP_TAG: str(about["step"]),
         }
+        source = source_tags(self._run)
+        tags |= {key: source[key] for key in ("mlflow.user", "mlflow.source.name") if key in source}
         model = find_or_create(client, experiment_id, run_id, tags, params)
         if not is_ready(model):
+            self._log_evaluation(client, run_id, model.model_id, int(about["step"]), time_of)
             _link(client, run_id, model.model_id, int(about["step"]))
             self._write_ids(run_id, model.model_id)
             client.log_model_artifacts(model.model_id, str(self._directory))
@@ -85,6 +102,31 @@ class TrainedModel:
 
     def _about(self) -> dict[str, Any]:
         return read_object(self._directory / EXPORT / "config.json")
+
+    def _log_evaluation(
+        self, client: Any, run_id: str, model_id: str, step: int, time_of: Callable[[int], int | None]
+    ) -> None:
+        """Show the evaluation of the model's step with the model: the same points as those of the run."""
+        from mlflow.entities import Metric
+
+        paths = RunPaths(self._run)
+        data, ms = read_object(paths.dataset), time_of(step)
+        rows = [row for row in read(paths.metrics, having="valid_loss") if row["step"] == step]
+        if not rows or not data or ms is None:
+            return
+        of = {
+            "model_id": model_id,
+            "run_id": run_id,
+            "dataset_name": dataset_name(str(data["shards"]), VALID),
+            "dataset_digest": str(data["identity"]),
+        }
+        values = [
+            pair
+            for name, value in rows[-1].items()
+            if name.startswith(("valid_", "full_valid_")) and isinstance(value, int | float)
+            for pair in metrics_of(name, float(value))
+        ]
+        client.log_batch(run_id, metrics=[Metric(name, value, ms, step, **of) for name, value in values])
 
     def _write_ids(self, run_id: str, model_id: str) -> None:
         """Write into the model's description which run and model of MLflow it is, as MLflow itself does."""
@@ -100,7 +142,7 @@ def find_or_create(
     client: Any, experiment_id: str, run_id: str, tags: dict[str, str], params: dict[str, str]
 ) -> Any:
     """The MLflow model with these tags, after deleting further ones that lost answers have left behind."""
-    wanted = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    wanted = " AND ".join(f"tags.`{key}` = '{tags[key]}'" for key in (KEY_TAG, CHECKSUM_TAG))
     found = client.search_logged_models([experiment_id], filter_string=wanted)
     if not found:
         return client.create_logged_model(

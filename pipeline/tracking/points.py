@@ -97,6 +97,10 @@ class Points:
         """How often the run was started again."""
         return max(self._starts - 1, 0)
 
+    def time_of(self, step: int) -> int | None:
+        """When a step was done, in milliseconds since 1970; None if it is not known."""
+        return self._times.of(step)
+
     def skip(self, last: dict[str, int]) -> None:
         """Do not return points up to these steps: MLflow has them. last: {metric: step}."""
         for name, step in last.items():

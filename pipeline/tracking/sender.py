@@ -99,7 +99,8 @@ class Sender:
             for key, value in about.settings_of(self._config).items()
             if key.startswith(MODEL_SETTINGS)
         }
-        self._model.send(self._client, self.identity.read()["experiment_id"], str(self._run_id), settings)
+        experiment_id = self.identity.read()["experiment_id"]
+        self._model.send(self._client, experiment_id, str(self._run_id), settings, self._points.time_of)
         if status:
             # A request to create the run, slower than the client waits, may have been carried out in the meantime.
             known = self.identity.read()

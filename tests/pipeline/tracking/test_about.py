@@ -40,18 +40,22 @@ def test_settings_become_parameters_that_mlflow_accepts() -> None:
         ({}, {}),
         (
             {
-                "command": ["/x/megabase", "train", "a.yaml"],
+                "command": ["/x/pipeline/cli.py", "train", "a/b.yaml"],
                 "commit": "abc-dirty",
                 "slurm": {"SLURM_JOB_ID": "1"},
             },
             {
-                "mlflow.source.name": "megabase train a.yaml",
+                "megabase.command": "megabase train a/b.yaml",
+                "mlflow.source.name": "megabase train",
                 "mlflow.source.type": "JOB",
                 "mlflow.source.git.commit": "abc",
                 "mlflow.source.git.dirty": "true",
             },
         ),
-        ({"command": ["m"], "commit": None}, {"mlflow.source.name": "m", "mlflow.source.type": "LOCAL"}),
+        (
+            {"command": ["m"], "commit": None},
+            {"megabase.command": "m", "mlflow.source.name": "m", "mlflow.source.type": "LOCAL"},
+        ),
     ],
 )
 def test_source(tmp_path: Path, environment: dict[str, object], expected: dict[str, str]) -> None:

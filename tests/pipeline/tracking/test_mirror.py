@@ -187,7 +187,8 @@ def test_the_page_of_mlflow_has_what_it_shows(run: RunConfig, proxy: Proxy, serv
         "custom_model_development"
     )
     tags = found.data.tags
-    assert tags["mlflow.source.name"] == "megabase train a.yaml" and tags["mlflow.source.type"] == "LOCAL"
+    assert tags["mlflow.source.name"] == "megabase train" and tags["mlflow.source.type"] == "LOCAL"
+    assert tags["megabase.command"] == "megabase train a.yaml"
     assert tags["mlflow.source.git.commit"] == commit and tags["mlflow.source.git.dirty"] == "true"
     assert sorted(
         (

@@ -14,7 +14,7 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import write_status
 from megabase.pipeline.tracking.mirror import Mirror
-from tests.pipeline.tracking.runs import write
+from tests.pipeline.tracking.runs import history, write
 from tests.pipeline.tracking.servers import LOSE, PASS, Proxy, Server
 from tests.pipeline.tracking.test_mirror import only
 
@@ -45,7 +45,9 @@ def test_a_model_is_sent_and_registered_once_whatever_answers_are_lost(
     name = f"genome {run.tracking.experiment}"
     run.tracking.register = name
     save(run, RunPaths(run.directory).config)
-    write(run, 1, 5)
+    dataset = {"shards": "data/lambda", "identity": "00ff", "alphabet": "dna", "splits": {"valid": {}}}
+    RunPaths(run.directory).dataset.write_text(json.dumps(dataset))
+    write(run, 1, 5, valid_loss=1.0)
     write_trained(run, 5, "aa")
     lost = {"logged-models", "registered-models/create", "model-versions/create", "runs/outputs"}
     seen: set[str] = set()
@@ -63,6 +65,11 @@ def test_a_model_is_sent_and_registered_once_whatever_answers_are_lost(
     (model,) = models_of(server, run)
     assert model.status == "READY" and model.source_run_id == found.info.run_id
     assert model.params["model.dim"] == str(run.model.dim) and model.tags["megabase.step"] == "5"
+    assert [(metric.key, metric.dataset_name) for metric in model.metrics] == [
+        ("valid/loss", "lambda/valid"),
+        ("valid/perplexity", "lambda/valid"),
+    ]
+    assert len(history(server.uri, found.info.run_id, "valid/loss")) == 5
     assert [output.model_id for output in found.outputs.model_outputs] == [model.model_id]
     (version,) = client.search_model_versions(f"name = '{name}'")
     assert version.source == f"models:/{model.model_id}" and version.run_id == found.info.run_id
