@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dnaio
 import numpy as np
 import pysam
 from numpy.typing import NDArray
@@ -33,6 +34,25 @@ def identity(path: Path) -> list[str | int]:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
+def refuse_repeated_names(path: Path) -> None:
+    """Raise UserError if two records of a FASTA file have the same name. Of these, its index would hold the first only.
+
+    A file that is not FASTA passes: making its index says what is wrong.
+    """
+    seen: set[str] = set()
+    try:
+        with dnaio.open(path, fileformat="fasta") as records:
+            for record in records:
+                if record.id in seen:
+                    raise UserError(
+                        f"{path}: two records are named {record.id!r}: give each record a name of its own, the first "
+                        "word after >"
+                    )
+                seen.add(record.id)
+    except (dnaio.FileFormatError, OSError, EOFError, UnicodeDecodeError):
+        return
+
+
 class Genome:
     """A FASTA file with its index (`.fai`), which is made beside it if there is none.
 
@@ -40,7 +60,8 @@ class Genome:
         path: FASTA, as it is or compressed with bgzip.
 
     Raises:
-        UserError: the file cannot be read or indexed, holds no sequence, or has changed since it was indexed.
+        UserError: the file cannot be read or indexed, holds no sequence, has two records of one name, or has changed
+            since it was indexed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +70,8 @@ class Genome:
         index = path.with_name(f"{path.name}.fai")
         if index.exists() and index.stat().st_mtime_ns < path.stat().st_mtime_ns:
             raise UserError(f"{index} is older than {path.name}: remove it, and it is made anew")
+        if not index.exists():
+            refuse_repeated_names(path)
         pysam.set_verbosity(0)  # htslib would print lines of its own
         try:
             self._file = pysam.FastaFile(str(path))

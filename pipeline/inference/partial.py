@@ -130,8 +130,7 @@ class Partial:
         partial = cls(output, sizes, portion)
         with partial._writing():
             partial.directory.mkdir(parents=True, exist_ok=True)
-        if not partial._path(_CALL).exists():
-            partial.add_json(_CALL, call)
+            partial._claim(call)
         if read_object(partial._path(_CALL)) != call:
             raise UserError(
                 f"{partial.directory} was left by a call with another model, input or options: remove it, or choose "
@@ -204,6 +203,21 @@ class Partial:
             raise
         shutil.rmtree(self.directory, ignore_errors=True)
         return True
+
+    def _claim(self, call: Mapping[str, Any]) -> None:
+        """Publish the call, unless there is one: of two processes that start at the same time, one does."""
+        own = self._path(f".{uuid.uuid4().hex}.{_CALL}")
+        own.write_text(f"{json.dumps(call)}\n")
+        try:
+            sync(own)
+            os.link(own, self._path(_CALL))  # unlike a rename, it fails if the file exists
+        except FileExistsError:
+            pass
+        except PermissionError:  # a file system without hard links
+            if not self._path(_CALL).exists():
+                own.rename(self._path(_CALL))
+        finally:
+            own.unlink(missing_ok=True)
 
     def _missing(self) -> list[str]:
         try:

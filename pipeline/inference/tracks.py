@@ -91,8 +91,12 @@ class Tracks:
                 )
 
     def check_directory(self, output: Path) -> None:
-        """Raise UserError if the directory of the tracks is of another call."""
+        """Raise UserError if the directory of the tracks is of another call, or has the table's own name."""
         if self.names:
+            if directory_of(output) == output:
+                raise UserError(
+                    f"--output {output}: the tracks go to a directory of this name: take x.parquet"
+                )
             check_beside(output, directory_of(output))
 
     @property

@@ -1,5 +1,6 @@
 """Results in parts: continuing, sharing among processes, and what a rank of a job array takes."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,3 +147,25 @@ def test_groups_are_consecutive_and_large_enough(sizes: Sequence[int], least: in
     groups = grouped(sizes, least)
     assert [place for group in groups for place in group] == list(range(len(sizes)))
     assert all(sum(sizes[place] for place in group) >= least for group in groups[:-1])
+
+
+def test_of_two_calls_that_start_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_first(source: Path, target: Path) -> None:
+        target.write_text('{"model": "other"}\n')
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", other_first)
+    with pytest.raises(UserError, match=r"was left by a call with another model"):
+        Partial.open(tmp_path / "out", CALL, SIZES)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["call.json"]
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    for _ in range(2):
+        assert Partial.open(tmp_path / "out", CALL, SIZES).todo() == list(SIZES)

@@ -159,6 +159,7 @@ def test_one_strand(run: Path, fasta: Path, tmp_path: Path) -> None:
         ({"fasta": "none.fa"}, "none.fa: there is no such file"),
         ({"fasta": "text.fa"}, "text.fa: cannot be indexed as FASTA"),
         ({"fasta": "hollow.fa"}, "hollow.fa: cannot be indexed as FASTA"),
+        ({"fasta": "twice.fa"}, "twice.fa: two records are named 'a': give each record a name of its own"),
         ({"fasta": "changed.fa"}, "changed.fa.fai is older than changed.fa"),
         ({"bed": "2\t0\t5\n"}, "no record '2'; did you mean 'chr2'?"),
         ({"bed": "chr2\t0\t148\n"}, "line 1: [0, 148) reaches beyond record 'chr2' of 147 bases"),
@@ -168,6 +169,10 @@ def test_one_strand(run: Path, fasta: Path, tmp_path: Path) -> None:
         ({"model": "nowhere"}, "nowhere"),
         ({"more": ["--block", "0"]}, "--block 0: must be 1 or more"),
         ({"more": ["--step", "x"]}, "--step x"),
+        (
+            {"output": "x.tracks", "more": ["--track", "logp"]},
+            "x.tracks: the tracks go to a directory of this name",
+        ),
         ({"more": ["--portion", "4/3"]}, "--portion 4/3: write K/N with K from 1 to N"),
     ],
 )
@@ -176,6 +181,7 @@ def test_bad_input(
 ) -> None:
     (tmp_path / "text.fa").write_text("no sequence\n")
     (tmp_path / "hollow.fa").write_text(">a\n>b\n")
+    (tmp_path / "twice.fa").write_text(">a\nACGT\n>b\nAC\n>a x\nGGT\n")
     for number, name in enumerate(("changed.fa.fai", "changed.fa")):
         (tmp_path / name).write_bytes(fasta.read_bytes())
         os.utime(tmp_path / name, (number, number))
