@@ -24,7 +24,7 @@ LENGTH = 256
 CONFIG = ReformerConfig(
     vocab_size=9,
     dim=32,
-    depth=4,
+    depth=2,
     heads=4,
     layers=["local", "lsh"],
     max_length=LENGTH,
@@ -128,6 +128,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_parts_equal_the_whole(kind: str, size: int) -> None:
@@ -137,6 +138,7 @@ def test_parts_equal_the_whole(kind: str, size: int) -> None:
     compare(config, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_dropout_and_mask(size: int) -> None:
     config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)
