@@ -14,7 +14,7 @@ import numpy as np
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.index.segments import TRAIN
 from megabase.models import pretrained
-from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, read_manifest
+from megabase.pipeline.checkpoint.manifest import MANIFEST, Damaged, list_checkpoints, read_manifest, step_of
 from megabase.pipeline.errors import RunError, UserError
 from megabase.pipeline.files import read_object
 from megabase.pipeline.finetune.bases import known, per_base_examples
@@ -171,8 +171,14 @@ def pretrained_of(path: Path, step: int | str | None) -> Pretrained:
     chosen = None
     if RunPaths(path).checkpoints.is_dir():
         chosen = chosen_step(path, step)
+        if chosen is not None and chosen not in map(step_of, list_checkpoints(RunPaths(path).checkpoints)):
+            raise UserError(
+                f"--step {chosen}: {path} has no such checkpoint: `megabase checkpoints {path}` lists them"
+            )
     elif not (path / pretrained.CONFIG).exists():
         raise UserError(f"{path} holds no model: give a run directory, or what `megabase export` wrote")
+    elif step is not None:
+        raise UserError(f"--step {step}: {path} is an export, of one checkpoint: leave it out")
     source = describe(path if chosen is None else path / CHECKPOINTS / f"step-{chosen}")
     alphabet = source.alphabet
     if alphabet is None:  # of an early version

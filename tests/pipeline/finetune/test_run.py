@@ -160,6 +160,11 @@ def test_a_model_that_sees_both_sides_works(options: FinetuneOptions, tmp_path: 
 def test_what_is_no_model_is_refused(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no model"):
         call(replace(options, model=tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"--step best: .* is an export, of one checkpoint: leave it out"):
+        call(replace(options, step="best"))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"--step 5: .* has no such checkpoint: `megabase checkpoints"):
+        call(replace(options, model=tmp_path, step=5))
     publish_json(tmp_path / "finetune.json", {})
     with pytest.raises(UserError, match="is the run of a fine-tuning: give the pretrained model"):
         call(replace(options, model=tmp_path))

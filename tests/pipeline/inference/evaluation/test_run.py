@@ -48,9 +48,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_everything_at_once(
     run: Path, lambda_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "genes.bed").write_text("gi|9626243|ref|NC_001416.1|\t44000\t46000\tgene\n")
+    gene = "gi|9626243|ref|NC_001416.1|\tx\tgene\t44001\t46000\t.\t-\t.\tID=a\n"
+    (tmp_path / "genes.gff").write_text(f"##gff-version 3\n{gene}")
     arguments = [run, "--split", "valid", "--shards", lambda_shards, "--length", "64,256", "--recall", 4]
-    arguments += ["--bed", tmp_path / "genes.bed", "--output", tmp_path / "out"]
+    arguments += ["--annotation", tmp_path / "genes.gff", "--output", tmp_path / "out"]
     found = evaluate(capsys, *arguments)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
