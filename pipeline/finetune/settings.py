@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megabase.datamodules.config import CAUSAL, MASKED
+from megabase.datamodules.index.segments import TRAIN
 from megabase.models import pretrained
 from megabase.models.config import ConfigError, ReformerConfig
 from megabase.pipeline.config.load import with_settings
@@ -106,8 +107,15 @@ def settings_of(
     base.tracking.report = False
     config = with_settings(base, {}, "fine-tuning", overrides)
     _check_weights(model.config, config.model)
-    train = len(examples.of("train"))
-    epoch = max(-(-train // config.data.global_batch), 1)
+    _fill(config, keys, max(-(-len(examples.of(TRAIN)) // config.data.global_batch), 1))
+    if "data.micro_batch" not in keys:
+        config.data.micro_batch = _micro_batch(config, devices)
+    config.validate()
+    return config
+
+
+def _fill(config: RunConfig, keys: Collection[str], epoch: int) -> None:
+    """Set what follows from the steps of an epoch, except for the settings in `keys`."""
     if "trainer.max_steps" not in keys:
         config.trainer.max_steps = EPOCHS * epoch
     if "optim.warmup_steps" not in keys:
@@ -124,10 +132,6 @@ def settings_of(
         and config.checkpoint.every_steps == config.trainer.eval_every_steps
     ):
         config.checkpoint.keep_best = 1 if config.checkpoint.every_steps else 0
-    if "data.micro_batch" not in keys:
-        config.data.micro_batch = _micro_batch(config, devices)
-    config.validate()
-    return config
 
 
 def _check_weights(before: ReformerConfig, now: ReformerConfig) -> None:

@@ -29,23 +29,10 @@ def loss_curve(directory: Path) -> Path | None:
     # A fine-tuning has no bits per base: its loss is drawn as it is.
     in_bits = any("bits_per_base" in row for row in rows)
     unit, evaluated = ("bits per base", "valid_bits_per_base") if in_bits else ("loss", "valid_loss")
-    train = [
-        (row["step"], bits(row["loss"]) if in_bits else row["loss"])
-        for row in rows
-        if isinstance(row.get("loss"), float)
-    ]
-    valid = [
-        (row["step"], row[evaluated])
-        for row in rows
-        if isinstance(row.get(evaluated), float)  # NaN is written as a string
-    ]
+    train = [(step, bits(loss) if in_bits else loss) for step, loss in _points(rows, "loss")]
+    valid, recall = _points(rows, evaluated), _points(rows, "valid_recall_bits")
     if not train:
         return None
-    recall = [
-        (row["step"], row["valid_recall_bits"])
-        for row in rows
-        if isinstance(row.get("valid_recall_bits"), float)
-    ]
     height = 6.5 if recall else 5.0
     figure = Figure(figsize=(9, height))
     # In inches. Matplotlib's own layouts take half as long again, and the other ranks wait.
@@ -77,6 +64,11 @@ def loss_curve(directory: Path) -> Path | None:
     figure.savefig(partial, dpi=120)
     partial.rename(path)
     return path
+
+
+def _points(rows: list[Row], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows that have a number; NaN is written as a string."""
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
 
 
 def _draw_evaluations(axes: Axes, rows: list[Row], valid: list[tuple[int, float]], right: int) -> None:
