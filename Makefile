@@ -42,10 +42,11 @@ docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Ends with Ctrl-C. Runs may go on sending to the database meanwhile.
+# Without the queues of MLflow's GenAI jobs, which are eight more processes and start before it answers.
 mlflow: $(VENV)/.installed
 	@test -f runs/mlflow.db || { echo "runs/mlflow.db does not exist: make demo, or train with run.root=runs"; exit 2; }
 	@echo "The runs: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
-	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///runs/mlflow.db \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///runs/mlflow.db \
 		--artifacts-destination runs/mlartifacts
 
 # The figures of docs/performance.md, with the machine named. This takes about an hour on a small CPU. Run nothing else

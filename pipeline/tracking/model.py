@@ -96,7 +96,7 @@ class TrainedModel:
             client.log_model_artifacts(model.model_id, str(self._directory))
             client.finalize_logged_model(model.model_id, "READY")
         if self._register:
-            register(client, self._register, run_id, model.model_id)
+            register(client, self._register, run_id, model)
         sent = {"run_id": run_id, CHECKSUM_TAG: tags[CHECKSUM_TAG], "registered": self._register}
         self._identity.update(model={"id": model.model_id, **sent})
 
@@ -159,11 +159,12 @@ def is_ready(model: Any) -> bool:
     return str(getattr(model.status, "value", model.status)) == "READY"
 
 
-def register(client: Any, name: str, run_id: str, model_id: str) -> None:
+def register(client: Any, name: str, run_id: str, model: Any) -> None:
     """Make an MLflow model a version of a registered model, unless it is one."""
     from mlflow.exceptions import MlflowException
 
-    source = f"models:/{model_id}"
+    # Not `models:/ID`, which a database resolves in the tracking server of the environment, not in itself.
+    source = model.artifact_location
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     if any(version.name == name and version.source == source for version in versions):
         return
@@ -172,7 +173,7 @@ def register(client: Any, name: str, run_id: str, model_id: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    client.create_model_version(name, source, run_id, model_id=model_id, await_creation_for=0)
+    client.create_model_version(name, source, run_id, model_id=model.model_id, await_creation_for=0)
 
 
 def _link(client: Any, run_id: str, model_id: str, step: int) -> None:

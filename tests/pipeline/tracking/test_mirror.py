@@ -135,6 +135,20 @@ def test_a_server_that_answers_after_longer_than_the_client_waits(
     assert history(server.uri, only(server, run).info.run_id) == expected(1, 5)
 
 
+def test_a_server_that_answers_after_ten_seconds_is_waited_for(
+    run: RunConfig, proxy: Proxy, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within the time that the client waits, an answer is late, not lost: nothing is sent again."""
+    proxy.behave = once("runs/log-batch", 10.0)
+    write(run, 1, 5)
+    mirror = Mirror(run, run.directory).start()
+    wait(lambda: "runs/log-batch" in proxy.paths)
+    assert not mirror.finish("FINISHED", timeout_s=1)  # the end of a training does not wait
+    assert mirror.finish("FINISHED", timeout_s=60)
+    assert "does not take metrics" not in caplog.text and proxy.paths.count("runs/create") == 1
+    assert history(server.uri, only(server, run).info.run_id) == expected(1, 5)
+
+
 def test_two_runs_begin_at_once_in_a_new_experiment(run: RunConfig, proxy: Proxy, server: Server) -> None:
     from tests.pipeline.tracking.conftest import make_run
 

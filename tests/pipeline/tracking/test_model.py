@@ -1,6 +1,7 @@
 """The trained model of a run reaches a real server once, and is registered once."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.rundir.status import write_status
 from megabase.pipeline.tracking.mirror import Mirror
+from tests.pipeline.tracking.conftest import make_run
 from tests.pipeline.tracking.runs import history, write
 from tests.pipeline.tracking.servers import LOSE, PASS, Proxy, Server
 from tests.pipeline.tracking.test_mirror import only
@@ -72,7 +74,7 @@ def test_a_model_is_sent_and_registered_once_whatever_answers_are_lost(
     assert len(history(server.uri, found.info.run_id, "valid/loss")) == 5
     assert [output.model_id for output in found.outputs.model_outputs] == [model.model_id]
     (version,) = client.search_model_versions(f"name = '{name}'")
-    assert version.source == f"models:/{model.model_id}" and version.run_id == found.info.run_id
+    assert version.source == model.artifact_location and version.run_id == found.info.run_id
     assert Model.load(str(RunPaths(run.directory).model / "MLmodel")).model_id == model.model_id
 
     # Nothing is sent again by another start, nor by sync.
@@ -86,6 +88,17 @@ def test_a_model_is_sent_and_registered_once_whatever_answers_are_lost(
     assert Mirror(run, run.directory).start().finish("FINISHED", timeout_s=60)
     assert [each.tags["megabase.step"] for each in models_of(server, run)] == ["5", "9"]
     assert len(client.search_model_versions(f"name = '{name}'")) == 2
+
+
+@pytest.mark.slow
+def test_a_database_gets_the_model_as_well(tmp_path: Path) -> None:
+    run = make_run(tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "e")
+    run.tracking.register = "genome"
+    write(run, 1, 5)
+    write_trained(run, 5, "aa")
+    assert Mirror(run, run.directory).start().finish("FINISHED", timeout_s=90)
+    (version,) = MlflowClient(run.tracking.uri).search_model_versions("name = 'genome'")
+    assert version.source.startswith((tmp_path / "mlartifacts").as_uri())
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b"])
