@@ -178,12 +178,13 @@ def main() -> None:
     each = {row.what.split(" of ")[0]: row.each for row in found}
     print(f"\nwindows / fork: {each['windows'] / each['fork']:.1f}")
     if options.json:
+        lengths = " ".join(map(str, options.lengths))
         described = {
             "config": asdict(model_of(options.config)[1]),
             "rows": [asdict(row) for row in [*rows, *found]],
             "machine": machine("cpu"),
             "versions": versions(),
-            "command": f"python -m benchmarks.inference {' '.join(sys.argv[1:])}",
+            "command": f"python -m benchmarks.inference --config {options.config} --lengths {lengths}",
         }
         options.json.write_text(json.dumps(described, indent=1) + "\n")
 
