@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from pathlib import Path
 
 from megabase.pipeline.errors import UserError
@@ -14,6 +15,8 @@ DESCRIPTION = (
     " example on a login node if the compute nodes do not reach the server. Sent twice, nothing arrives twice."
 )
 SECTION = "tracking."
+# Seconds between two looks whether another process has made the model.
+POLL_S = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,12 @@ def _make_model(directory: Path) -> None:
     if read_status(directory)[0] != FINISHED:
         logger.warning(f"{directory}: the run is not finished, so MLflow does not get its model yet")
         return
+    from megabase.datamodules.files import LockHeldError
     from megabase.pipeline.inference.mlflow_model import write_model
 
-    write_model(directory)
+    while True:
+        try:
+            logger.info(f"MLflow model: {write_model(directory)}")
+            return
+        except LockHeldError:  # by the run itself, which has just finished
+            time.sleep(POLL_S)

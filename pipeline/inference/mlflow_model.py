@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megabase
-from megabase.datamodules.files import sync
+from megabase.datamodules.files import FileLock, sync
 from megabase.models import pretrained
 from megabase.pipeline.checkpoint.damage import checksum
 from megabase.pipeline.checkpoint.manifest import MANIFEST, list_checkpoints
@@ -46,10 +46,16 @@ def write_model(run: Path) -> Path:
         UserError: the run has no intact checkpoint.
         RunError: the checkpoint cannot be read, or the disk is full.
         ConfigError: the model cannot read a sequence from left to right.
+        LockHeldError: another process is making it.
     """
-    directory = RunPaths(run).model
-    if _is_of_newest(directory, run):
-        return directory
+    with FileLock.take(RunPaths(run).model_lock):
+        if not _is_of_newest(RunPaths(run).model, run):
+            _make(run, RunPaths(run).model)
+    return RunPaths(run).model
+
+
+def _make(run: Path, directory: Path) -> None:
+    """Write the model of a run, and rename it to `directory`. Raises as `write_model`."""
     making = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(making, ignore_errors=True)
     try:
@@ -66,7 +72,6 @@ def write_model(run: Path) -> Path:
         raise RunError(f"{directory} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return directory
 
 
 def _is_of_newest(directory: Path, run: Path) -> bool:

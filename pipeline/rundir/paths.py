@@ -146,6 +146,11 @@ class RunPaths:
         return self.directory / "model"
 
     @property
+    def model_lock(self) -> Path:
+        """Locked by the process that makes `model`."""
+        return self.directory / ".model.lock"
+
+    @property
     def lock(self) -> Path:
         """Locked by the job that trains in this directory."""
         return self.directory / ".lock"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megabase.datamodules.files import FileLock, LockHeldError
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.mlflow_model import REQUIREMENTS, write_model
+from megabase.pipeline.rundir.paths import RunPaths
 from tests.pipeline.inference.test_export import CONFIG, write_checkpoint
 from tests.pipeline.inference.test_score import expected
 
@@ -83,11 +85,16 @@ def test_it_is_made_again_only_of_another_checkpoint(run: Path) -> None:
     before = (run / "model" / "MLmodel").stat().st_mtime_ns
     write_model(run)
     assert (run / "model" / "MLmodel").stat().st_mtime_ns == before
-    assert not list(run.glob(".model*"))
+    assert not list(run.glob(".model.partial"))
+
+
+def test_two_processes_do_not_make_it_at_once(run: Path) -> None:
+    with FileLock.take(RunPaths(run).model_lock), pytest.raises(LockHeldError):
+        write_model(run)
 
 
 def test_a_run_without_checkpoints_has_no_model(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"no intact checkpoint|no checkpoint"):
         write_model(tmp_path)
-    assert not list(tmp_path.glob("*model*"))
+    assert not list(tmp_path.glob("*model")) and not list(tmp_path.glob("*partial"))
