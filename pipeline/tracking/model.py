@@ -40,7 +40,7 @@ class TrainedModel:
         self._sent: tuple[int, str] | None = None
 
     def is_pending(self, run_id: str | None) -> bool:
-        """Whether there is a model that MLflow has not, according to `mlflow.json`.
+        """Whether there is a model that MLflow lacks, according to `mlflow.json`.
 
         Args:
             run_id: of the MLflow run.
@@ -53,7 +53,7 @@ class TrainedModel:
             known = self._identity.read().get("model") or {}
             wanted = {
                 "run_id": run_id,
-                CHECKSUM_TAG: self._about()["manifest_sha256"],
+                CHECKSUM_TAG: self._about().get("manifest_sha256"),
                 "registered": self._register,
             }
             if not wanted.items() <= known.items():
