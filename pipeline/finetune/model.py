@@ -145,8 +145,8 @@ def prepared(body: Body, method: Method, seed: int) -> Body:
 def freeze(module: nn.Module) -> Any:
     """Turn every weight, except for low-rank additions, into a buffer that no checkpoint holds."""
     for name, each in module.named_modules():
-        for key, weight in list(each._parameters.items()):
-            if weight is not None and NAMED not in f"{name}.{key}":
-                del each._parameters[key]
+        for key, weight in list(each.named_parameters(recurse=False)):
+            if NAMED not in f"{name}.{key}":
+                delattr(each, key)
                 each.register_buffer(key, weight.detach(), persistent=False)
     return module

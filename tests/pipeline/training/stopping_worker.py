@@ -15,9 +15,9 @@ from typing import Any
 
 from megabase.pipeline import cli
 from megabase.pipeline.checkpoint import publish
+from megabase.pipeline.inference import scoring
 from megabase.pipeline.ranks.stop import StopRequest
 from megabase.pipeline.ranks.supervisor import supervise
-from megabase.pipeline.training import evaluate as evaluations
 from megabase.pipeline.training.module import PretrainModule
 
 
@@ -54,7 +54,7 @@ def during_evaluation(*arguments: Any, stop: Callable[[], bool], **more: Any) ->
     return evaluate(*arguments, stop=stop_after_signals, **more)
 
 
-evaluate = evaluations.evaluate
+evaluate = scoring.evaluate
 
 
 def arrange(moment: str) -> None:
@@ -63,7 +63,7 @@ def arrange(moment: str) -> None:
     elif moment == "checkpoint":
         publish.collect_files = before(publish.collect_files, during_checkpoint)
     elif moment == "evaluation":
-        evaluations.evaluate = during_evaluation
+        scoring.evaluate = during_evaluation
 
 
 if __name__ == "__main__":
