@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from megabase.pipeline.commands.use import add_model, add_output, values
+from megabase.pipeline.commands.use import add_model, add_output, add_regions, values
 
 HELP = "hidden states of a model for the sequences of a FASTA file"
 DESCRIPTION = (
@@ -19,10 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = DESCRIPTION
     add_model(parser)
-    parser.add_argument("fasta", metavar="FASTA", type=Path, help="as it is, or compressed with bgzip")
-    parser.add_argument(
-        "--regions", type=Path, metavar="BED", help="chr, start, end (default: all records, whole)"
-    )
+    add_regions(parser)
     parser.add_argument(
         "--layer", default="last", metavar="N", help="from 0; last: after the last norm (default: last)"
     )

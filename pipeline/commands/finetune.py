@@ -45,7 +45,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool", choices=POOLS, default=POOLS[0], help="of the hidden states of a sequence (default: mean)"
     )
-    parser.add_argument("--rank", type=int, default=8, metavar="N", help="of low-rank additions (default: 8)")
+    parser.add_argument(
+        "--lora-rank", type=int, default=8, metavar="N", help="of low-rank additions (default: 8)"
+    )
     parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="default: by the labels")
     for name in ("sequence", "label", "split"):
         parser.add_argument(f"--{name}", default=name, metavar="COLUMN", help=f"default: {name}")
@@ -70,8 +72,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    for name in ("rank", "window"):
-        if (value := getattr(options, name)) is not None and value < 1:
+    for name in ("lora-rank", "window"):
+        if (value := getattr(options, name.replace("-", "_"))) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be 1 or more")
     if options.window and not options.genome:
         raise UserError("--window: only with --genome, which is cut into windows")
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     call = FinetuneOptions(
         **given,
         settings=tuple(options.settings),
-        method=Method(options.mode, options.pool, options.rank),
+        method=Method(options.mode, options.pool, options.lora_rank),
         columns=Columns(options.sequence, options.label, options.split),
         step=chosen(options.step),
         as_json=options.json,
@@ -105,7 +107,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "output",
         "mode",
         "pool",
-        "rank",
+        "lora_rank",
         "task",
         "sequence",
         "label",
@@ -115,5 +117,5 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "step",
     )
     values = {name: getattr(options, name) for name in names}
-    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
     return [str(options.model), str(options.table), *options.settings, *flags]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from megabase.pipeline.commands.use import add_model, add_output, values
+from megabase.pipeline.commands.use import add_model, add_output, add_regions, values
 from megabase.pipeline.errors import UserError
 
 HELP = "how likely a model finds each sequence of a FASTA file"
@@ -19,10 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = DESCRIPTION
     add_model(parser)
-    parser.add_argument("fasta", metavar="FASTA", type=Path, help="as it is, or compressed with bgzip")
-    parser.add_argument(
-        "--regions", type=Path, metavar="BED", help="chr, start, end (default: all records, whole)"
-    )
+    add_regions(parser)
     parser.add_argument(
         "--strand", choices=("both", "forward", "reverse"), default="both", help="default: both"
     )

@@ -17,6 +17,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a run directory or an export")
 
 
+def add_regions(parser: argparse.ArgumentParser) -> None:
+    """Declare FASTA and `--regions`."""
+    parser.add_argument("fasta", metavar="FASTA", type=Path, help="as it is, or compressed with bgzip")
+    parser.add_argument(
+        "--regions", type=Path, metavar="BED", help="chr, start, end (default: all records, whole)"
+    )
+
+
 def add_output(parser: argparse.ArgumentParser, text: str) -> None:
     """Declare `--output`, which `text` describes, and the options that follow the model's and the input's."""
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help=text)

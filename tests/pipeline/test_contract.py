@@ -100,7 +100,7 @@ COMMANDS = {
         ),
     ],
     "finetune": [
-        *("model", "table", "settings", "--output", "--mode", "--pool", "--rank", "--task"),
+        *("model", "table", "settings", "--output", "--mode", "--pool", "--lora-rank", "--task"),
         *("--sequence", "--label", "--split", "--genome", "--window", "--step", "--best"),
         *("--predict", "--json"),
     ],
