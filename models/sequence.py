@@ -12,15 +12,15 @@ nothing of this module. The others exchange:
   kernels need not know. The number of heads must be a multiple of the number of processes.
 - Local attention, the short convolution and values that look ahead need their neighbours only (`with_neighbours`).
 
-Every exchange is an autograd function whose backward pass is the transposed exchange. So the sum over the ranks of a
-parameter's gradients is its gradient for the whole sequence: whoever averages gradients over ranks, as DDP and ZeRO do,
-needs to know nothing of parts. (torch.distributed.nn has such functions, but they are deprecated, and what they point
-to is private.)
+Every exchange is an autograd function whose backward pass is the transposed exchange. So a parameter's gradients,
+summed over the processes, are its gradient for the whole sequence. DDP and ZeRO sum them as they do for different
+sequences; they are not told of parts. (torch.distributed.nn has such functions, but they are deprecated, and what they
+point to is private.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,12 +147,12 @@ class Part:
         (batch, heads, length / size, d) -> (batch, heads / size, length, d).
         """
         self.heads(x.shape[1])
-        result: Tensor = _ToHeads.apply(x, self)
+        result: Tensor = _Exchanged.apply(x, self, _to_heads, _to_positions)
         return result
 
     def to_positions(self, x: Tensor) -> Tensor:
         """The inverse of `to_heads`: (batch, heads / size, length, d) -> (batch, heads, length / size, d)."""
-        result: Tensor = _ToPositions.apply(x, self)
+        result: Tensor = _Exchanged.apply(x, self, _to_positions, _to_heads)
         return result
 
     def with_neighbours(self, x: Tensor, around: Around, dim: int = 1) -> Tensor:
@@ -166,15 +166,18 @@ class Part:
         Returns:
             (..., n, ...): the positions `around.of(self)`, of which this part's begin at `around.first(self)`.
         """
-        result: Tensor = _WithNeighbours.apply(x, self, around, dim)
-        return result
+        # Not every backend sends bool.
+        sent = x.to(torch.uint8) if x.dtype == torch.bool else x
+        result: Tensor = _WithNeighbours.apply(sent, self, around, dim)
+        return result.to(x.dtype)
 
     def gather(self, x: Tensor) -> Tensor:
         """What all processes hold, without a gradient: (batch, length / size) -> (batch, length)."""
         with torch.no_grad():
-            narrow = x.to(torch.uint8) if x.dtype == torch.bool else x
-            whole = self.with_neighbours(narrow, Around(self.length, self.length))
-            return whole.to(x.dtype)
+            return self.with_neighbours(x, Around(self.length, self.length))
+
+
+_Exchanges = Callable[[Tensor, Part], Tensor]
 
 
 def _to_heads(x: Tensor, part: Part) -> Tensor:
@@ -194,26 +197,17 @@ def _to_positions(x: Tensor, part: Part) -> Tensor:
     return received.transpose(0, 1).flatten(1, 2)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
-        ctx.part = part
-        return _to_heads(x, part)
+class _Exchanged(torch.autograd.Function):
+    """An exchange, whose backward pass is the exchange `back`."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_positions(grads[0], ctx.part), None
-
-
-class _ToPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
-        ctx.part = part
-        return _to_positions(x, part)
+    def forward(ctx: Any, x: Tensor, part: Part, there: _Exchanges, back: _Exchanges) -> Tensor:
+        ctx.part, ctx.back = part, back
+        return there(x, part)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grads[0], ctx.part), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grads[0], ctx.part), None, None, None
 
 
 @dataclass(frozen=True)

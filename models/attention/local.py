@@ -133,7 +133,7 @@ class LocalAttention(SeparateAttention):
         around = Around(piece, after, piece)
         mask = None
         if call.mask is not None:
-            mask = part.with_neighbours(call.mask.to(torch.uint8), around).bool()
+            mask = part.with_neighbours(call.mask, around)
         q, k, v = (part.with_neighbours(each, around, dim=2) for each in (q, k, v))
         first = around.first(part)
         return self.attend(q, k, v, replace(call, mask=mask, part=None))[:, :, first : first + n]

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from megabase.datamodules.alphabet import FIRST_LETTER, Alphabet
 from megabase.datamodules.index.segments import TEST, TRAIN, VALID
-from megabase.datamodules.prepare.bed import Row, read_rows
-from megabase.datamodules.prepare.closest import hint
+from megabase.datamodules.prepare.bed import read_rows
 from megabase.datamodules.report.classes import REST
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.finetune.examples import Examples, Problem
@@ -97,7 +96,7 @@ def _bed(path: Path, genome: Genome) -> Labels:
     number = {name: place for place, name in enumerate(classes)}
     found: dict[str, NDArray[np.float32]] = {}
     for row in rows:
-        _check_row(path, row, genome)
+        genome.check_row(path, row, "labels")
         if row.name not in found:
             found[row.name] = np.full(genome.lengths[row.name], number[REST], np.float32)
         bases = found[row.name][row.start : row.end]
@@ -110,19 +109,6 @@ def _bed(path: Path, genome: Genome) -> Labels:
     return Labels(Problem(classes, per_base=True), found)
 
 
-def _check_row(path: Path, row: Row, genome: Genome) -> None:
-    place = f"{path}: line {row.line}"
-    if row.name not in genome.lengths:
-        raise UserError(
-            f"{place}: {genome.path} has no record {row.name!r}{hint(row.name, list(genome.lengths))}"
-        )
-    if row.end > genome.lengths[row.name]:
-        raise UserError(
-            f"{place}: [{row.start}, {row.end}) reaches beyond record {row.name!r} of"
-            f" {genome.lengths[row.name]} bases: the labels must be for this assembly of the genome"
-        )
-
-
 def _bigwig(path: Path, genome: Genome) -> Labels:
     try:
         opened = pyBigWig.open(str(path))
@@ -130,10 +116,7 @@ def _bigwig(path: Path, genome: Genome) -> Labels:
         raise UserError(f"{path}: cannot be read as bigWig") from None
     found: dict[str, NDArray[np.float32]] = {}
     for record, length in opened.chroms().items():
-        if record not in genome.lengths:
-            raise UserError(
-                f"{path}: {genome.path} has no record {record!r}{hint(record, list(genome.lengths))}"
-            )
+        genome.check_record(str(path), record)
         if length != genome.lengths[record]:
             raise UserError(
                 f"{path}: record {record!r} has {length} bases, in {genome.path} {genome.lengths[record]}: the labels"

@@ -7,7 +7,6 @@ their table. The output is written from these files piece by piece, so memory do
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,12 +25,10 @@ from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.embedding import Reader, Walks, row_type
 from megabase.pipeline.inference.embedding_files import WRITERS, Rows, Table, check_suffix
 from megabase.pipeline.inference.genome import Genome, Region
-from megabase.pipeline.inference.model import LoadedModel, load_model
+from megabase.pipeline.inference.model import LoadedModel, load_model, warn_of_context
 from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, is_finished
 from megabase.pipeline.inference.pooling import Pool
 from megabase.pipeline.inference.score import FORWARD, REVERSE, STRANDS, Task, split_up
-
-logger = logging.getLogger(__name__)
 
 MEAN, CONCAT, LAST = "mean", "concat", "last"
 BYTES_AT_ONCE = 1 << 25
@@ -149,11 +146,7 @@ def check(loaded: LoadedModel, regions: Sequence[Region], options: EmbedOptions,
             ) from None
         return False
     check_length(loaded.model, begins + len(longest))
-    if len(longest) > trained:
-        logger.warning(
-            f"the longest region has {len(longest):,} bases, and the model was trained on windows of {trained:,}: it "
-            "was never trained to use more context than that"
-        )
+    warn_of_context(loaded, len(longest), f"the longest region has {len(longest):,} bases")
     return True
 
 

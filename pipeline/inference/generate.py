@@ -7,7 +7,6 @@ the batches among processes. The output is a FASTA file, and a JSONL file with t
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,10 +27,8 @@ from megabase.pipeline.inference.drawing import (
     read_prompts,
 )
 from megabase.pipeline.inference.genome import identity
-from megabase.pipeline.inference.model import LoadedModel, load_model
+from megabase.pipeline.inference.model import LoadedModel, load_model, warn_of_context
 from megabase.pipeline.inference.partial import Partial, check_beside, device_of_process, is_finished
-
-logger = logging.getLogger(__name__)
 
 SUFFIXES = (".fa", ".fasta", ".fna", ".faa")
 LINE = 60
@@ -91,16 +88,9 @@ def check_model(loaded: LoadedModel, prompts: Sequence[Prompt], options: Generat
             "(megabase.models.generation.generate)"
         )
     start(loaded.model, 1)
-    longest, trained = (
-        max(len(prompt.letters) for prompt in prompts) + options.length,
-        loaded.config.data.length,
-    )
+    longest = max(len(prompt.letters) for prompt in prompts) + options.length
     loaded.model.body.config.validate(1 + longest)
-    if longest > trained:
-        logger.warning(
-            f"prompt and sequence have up to {longest:,} letters, and the model was trained on windows of {trained:,}: "
-            "it was never trained to use more context than that"
-        )
+    warn_of_context(loaded, longest, f"prompt and sequence have up to {longest:,} letters")
 
 
 def call_of(options: GenerateOptions, loaded: LoadedModel) -> dict[str, Any]:

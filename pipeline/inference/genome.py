@@ -11,7 +11,7 @@ import numpy as np
 import pysam
 from numpy.typing import NDArray
 
-from megabase.datamodules.prepare.bed import read_rows
+from megabase.datamodules.prepare.bed import Row, read_rows
 from megabase.datamodules.prepare.closest import hint
 from megabase.pipeline.errors import UserError
 
@@ -100,19 +100,32 @@ class Genome:
         """
         regions = []
         for row in read_rows(bed, None, "--regions"):
-            place = f"{bed}: line {row.line}"
-            if row.name not in self.lengths:
-                names = list(self.lengths)
-                raise UserError(f"{place}: {self.path} has no record {row.name!r}{hint(row.name, names)}")
-            if row.end > self.lengths[row.name]:
-                raise UserError(
-                    f"{place}: [{row.start}, {row.end}) reaches beyond record {row.name!r} of "
-                    f"{self.lengths[row.name]} bases: the regions must be for this assembly of the genome"
-                )
+            self.check_row(bed, row, "regions")
             regions.append(Region(row.name, row.start, row.end))
         if not regions:
             raise UserError(f"{bed}: holds no region: every line must be chr, start, end")
         return regions
+
+    def check_row(self, bed: Path, row: Row, what: str) -> None:
+        """Raise UserError if a row of a BED file is not in this genome.
+
+        Args:
+            bed: the file.
+            row: of it.
+            what: the rows are, for the message.
+        """
+        place = f"{bed}: line {row.line}"
+        self.check_record(place, row.name)
+        if row.end > self.lengths[row.name]:
+            raise UserError(
+                f"{place}: [{row.start}, {row.end}) reaches beyond record {row.name!r} of "
+                f"{self.lengths[row.name]} bases: the {what} must be for this assembly of the genome"
+            )
+
+    def check_record(self, place: str, name: str) -> None:
+        """Raise UserError, with the closest name, if there is no record `name`. place: where the name was read."""
+        if name not in self.lengths:
+            raise UserError(f"{place}: {self.path} has no record {name!r}{hint(name, list(self.lengths))}")
 
     def letters(self, region: Region, block: int, *, backwards: bool = False) -> Iterator[NDArray[np.uint8]]:
         """The bytes of a region, `block` at a time; backwards: the last ones first, each piece in forward order."""

@@ -7,6 +7,7 @@ Every command that uses a model loads it here. Reading a checkpoint imports Deep
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from megabase.pipeline.config.load import with_settings
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir.paths import RunPaths
+
+logger = logging.getLogger(__name__)
 
 BEST = "best"
 # Settings of the run that a use of its model needs: how its data were read and scored. An export records them.
@@ -72,6 +75,23 @@ class LoadedModel:
     alphabet: Alphabet
     config: RunConfig
     source: Source
+
+
+def warn_of_context(loaded: LoadedModel, longest: int, what: str, way_out: str = "") -> None:
+    """Warn if a model is to use more context than it was trained on.
+
+    Args:
+        loaded: the model.
+        longest: bases.
+        what: has that many, the beginning of the sentence.
+        way_out: its end.
+    """
+    trained = loaded.config.data.length
+    if longest > trained:
+        logger.warning(
+            f"{what}, and the model was trained on windows of {trained:,}: it was never trained to use more context"
+            f" than that{way_out}"
+        )
 
 
 def load_model(path: Path, step: int | str | None = None, settings: Sequence[str] = ()) -> LoadedModel:

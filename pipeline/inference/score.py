@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -34,12 +33,10 @@ from megabase.datamodules.progress import bar
 from megabase.models.generation import check_length, start
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, Region
-from megabase.pipeline.inference.model import LoadedModel, load_model
+from megabase.pipeline.inference.model import LoadedModel, load_model, warn_of_context
 from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, grouped, is_finished
 from megabase.pipeline.inference.tracks import Hub, TrackRows, Tracks, directory_of, in_order, write_tracks
 from megabase.pipeline.inference.walk import Walk, batches, walk_over
-
-logger = logging.getLogger(__name__)
 
 TASK_BASES = 1 << 20
 """A task walks over consecutive regions that have at least this many bases together."""
@@ -155,13 +152,9 @@ def check(loaded: LoadedModel, regions: list[Region], strand: str) -> None:
             f"the model's alphabet {loaded.alphabet.name!r} has one strand only: add --strand {FORWARD}"
         )
     start(loaded.model, 1)
-    longest, trained = max(len(region) for region in regions), loaded.config.data.length
+    longest = max(len(region) for region in regions)
     check_length(loaded.model, 1 + longest)
-    if longest > trained:
-        logger.warning(
-            f"the longest region has {longest:,} bases, and the model was trained on windows of {trained:,}: it was "
-            "never trained to use more context than that"
-        )
+    warn_of_context(loaded, longest, f"the longest region has {longest:,} bases")
 
 
 def split_up(regions: Sequence[Region], strands: Sequence[str], suffix: str = ".json") -> dict[str, Task]:

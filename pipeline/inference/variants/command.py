@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from megabase.models.chance import Seeds
 from megabase.models.generation import start
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, identity
-from megabase.pipeline.inference.model import LoadedModel, load_model
+from megabase.pipeline.inference.model import LoadedModel, load_model, warn_of_context
 from megabase.pipeline.inference.partial import WHOLE, Partial, device_of_process, is_finished
 from megabase.pipeline.inference.score import BOTH, STRANDS
 from megabase.pipeline.inference.variants.calls import Calls, parse_renames, read_calls
@@ -39,8 +38,6 @@ from megabase.pipeline.inference.variants.write import (
     write_parquet,
     write_vcf,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,16 +155,13 @@ def check(loaded: LoadedModel, genome: Genome, edits: Sequence[Edit], options: V
     contexts = [genome.lengths[edit.record] for edit in edits]
     if options.context is not None:
         contexts = [min(options.context, length) for length in contexts]
-    longest, trained = max(contexts, default=0), loaded.config.data.length
+    longest, shorter = max(contexts, default=0), loaded.config.data.length - 1
     read = max(
         (c + max(len(e.bases), e.end - e.start) for c, e in zip(contexts, edits, strict=True)), default=0
     )
     loaded.model.body.config.validate(1 + read + options.downstream)
-    if longest > trained:
-        logger.warning(
-            f"up to {longest:,} bases are read before a variant, and the model was trained on windows of {trained:,}: "
-            f"it was never trained to use more context than that; --context {trained - 1} reads no more"
-        )
+    what = f"up to {longest:,} bases are read before a variant"
+    warn_of_context(loaded, longest, what, f"; --context {shorter} reads no more")
 
 
 def call_of(options: VariantOptions, loaded: LoadedModel, genome: Genome) -> dict[str, Any]:
