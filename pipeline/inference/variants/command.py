@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megabase.datamodules.prepare.portions import Portion
 from megabase.datamodules.progress import bar
 from megabase.models.chance import Seeds
-from megabase.models.generation import start
+from megabase.models.generation import check_length, start
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.inference.genome import Genome, identity
 from megabase.pipeline.inference.model import LoadedModel, load_model, warn_of_context
@@ -159,7 +159,7 @@ def check(loaded: LoadedModel, genome: Genome, edits: Sequence[Edit], options: V
     read = max(
         (c + max(len(e.bases), e.end - e.start) for c, e in zip(contexts, edits, strict=True)), default=0
     )
-    loaded.model.body.config.validate(1 + read + options.downstream)
+    check_length(loaded.model, 1 + read + options.downstream)
     what = f"up to {longest:,} bases are read before a variant"
     warn_of_context(loaded, longest, what, f"; --context {shorter} reads no more")
 

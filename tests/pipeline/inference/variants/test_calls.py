@@ -86,17 +86,20 @@ def test_outputs_that_exist(folder: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_models_that_cannot_score_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("megabase.models.reading.LONGEST_WITH_FULL_LAYERS", 90)
     for name, changes, more, message in (
         ("both", {"causal": False}, [], "model.causal=False"),
         ("chunk", {"lsh": dataclasses.replace(CONFIG.lsh, attend="chunk")}, [], "model.lsh.attend"),
+        ("full", {"layers": ["full"]}, [], "model.layers has 'full'"),
         ("plain", {"layers": ["local"]}, ["--hash-seeds", "2"], "--hash-seeds 2: the model has no lsh"),
     ):
         write_checkpoint(tmp_path / name, dataclasses.replace(CONFIG, **changes), 5)
         given = ["variants", tmp_path / name, folder / "calls.vcf", "--genome", folder / "genome.fa"]
         assert cli.main([*map(str, given), "-o", str(tmp_path / "out.parquet"), *more]) == 2
         assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("out.parquet*"))  # before anything is read
 
 
 def test_variants_that_do_not_fit_are_counted(genome: Genome, tmp_path: Path) -> None:
