@@ -10,8 +10,8 @@ forward pass: MFU counts that. The reversible stack runs the forward pass once m
 
 from __future__ import annotations
 
-from megabase.models.attention.lsh import bucket_factors
 from megabase.models.config import ReformerConfig
+from megabase.models.layer_config import bucket_factors
 
 
 def flops_per_token(config: ReformerConfig, length: int) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from megabase.models.checks import check_at_least, check_buckets, check_name, check_rate
+from megabase.models.checks import SINGLE_ROTATION, check_at_least, check_buckets, check_name, check_rate
 
 ACTIVATIONS = ("gelu", "relu", "swiglu")
 ATTENDS = ("window", "chunk")
@@ -127,3 +128,11 @@ class FeedForwardConfig:
         """Check these settings. Raises ConfigError."""
         check_name("model.feedforward.activation", self.activation, ACTIVATIONS)
         check_at_least(0, "model.feedforward.chunk", self.chunk)
+
+
+def bucket_factors(n_buckets: int) -> list[int]:
+    """[n_buckets], or if one rotation would be too wide, the two even factors that are closest to each other."""
+    if n_buckets <= SINGLE_ROTATION:
+        return [n_buckets]
+    half = next(f for f in range(math.isqrt(n_buckets // 4), 0, -1) if n_buckets // 4 % f == 0)
+    return [2 * half, n_buckets // (2 * half)]

@@ -1,4 +1,7 @@
-"""What the hardware can do: CPUs and GPUs, precision, peak speed and memory, from which a run computes its MFU."""
+"""What the hardware can do: CPUs and GPUs, precision, peak speed and memory, from which a run computes its MFU.
+
+Importing this file imports no torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 # Peak FLOP/s of dense matrix products at 16 bits, from the vendors' data sheets. A key matches a GPU whose name has
 # all the key's words; of several such keys the longest counts.
@@ -50,6 +51,8 @@ class Machine:
     @classmethod
     def this(cls) -> Machine:
         """The machine that this process runs on."""
+        import torch
+
         return cls(
             cpus=len(os.sched_getaffinity(0)),
             gpus=torch.cuda.device_count(),
@@ -67,7 +70,11 @@ def precision_of(setting: str, *, on_gpus: bool | None = None) -> str:
     """
     if setting != "auto":
         return setting
-    return "bf16" if (torch.cuda.is_available() if on_gpus is None else on_gpus) else "32"
+    if on_gpus is None:
+        import torch
+
+        on_gpus = torch.cuda.is_available()
+    return "bf16" if on_gpus else "32"
 
 
 def peak_flops(device: str, precision: str) -> float | None:
@@ -89,6 +96,8 @@ def peak_flops(device: str, precision: str) -> float | None:
 
 def peak_memory() -> int:
     """The largest memory of this process so far, in bytes: allocated on its GPU, or resident if there is no GPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -23,10 +23,10 @@ from megabase.datamodules.batches.collate import (
 )
 from megabase.datamodules.config import MASKED, SKIP, DataConfig
 from megabase.datamodules.errors import DataError
-from megabase.datamodules.index.segments import TRAIN, Part
+from megabase.datamodules.index.segments import Part
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.hashing import Purpose, derived, uniform
-from megabase.datamodules.order.planning import plan_windows
+from megabase.datamodules.order.planning import plan_training, plan_windows
 from megabase.datamodules.order.windows import PACKED, WindowPlan
 
 log = logging.getLogger(__name__)
@@ -218,28 +218,9 @@ def training_windows(config: DataConfig, index: ShardIndex) -> Windows:
     """The windows to train on.
 
     Raises:
-        DataError: there is none (see `plan_windows`), or a setting does not fit the alphabet.
+        DataError: see `plan_training`.
     """
-    alphabet = index.alphabet
-    if config.reverse_complement and alphabet.complement is None:
-        raise DataError(
-            f"data.reverse_complement {config.reverse_complement}: alphabet {alphabet.name} has no reverse "
-            "complement: set it to 0"
-        )
-    if config.softmask_weight != 1 and alphabet.soft is None:
-        raise DataError(
-            f"data.softmask_weight {config.softmask_weight}: lower case does not mark repeats in alphabet "
-            f"{alphabet.name}: set it to 1"
-        )
-    plan = plan_windows(
-        index.segments,
-        TRAIN,
-        config.length,
-        config.min_real,
-        stride=config.stride,
-        pack=config.pack,
-        mixture=config.mixture,
-    )
+    plan = plan_training(config, index.alphabet, index.segments)
     return Windows(
         index,
         plan,

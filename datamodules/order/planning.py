@@ -13,13 +13,42 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megabase.datamodules.alphabet import Alphabet
+from megabase.datamodules.config import DataConfig
 from megabase.datamodules.errors import DataError
 from megabase.datamodules.index.letters import Letters
-from megabase.datamodules.index.segments import Segments
+from megabase.datamodules.index.segments import TRAIN, Segments
 from megabase.datamodules.order.mixture import groups_of
 from megabase.datamodules.order.packing import Tape
 from megabase.datamodules.order.ranges import counted_up, integers, ranges_of, united
 from megabase.datamodules.order.windows import PACKED, Runs, WindowPlan
+
+
+def plan_training(config: DataConfig, alphabet: Alphabet, segments: Segments) -> WindowPlan:
+    """Plan the windows to train on.
+
+    Raises:
+        DataError: there is none (see `plan_windows`), or a setting does not fit the alphabet.
+    """
+    if config.reverse_complement and alphabet.complement is None:
+        raise DataError(
+            f"data.reverse_complement {config.reverse_complement}: alphabet {alphabet.name} has no reverse "
+            "complement: set it to 0"
+        )
+    if config.softmask_weight != 1 and alphabet.soft is None:
+        raise DataError(
+            f"data.softmask_weight {config.softmask_weight}: lower case does not mark repeats in alphabet "
+            f"{alphabet.name}: set it to 1"
+        )
+    return plan_windows(
+        segments,
+        TRAIN,
+        config.length,
+        config.min_real,
+        stride=config.stride,
+        pack=config.pack,
+        mixture=config.mixture,
+    )
 
 
 def plan_windows(

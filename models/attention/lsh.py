@@ -25,9 +25,9 @@ from megabase.models.attention.kernels.inputs import Rotations, Rule, SortedOrde
 from megabase.models.attention.lsh_cache import LSHCache
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, normals
-from megabase.models.checks import SINGLE_ROTATION, ConfigError, check_at_least, check_buckets, check_name
+from megabase.models.checks import ConfigError, check_at_least, check_buckets, check_name
 from megabase.models.config import DEFAULT_BUCKETS, ReformerConfig
-from megabase.models.layer_config import ATTENDS, DUPLICATES
+from megabase.models.layer_config import ATTENDS, DUPLICATES, bucket_factors
 
 FEWEST = 8
 """Tokens of the smallest block that always runs in the kernels, which sort the whole cache."""
@@ -146,14 +146,6 @@ def border_distances(x: Tensor, rotations: Rotations) -> Tensor:
             factors.append(largest[..., 0] - largest[..., 1])
         distances.append(torch.stack(factors).amin(dim=0))
     return torch.stack(distances, dim=2)
-
-
-def bucket_factors(n_buckets: int) -> list[int]:
-    """[n_buckets], or if one rotation would be too wide, the two even factors that are closest to each other."""
-    if n_buckets <= SINGLE_ROTATION:
-        return [n_buckets]
-    half = next(f for f in range(math.isqrt(n_buckets // 4), 0, -1) if n_buckets // 4 % f == 0)
-    return [2 * half, n_buckets // (2 * half)]
 
 
 class LSHAttention(AttentionLayer):

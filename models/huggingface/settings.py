@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megabase.models.attention.lsh import bucket_factors
 from megabase.models.config import ConfigError, FeedForwardConfig, LocalConfig, LSHConfig, ReformerConfig
+from megabase.models.layer_config import bucket_factors
 
 if TYPE_CHECKING:
     from transformers import ReformerConfig as HuggingFaceConfig

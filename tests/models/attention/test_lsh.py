@@ -9,7 +9,8 @@ from torch import Tensor
 from megabase.models import ConfigError, LSHConfig, ReformerConfig, Seeds
 from megabase.models.attention import lsh_attention
 from megabase.models.attention.kernels.inputs import Rule
-from megabase.models.attention.lsh import LSHAttention, bucket_factors, hash_buckets
+from megabase.models.attention.lsh import LSHAttention, hash_buckets
+from megabase.models.layer_config import bucket_factors
 from tests.quick import slow
 
 RULES = list(itertools.product(["window", "chunk"], [True, False]))
