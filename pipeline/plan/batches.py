@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megabase.datamodules.batches.visits import Windows
 from megabase.datamodules.config import CYCLE, accumulation, mixture_quotas
+from megabase.datamodules.order.windows import WindowPlan
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.readable import counted
 
@@ -22,8 +22,9 @@ class Batches:
         global_batch: windows of a step: ranks / sequence_ranks x micro_batch x accumulation.
         length: bases of a window.
         steps: of the whole run.
-        windows: of an epoch: every training window.
-        epochs: of the run. With a mixture of genomes: of the genome that is seen least often, and most often.
+        windows: of an epoch: every training window; None: the shards are not known.
+        epochs: of the run. With a mixture of genomes: of the genome that is seen least often, and most often. None: the
+            shards are not known.
     """
 
     ranks: int
@@ -33,8 +34,8 @@ class Batches:
     global_batch: int
     length: int
     steps: int
-    windows: int
-    epochs: tuple[float, float]
+    windows: int | None
+    epochs: tuple[float, float] | None
 
     @property
     def product(self) -> str:
@@ -58,7 +59,7 @@ class Batches:
     @property
     def warning(self) -> str | None:
         """What to say of a step that takes more windows than there are; None if it does not."""
-        if self.global_batch <= self.windows:
+        if self.windows is None or self.global_batch <= self.windows:
             return None
         return (
             f"data.global_batch={self.global_batch} is more than the {self.windows:,} training windows: a step sees"
@@ -67,21 +68,36 @@ class Batches:
         )
 
 
-def batches_of(config: RunConfig, ranks: int, windows: Windows) -> Batches:
-    """The batches of a run on `ranks` ranks. Raises DataError or UserError if they cannot form the global batch."""
-    batch, plan = config.data.global_batch, windows.plan
-    quotas = mixture_quotas(plan.weights)
-    sizes = [after - before for before, after in zip(plan.bounds, plan.bounds[1:], strict=False)]
-    consumed = batch * config.trainer.max_steps
-    epochs = [consumed * quota / CYCLE / size for quota, size in zip(quotas, sizes, strict=True)]
+def batches_of(config: RunConfig, ranks: int, windows: WindowPlan | None) -> Batches:
+    """The batches of a run.
+
+    Args:
+        config: of the run.
+        ranks: that train it, on all nodes together.
+        windows: to train on; None: the shards are not known.
+
+    Raises:
+        DataError, UserError: the ranks cannot form the global batch.
+    """
     return Batches(
         ranks=ranks,
         sequence_ranks=config.trainer.sequence_ranks,
         micro_batch=config.data.micro_batch,
-        accumulation=accumulation(batch, config.data.micro_batch, config.data_ranks(ranks)),
-        global_batch=batch,
+        accumulation=accumulation(
+            config.data.global_batch, config.data.micro_batch, config.data_ranks(ranks)
+        ),
+        global_batch=config.data.global_batch,
         length=config.data.length,
         steps=config.trainer.max_steps,
-        windows=len(plan),
-        epochs=(min(epochs), max(epochs)),
+        windows=None if windows is None else len(windows),
+        epochs=None if windows is None else _epochs(config, windows),
     )
+
+
+def _epochs(config: RunConfig, windows: WindowPlan) -> tuple[float, float]:
+    """Epochs of the genome that is seen least often, and most often."""
+    quotas = mixture_quotas(windows.weights)
+    sizes = [after - before for before, after in zip(windows.bounds, windows.bounds[1:], strict=False)]
+    consumed = config.data.global_batch * config.trainer.max_steps
+    epochs = [consumed * quota / CYCLE / size for quota, size in zip(quotas, sizes, strict=True)]
+    return min(epochs), max(epochs)

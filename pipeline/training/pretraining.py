@@ -44,7 +44,7 @@ class Pretraining(Task):
 
     def warning(self, ranks: int) -> str | None:
         assert self._windows is not None
-        return batches_of(self.config, ranks, self._windows).warning
+        return batches_of(self.config, ranks, self._windows.plan).warning
 
     def has_finished(self, ranks: int) -> bool:
         assert self._windows is not None

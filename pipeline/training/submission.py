@@ -49,7 +49,7 @@ def check_submission(config: RunConfig, call: Sequence[str], ranks: int) -> list
             disk, or the partition does not exist or will never start the job.
     """
     windows = check(config, ranks, here=False)
-    batches = batches_of(config, ranks, windows)
+    batches = batches_of(config, ranks, windows.plan)
     found = [
         Finding(
             "shards",

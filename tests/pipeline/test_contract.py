@@ -33,6 +33,7 @@ COMMANDS = {
     "status": ["directories", "--json", "--watch"],
     "cancel": ["directory", "--now"],
     "sync": ["directory", "settings", "--follow"],
+    "plan": ["settings", "--hardware", "--ranks", "--json"],
     "train": ["settings", "--dry-run"],
     "submit": ["settings", "--dry-run", "--chain"],
     "report": ["directory"],

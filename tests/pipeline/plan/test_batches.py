@@ -13,7 +13,7 @@ from megabase.pipeline.plan.batches import Batches, batches_of
 
 def batches(shards: Path, *settings: str, ranks: int = 2) -> Batches:
     config = load([], ["run.name=x", f"data.shards={shards}", "data.length=512", *settings])
-    return batches_of(config, ranks, training_windows(config.data, ShardIndex.open(shards)))
+    return batches_of(config, ranks, training_windows(config.data, ShardIndex.open(shards)).plan)
 
 
 def test_a_run_of_two_ranks(lambda_shards: Path) -> None:

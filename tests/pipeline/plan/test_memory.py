@@ -19,7 +19,7 @@ from megabase.pipeline.plan.memory import DEVICE, DISK, HOST, memory_of
 )
 def test_states_of_a_rank(stage: int, precision: str, bytes_of_a_parameter: float) -> None:
     config = load([], ["run.name=x", "data.shards=s", f"zero.stage={stage}"])
-    memory = memory_of(config, 1000, 4, precision)
+    memory = memory_of(config, 1000, 4, precision, "cuda")
     assert memory.total(DEVICE) == 1000 * bytes_of_a_parameter
     assert memory.total(HOST) == memory.total(DISK) == 0
 
@@ -27,15 +27,47 @@ def test_states_of_a_rank(stage: int, precision: str, bytes_of_a_parameter: floa
 def test_offloaded_states_are_elsewhere() -> None:
     stage = ["zero.stage=3", "zero.offload=nvme", "zero.nvme_path=d", "zero.offload_parameters=cpu"]
     config = load([], ["run.name=x", "data.shards=s", "checkpoint.background=false", *stage])
-    memory = memory_of(config, 1000, 4, "bf16")
+    memory = memory_of(config, 1000, 4, "bf16", "cuda")
     # docs/zero.md: 16 bytes on the disk for each parameter that a rank keeps.
     assert [memory.total(place) for place in (DEVICE, HOST, DISK)] == [500, 500, 250 * 16]
 
 
-def test_streams_do_not_depend_on_depth() -> None:
-    settings = ["run.name=x", "data.shards=s", "model.dim=64", "data.length=512", "data.micro_batch=2"]
-    sizes = [
-        memory_of(load([], [*settings, f"model.depth={depth}"]), 1, 1, "32").streams for depth in (2, 24)
-    ]
+def parts_of(*settings: str, parameters: int = 1, ranks: int = 1, device: str = "cuda") -> dict[str, int]:
+    config = load([], ["run.name=x", "data.shards=s", "model.dim=64", "data.length=512", *settings])
+    precision = "32" if device == "cpu" else "bf16"
+    return {part.name: part.bytes for part in memory_of(config, parameters, ranks, precision, device).work}
+
+
+def test_streams_do_not_depend_on_depth_and_are_shared_with_the_window() -> None:
+    def streams(*settings: str) -> int:
+        return parts_of("data.micro_batch=2", *settings)["streams and their gradients"]
+
     # Two streams of int32 and their gradients in fp32.
-    assert sizes == [4 * 4 * 64 * 512 * 2] * 2
+    assert streams("model.depth=2") == streams("model.depth=24") == 4 * 4 * 64 * 512 * 2
+    assert streams("trainer.sequence_ranks=2") == 4 * 4 * 64 * 512
+
+
+def test_buckets_and_gathered_weights_by_stage() -> None:
+    mebibyte = 1 << 20
+    assert "bucket of gradients" not in parts_of("zero.stage=0")
+    assert parts_of("zero.stage=1", "zero.bucket_mb=3")["bucket of gradients"] == 3 * mebibyte
+    # On CPUs pages that are never written do not count.
+    assert parts_of("zero.stage=1", parameters=100, device="cpu")["bucket of gradients"] == 400
+    assert "gathered weights" not in parts_of("zero.stage=2")
+    assert parts_of("zero.stage=3", parameters=1000, ranks=8)["gathered weights"] == 2000
+
+
+def test_a_rank_needs_the_most_in_the_pass_or_in_the_update() -> None:
+    def peak(length: int) -> int:
+        config = load([], ["run.name=x", "data.shards=s", f"data.length={length}", "zero.stage=0"])
+        return memory_of(config, 10**6, 1, "bf16", "cuda").peak(DEVICE)
+
+    states = 10**6 * (2 + 2 + 12)
+    assert peak(1) == states + 10**6 * 8  # the update: fp32 gradients and AdamW's denominator
+    assert peak(1 << 20) > states + 16 * 256 * (1 << 20)  # the pass: streams, and the work of a branch
+
+
+def test_a_background_checkpoint_needs_a_copy_in_host_memory() -> None:
+    name = "copy for a checkpoint in the background"
+    assert name not in parts_of()
+    assert parts_of("checkpoint.background=true", parameters=1000, ranks=4)[name] == 12 * 250

@@ -22,8 +22,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert rows["steps"] == "steps 40 47.1 epochs"
     assert rows["tokens of the run"] == "tokens of the run 2,048,000"
     assert rows["start"] == f"start step 0 a new run in {tmp_path}/runs/dry"
-    assert "zero.stage=2, precision 32" in rows["states of a rank"]
-    assert "not known" in rows["other activations"]
+    assert "fits: cpu has" in rows["memory of a rank"]
+    assert "limited by" in rows["time of a step"]
+    assert "Hardware: cpu (this machine has no GPU" in printed
     assert "data.global_batch=100 is more than the 85 training windows" in printed
     assert not (tmp_path / "runs").exists()
 

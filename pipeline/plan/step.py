@@ -1,0 +1,127 @@
+"""The time of an optimizer step by kind: products, attention, streams, launches, update, communication.
+
+Each kind is its work divided by what the hardware's profile reaches of its peak. A reversible stack runs the forward
+pass twice and a backward pass of twice its work: four times the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabase.models.config import ReformerConfig
+from megabase.models.flops import attention_flops, feedforward_flops, head_flops, keys_per_query
+from megabase.pipeline.config.schema import NONE, RunConfig
+from megabase.pipeline.plan.batches import Batches
+from megabase.pipeline.plan.profiles import CPU, Profile, cores_of_a_rank
+from megabase.pipeline.plan.traffic import bandwidth, exchanged_bytes, seconds_of, transfers_of
+
+PASSES = 4.0
+"""Forward passes that a reversible forward and backward pass costs."""
+
+STREAM_BYTES = 130.0
+"""Bytes that move to and from memory for each position, channel and branch: streams, norms, convolutions, gradients."""
+
+UPDATE_BYTES = 40.0
+"""Bytes that move to and from memory for each parameter in AdamW's step."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step by kind.
+
+    Attributes:
+        products: matrix products of projections, feed-forward and head.
+        attention: scores and their sums, hashing, sorting.
+        streams: what memory's bandwidth limits.
+        launches: time in which the device waits for the host.
+        update: AdamW.
+        reduction: gradients and weights between ranks.
+        exchange: positions of shared windows between ranks.
+    """
+
+    products: float
+    attention: float
+    streams: float
+    launches: float
+    update: float
+    reduction: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step: DeepSpeed communicates after computing, not at the same time."""
+        return sum(vars(self).values())
+
+    @property
+    def limit(self) -> str:
+        """What takes the longest: compute, memory bandwidth, launches or communication."""
+        kinds = {
+            "compute": self.products + self.attention,
+            "memory bandwidth": self.streams + self.update,
+            "launches": self.launches,
+            "communication": self.reduction + self.exchange,
+        }
+        return max(kinds, key=lambda kind: kinds[kind])
+
+
+def step_time(
+    config: RunConfig, parameters: int, batches: Batches, precision: str, profile: Profile
+) -> StepTime:
+    """The time of an optimizer step.
+
+    Args:
+        config: of the run; `model.vocab_size` is set.
+        parameters: number of parameters.
+        batches: of the run.
+        precision: '32', 'bf16' or '16'.
+        profile: of the hardware.
+    """
+    micro = batches.accumulation
+    positions = batches.micro_batch * batches.length // batches.sequence_ranks
+    width = 4 if precision == "32" else 2
+    nodes, devices = config.trainer.nodes, config.trainer.devices or 1
+    cores = cores_of_a_rank(config, devices) if profile.device == CPU else 1.0
+    peak, memory = profile.peak_flops(precision) * cores, profile.memory_gb_s * 1e9 * cores
+    memory *= profile.achieved.memory
+    products, attention = pass_seconds(config.model, batches.length, peak, profile)
+    products, attention = products * positions, attention * positions
+    streams = STREAM_BYTES * config.model.dim * 2 * config.model.depth * positions / memory
+    launch = profile.launch_ms * 1e-3 * 2 * config.model.depth
+    # A GPU computes while the host launches; a CPU does one after the other.
+    waits = launch if profile.device == CPU else max(0.0, launch - products - attention - streams)
+    updated = parameters if not config.zero.stage else -(-parameters // batches.ranks)
+    across = batches.sequence_ranks > devices
+    exchange = exchanged_bytes(config, micro, width) / bandwidth(profile, across=across)
+    transfers = transfers_of(config, parameters, micro, width)
+    return StepTime(
+        products=micro * products,
+        attention=micro * attention,
+        streams=micro * streams,
+        launches=micro * waits,
+        update=UPDATE_BYTES * updated / memory * (1.0 if config.zero.offload == NONE else OFFLOADED),
+        reduction=seconds_of(transfers, batches.ranks, nodes, profile),
+        exchange=exchange,
+    )
+
+
+OFFLOADED = 20.0
+"""How many times longer AdamW takes with states in host memory: an estimate."""
+
+
+def pass_seconds(config: ReformerConfig, length: int, peak: float, profile: Profile) -> tuple[float, float]:
+    """Seconds of matrix products and of attention for one position of a forward and backward pass.
+
+    Args:
+        config: of the model; `vocab_size` is set.
+        length: of a window.
+        peak: FLOP/s of a rank.
+        profile: of the hardware.
+    """
+    products = config.depth * feedforward_flops(config) * PASSES + head_flops(config) * (PASSES - 1)
+    attention = 0.0
+    for kind in config.pattern:
+        pairs = 4.0 * config.heads * config.width * keys_per_query(config, kind, length)
+        products += PASSES * (attention_flops(config, kind, length) - pairs)
+        share = profile.achieved.lsh if kind == "lsh" else profile.achieved.attention
+        attention += PASSES * pairs / (peak * share)
+    return products / (peak * profile.achieved.products), attention
