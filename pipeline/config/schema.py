@@ -103,6 +103,9 @@ class ZeroConfig:
         offload_parameters: Where parameters are kept between uses, in stage 3: `none`, `cpu` or `nvme`.
         nvme_path: Directory on a disk of each node; required by `nvme`.
         bucket_mb: Size of a communication bucket in MiB.
+        overlap_comm: Sum gradients over the ranks, and in stage 3 gather weights, while the device computes (GPUs,
+            stages 1 to 3). A run stays exactly reproducible. Stages 1 and 2 then need memory for a second bucket, and
+            buckets that hold the largest parameter.
         deepspeed: Further keys of DeepSpeed's configuration, such as
             `zero.deepspeed.zero_optimization.round_robin_gradients=true`. A key that another setting decides is
             refused.
@@ -113,6 +116,7 @@ class ZeroConfig:
     offload_parameters: str = NONE
     nvme_path: str | None = None
     bucket_mb: int = 200
+    overlap_comm: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -139,6 +143,10 @@ class ZeroConfig:
         if self.offload_parameters != NONE and self.stage != 3:
             raise UserError(
                 f"zero.offload_parameters={self.offload_parameters} needs zero.stage=3, not {self.stage}"
+            )
+        if self.overlap_comm and self.stage == 0:
+            raise UserError(
+                "zero.overlap_comm=true has an effect only with zero.stage=1, 2 or 3: set one of them"
             )
         if self.on_disk and not self.nvme_path:
             raise UserError("offload to nvme needs zero.nvme_path: a directory on a disk of each node")

@@ -11,6 +11,7 @@ from megabase.datamodules.config import accumulation
 from megabase.datamodules.index.segments import VALID
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
+from megabase.models.pretrained import empty
 from megabase.pipeline.checkpoint.identity import check_same_run, manifest_of
 from megabase.pipeline.checkpoint.manifest import Damaged, list_checkpoints, read_manifest
 from megabase.pipeline.config.callbacks import check_modules
@@ -23,6 +24,7 @@ from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.server import Server
 from megabase.pipeline.training.initial import check_initial
 from megabase.pipeline.zero import passthrough
+from megabase.pipeline.zero.settings import check_bucket
 
 
 def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
@@ -52,6 +54,7 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
         )
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
+    check_bucket(config, empty(config.model).named_parameters())
     data = identity_of(index.segments, config.data.mixture)
     check_newest_checkpoint(config, ranks, data, index.alphabet.name)
     if config.run.init_from and not list_checkpoints(RunPaths(config.directory).checkpoints):
@@ -69,6 +72,7 @@ def check_settings(config: RunConfig, ranks: int, *, here: bool = True) -> None:
         _check_run_directory(config)
     accumulation(config.data.global_batch, config.data.micro_batch, config.data_ranks(ranks))
     passthrough.check(config, here=here)
+    passthrough.check_ranks(config, ranks)
     check_modules(config.trainer.callbacks)
     has_gpu = torch.cuda.is_available() if here else bool(config.slurm.gpus)
     if precision_of(config.trainer.precision) == "16" and not has_gpu:

@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+from deepspeed.utils import groups
 from torch import Tensor
 from torch.nn import Module
 
@@ -30,7 +31,10 @@ class Sharded(deepspeed.zero.Init):
 
     def __init__(self, config_dict_or_path: object) -> None:
         super().__init__(
-            config_dict_or_path=config_dict_or_path, tensor_overrides=[DeepSpeedTensorOverride.device]
+            config_dict_or_path=config_dict_or_path,
+            tensor_overrides=[DeepSpeedTensorOverride.device],
+            # With hpZ, DeepSpeed would make the groups again for the second model of a process, which fails.
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         )
 
     def _post_init_method(self, module: Module) -> None:

@@ -21,6 +21,8 @@ from megabase.pipeline.zero.recording import RecordingDict
 from megabase.pipeline.zero.reserved import OURS, REFUSED, ZERO
 from megabase.pipeline.zero.settings import check_nvme_path, merged, own_settings
 
+HPZ = "zero_hpz_partition_size"
+
 
 def check(config: RunConfig, *, here: bool = True) -> None:
     """Check `zero.*`; if the run will be `here`, on this machine, `zero.nvme_path` as well.
@@ -33,6 +35,16 @@ def check(config: RunConfig, *, here: bool = True) -> None:
         check_nvme_path(config.zero)
     if config.zero.deepspeed:
         _check_keys(config)
+
+
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Raise UserError if the groups of ranks that keep a second copy of the weights (hpZ) are not equally large."""
+    group = config.zero.deepspeed.get(ZERO, {}).get(HPZ, 1)
+    if 1 < group < ranks and ranks % group:
+        raise UserError(
+            f"zero.deepspeed.{ZERO}.{HPZ}={group} does not divide the {ranks} ranks: set it to the number of ranks of"
+            " a node"
+        )
 
 
 def _check_keys(config: RunConfig) -> None:
@@ -67,6 +79,7 @@ def _refuse_without_effect(key: str, config: RunConfig) -> None:
         f"{ZERO}.offload_optimizer": (config.zero.offload == CPU, "zero.offload=cpu"),
         f"{ZERO}.offload_param": (config.zero.offload_parameters == CPU, "zero.offload_parameters=cpu"),
         f"{ZERO}.sub_group_size": (config.zero.stage == 3, "zero.stage=3"),
+        f"{ZERO}.{HPZ}": (config.zero.stage == 3, "zero.stage=3"),
         f"{ZERO}.round_robin_gradients": (config.zero.stage in (1, 2), "zero.stage=1 or 2"),
     }
     if name.rpartition(".")[2].startswith("stage3_"):

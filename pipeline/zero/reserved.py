@@ -21,6 +21,7 @@ OURS = {
     f"{ZERO}.stage": "zero.stage",
     f"{ZERO}.reduce_bucket_size": "zero.bucket_mb",
     f"{ZERO}.allgather_bucket_size": "zero.bucket_mb",
+    f"{ZERO}.overlap_comm": "zero.overlap_comm",
     f"{ZERO}.offload_optimizer.device": "zero.offload",
     f"{ZERO}.offload_optimizer.nvme_path": "zero.nvme_path",
     f"{ZERO}.offload_param.device": "zero.offload_parameters",
@@ -32,6 +33,10 @@ OURS = {
 _ADAM = "the optimizer is torch's AdamW, which computes the same numbers on every device"
 _MASTER = "weights and AdamW's states are kept in fp32"
 _CHECKPOINT = "it changes the layout of states in a checkpoint, which megabase could not read then"
+_MICS = (
+    "DeepSpeed has removed MiCS; to gather weights within a node, set zero.deepspeed.zero_optimization."
+    "zero_hpz_partition_size to the number of ranks of a node"
+)
 _DISK = "megabase offloads to a disk through files that are mapped into host memory, see docs/zero.md"
 _MODEL = "megabase does not split models that way"
 _DATA = "the windows of a step are a function of run.seed alone"
@@ -50,7 +55,6 @@ REFUSED = {
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "bf16.check_grad_overflow": "guard.on_bad finds and skips bad steps with it",
-    f"{ZERO}.overlap_comm": "the order of reductions would depend on timing, and a resumed run would not be exact",
     f"{ZERO}.contiguous_gradients": "reductions need contiguous gradients",
     f"{ZERO}.compute_grad_norm": "optim.clip and the journal need the norm",
     f"{ZERO}.elastic_checkpoint": _CHECKPOINT,
@@ -58,9 +62,8 @@ REFUSED = {
     f"{ZERO}.load_from_fp32_weights": _CHECKPOINT,
     f"{ZERO}.parameter_alignment": _CHECKPOINT,
     f"{ZERO}.pipeline_loading_checkpoint": _CHECKPOINT,
-    f"{ZERO}.mics_shard_size": _CHECKPOINT,
-    f"{ZERO}.mics_hierarchical_params_gather": _CHECKPOINT,
-    f"{ZERO}.zero_hpz_partition_size": _CHECKPOINT,
+    f"{ZERO}.mics_shard_size": _MICS,
+    f"{ZERO}.mics_hierarchical_params_gather": _MICS,
     f"{ZERO}.zero_quantized_weights": "weights would be rounded in communication",
     f"{ZERO}.zero_quantized_nontrainable_weights": "weights would be rounded in communication",
     f"{ZERO}.zero_quantized_gradients": "gradients would be rounded in communication",

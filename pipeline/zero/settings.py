@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megabase.pipeline.config.schema import CPU, NONE, NVME, RunConfig, ZeroConfig
 from megabase.pipeline.errors import UserError
@@ -47,8 +49,7 @@ def own_settings(config: RunConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "contiguous_gradients": True,
-        # With overlap, the order of reductions would depend on timing, and a resume would not be exact.
-        "overlap_comm": False,
+        "overlap_comm": config.zero.overlap_comm,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
@@ -121,7 +122,7 @@ def check_engine(engine: Any, config: RunConfig) -> None:
             config.data.global_batch,
         ),
         "trainer.precision": (precision, precision_of(config.trainer.precision)),
-        f"{ZERO}.overlap_comm": (zero.overlap_comm, False),
+        "zero.overlap_comm": (bool(zero.overlap_comm), config.zero.overlap_comm),
     }
     differences = [
         f"{key}: it uses {used!r} instead of {expected!r}"
@@ -130,6 +131,27 @@ def check_engine(engine: Any, config: RunConfig) -> None:
     ]
     if differences:
         raise UserError(f"DeepSpeed uses other settings than the run's: {'; '.join(differences)}")
+
+
+def check_bucket(config: RunConfig, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """With overlap in stages 1 and 2, check that a bucket holds each of the named parameters (`docs/zero.md`).
+
+    DeepSpeed reduces a larger gradient where the backward pass has left it, and may free that memory before the
+    reduction has read it: the result would depend on timing.
+
+    Raises:
+        UserError: a parameter has more elements than a bucket.
+    """
+    if not config.zero.overlap_comm or config.zero.stage not in (1, 2):
+        return
+    bucket = deepspeed_config(config)[ZERO]["reduce_bucket_size"]
+    for name, parameter in parameters:
+        if parameter.numel() > bucket:
+            needed = -(-parameter.numel() * config.zero.bucket_mb // bucket)
+            raise UserError(
+                f"zero.overlap_comm=true: {name} has {parameter.numel():,} elements, more than a bucket of"
+                f" zero.bucket_mb={config.zero.bucket_mb}: set zero.bucket_mb={needed}, or zero.overlap_comm=false"
+            )
 
 
 def check_nvme_path(zero: ZeroConfig) -> None:

@@ -38,7 +38,13 @@ from megabase.pipeline.zero.checkpoint_engine import DIRECTORY, Storage
 from megabase.pipeline.zero.construction import Sharded
 from megabase.pipeline.zero.offload import map_from_files
 from megabase.pipeline.zero.reshard import reshard
-from megabase.pipeline.zero.settings import SavedLayout, check_engine, deepspeed_config, layout_options
+from megabase.pipeline.zero.settings import (
+    SavedLayout,
+    check_bucket,
+    check_engine,
+    deepspeed_config,
+    layout_options,
+)
 from megabase.pipeline.zero.states import Shards
 from megabase.pipeline.zero.updates import update_ratio
 
@@ -88,6 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[deepspeed.DeepSpeedEngine, Optimizer]:
+        check_bucket(self.run_config, model.named_parameters())
         index = self.root_device.index
         engine, zero_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),

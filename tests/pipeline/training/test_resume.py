@@ -38,10 +38,18 @@ def assert_same_states(run: Path, other: Path) -> None:
             assert torch.equal(one.read(name, what), two.read(name, what)), (name, what)
 
 
-# Stage 2 is in test_training.py. Stage 3 writes its checkpoints in the background here, stage 1 computes in bf16.
+OVERLAP, HPZ = "zero.overlap_comm=true", "zero.deepspeed.zero_optimization.zero_hpz_partition_size"
+
+
+# Stage 2 is in test_training.py. Stage 3 writes its checkpoints in the background here, stage 1 computes in bf16; both
+# overlap communication with computation.
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [(0, []), (1, ["trainer.precision=bf16"]), (3, ["checkpoint.background=true"])],
+    [
+        (0, []),
+        (1, ["trainer.precision=bf16", OVERLAP]),
+        (3, ["checkpoint.background=true", OVERLAP, f"{HPZ}=2"]),
+    ],
     ids=["0", "1-bf16", "3-background"],
 )
 def test_killed_and_resumed_gives_the_bytes_of_the_undisturbed_run(
@@ -109,6 +117,10 @@ def moved(root: Path, shards: Path, precision: str) -> tuple[list[Row], list[Row
     def train(name: str, step: int, ranks: int, shared: int, stage: int, micro: int) -> None:
         settings = [f"trainer.max_steps={step}", f"trainer.devices={ranks}", f"zero.stage={stage}"]
         settings.append(f"trainer.sequence_ranks={shared}")
+        if (
+            name == "moved" and stage == 3
+        ):  # weights are gathered within two nodes of two ranks, then within one
+            settings += [OVERLAP, f"{HPZ}={2 if ranks == 4 else ranks}"]
         arguments = train_settings(shards, root, name, *batch, *settings, f"data.micro_batch={micro}")
         code, output = Job("train", *arguments, cwd=root).wait()
         assert code == 0, output

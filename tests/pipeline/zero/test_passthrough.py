@@ -100,6 +100,7 @@ def test_thresholds_of_stage_3_may_be_set() -> None:
         (f"{KEY}.checkpoint.load_universal=true", "checkpoint.*"),
         (f"{ZERO}.stage=3", "zero.stage"),
         (f"{ZERO}.reduce_bucket_size=1", "zero.bucket_mb"),
+        (f"{ZERO}.overlap_comm=true", "zero.overlap_comm"),
         (f"{ZERO}.offload_optimizer.device=cpu", "zero.offload"),
         (f"{ZERO}.cpu_offload=true", "zero.offload"),
     ],
@@ -164,10 +165,8 @@ def test_a_value_that_deepspeed_does_not_accept_is_named(settings: list[str], wo
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        (f"{ZERO}.overlap_comm=true", "timing"),
         (f"{ZERO}.elastic_checkpoint=true", "checkpoint"),
-        (f"{ZERO}.zero_hpz_partition_size=2", "checkpoint"),
-        (f"{ZERO}.mics_shard_size=2", "checkpoint"),
+        (f"{ZERO}.mics_shard_size=2", "removed MiCS"),
         (f"{ZERO}.zero_quantized_gradients=true", "rounded"),
         (f"{KEY}.gradient_allreduce_op=sum", "averaged"),
         (f"{KEY}.prescale_gradients=true", "averaged"),
@@ -192,6 +191,7 @@ def test_a_second_name_of_a_key_is_refused_like_the_first() -> None:
     [
         ([f"{ZERO}.stage3_prefetch_bucket_size=1"], "zero.stage=3"),
         ([f"{ZERO}.sub_group_size=1000"], "zero.stage=3"),
+        ([f"{ZERO}.zero_hpz_partition_size=2"], "zero.stage=3"),
         (["zero.stage=3", f"{ZERO}.round_robin_gradients=true"], "zero.stage=1 or 2"),
         ([f"{KEY}.fp16.initial_scale_power=8"], "trainer.precision=16"),
         ([f"{ZERO}.offload_optimizer.pin_memory=false"], "zero.offload=cpu"),
@@ -206,6 +206,16 @@ def test_a_second_name_of_a_key_is_refused_like_the_first() -> None:
 )
 def test_a_key_without_effect_names_what_it_needs(settings: list[str], needed: str) -> None:
     assert f"has an effect only with {needed}" in error_of(*settings)
+
+
+def test_groups_with_a_second_copy_of_the_weights_divide_the_ranks() -> None:
+    config = load("zero.stage=3", f"{ZERO}.zero_hpz_partition_size=4")
+    passthrough.check(config)
+    for ranks in (2, 4, 8):
+        passthrough.check_ranks(config, ranks)
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size=4 does not divide the 6 ranks"):
+        passthrough.check_ranks(config, 6)
+    passthrough.check_ranks(load(), 6)
 
 
 @pytest.mark.slow

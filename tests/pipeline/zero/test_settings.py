@@ -10,7 +10,7 @@ from megabase.pipeline.config.load import load as load_config
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.zero.settings import check_engine, deepspeed_config, layout_options
+from megabase.pipeline.zero.settings import check_bucket, check_engine, deepspeed_config, layout_options
 
 KEY = "zero.deepspeed"
 ZERO = f"{KEY}.zero_optimization"
@@ -64,6 +64,32 @@ def test_the_layout_of_a_checkpoint_changes_with_the_keys_that_order_states() ->
     assert plain == same != other
 
 
+def test_overlap_needs_sharded_states() -> None:
+    for stage in (1, 2, 3):
+        config = load(f"zero.stage={stage}", "zero.overlap_comm=true")
+        config.validate()
+        assert deepspeed_config(config)["zero_optimization"]["overlap_comm"] is True
+    assert deepspeed_config(load())["zero_optimization"]["overlap_comm"] is False
+    with pytest.raises(
+        UserError, match=r"zero\.overlap_comm=true has an effect only with zero\.stage=1, 2 or 3"
+    ):
+        load("zero.stage=0", "zero.overlap_comm=true").validate()
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_overlap_needs_a_bucket_that_holds_the_largest_parameter(precision: str) -> None:
+    elements = 2**20 // (4 if precision == "32" else 2)
+    small, large = (torch.empty(n, device="meta") for n in (elements, 2 * elements + 1))
+    one = [f"trainer.precision={precision}", "zero.bucket_mb=1"]
+    check_bucket(load(*one, "zero.overlap_comm=true"), [("small", small)])
+    for fine in (one, [*one, "zero.overlap_comm=true", "zero.stage=3"]):
+        check_bucket(load(*fine), [("large", large)])
+    with pytest.raises(UserError, match=r"large has [\d,]+ elements.*set zero.bucket_mb=3, or") as caught:
+        check_bucket(load(*one, "zero.overlap_comm=true"), [("small", small), ("large", large)])
+    assert "zero.bucket_mb=1:" in str(caught.value)
+    check_bucket(load(one[0], "zero.bucket_mb=3", "zero.overlap_comm=true"), [("large", large)])
+
+
 def test_the_settings_of_the_engine_are_compared_with_those_of_the_run() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -98,5 +124,8 @@ def test_the_settings_of_the_engine_are_compared_with_those_of_the_run() -> None
 
     config = load("data.global_batch=8", "data.micro_batch=2")
     check_engine(Engine(2), config)
+    overlapping = load("data.global_batch=8", "data.micro_batch=2", "zero.overlap_comm=true")
+    with pytest.raises(UserError, match=r"zero\.overlap_comm: it uses False instead of True"):
+        check_engine(Engine(2), overlapping)
     with pytest.raises(UserError, match="uses 1 instead of 2"):
         check_engine(Engine(1), config)

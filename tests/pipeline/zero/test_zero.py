@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from tests.pipeline.zero import zero_worker
-from tests.pipeline.zero.zero_worker import ACCUMULATIONS, CLIPS, OFFLOADS, PRECISIONS, STAGES, Trained
+from tests.pipeline.zero.zero_worker import (
+    ACCUMULATIONS,
+    CLIPS,
+    OFFLOADS,
+    OVERLAPS,
+    PRECISIONS,
+    STAGES,
+    Trained,
+)
 from tests.processes import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -55,6 +63,24 @@ def test_ranks_that_share_each_sequence_equal_the_single_process(
     """The factor of the gradients is that of ranks with sequences of their own, in every stage."""
     alone, shared = results[f"alone-fp32-{CLIPS[-1]}"], results[f"shared-{stage}-{accumulation}"]
     compare(shared, alone, stage, "fp32", *TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize(("stage", "precision"), OVERLAPS)
+def test_communication_that_overlaps_changes_no_bit(
+    results: dict[str, Any], stage: int, precision: str
+) -> None:
+    without = results[f"{stage}-{ACCUMULATIONS[-1]}-{precision}-{CLIPS[-1]}"]
+    assert results[f"overlap-{stage}-{precision}"] == without
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_second_copy_of_the_weights_changes_no_bit_and_no_checkpoint(
+    results: dict[str, Any], precision: str
+) -> None:
+    plain, hpz = (results["second-copies"][f"{name}-{precision}"] for name in ("plain", "hpz"))
+    assert hpz["gathers"] > plain["gathers"] == 0
+    assert hpz["losses"] == plain["losses"]
+    assert hpz["resumed"] == plain["resumed"] == plain["losses"][3:]
 
 
 def compare(

@@ -19,6 +19,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ ACCUMULATIONS = (1, 2)
 PRECISIONS = ("fp32", "bf16")
 # Values of gradient clipping: 0 is none; 1 is below the gradient norm of every step.
 CLIPS = (0.0, 1.0)
+# Stage and precision with which communication overlaps computation, with accumulation.
+OVERLAPS = list(itertools.product((1, 2, 3), PRECISIONS))
 # Stage, precision, and what is offloaded to host memory.
 OFFLOADS = [
     (stage, precision, offload)
@@ -121,9 +124,9 @@ def alone(precision: str, clip: float) -> dict[str, Any]:
 
 
 def sharded(
-    stage: int, accumulation: int, precision: str, clip: float, *, shared: bool = False
+    stage: int, accumulation: int, precision: str, clip: float, *, shared: bool = False, **zero: Any
 ) -> dict[str, Any]:
-    """The same training on two ranks under DeepSpeed. shared: both ranks share each sequence."""
+    """The same training on two ranks under DeepSpeed. shared: both ranks share each sequence. zero: more settings."""
     import deepspeed
 
     ranks = dist.get_world_size()
@@ -139,7 +142,12 @@ def sharded(
             "train_micro_batch_size_per_gpu": BATCH // turns // accumulation,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 1000},
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": False,
+                "reduce_bucket_size": 1000,
+                **zero,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             **({"bf16": {"enabled": True}} if precision == "bf16" else {}),
@@ -254,6 +262,42 @@ def offloaded(stage: int, precision: str, offload: str) -> dict[str, Any]:
     second = Started.of(stage, precision, **zero)
     second.engine.load_checkpoint(directory, tag="t")
     return {"plain": plain, "offloaded": whole, "resumed": whole[:3] + second.train(range(3, 5))}
+
+
+def second_copies() -> dict[str, Any]:
+    """Stage 3 without and with hpZ, in each precision: losses of five steps, and of the last two after resuming.
+
+    A run with hpZ is resumed from the checkpoints of both. `gathers` counts how often weights were gathered from second
+    copies so far. Call it last: DeepSpeed keeps hpZ's groups for every model that follows.
+    """
+    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
+
+    gathers = 0
+    original = AllGatherCoalescedHandle.wait
+
+    def wait(handle: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal gathers
+        gathers += handle.use_secondary_tensor and not handle.complete
+        original(handle, *arguments, **options)
+
+    found: dict[str, Any] = {}
+    hpz: dict[str, Any] = {"zero_hpz_partition_size": 2}
+    with mock.patch.object(AllGatherCoalescedHandle, "wait", wait):
+        for (name, zero), precision in itertools.product({"plain": {}, "hpz": hpz}.items(), PRECISIONS):
+            first = Started.of(3, precision, stage3_param_persistence_threshold=0, **zero)
+            losses, directory = first.train(range(3)), shared_directory()
+            first.engine.save_checkpoint(directory, tag="t")
+            found[f"{name}-{precision}"] = {
+                "losses": losses + first.train(range(3, 5)),
+                "gathers": gathers,
+                "saved": directory,
+            }
+    for case, values in found.items():
+        precision = case.partition("-")[2]
+        second = Started.of(3, precision, stage3_param_persistence_threshold=0, **hpz)
+        second.engine.load_checkpoint(values["saved"], tag="t")
+        values["resumed"] = second.train(range(3, 5))
+    return found
 
 
 def updated(stage: int, precision: str) -> float:
@@ -392,6 +436,9 @@ def main(output: str) -> None:
     for stage, accumulation in itertools.product(STAGES, ACCUMULATIONS):
         shared = sharded(stage, accumulation, "fp32", CLIPS[-1], shared=True)
         results[f"shared-{stage}-{accumulation}"] = shared
+    for stage, precision in OVERLAPS:
+        found = sharded(stage, ACCUMULATIONS[-1], precision, CLIPS[-1], overlap_comm=True)
+        results[f"overlap-{stage}-{precision}"] = found
     for kept in OFFLOADS:
         results["-".join(map(str, kept))] = offloaded(*kept)
     results["update-alone"] = update_alone()
@@ -401,6 +448,7 @@ def main(output: str) -> None:
     get_accelerator().is_fp16_supported = lambda: True
     for stage in STAGES:
         results[f"half-{stage}"] = half(stage)
+    results["second-copies"] = second_copies()
     if is_rank_zero():
         Path(output).write_text(json.dumps(results))
     dist.barrier()
