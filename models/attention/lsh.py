@@ -71,8 +71,8 @@ def lsh_attention(
         mask: (batch, length) bool, True where a position is real. The others change nothing for the real ones, and
             their output is zero.
         buckets: (batch, heads, rounds, length) integers from 0 on, to use instead of hashing.
-        backend: auto, reference, chunked, native (CPUs, with a C++ compiler) or triton (GPUs). All give the same
-            result.
+        backend: auto, reference, chunked, native (CPUs, with a C++ compiler), triton or triton-together (GPUs). All
+            give the same result.
 
     Returns:
         (batch, heads, length, head_dim) in v's dtype.

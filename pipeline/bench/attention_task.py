@@ -21,7 +21,7 @@ from megabase.pipeline.bench import peers
 from megabase.pipeline.bench.contest import OURS, Call, Entry
 from megabase.pipeline.bench.options import DTYPES
 
-BACKENDS = ("reference", "chunked", "native", "triton")
+BACKENDS = ("reference", "chunked", "native", "triton", "triton-together")
 FEATURES = 256
 """Number of features of our Performer attention, and of slots of our Linformer attention."""
 

@@ -5,8 +5,9 @@ All kernels give the same result, up to the rounding of the dtype they compute i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,46 +18,52 @@ from megabase.models.attention.kernels.inputs import PairDropout, Rotations, Rul
 from megabase.models.attention.kernels.triton import host as triton
 from megabase.models.config import ConfigError
 
-BACKENDS = ("auto", "reference", "chunked", "native", "triton")
+BACKENDS = ("auto", "reference", "chunked", "native", "triton", "triton-together")
 PORTABLE = ("reference", "chunked")
 """Backends made of torch's operations: they run on every device, with every float dtype."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A kernel that is not made of torch's operations.
-
-    Attributes:
-        name: One of BACKENDS.
-        device: The device type on which `auto` chooses this kernel.
-        supports: Whether the kernel can compute with queries and values (batch, heads, length, d).
-    """
-
-    name: str
-    device: str
-    supports: Callable[[Tensor, Tensor], bool]
-
-
-FAST = (Backend("triton", "cuda", triton.supports), Backend("native", "cpu", native.supports))
-"""`auto` is the first of these that is for the device and supports the tensors, else `chunked` (docs/kernels.md has the
-times)."""
+TRITON: dict[str, Callable[..., Tensor]] = {
+    "triton": triton.sorted_attention,
+    "triton-together": partial(triton.sorted_attention, together=True),
+}
+"""The kernels for GPUs: one launch for each round, or all rounds in one launch."""
+GPU_BACKEND = "MEGABASE_GPU_BACKEND"
+"""Environment variable: the one of TRITON that `auto` chooses on a GPU."""
+FAST: dict[str, Callable[[Tensor, Tensor], bool]] = {
+    "native": native.supports,
+    **dict.fromkeys(TRITON, triton.supports),
+}
+"""Kernels that are not made of torch's operations: whether they can compute with queries and values (batch, heads,
+length, d)."""
 
 
 def choose_backend(q: Tensor, v: Tensor, backend: str = "auto") -> str:
     """Name the kernel that computes with queries and values (batch, heads, length, d).
 
     Raises:
-        ConfigError: The backend asked for cannot run with these tensors.
+        ConfigError: The backend asked for cannot run with these tensors, or GPU_BACKEND has a wrong value.
     """
     if backend == "auto":
-        fitting = (fast.name for fast in FAST if fast.device == q.device.type and fast.supports(q, v))
-        return next(fitting, "chunked")
-    if backend in PORTABLE or any(fast.name == backend and fast.supports(q, v) for fast in FAST):
+        # docs/kernels.md has the times.
+        fastest = {"cpu": "native", "cuda": gpu_backend()}.get(q.device.type)
+        return fastest if fastest and FAST[fastest](q, v) else "chunked"
+    if backend in PORTABLE or (backend in FAST and FAST[backend](q, v)):
         return backend
     raise ConfigError(
         f"backend={backend!r} cannot run here, with {q.dtype} of width {q.shape[-1]} on {q.device.type}: "
         "choose auto or chunked"
     )
+
+
+def gpu_backend() -> str:
+    """The backend that `auto` chooses on a GPU.
+
+    Raises:
+        ConfigError: The environment variable names no backend for GPUs.
+    """
+    name = os.environ.get(GPU_BACKEND, "triton")
+    if name not in TRITON:
+        raise ConfigError(f"{GPU_BACKEND}={name}: choose one of {', '.join(TRITON)}, or unset it")
+    return name
 
 
 def sorted_attention(
@@ -97,8 +104,8 @@ def sorted_attention(
     q = F.pad(q, (0, 0, first, 0)) if first else q
     rows, values = q.flatten(0, 1), v.flatten(0, 1)
     keys = None if k is None else (k * scale).flatten(0, 1)
-    if chosen == "triton":
-        out = triton.sorted_attention(rows, keys, values, order, rule, dropout)
+    if chosen in TRITON:
+        out = TRITON[chosen](rows, keys, values, order, rule, dropout)
     else:
         kernel = reference.sorted_attention if chosen == "reference" else chunked.sorted_attention
         out = kernel(rows, unit_keys(rows) if keys is None else keys, values, order, rule, dropout)

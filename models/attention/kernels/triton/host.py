@@ -31,6 +31,8 @@ def sorted_attention(
     order: SortedOrder,
     rule: Rule,
     dropout: PairDropout | None = None,
+    *,
+    together: bool = False,
 ) -> Tensor:
     """The same as `reference.sorted_attention`. Products in the inputs' dtype, softmax and sums in fp32.
 
@@ -42,6 +44,7 @@ def sorted_attention(
         order: The sorted order of the rows; its tensors may have any integer dtype.
         rule: Which keys a query attends to.
         dropout: Dropout of attention weights.
+        together: Compute all rounds in one launch, and combine them in a second. Otherwise one launch for each round.
 
     Returns:
         (rows, length, d_v) in v's dtype and strides. The gradients have the strides of q, k and v.
@@ -56,9 +59,12 @@ def sorted_attention(
             f"{q.shape[-1]} and {v.shape[-1]}, on {q.device}: take backend=chunked"
         )
     from megabase.models.attention.kernels.triton.launch import SortedAttention
+    from megabase.models.attention.kernels.triton.launch_together import SortedAttentionTogether
 
+    # A single round has nothing to combine: one launch either way.
+    function = SortedAttentionTogether if together and order.positions.shape[1] > 1 else SortedAttention
     k = None if k is None else _with_dense_rows(k)
-    return SortedAttention.apply(_with_dense_rows(q), k, _with_dense_rows(v), order, rule, dropout)
+    return function.apply(_with_dense_rows(q), k, _with_dense_rows(v), order, rule, dropout)
 
 
 def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:

@@ -53,14 +53,9 @@ class SortedAttention(torch.autograd.Function):
         unit, k = k is None, q if k is None else k
         out = torch.empty_like(v)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        scales = torch.empty_like(lse) if unit else lse
         with torch.cuda.device_of(q):
-            if unit:
-                unit_scales[_pass_grid(lse)](
-                    *(q, scales, lse.shape[1], *_strides(q)),
-                    **{"D": q.shape[-1], "PAD": padded(q.shape[-1]), "BLOCK": PASS_BLOCK, **FUSED},
-                )
-            for part in _parts(q, v):
+            scales = scales_of_keys(q) if unit else lse
+            for part in parts(q, v):
                 launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
                 launch.run(
                     forward_round,
@@ -83,15 +78,11 @@ class SortedAttention(torch.autograd.Function):
         q, k, v, out, lse, scales = ctx.saved_tensors
         order, rule, dropout, unit = ctx.case
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        delta = torch.empty_like(lse)
         grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
         grad_k = grad_q if unit else torch.empty_like(k)
         with torch.cuda.device_of(q):
-            output_deltas[_pass_grid(lse)](
-                *(grad, out, delta, lse.shape[1], *_strides(grad), *_strides(out)),
-                **{"D_V": v.shape[-1], "PAD_V": padded(v.shape[-1]), "BLOCK": PASS_BLOCK, **FUSED},
-            )
-            for part in _parts(q, v):
+            delta = deltas_of(grad, out)
+            for part in parts(q, v):
                 launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
                 partial_q = launch.partial(q)
                 launch.run(
@@ -169,7 +160,7 @@ class Launch:
     def run(
         self, kernel: Any, table: dict[int, Tiles], matrices: dict[str, Tensor], others: dict[str, Tensor]
     ) -> None:
-        """Launch a kernel for every round.
+        """Launch a kernel for every round, one after the other.
 
         Args:
             kernel: `forward_round` or `backward_round`.
@@ -180,18 +171,30 @@ class Launch:
         rows, rounds, length = self.positions.shape
         tiles = self.tiles(table)
         grid = (rows * triton.cdiv(length, tiles.own),)
-        strides = {}
-        for name, x in matrices.items():
-            strides[f"{name}_row"], strides[f"{name}_step"] = _strides(x)
         for number in range(rounds):
             kernel[grid](
                 **matrices,
                 **others,
                 **self.shared_arguments,
                 number=number,
-                **strides,
-                **self.constants(number, tiles),
+                **named_strides(matrices),
+                **self.round_constants(number),
+                **self.constants(tiles),
             )
+
+    def run_together(
+        self, kernel: Any, table: dict[int, Tiles], matrices: dict[str, Tensor], others: dict[str, Tensor]
+    ) -> None:
+        """Launch `forward_rounds` or `backward_rounds` once, for all rounds. Arguments like those of `run`."""
+        rows, rounds, length = self.positions.shape
+        tiles = self.tiles(table)
+        kernel[(rows * rounds * triton.cdiv(length, tiles.own),)](
+            **matrices,
+            **others,
+            **self.shared_arguments,
+            **named_strides(matrices),
+            **self.constants(tiles),
+        )
 
     def tiles(self, table: dict[int, Tiles]) -> Tiles:
         """The kernel's tiles for these widths, dtypes and this rule."""
@@ -211,7 +214,6 @@ class Launch:
     @cached_property
     def shared_arguments(self) -> dict[str, Any]:
         """The arguments that both kernels take in every round: the sorted order, the history and dropout."""
-        rate = 0.0 if self.dropout is None else self.dropout.rate
         slots, low, high = self.history()
         return {
             "positions": self.positions,
@@ -220,13 +222,21 @@ class Launch:
             "low": low,
             "high": high,
             "real_lengths": self.real_lengths,
-            "drop_keys": self.real_lengths if self.dropout is None else self.dropout.keys,
-            "least": min(round(rate * 2.0**32) - (1 << 31), (1 << 31) - 1),
-            "kept": 1.0 / (1.0 - rate),
+            **self.dropout_arguments,
             **self.table_strides,
             "length": self.positions.shape[2],
             "reach": self.reach,
             "rounds": self.positions.shape[1],
+        }
+
+    @property
+    def dropout_arguments(self) -> dict[str, Any]:
+        """The rows' keys of dropout, and what follows from its rate."""
+        rate = 0.0 if self.dropout is None else self.dropout.rate
+        return {
+            "drop_keys": self.real_lengths if self.dropout is None else self.dropout.keys,
+            "least": min(round(rate * 2.0**32) - (1 << 31), (1 << 31) - 1),
+            "kept": 1.0 / (1.0 - rate),
         }
 
     @property
@@ -260,25 +270,27 @@ class Launch:
         )
         return slots, low, high
 
-    def constants(self, number: int, tiles: Tiles) -> dict[str, Any]:
-        """The arguments that are compiled in. ROUND and ROUNDS are 0 and 1 unless the code depends on them (`once`)."""
-        rule, rounds = self.rule, self.positions.shape[1]
+    def round_constants(self, number: int) -> dict[str, Any]:
+        """What is compiled in for one round. ROUND is 0 unless the code depends on it (`once`)."""
+        rounds = self.positions.shape[1]
         return {
-            "ROUND": number if rule.once else 0,
-            "ROUNDS": rounds if rule.once else 1,
+            "ROUND": number if self.rule.once else 0,
             "FIRST": number == 0,
             "LAST": number == rounds - 1,
-            "WINDOW": rule.attend == "window",
-            "CAUSAL": rule.causal,
-            "EXCLUDES_OWN": rule.excludes_own,
-            "OWN_IF_ALONE": rule.own == "alone",
-            "ONCE": rule.once,
+            "OWN_IF_ALONE": self.rule.own == "alone",
+        }
+
+    def constants(self, tiles: Tiles) -> dict[str, Any]:
+        """What is compiled in for every round. ROUNDS is 1 unless the code depends on it (`once`)."""
+        return {
+            "ROUNDS": self.positions.shape[1] if self.rule.once else 1,
+            "WINDOW": self.rule.attend == "window",
+            "CAUSAL": self.rule.causal,
+            "EXCLUDES_OWN": self.rule.excludes_own,
+            "ONCE": self.rule.once,
             "DROPOUT": self.dropout is not None,
             "UNIT": self.unit,
-            "D": self.d,
-            "PAD": padded(self.d),
-            "D_V": self.d_v,
-            "PAD_V": padded(self.d_v),
+            **self.widths,
             "OWN": tiles.own,
             "OTHER": tiles.other,
             "num_warps": tiles.warps,
@@ -287,19 +299,53 @@ class Launch:
             **FUSED,
         }
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Widths of q and v, and of their tiles."""
+        return {"D": self.d, "PAD": padded(self.d), "D_V": self.d_v, "PAD_V": padded(self.d_v)}
 
-def _parts(q: Tensor, v: Tensor) -> Iterator[slice]:
-    """Slices of the rows: those of one slice are computed together."""
+
+def scales_of_keys(q: Tensor) -> Tensor:
+    """The factors that make unit keys of queries (rows, length, d): (rows, length) fp32."""
+    scales = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    unit_scales[pass_grid(scales)](
+        *(q, scales, q.shape[1], *strides(q)),
+        **{"D": q.shape[-1], "PAD": padded(q.shape[-1]), "BLOCK": PASS_BLOCK, **FUSED},
+    )
+    return scales
+
+
+def deltas_of(grad: Tensor, out: Tensor) -> Tensor:
+    """Σ grad · out of each position: (rows, length) fp32."""
+    delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    output_deltas[pass_grid(delta)](
+        *(grad, out, delta, out.shape[1], *strides(grad), *strides(out)),
+        **{"D_V": out.shape[-1], "PAD_V": padded(out.shape[-1]), "BLOCK": PASS_BLOCK, **FUSED},
+    )
+    return delta
+
+
+def named_strides(matrices: dict[str, Tensor]) -> dict[str, int]:
+    """Strides of rows and positions: NAME_row and NAME_step."""
+    found = {}
+    for name, x in matrices.items():
+        found[f"{name}_row"], found[f"{name}_step"] = strides(x)
+    return found
+
+
+def parts(q: Tensor, v: Tensor, rounds: int = 1) -> Iterator[slice]:
+    """Slices of the rows: those of one slice are computed together. rounds: how many have partial sums of their own."""
     rows, length, d = q.shape
-    step = max(1, PART // (length * max(d, v.shape[-1])))
+    step = max(1, PART // (rounds * length * max(d, v.shape[-1])))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _pass_grid(numbers: Tensor) -> tuple[int]:
+def pass_grid(numbers: Tensor) -> tuple[int]:
     """Programs that go over the positions of all rows: numbers (rows, length)."""
     return (numbers.shape[0] * triton.cdiv(numbers.shape[1], PASS_BLOCK),)
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
+def strides(x: Tensor) -> tuple[int, int]:
+    """Elements from one row of the batch to the next, and from one position to the next."""
     return x.stride(0), x.stride(1)

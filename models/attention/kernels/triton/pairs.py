@@ -148,13 +148,17 @@ def load_slots(
 def pair_counts(
     query, key, block, history,
     WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr,
-    RING: tl.constexpr, ROUND: tl.constexpr, ROUNDS: tl.constexpr,
+    RING: tl.constexpr, ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Whether the query attends to the key here: under the rule, and (ONCE) in no earlier round."""
+    """Whether the query attends to the key here: under the rule, and (ONCE) in no earlier round.
+
+    ROUND, ROUNDS: the query's round, and how many there are. TOGETHER: ROUND is known when the program runs; otherwise
+    it is compiled in.
+    """
     counts = _attends(query, key, block.reach, WINDOW and not RING, CAUSAL, EXCLUDES_OWN)
-    if ONCE and ROUND + RING > 0:
+    if ONCE and (TOGETHER or ROUND + RING > 0):
         counts = counts & ~_attended_before(
-            query.position, key.position, block, history, WINDOW, CAUSAL, RING, ROUND, ROUNDS
+            query.position, key.position, block, history, WINDOW, CAUSAL, RING, ROUND, ROUNDS, TOGETHER
         )
     return counts
 
@@ -185,28 +189,44 @@ def _attends(query, key, reach, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCL
 @triton.jit
 def _attended_before(
     q_position, k_position, block, history,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, RING: tl.constexpr, ROUND: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, RING: tl.constexpr,
+    ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Whether a round before ROUND had the pair. RING: also whether the chunks of ROUND itself had it."""
-    slots, low, high, length, reach = history.slots, history.low, history.high, history.length, block.reach
     attended = (q_position < 0) & (k_position < 0)
-    for other in tl.static_range(ROUND + RING):
-        k_slot = tl.load(slots + other * length + k_position)
-        if WINDOW:
-            q_low = tl.load(low + other * length + q_position)
-            # Causal: up to the query's own slot.
-            q_high = tl.load((slots if CAUSAL else high) + other * length + q_position) + CAUSAL
-            attended = attended | (
-                (k_slot - q_low).to(tl.uint32, bitcast=True) < (q_high - q_low).to(tl.uint32, bitcast=True)
-            )
+    for other in tl.static_range(ROUNDS - 1 + RING if TOGETHER else ROUND + RING):
+        if TOGETHER:
+            if other < ROUND + RING:
+                attended = attended | _attended_in(
+                    other, other < ROUND, q_position, k_position, block, history, WINDOW, CAUSAL, ROUNDS
+                )
         else:
-            q_slot = tl.load(slots + other * length + q_position)
-            attended = attended | ((q_slot // reach - k_slot // reach).to(tl.uint32, bitcast=True) <= 1)
-            if other < ROUND:
-                k_slot = tl.load(slots + ((other + ROUNDS - 1) % ROUNDS) * length + k_position)
-                attended = attended | ((q_slot < reach) & (k_slot // reach == (block.count - 1) // reach))
+            attended = attended | _attended_in(
+                other, other < ROUND, q_position, k_position, block, history, WINDOW, CAUSAL, ROUNDS
+            )
     return attended
+
+
+@triton.jit
+def _attended_in(
+    other, ring, q_position, k_position, block, history,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Whether the round `other` had the pair: in one of its buckets, in its chunks, or (ring) over its ring."""
+    slots, low, high, length, reach = history.slots, history.low, history.high, history.length, block.reach
+    k_slot = tl.load(slots + other * length + k_position)
+    if WINDOW:
+        q_low = tl.load(low + other * length + q_position)
+        # Causal: up to the query's own slot.
+        q_high = tl.load((slots if CAUSAL else high) + other * length + q_position) + CAUSAL
+        found = (k_slot - q_low).to(tl.uint32, bitcast=True) < (q_high - q_low).to(tl.uint32, bitcast=True)
+    else:
+        q_slot = tl.load(slots + other * length + q_position)
+        found = (q_slot // reach - k_slot // reach).to(tl.uint32, bitcast=True) <= 1
+        if ring:
+            k_slot = tl.load(slots + ((other + ROUNDS - 1) % ROUNDS) * length + k_position)
+            found = found | ((q_slot < reach) & (k_slot // reach == (block.count - 1) // reach))
+    return found
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Which kernel `auto` chooses, and what a backend that cannot run raises."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,11 +18,25 @@ def test_auto_chooses_the_fastest_kernel_that_can_run():
     fused = "native" if native.available() else "chunked"
     assert [choice(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [fused] * 3
     assert choice(torch.float64) == "chunked"
-    for backend in ("native", "triton"):
+    for backend in ("native", "triton", "triton-together"):
         with pytest.raises(
             ConfigError, match=f"'{backend}' cannot run here, with torch.float64 of width 64 on cpu"
         ):
             choice(torch.float64, backend=backend)
+
+
+def test_the_environment_names_the_backend_of_gpus(monkeypatch):
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 1, 64))
+    monkeypatch.setattr(dispatch, "FAST", dict.fromkeys(dispatch.FAST, lambda q, v: True))
+    assert dispatch.choose_backend(x, x) == "triton"
+    for name in ("triton-together", "triton"):
+        monkeypatch.setenv("MEGABASE_GPU_BACKEND", name)
+        assert dispatch.choose_backend(x, x) == name
+    monkeypatch.setenv("MEGABASE_GPU_BACKEND", "second")
+    with pytest.raises(
+        ConfigError, match="MEGABASE_GPU_BACKEND=second: choose one of triton, triton-together"
+    ):
+        dispatch.choose_backend(x, x)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -84,10 +85,10 @@ class Case:
         given = [x for x in tensors if x is not None]
         return [out.detach(), *torch.autograd.grad(out, given, self.grad.to(out.dtype))]
 
-    def check(self) -> None:
+    def check(self, attention: Any = kernels.sorted_attention) -> None:
         dtype = self.grad.dtype
         for number, (got, expected) in enumerate(
-            zip(self.run(kernels.sorted_attention), self.run(plain, torch.float64), strict=True)
+            zip(self.run(attention), self.run(plain, torch.float64), strict=True)
         ):
             assert got.dtype == dtype
             error = (got.double() - expected).norm().item()
@@ -203,6 +204,48 @@ class TestSortedAttention:
             )
 
 
+together = functools.partial(kernels.sorted_attention, together=True)
+
+
+class TestTogether:
+    """All rounds in one launch: cases that cover rules, masks, dropout, both kinds of keys, and several blocks."""
+
+    __test__ = CAN_RUN_KERNELS
+
+    @pytest.mark.parametrize("seed", [3, 5, 8, 12, 17])
+    def test_equals_reference(self, seed):
+        Case(seed, torch.float32).check(together)
+
+    @pytest.mark.parametrize(("seed", "dtype"), [(102, torch.bfloat16), (101, torch.float16)])
+    def test_equals_reference_in_half_precision(self, seed, dtype):
+        Case(seed, dtype).check(together)
+
+    @staticmethod
+    def sparse(dtype: torch.dtype) -> Case:
+        """Some positions find no key in any round, others in a few; some are not real."""
+        case = Case(4, dtype)
+        generator = torch.Generator().manual_seed(6)
+        tensors = (torch.randn(2, 40, width, generator=generator) for width in (16, 16, 5, 5))
+        *case.tensors, case.grad = (x.to(DEVICE, dtype) for x in tensors)
+        buckets = torch.randint(0, 30, (2, 3, 40), generator=generator).to(DEVICE)
+        order = SortedOrder.by_bucket(buckets, (torch.arange(80) % 7 > 1).view(2, 40).to(DEVICE))
+        dropout = PairDropout(0.3, torch.arange(2, device=DEVICE))
+        case.rest = order, Rule(2, "window", True, True, "alone"), dropout
+        return case
+
+    def test_padding_and_positions_that_meet_nobody(self):
+        self.sparse(torch.float32).check(together)
+
+    def test_the_same_bits_again_and_in_several_parts(self, monkeypatch):
+        from megabase.models.attention.kernels.triton import launch
+
+        case = self.sparse(torch.bfloat16)
+        first = case.run(together)
+        monkeypatch.setattr(launch, "PART", 1)
+        for a, b in zip(first, case.run(together), strict=True):
+            assert torch.equal(a, b)
+
+
 class TestHashing:
     __test__ = CAN_RUN_KERNELS
 
@@ -278,6 +321,11 @@ COMPILED = {
     "both-sides-64": ("bfloat16", 64, {"causal": False, "once": True}),
     "chunk-64": ("bfloat16", 64, {"attend": "chunk", "once": True}),
     "local-64": ("bfloat16", 64, {"own": "always", "rounds": 1}),
+    "together-plain-64": ("bfloat16", 64, {"together": True}),
+    "together-unit-64": ("bfloat16", 64, {"together": True, "unit": True}),
+    "together-unit-128": ("bfloat16", 128, {"together": True, "unit": True}),
+    "together-once-64": ("bfloat16", 64, {"together": True, "once": True, "unit": True}),
+    "together-chunk-64": ("bfloat16", 64, {"together": True, "attend": "chunk", "once": True}),
 }
 
 
@@ -308,14 +356,17 @@ def compiled() -> list[dict[str, Any]]:
 def test_compiles(name, compiled):
     """For compute capability 9.0, every kernel compiles, fits, and uses tensor cores; the main case hardly spills."""
     found = [x for x in compiled if x["case"] == name]
-    assert {"forward_round", "backward_round", "hash_kernel"} <= {x["kernel"] for x in found}
+    passes = (
+        {"forward_rounds", "backward_rounds"} if "together" in name else {"forward_round", "backward_round"}
+    )
+    assert passes <= {x["kernel"] for x in found}
     for x in found:
         print(x)
         assert x["registers"] * 32 * x["warps"] <= 65536
         assert x["shared"] <= H100_SHARED
-        if x["kernel"] in ("forward_round", "backward_round"):
+        if x["kernel"] in passes:
             assert x["tensor"] > 0
-            if name == "plain-64":
+            if name.endswith("plain-64"):
                 # Bytes of a thread outside the loops; spills within them take hundreds.
                 assert x["stack"] <= 160
 
@@ -368,8 +419,12 @@ def _launch_all(dtype: str, d: int, options: dict[str, Any]) -> None:
         own=options.get("own", "never" if options.get("unit") else "alone"),
     )
     dropout = PairDropout(0.1, torch.arange(rows)) if options.get("dropout") else None
-    kernels.sorted_attention(q, None if options.get("unit") else k, v, order, rule, dropout).sum().backward()
-    kernels.rotate_and_hash(q[None].detach(), draw_rotations(rows, d, rounds=rounds, n_buckets=512, seed=0))
+    k, together = None if options.get("unit") else k, options.get("together", False)
+    kernels.sorted_attention(q, k, v, order, rule, dropout, together=together).sum().backward()
+    if not together:
+        kernels.rotate_and_hash(
+            q[None].detach(), draw_rotations(rows, d, rounds=rounds, n_buckets=512, seed=0)
+        )
 
 
 def _usage(made: Any, tools: Path) -> dict[str, int]:
@@ -377,12 +432,8 @@ def _usage(made: Any, tools: Path) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        report, code = (
-            subprocess.run(
-                [tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        command = [tools / "cuobjdump", "-res-usage", "-sass", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", report)[1]) for word in ("REG", "STACK"))
-    tensor = len(re.findall(r"\b(?:HGMMA|HMMA)\b", code))
+    tensor = len(re.findall(r"\b(?:HGMMA|HMMA)\b", report))
     return {"registers": registers, "stack": stack, "shared": made.metadata.shared, "tensor": tensor}

@@ -1,0 +1,131 @@
+"""Sorted attention on a GPU with all rounds in one launch (`together`), as an autograd.Function.
+
+Compared with one launch for each round (`launch`): a round leaves a partial result in the dtype of the tensors instead
+of fp32 sums that the next round reads and writes; later rounds may find their rows in the cache; the number of launches
+does not grow with the rounds. The price is memory: while a pass runs, `rounds` times that of out, or of the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder
+from megabase.models.attention.kernels.triton.launch import (
+    PASS_BLOCK,
+    Launch,
+    deltas_of,
+    named_strides,
+    parts,
+    pass_grid,
+    scales_of_keys,
+)
+from megabase.models.attention.kernels.triton.tiles import BACKWARD, FORWARD
+from megabase.models.attention.kernels.triton.together import (
+    add_rounds,
+    backward_rounds,
+    forward_rounds,
+    merge_rounds,
+)
+from megabase.models.gpu import FUSED
+
+
+class SortedAttentionTogether(torch.autograd.Function):
+    """`launch.SortedAttention`, with all rounds in one launch. Saves the same tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        order: SortedOrder,
+        rule: Rule,
+        dropout: PairDropout | None,
+    ) -> Tensor:
+        """Launch all rounds, then their merge."""
+        unit, k = k is None, q if k is None else k
+        out = torch.empty_like(v)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        with torch.cuda.device_of(q):
+            scales = scales_of_keys(q) if unit else lse
+            for part in parts(q, v, order.positions.shape[1]):
+                launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
+                partial_out, partial_lse = _partial(v, launch), _partial(lse, launch)
+                launch.run_together(
+                    forward_rounds,
+                    FORWARD,
+                    {"q": q[part], "k": k[part], "v": v[part]},
+                    {"partial_out": partial_out, "partial_lse": partial_lse, "scales": scales[part]},
+                )
+                merge_rounds[pass_grid(lse[part])](
+                    partial_out=partial_out,
+                    partial_lse=partial_lse,
+                    out=out[part],
+                    lse=lse[part],
+                    **_combining(launch, {"v": v[part]}),
+                    D_V=launch.widths["D_V"],
+                    PAD_V=launch.widths["PAD_V"],
+                )
+        ctx.save_for_backward(q, k, v, out, lse, scales)
+        ctx.case = order, rule, dropout, unit
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Launch all rounds, then the sum of their gradients."""
+        q, k, v, out, lse, scales = ctx.saved_tensors
+        order, rule, dropout, unit = ctx.case
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
+        grad_k = grad_q if unit else torch.empty_like(k)
+        with torch.cuda.device_of(q):
+            delta = deltas_of(grad, out)
+            for part in parts(q, v, order.positions.shape[1]):
+                launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
+                partial_q, partial_v = _partial(q, launch), _partial(v, launch)
+                sums = {
+                    "partial_q": partial_q,
+                    "partial_k": partial_q if unit else _partial(k, launch),
+                    "partial_v": partial_v,
+                }
+                launch.run_together(
+                    backward_rounds,
+                    BACKWARD,
+                    {"q": q[part], "k": k[part], "v": v[part], "grad": grad[part]},
+                    {**sums, "lse": lse[part], "delta": delta[part], "scales": scales[part]},
+                )
+                results = {"q": grad_q[part], "k": grad_k[part], "v": grad_v[part]}
+                add_rounds[pass_grid(lse[part])](
+                    **sums,
+                    **{f"grad_{name}": x for name, x in results.items()},
+                    lse=lse[part],
+                    **_combining(launch, {"grad": grad[part]}),
+                    **named_strides(results),
+                    UNIT=unit,
+                    **launch.widths,
+                )
+        return grad_q, None if unit else grad_k, grad_v, None, None, None
+
+
+def _partial(x: Tensor, launch: Launch) -> Tensor:
+    """Memory for the partial results of x (rows, length, ...) in every round: (rows, rounds, length, ...)."""
+    return torch.empty((*launch.positions.shape, *x.shape[2:]), dtype=x.dtype, device=x.device)
+
+
+def _combining(launch: Launch, matrices: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments that both kernels that combine rounds take, with one matrix and its strides."""
+    _, rounds, length = launch.positions.shape
+    return {
+        **matrices,
+        **named_strides(matrices),
+        **launch.dropout_arguments,
+        "length": length,
+        "ROUNDS": rounds,
+        "OWN_IF_ALONE": launch.rule.own == "alone",
+        "DROPOUT": launch.dropout is not None,
+        "BLOCK": PASS_BLOCK,
+        **FUSED,
+    }
