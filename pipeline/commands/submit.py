@@ -29,6 +29,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="submit N jobs, each of which continues the one before: for clusters that do not requeue jobs",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="submit a run that does not fit by `megabase plan`",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,6 +51,9 @@ def run(options: argparse.Namespace) -> int:
     config = load(files, overrides)
     call, ranks = call_for(config, Path.cwd())
     found = check_submission(at_the_job(config), call, ranks)
+    for each in found:
+        if each.fatal and not options.force:
+            raise UserError(each.text)
     if options.dry_run:
         print("\n".join(calls_of(call, RunPaths(config.directory).submit_script, options.chain)))
         print(f"\n{settings_of(config, Path.cwd(), options.chain > 1)}\nChecked:")

@@ -69,9 +69,9 @@ class Fitting:
         gib = profile.memory_gib / (devices if profile.device == CPU else 1) - profile.reserved_gib
         return Space(
             needed=memory.peak(DEVICE),
-            available=int(gib * profile.usable * _GIB),
+            available=_bytes(gib * profile.usable),
             host_needed=memory.peak(HOST) * devices,
-            host_available=int(profile.host_memory_gib * profile.usable * _GIB),
+            host_available=_bytes(profile.host_memory_gib * profile.usable),
         )
 
     def fits(self, config: RunConfig) -> bool:
@@ -133,6 +133,11 @@ class Fitting:
             if more % parts == 0:
                 yield {**least, "trainer.sequence_ranks": more}
                 yield {**least, "trainer.sequence_ranks": more, "zero.stage": 3}
+
+
+def _bytes(gib: float) -> int:
+    """Bytes of a number of GiB, which may be infinite."""
+    return int(min(gib, float(1 << 40)) * _GIB)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

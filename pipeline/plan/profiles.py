@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import megabase
 from megabase.pipeline.config.schema import RunConfig
+from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError, first_line
 
 CPU, CUDA = DEVICES = ("cpu", "cuda")
@@ -128,6 +131,49 @@ def profile_of_gpus(kind: str) -> str | None:
         return DEFAULT_GPU
     found = [name for name in names() if name != CPU and (name == kind or name.startswith(f"{kind}-"))]
     return max(found, key=lambda name: read_profile(name).memory_gib or 0.0) if found else None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a job gets.
+
+    Attributes:
+        profile: of the hardware.
+        certain: the settings say so. Otherwise the memory of a device is a guess.
+    """
+
+    profile: Profile
+    certain: bool
+
+
+def hardware_of_job(slurm: SlurmConfig) -> Hardware | None:
+    """The hardware that a job requests; None: a GPU without a profile. A job on CPUs may have no limit of memory."""
+    memory = memory_of_node(slurm)
+    if slurm.gpus is None:
+        profile = read_profile(CPU)
+        if memory is None:
+            return Hardware(replace(profile, memory_gib=math.inf, host_memory_gib=math.inf), certain=False)
+        return Hardware(with_memory(profile, slurm), certain=True)
+    name = profile_of_gpus(slurm.gpus)
+    return None if name is None else Hardware(with_memory(read_profile(name), slurm), slurm.gpus != "any")
+
+
+def with_memory(profile: Profile, slurm: SlurmConfig) -> Profile:
+    """The profile with the memory of a node that `slurm.mem` requests, if it does."""
+    memory = memory_of_node(slurm)
+    if memory is None:
+        return profile
+    if profile.device == CPU:
+        return replace(profile, memory_gib=memory, host_memory_gib=memory)
+    return replace(profile, host_memory_gib=memory)
+
+
+def memory_of_node(slurm: SlurmConfig) -> float | None:
+    """`slurm.mem` in GiB; None: it is not set, is all of the node (0), or sbatch will refuse it."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", (slurm.mem or "").upper())
+    if not match or not int(match[1]):
+        return None
+    return int(match[1]) * {"K": 2.0**-20, "M": 2.0**-10, "": 2.0**-10, "G": 1.0, "T": 2.0**10}[match[2]]
 
 
 def _read(path: Path) -> Profile:

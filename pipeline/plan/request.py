@@ -59,12 +59,13 @@ def planned(
         chosen = Chosen(profiles.read_profile(hardware), f"--hardware {hardware}")
     else:
         chosen = choose(config, ranks)
-    config = placed(config, ranks, chosen.profile)
-    precision = precision_of(config.trainer.precision, on_gpus=chosen.profile.device != CPU)
-    if precision == "16" and chosen.profile.device == CPU:
+    profile = profiles.with_memory(chosen.profile, config.slurm)
+    config = placed(config, ranks, profile)
+    precision = precision_of(config.trainer.precision, on_gpus=profile.device != CPU)
+    if precision == "16" and profile.device == CPU:
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
-    notes.insert(0, f"Hardware: {chosen.profile.name} ({chosen.why}).")
-    return plan(config, windows, precision, chosen.profile), notes
+    notes.insert(0, f"Hardware: {profile.name} ({chosen.why}).")
+    return plan(config, windows, precision, profile), notes
 
 
 def placed(config: RunConfig, ranks: int | None, profile: Profile) -> RunConfig:

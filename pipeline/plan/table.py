@@ -43,6 +43,15 @@ def as_table(plan: Plan, *more: Row) -> Table:
     return table
 
 
+def in_short(plan: Plan) -> str:
+    """The plan in one line."""
+    step, speed, space = plan.speed.step, plan.speed, plan.space
+    return (
+        f"{plan.profile.name}: by estimate a rank needs {readable_size(space.needed)} of memory, a step takes"
+        f" {_seconds(step.total)}, the run {readable_time(speed.seconds)}"
+    )
+
+
 def limits_of(plan: Plan) -> list[Row]:
     """The rows of what fits."""
     fitting, config = plan.fitting, plan.config

@@ -8,11 +8,16 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megabase.datamodules.order.windows import WindowPlan
 from megabase.pipeline.checkpoint.space import check_space
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.plan.parameters import count_parameters
+from megabase.pipeline.plan.profiles import hardware_of_job
+from megabase.pipeline.plan.run import plan
+from megabase.pipeline.plan.table import in_short
+from megabase.pipeline.plan.warnings import does_not_fit, warnings_of
 from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.slurm.partition import check_partition, partitions
 from megabase.pipeline.tracking.server import Server
@@ -29,11 +34,13 @@ class Finding:
         what: was checked.
         text: what was found.
         warning: it may be wrong, but does not keep the job from training.
+        fatal: the job will end of it, by the plan of its memory: `submit` needs --force.
     """
 
     what: str
     text: str
     warning: bool = False
+    fatal: bool = False
 
 
 def check_submission(config: RunConfig, call: Sequence[str], ranks: int) -> list[Finding]:
@@ -63,11 +70,32 @@ def check_submission(config: RunConfig, call: Sequence[str], ranks: int) -> list
         Finding("disk", _disk(config)),
         Finding("partition", check_partition(call, partitions())),
     ]
-    if batches.warning:
-        found.append(Finding("batch", batches.warning, warning=True))
+    found += _plan(config, windows.plan)
     if config.tracking.enabled:
         found.append(_mlflow(Server.of(config).uri))
     return found
+
+
+def _plan(config: RunConfig, windows: WindowPlan) -> list[Finding]:
+    """What the plan says of the job. Whether it fits is certain if the settings name the GPU, or the memory of CPUs."""
+    hardware = hardware_of_job(config.slurm)
+    if hardware is None:
+        text = f"slurm.gpus={config.slurm.gpus} has no profile in configs/hardware: not checked whether the run fits"
+        return [Finding("plan", text, warning=True)]
+    planned = plan(config, windows, precision_of(config.trainer.precision), hardware.profile)
+    if (problem := does_not_fit(planned)) is not None:
+        if hardware.certain:
+            found = [
+                Finding(
+                    "plan", f"the run {problem}. --force submits it all the same", warning=True, fatal=True
+                )
+            ]
+        else:
+            found = [Finding("plan", f"the run {problem}", warning=True)]
+    else:
+        found = [Finding("plan", in_short(planned))]
+    warnings = [warning for warning in warnings_of(planned) if warning != problem]
+    return found + [Finding("plan", warning, warning=True) for warning in warnings]
 
 
 def _disk(config: RunConfig) -> str:

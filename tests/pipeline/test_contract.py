@@ -35,7 +35,7 @@ COMMANDS = {
     "sync": ["directory", "settings", "--follow"],
     "plan": ["settings", "--hardware", "--ranks", "--json"],
     "train": ["settings", "--dry-run"],
-    "submit": ["settings", "--dry-run", "--chain"],
+    "submit": ["settings", "--dry-run", "--chain", "--force"],
     "report": ["directory"],
     "export": ["directory", "output", "--format", "--step", "--best", "--dtype"],
     "evaluate": [

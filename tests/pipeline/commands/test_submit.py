@@ -70,3 +70,15 @@ def test_a_training_that_could_not_run_is_not_submitted(
     assert cli.main(["submit", *SETTINGS]) == 2
     assert capsys.readouterr().err == "megabase: this cannot run\n"
     assert [path.name for path in tmp_path.iterdir()] == ["sbatch"]
+
+
+def test_what_does_not_fit_is_submitted_only_by_force(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [Finding("plan", "the run does not fit", warning=True, fatal=True)]
+    monkeypatch.setattr(submission, "check_submission", lambda config, call, ranks: found)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["submit", *SETTINGS, "--dry-run"]) == 2
+    assert capsys.readouterr().err == "megabase: the run does not fit\n"
+    assert cli.main(["submit", *SETTINGS, "--dry-run", "--force"]) == 0
+    assert "plan:          the run does not fit" in capsys.readouterr().out

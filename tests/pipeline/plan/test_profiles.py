@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megabase.pipeline.config.slurm import SlurmConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.plan.profiles import DIRECTORY, names, profile_of_gpus, read_profile
+from megabase.pipeline.plan.profiles import DIRECTORY, memory_of_node, names, profile_of_gpus, read_profile
 
 
 def test_every_profile_can_be_read() -> None:
@@ -57,3 +58,10 @@ def test_a_profile_that_cannot_work_is_refused(tmp_path: Path, written: str, mes
 def test_an_unknown_profile_names_the_closest() -> None:
     with pytest.raises(UserError, match="--hardware h1000: no such profile: did you mean h100"):
         read_profile("h1000")
+
+
+@pytest.mark.parametrize(
+    ("mem", "gib"), [("64G", 64.0), ("2048", 2.0), ("1TB", 1024.0), ("0", None), (None, None), ("much", None)]
+)
+def test_the_memory_that_a_job_requests(mem: str | None, gib: float | None) -> None:
+    assert memory_of_node(SlurmConfig(mem=mem)) == gib

@@ -28,13 +28,14 @@ def config(shards: Path, root: Path, *more: str) -> RunConfig:
 
 
 def test_what_is_found(lambda_shards: Path, tmp_path: Path) -> None:
-    found = check_submission(config(lambda_shards, tmp_path), CALL, 4)
+    found = check_submission(config(lambda_shards, tmp_path, "slurm.gpus=null"), CALL, 4)
     assert [each.what for each in found] == [
         "shards",
         "batch",
         "run directory",
         "disk",
         "partition",
+        "plan",
         "MLflow",
     ]
     texts = {each.what: each.text for each in found}
@@ -72,8 +73,43 @@ def test_a_server_that_does_not_answer_is_a_warning(lambda_shards: Path, tmp_pat
 
 
 def test_a_step_beyond_an_epoch_is_a_warning(lambda_shards: Path, tmp_path: Path) -> None:
-    found = check_submission(config(lambda_shards, tmp_path, "data.global_batch=88"), CALL, 4)
-    assert [each.what for each in found if each.warning] == ["batch"]
+    found = check_submission(
+        config(lambda_shards, tmp_path, "data.global_batch=88", "slurm.gpus=null"), CALL, 4
+    )
+    warnings = [each.text for each in found if each.warning]
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "data.global_batch=88 is more than the 85 training windows"
+    )
+
+
+@pytest.mark.parametrize(
+    ("slurm", "fatal"),
+    [
+        (["slurm.gpus=h100"], True),
+        (["slurm.gpus=any"], False),  # an H100 is a guess
+        (["slurm.gpus=null", "slurm.mem=64G"], True),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused_if_its_memory_is_known(
+    slurm: list[str], fatal: bool, lambda_shards: Path, tmp_path: Path
+) -> None:
+    large = ["model.dim=4096", "data.length=32768", "data.micro_batch=64", "data.global_batch=256"]
+    run = config(lambda_shards, tmp_path, *large, *slurm, "trainer.devices=4")
+    found = [each for each in check_submission(run, CALL, 4) if each.what == "plan"]
+    assert (found[0].fatal, found[0].warning) == (fatal, True)
+    assert "the run does not fit: a rank needs" in found[0].text
+    assert ": it would with data.micro_batch=" in found[0].text
+    assert ("--force" in found[0].text) == fatal
+
+
+@pytest.mark.parametrize("slurm", ["slurm.gpus=null", "slurm.gpus=v9"])
+def test_a_run_on_hardware_of_unknown_memory_is_not_refused(
+    slurm: str, lambda_shards: Path, tmp_path: Path
+) -> None:
+    large = ["data.micro_batch=1048576", "data.global_batch=1048576", "trainer.devices=1"]
+    run = config(lambda_shards, tmp_path, *large, slurm)
+    found = [each for each in check_submission(run, CALL, 1) if each.what == "plan"]
+    assert not any(each.fatal for each in found)
 
 
 @pytest.mark.parametrize("code", [200, 403])
