@@ -17,6 +17,9 @@ from megabase.models.config import ReformerConfig
 ROTARY_BASE = 10_000.0
 """Ratio of the longest rotary wavelength to the shortest (Su et al. 2021)."""
 
+PIECE = 1 << 16
+"""Positions whose angles are computed in fp64 at a time."""
+
 
 class LearnedPositions(nn.Module):
     """One vector for each position up to max_length."""
@@ -88,5 +91,10 @@ def _angles(
     wide = torch.float64 if device.type != "mps" else torch.float32
     with torch.inference_mode(False):
         waves = ROTARY_BASE ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)
-        angles = torch.outer(torch.arange(start, start + length, device=device, dtype=wide), waves)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = (torch.empty(length, len(waves), device=device, dtype=dtype) for _ in range(2))
+        for first in range(0, length, PIECE):
+            rows = slice(first, min(first + PIECE, length))
+            places = torch.arange(start + rows.start, start + rows.stop, device=device, dtype=wide)
+            angles = torch.outer(places, waves)
+            cos[rows], sin[rows] = angles.cos(), angles.sin()
+        return cos, sin

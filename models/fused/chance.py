@@ -77,7 +77,7 @@ def _drop(x: Tensor, rate: float, keys: Tensor, first: int) -> Tensor:
 @triton.jit(do_not_specialize=["n", "first", "least"])
 def _dropout(x, keys, y, n, first, least, kept, BLOCK: tl.constexpr):
     """Dropout of BLOCK numbers of one sample, which has n; x has those from place `first` of the sample on."""
-    blocks = tl.cdiv(n, BLOCK)
+    blocks = tl.cdiv(n.to(tl.int64), BLOCK)  # n + BLOCK may exceed 2^31
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     inside = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = inside < n
@@ -92,7 +92,7 @@ def _dropout(x, keys, y, n, first, least, kept, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["key", "n"])
 def _normals(quantiles, result, key, n, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key = key.to(tl.int64)
     bits = random_bits(place.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
     chosen = tl.load(quantiles + (bits >> 16).to(tl.int32))

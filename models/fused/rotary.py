@@ -68,7 +68,10 @@ def _turn(
     x, cos, sin, y, sign, rows, heads, length, x_batch, x_head, x_step, y_batch, y_head, y_step,
     HALF: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of 2 · HALF numbers, counted (batch, length, heads), as projections leave them."""
+    """ROWS rows of 2 · HALF numbers, counted (batch, length, heads), as projections leave them.
+
+    Rows are fewer than 2^31, numbers may be more: places in x and y are int64.
+    """
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAD)
     valid = (row < rows)[:, None] & (column < HALF)[None, :]
     head, place = (row % heads).to(tl.int64), row // heads

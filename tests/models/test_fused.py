@@ -202,6 +202,17 @@ class TestRotary:
             close(a, b, dtype if dtype in HALVES else torch.float32)
         assert got[0].stride() == x.stride()
 
+    @pytest.mark.parametrize("dim", [0, 1, 2])
+    def test_places_beyond_31_bits(self, dim):
+        """Three rows, 2^30 numbers from each to the next; memory between them is reserved and never touched."""
+        shape, strides = [1, 1, 1, 16], [16, 16, 16, 1]
+        shape[dim], strides[dim] = 3, 2**30
+        x = torch.empty(2**31 + 16, dtype=torch.bfloat16, device=DEVICE).as_strided(shape, strides)
+        rows = draw(*shape, dtype=torch.bfloat16)
+        x.copy_(rows)
+        cos, sin = (each.to(torch.bfloat16) for each in angles(shape[2], 16, start=5))
+        assert torch.equal(fused.turn(x, cos, sin), fused.turn(rows, cos, sin))
+
 
 def angles(length: int, d: int, start: int) -> tuple[Tensor, Tensor]:
     """cos and sin as positions.rotary computes them, read from a unit vector that it rotates."""

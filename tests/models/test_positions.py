@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabase.models import ReformerConfig
+from megabase.models import ReformerConfig, positions
 from megabase.models.positions import build_positions, rotary
 
 
@@ -40,3 +41,31 @@ def test_rotary_products_depend_on_distance_only():
     products = turned_q @ turned_k.T
     torch.testing.assert_close(products[5:, 5:], products[:-5, :-5])
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(20))
+
+
+class Widest(TorchDispatchMode):
+    """Notes the size of the largest fp64 tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rotary_tables_are_computed_in_pieces(monkeypatch, dtype):
+    """The same bits, and no fp64 tensor of all positions: at 4 million, each would take 2 GB."""
+    whole = positions._angles(7, 1000, 16, dtype, torch.device("cpu"))
+    assert [table.shape for table in whole] == [(1000, 8)] * 2
+    monkeypatch.setattr(positions, "PIECE", 64)
+    positions._angles.cache_clear()
+    with Widest() as widest:
+        pieces = positions._angles(7, 1000, 16, dtype, torch.device("cpu"))
+    positions._angles.cache_clear()
+    assert all(torch.equal(*tables) for tables in zip(whole, pieces, strict=True))
+    assert dtype == torch.float64 or widest.numbers == 64 * 8
