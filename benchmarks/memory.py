@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megabase.models import Reformer, ReformerConfig, Seeds
-from megabase.models.sequence import Loopback, Part
 from megabase.pipeline.bench.contest import Call, LeftOut
 from megabase.pipeline.bench.lab import open_lab
+from megabase.pipeline.bench.model_task import one_part
 from megabase.pipeline.bench.options import DTYPES, device_of, lengths_of
 from megabase.pipeline.rundir import environment
 
@@ -64,19 +63,13 @@ class Step:
     def prepare(self, name: str, size: int, seed: int) -> Call:
         """A step of the model with the layers `name` on a sequence of `size` positions."""
         model = Reformer(self.config(name, size)).to(self.device, DTYPES[self.dtype]).train()
-        part = Part(self.sequence_ranks // 2, self.sequence_ranks, size, Loopback())
-        held = part.rows.stop - part.rows.start
-        tokens = torch.randint(self.vocab_size, (1, held + 1), device=self.device)
+        part = one_part(self.sequence_ranks, size)
+        tokens = torch.randint(self.vocab_size, (1, size // self.sequence_ranks + 1), device=self.device)
 
         def step() -> None:
-            self.loss(model, tokens, part, seed).backward()
+            model.loss(tokens[:, :-1], tokens[:, 1:], seeds=Seeds(seed), part=part).backward()
 
         return step
-
-    def loss(self, model: Reformer, tokens: Tensor, part: Part, seed: int) -> Tensor:
-        """The nats of the next token; the whole sequence is no part."""
-        shared = part if part.size > 1 else None
-        return model.loss(tokens[:, :-1], tokens[:, 1:], seeds=Seeds(seed), part=shared)
 
     def tiny(self, name: str) -> Call:
         """A step at a small length, which loads and compiles everything."""

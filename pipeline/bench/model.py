@@ -35,6 +35,7 @@ class ModelOptions:
     heads: int
     chunk: int
     rounds: int
+    sequence_ranks: int
     repeat: int
     seconds: float | None
     longest: bool
@@ -49,6 +50,11 @@ def task_of(options: ModelOptions, length: int) -> ModelTask:
         positive(f"--{name}", getattr(options, name))
     if options.dim % options.heads:
         raise UserError(f"--dim {options.dim} is not a multiple of --heads {options.heads}")
+    if options.heads % options.sequence_ranks:
+        raise UserError(
+            f"--heads {options.heads} is not a multiple of --sequence-ranks {options.sequence_ranks}: each rank"
+            " computes some of the heads"
+        )
     task = ModelTask(
         dim=options.dim,
         depth=options.depth,
@@ -58,6 +64,7 @@ def task_of(options: ModelOptions, length: int) -> ModelTask:
         length=length,
         dtype=options.dtype,
         device=device_of(options.device),
+        sequence_ranks=options.sequence_ranks,
     )
     our_model(replace(task, depth=1))  # raises ConfigError now, before minutes of measuring
     return task
@@ -75,6 +82,12 @@ def run(options: ModelOptions) -> int:
     """
     lengths = lengths_of("--lengths", options.lengths)
     depths = depths_of("--depths", options.depths)
+    positive("--sequence-ranks", options.sequence_ranks)
+    for length in lengths:
+        if length % options.sequence_ranks:
+            raise UserError(
+                f"--lengths {length} is not a multiple of --sequence-ranks {options.sequence_ranks}"
+            )
     names = names_of("--contestants", options.contestants, CONTESTANTS, list(CONTESTANTS))
     task = task_of(options, lengths[0])
     positive("--repeat", options.repeat)

@@ -50,6 +50,10 @@ def model_tables(result: Result) -> None:
         f"dim {settings['dim']}, {settings['heads']} heads, chunk {settings['chunk']}, "
         f"{settings['rounds']} rounds, {settings['dtype']}, batch 1"
     )
+    if settings["sequence_ranks"] > 1:
+        shape += (
+            f", one of {settings['sequence_ranks']} ranks that share each sequence, without communication"
+        )
     table = _table("length")
     table.add_column("tokens/s", justify="right")
     table.add_column("parameters", justify="right")

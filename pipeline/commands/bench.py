@@ -61,6 +61,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     for name, value in (("dim", 256), ("depth", 6), ("heads", 4), ("chunk", 64), ("rounds", 4)):
         parser.add_argument(f"--{name}", type=int, metavar="N", default=value, help="default: %(default)s")
     parser.add_argument(
+        "--sequence-ranks",
+        type=int,
+        metavar="P",
+        default=1,
+        help="measure one of P ranks that share each sequence, without communication (default: 1)",
+    )
+    parser.add_argument(
         "--longest", action="store_true", help="then double the length until a step no longer fits"
     )
 
