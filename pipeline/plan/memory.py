@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megabase.pipeline.config.schema import CPU, NONE, NVME, RunConfig
 from megabase.pipeline.plan.activations import Activations, activations_of
+from megabase.pipeline.zero.reserved import HPZ, ZERO
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 _PLACES = {NONE: DEVICE, CPU: HOST, NVME: DISK}
@@ -129,7 +130,10 @@ def _buffers(config: RunConfig, parameters: int, width: int, device: str) -> lis
     if device == "cpu":  # pages that are not written take no memory
         bucket = min(bucket, width * parameters)
     if zero.stage:
-        parts.append(Part("bucket of gradients", bucket, DEVICE, PASS))
+        second = zero.overlap_comm and zero.stage < 3
+        parts.append(Part("bucket of gradients", bucket * (2 if second else 1), DEVICE, PASS))
+    if (group := zero.deepspeed.get(ZERO, {}).get(HPZ, 1)) > 1:
+        parts.append(Part("second copy of the weights (hpZ)", -(-width * parameters // group), DEVICE))
     if zero.stage == 3:
         parts.append(Part("gathered weights", width * min(parameters, MOST_GATHERED), DEVICE, PASS))
     return parts

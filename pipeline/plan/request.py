@@ -15,7 +15,7 @@ from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.plan import profiles
-from megabase.pipeline.plan.limits import changed, on_ranks
+from megabase.pipeline.plan.limits import changed, on_ranks, ranks_of
 from megabase.pipeline.plan.profiles import CPU, DEFAULT_GPU, Profile
 from megabase.pipeline.plan.run import Plan, plan
 
@@ -64,8 +64,25 @@ def planned(
     precision = precision_of(config.trainer.precision, on_gpus=profile.device != CPU)
     if precision == "16" and profile.device == CPU:
         raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
+    _check_deepspeed(config)
     notes.insert(0, f"Hardware: {profile.name} ({chosen.why}).")
     return plan(config, windows, precision, profile), notes
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    """Raise UserError for settings that DeepSpeed cannot use, as `megabase train` does. Few configs have any.
+
+    Only then torch is imported, or DeepSpeed.
+    """
+    if not (config.zero.deepspeed or config.zero.overlap_comm):
+        return
+    from megabase.models.pretrained import empty
+    from megabase.pipeline.zero import passthrough
+    from megabase.pipeline.zero.settings import check_bucket
+
+    passthrough.check(config, here=False)
+    passthrough.check_ranks(config, ranks_of(config))
+    check_bucket(config, empty(config.model).named_parameters())
 
 
 def placed(config: RunConfig, ranks: int | None, profile: Profile) -> RunConfig:

@@ -13,10 +13,13 @@ from megabase.models.flops import attention_flops, feedforward_flops, head_flops
 from megabase.pipeline.config.schema import NONE, RunConfig
 from megabase.pipeline.plan.batches import Batches
 from megabase.pipeline.plan.profiles import CPU, Profile, cores_of_a_rank
-from megabase.pipeline.plan.traffic import bandwidth, exchanged_bytes, seconds_of, transfers_of
+from megabase.pipeline.plan.traffic import ALL_GATHER, bandwidth, exchanged_bytes, seconds_of, transfers_of
 
 PASSES = 4.0
 """Forward passes that a reversible forward and backward pass costs."""
+
+BACKWARD = 0.75
+"""Share of them during which gradients are ready to be sent, with zero.overlap_comm."""
 
 STREAM_BYTES = 130.0
 """Bytes that move to and from memory for each position, channel and branch: streams, norms, convolutions, gradients."""
@@ -49,7 +52,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of the step: DeepSpeed communicates after computing, not at the same time."""
+        """Seconds of the step. What is communicated during computation is left out of `reduction`."""
         return sum(vars(self).values())
 
     @property
@@ -93,13 +96,19 @@ def step_time(
     across = batches.sequence_ranks > devices
     exchange = exchanged_bytes(config, micro, width) / bandwidth(profile, across=across)
     transfers = transfers_of(config, parameters, micro, width)
+    reduction = seconds_of(transfers, batches.ranks, nodes, profile)
+    if config.zero.overlap_comm and profile.device != CPU:
+        gathered = [each for each in transfers if each.how == ALL_GATHER and config.zero.stage < 3]
+        hidden = (micro if config.zero.stage > 1 else 1) * (products + attention + streams) * BACKWARD
+        after = seconds_of(gathered, batches.ranks, nodes, profile)
+        reduction = after + max(0.0, reduction - after - hidden)
     return StepTime(
         products=micro * products,
         attention=micro * attention,
         streams=micro * streams,
         launches=micro * waits,
         update=UPDATE_BYTES * updated / memory * (1.0 if config.zero.offload == NONE else OFFLOADED),
-        reduction=seconds_of(transfers, batches.ranks, nodes, profile),
+        reduction=reduction,
         exchange=exchange,
     )
 

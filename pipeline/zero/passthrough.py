@@ -18,10 +18,8 @@ from megabase.pipeline.config.keys import flatten
 from megabase.pipeline.config.schema import CPU, RunConfig
 from megabase.pipeline.errors import UserError, first_line
 from megabase.pipeline.zero.recording import RecordingDict
-from megabase.pipeline.zero.reserved import OURS, REFUSED, ZERO
+from megabase.pipeline.zero.reserved import HPZ, OURS, REFUSED, ZERO
 from megabase.pipeline.zero.settings import check_nvme_path, merged, own_settings
-
-HPZ = "zero_hpz_partition_size"
 
 
 def check(config: RunConfig, *, here: bool = True) -> None:

@@ -4,6 +4,7 @@ a guarantee or do nothing."""
 from __future__ import annotations
 
 ZERO = "zero_optimization"
+HPZ = "zero_hpz_partition_size"
 # DeepSpeed's keys that a setting of megabase decides, and that setting: `zero.deepspeed` must not set them again.
 OURS = {
     "train_batch_size": "data.global_batch",

@@ -53,7 +53,10 @@ def test_buckets_and_gathered_weights_by_stage() -> None:
     assert parts_of("zero.stage=1", "zero.bucket_mb=3")["bucket of gradients"] == 3 * mebibyte
     # On CPUs pages that are never written do not count.
     assert parts_of("zero.stage=1", parameters=100, device="cpu")["bucket of gradients"] == 400
+    assert parts_of("zero.overlap_comm=true", "zero.bucket_mb=3")["bucket of gradients"] == 6 * mebibyte
     assert "gathered weights" not in parts_of("zero.stage=2")
+    group = "zero.deepspeed.zero_optimization.zero_hpz_partition_size=8"
+    assert parts_of("zero.stage=3", group, parameters=1000)["second copy of the weights (hpZ)"] == 250
     assert parts_of("zero.stage=3", parameters=1000, ranks=8)["gathered weights"] == 2000
 
 

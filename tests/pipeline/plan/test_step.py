@@ -69,3 +69,14 @@ def test_what_takes_the_longest_is_the_limit() -> None:
     nothing = dict.fromkeys((field.name for field in dataclasses.fields(StepTime)), 0.0)
     assert StepTime(**{**nothing, "products": 2.0, "reduction": 1.0}).limit == "compute"
     assert StepTime(**{**nothing, "products": 2.0, "reduction": 3.0}).limit == "communication"
+
+
+def test_with_overlap_only_the_gather_of_the_weights_and_what_takes_longer_than_backward_is_waited_for() -> (
+    None
+):
+    settings = ["data.global_batch=2", "data.length=65536"]
+    apart, together = (time_of(*settings, f"zero.overlap_comm={value}") for value in ("false", "true"))
+    assert together.reduction == pytest.approx(2000 / 2 / 1e9)  # the gather
+    assert together.total < apart.total
+    slow = time_of(*settings, "zero.overlap_comm=true", parameters=10**12)
+    assert slow.reduction > 100

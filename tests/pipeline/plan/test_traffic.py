@@ -1,11 +1,26 @@
-"""What ranks send in a step, by hand."""
+"""What ranks send in a step: by hand, and counted on gloo ranks."""
+
+import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from megabase.pipeline.config.load import load
-from megabase.pipeline.plan.parameters import small_parameters
+from megabase.pipeline.plan.limits import changed
+from megabase.pipeline.plan.parameters import count_parameters, small_parameters
 from megabase.pipeline.plan.profiles import read_profile
-from megabase.pipeline.plan.traffic import PERSISTENT, exchanged_bytes, seconds_of, transfers_of
+from megabase.pipeline.plan.traffic import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    PERSISTENT,
+    REDUCE_SCATTER,
+    exchanged_bytes,
+    seconds_of,
+    transfers_of,
+)
+from tests.pipeline.plan import traffic_worker
+from tests.processes import run_ranks
 
 MODEL = [
     "run.name=x",
@@ -56,3 +71,35 @@ def test_the_network_is_what_a_ring_over_nodes_waits_for() -> None:
     one_node, two_nodes = seconds_of(transfers, 8, 1, h100), seconds_of(transfers, 8, 2, h100)
     assert two_nodes > 5 * one_node > 0
     assert seconds_of(transfers, 1, 1, h100) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_bytes_that_gloo_ranks_send_are_those_of_the_formulas(ranks: int, tmp_path: Path) -> None:
+    code, printed = run_ranks(ranks, traffic_worker.main, str(tmp_path / "counted.json"))
+    assert code == 0, printed
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    names = {
+        ALL_REDUCE: "all_reduce",
+        ALL_GATHER: "all_gather_into_tensor",
+        REDUCE_SCATTER: "reduce_scatter_tensor",
+    }
+    run = load([], ["run.name=x", "data.shards=s", f"data.length={traffic_worker.LENGTH}"])
+    for stage in traffic_worker.STAGES:
+        config = dataclasses.replace(changed(run, "zero.stage", stage), model=traffic_worker.model("full"))
+        parameters = sum(count_parameters(config.model).values())
+        expected = {
+            names[each.how]: each.bytes
+            for each in transfers_of(config, parameters, traffic_worker.ACCUMULATION, 4)
+        }
+        # DeepSpeed pads what it shards. One rank has nothing to gather.
+        found = counted[f"stage {stage}"]
+        if ranks > 1:
+            assert found == pytest.approx(expected, rel=0.01), stage
+        else:
+            assert set(found) <= set(expected)
+    for kind in traffic_worker.KINDS:
+        shared = changed(run, "trainer.sequence_ranks", ranks)
+        config = dataclasses.replace(shared, model=traffic_worker.model(kind))
+        assert counted[kind] == exchanged_bytes(config, 1, 4), kind
