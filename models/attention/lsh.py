@@ -89,7 +89,7 @@ def lsh_attention(
         check_buckets(n_buckets, "n_buckets")
         shape = qk.shape[1], qk.shape[3]
         rotations = draw_rotations(*shape, rounds=rounds, n_buckets=n_buckets, seed=seed, device=qk.device)
-        order = sort_by_hash(qk, rotations, mask)
+        order = sort_by_hash(qk, rotations, mask, backend=backend)
     else:
         order = dispatch.sort_by_bucket(buckets.flatten(0, 1), None, row_mask(mask, qk.shape[1]))
     rule = Rule(chunk_length, attend, causal, once=duplicates == "once", own="alone" if own else "never")

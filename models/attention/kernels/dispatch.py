@@ -122,10 +122,16 @@ def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     return reference.rotate_and_hash(x, rotations)
 
 
-def sort_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None) -> SortedOrder:
-    """Hash x (batch, heads, length, d) with given rotations and sort; mask: (batch, length) bool, True where real."""
+def sort_by_hash(
+    x: Tensor, rotations: Rotations, mask: Tensor | None, *, backend: str = "auto"
+) -> SortedOrder:
+    """Hash x (batch, heads, length, d) with given rotations and sort, for `sorted_attention` of a backend with x.
+
+    mask: (batch, length) bool, True where real.
+    """
     if x.is_cuda and triton.available():
-        return triton.sort_by_hash(x, rotations, mask)
+        together = (gpu_backend() if backend == "auto" else backend) == "triton-together"
+        return triton.sort_by_hash(x, rotations, mask, together=together)
     buckets = rotate_and_hash(x, rotations)
     return sort_by_bucket(buckets.flatten(0, 1), rotations.n_buckets, row_mask(mask, x.shape[1]))
 

@@ -23,6 +23,7 @@ from megabase.models.attention.kernels.triton.memory import (
     load_rows,
     pair_scale,
     product,
+    unit_scale,
 )
 from megabase.models.attention.kernels.triton.pairs import (
     NO_KEY,
@@ -137,10 +138,10 @@ def attend_to_keys(
 
 @triton.jit
 def unit_scales(q, scales, length, q_row, q_step, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """The factors that make unit keys of BLOCK queries: 1 / √(Σ q² + 1e-6 · D), as `dispatch.unit_keys` has them."""
+    """The factors that make unit keys of BLOCK queries."""
     blocks = tl.cdiv(length, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     position = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = position < length
-    x = load_rows(Rows(q + row * q_row, q_step), position, valid, D, PAD).to(tl.float32)
-    tl.store(scales + row * length + position, tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6 * D), mask=valid)
+    x = load_rows(Rows(q + row * q_row, q_step), position, valid, D, PAD)
+    tl.store(scales + row * length + position, unit_scale(x, D), mask=valid)

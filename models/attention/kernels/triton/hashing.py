@@ -12,14 +12,21 @@ from torch import Tensor
 
 from megabase.models.attention.kernels.inputs import Rotations
 from megabase.models.attention.kernels.triton import tiles
-from megabase.models.attention.kernels.triton.memory import Rows, load_rows, product
+from megabase.models.attention.kernels.triton.memory import Rows, load_rows, product, unit_scale
 from megabase.models.gpu import FUSED, padded
 
 
-def hash_positions(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def hash_positions(
+    x: Tensor,
+    rotations: Rotations,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    row_tables: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Hash x (batch, heads, length, d): buckets (batch, heads, rounds, length) of a dtype.
 
-    mask: (batch, length) bool; a position where it is False gets the bucket n_buckets.
+    mask: (batch, length) bool; a position where it is False gets the bucket n_buckets. row_tables: key_scales and
+    real_lengths of `SortedOrder`, which the same launch fills in; real_lengths only without a mask.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, d = x.shape
@@ -30,9 +37,11 @@ def hash_positions(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: 
     with torch.cuda.device_of(x):
         hash_kernel[(batch * heads * triton.cdiv(length, sizes.own),)](
             *(x, table, buckets if mask is None else mask.contiguous().view(torch.uint8), buckets),
+            *(row_tables or (buckets, buckets)),
             *(*x.stride()[:3], heads, length, rotations.rounds),
             **{"D": d, "PAD": padded(d), "FIRST": first, "FIRST_PAD": padded(first)},
             **{"SECOND": second, "SECOND_PAD": padded(second), "MASKED": mask is not None},
+            TABLES=row_tables is not None,
             OWN=sizes.own,
             num_warps=sizes.warps,
             num_stages=sizes.stages,
@@ -43,18 +52,26 @@ def hash_positions(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: 
 
 @triton.jit(do_not_specialize=["length", "heads", "rounds"])
 def hash_kernel(
-    x, table, mask, buckets, x_batch, x_head, x_step, heads, length, rounds,
+    x, table, mask, buckets, key_scales, real_lengths, x_batch, x_head, x_step, heads, length, rounds,
     D: tl.constexpr, PAD: tl.constexpr, FIRST: tl.constexpr, FIRST_PAD: tl.constexpr,
-    SECOND: tl.constexpr, SECOND_PAD: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr,
+    SECOND: tl.constexpr, SECOND_PAD: tl.constexpr, MASKED: tl.constexpr, TABLES: tl.constexpr,
+    OWN: tl.constexpr,
 ):  # fmt: skip
-    """Buckets (batch, heads, rounds, length) of OWN positions of one head, in all rounds. FIRST, SECOND: columns of
-    the two factors of the hash; SECOND is 0 if there is one."""
+    """Buckets (batch, heads, rounds, length) of OWN positions of one head, in all rounds.
+
+    FIRST, SECOND: columns of the two factors of the hash; SECOND is 0 if there is one. TABLES: also key_scales, and
+    real_lengths if not MASKED.
+    """
     blocks = tl.cdiv(length, OWN)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     position = tl.program_id(0) % blocks * OWN + tl.arange(0, OWN)
     valid = position < length
     batch, head = row // heads, row % heads
     vectors = load_rows(Rows(x + batch * x_batch + head * x_head, x_step), position, valid, D, PAD)
+    if TABLES:
+        tl.store(key_scales + row * length + position, unit_scale(vectors, D), mask=valid)
+        if not MASKED:
+            tl.store(real_lengths + row, length)
     for number in range(rounds):
         rotation = table + (number * heads + head) * D * (FIRST + SECOND)
         bucket = _factor(vectors, rotation, FIRST + SECOND, D, PAD, FIRST, FIRST_PAD)

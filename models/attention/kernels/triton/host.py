@@ -78,7 +78,9 @@ def rotate_and_hash(x: Tensor, rotations: Rotations) -> Tensor:
     return _hash(x, rotations, None, torch.int32)
 
 
-def sort_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None = None) -> SortedOrder:
+def sort_by_hash(
+    x: Tensor, rotations: Rotations, mask: Tensor | None = None, *, together: bool = False
+) -> SortedOrder:
     """Hash x (batch, heads, length, d) and sort.
 
     Buckets are sorted in the smallest integer type that holds them: a radix sort passes once over keys of 8 bits.
@@ -88,22 +90,39 @@ def sort_by_hash(x: Tensor, rotations: Rotations, mask: Tensor | None = None) ->
         rotations: On any device.
         mask: (batch, length) bool, True where a position is real. The others come last, in the order of their
             positions, in a bucket of their own.
+        together: No launch but the hash and the sort, unless there is a mask: the hash also writes real_lengths and
+            key_scales, and the order keeps the integer types of the sort.
 
     Returns:
-        The order of batch × heads rows, in int32.
+        The order of batch × heads rows, in int32 if not `together`.
 
     Raises:
         ConfigError: There is no CUDA device.
     """
     n_buckets = rotations.n_buckets
     small = next(t for t in (torch.uint8, torch.int16, torch.int32) if n_buckets <= torch.iinfo(t).max)
-    buckets = _hash(x, rotations, mask, small).flatten(0, 1)
+    tables = None
+    if together:
+        scales = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device).flatten(0, 1)
+        tables = scales, torch.empty(len(scales), dtype=torch.int32, device=x.device)
+    buckets = _hash(x, rotations, mask, small, tables).flatten(0, 1)
     sorted_buckets, positions = torch.sort(buckets, dim=-1, stable=True)
-    real_lengths = SortedOrder.count_real(row_mask(mask, x.shape[1]), positions)
+    if tables is not None and mask is None:
+        real_lengths = tables[1]
+    else:
+        real_lengths = SortedOrder.count_real(row_mask(mask, x.shape[1]), positions)
+    if tables is not None:
+        return SortedOrder(positions, sorted_buckets, real_lengths, key_scales=tables[0])
     return SortedOrder(positions.to(torch.int32), sorted_buckets.to(torch.int32), real_lengths)
 
 
-def _hash(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _hash(
+    x: Tensor,
+    rotations: Rotations,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    row_tables: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Buckets (batch, heads, rounds, length) of a dtype; n_buckets where the mask (batch, length) is False."""
     if not available():
         raise ConfigError(
@@ -111,7 +130,7 @@ def _hash(x: Tensor, rotations: Rotations, mask: Tensor | None, dtype: torch.dty
         )
     from megabase.models.attention.kernels.triton.hashing import hash_positions
 
-    return hash_positions(x, rotations, mask, dtype)
+    return hash_positions(x, rotations, mask, dtype, row_tables)
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class SortedAttentionTogether(torch.autograd.Function):
         out = torch.empty_like(v)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
-            scales = scales_of_keys(q) if unit else lse
+            scales = lse
+            if unit:
+                scales = scales_of_keys(q) if order.key_scales is None else order.key_scales
             for part in parts(q, v, order.positions.shape[1]):
                 launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
                 partial_out, partial_lse = _partial(v, launch), _partial(lse, launch)

@@ -89,6 +89,13 @@ def store_rows(x, index, valid, y, WIDTH: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
+def unit_scale(x, WIDTH: tl.constexpr):
+    """The factors that make unit keys of rows x: 1 / √(Σ x² + 1e-6 · WIDTH), as `dispatch.unit_keys` has them."""
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6 * WIDTH)
+
+
+@triton.jit
 def load_numbers(table, index, valid):
     """Entries of a table of integers, as int32; 0 where not valid."""
     return tl.load(table + index, mask=valid, other=0).to(tl.int32)
