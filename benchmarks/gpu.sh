@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Checks and measures megabase on a machine with one GPU and no network. Run it in two calls of less than 10 minutes
-# each: STAGES="wheels checks tests zero learning", and STAGES="wheels attention model longest".
+# Checks and measures megabase on a machine with one GPU and no network, in calls of less than 10 minutes each:
+# STAGES="wheels checks tests zero sequence", what must be right; STAGES="wheels memory rank longest learning", long
+# sequences; STAGES="wheels attention model", the comparison with the peers.
 #
 #   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of missing packages (benchmarks/gpu_wheels.sh); default .whl
 #
 # The machine has Python 3.12, torch for CUDA, triton, pytorch-lightning, transformers, pyarrow, matplotlib and rich.
 # Stages: the wheels; the kernels against the reference; the kernels' tests; ZeRO 1 to 3 under NCCL in bf16 and fp16,
-# with a resume that must be exact; how soon models learn to recall; bench attention; bench model; the longest context that trains. Each stage has a time
-# limit, and its failure does not stop the others. Prints a table at the end. The exit code is 1 if a stage failed or
-# reached its limit.
+# with a resume that must be exact; one sequence over two processes, and overlap of communication; memory against length;
+# one of 8 ranks that share a sequence of up to 4M positions; the longest context that trains; how soon models learn to
+# recall; bench attention; bench model. Each stage has a time limit, and its failure does not stop the others. Prints a
+# table at the end. The exit code is 1 if a stage failed or reached its limit.
 #
-# Environment: OUT, the folder of all results (default ./gpu-results; at most 8 files, no subfolders). PYTHON (default python3).
-# SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, the commit to write into the JSON
-# if there is no .git. DEVICE=cpu runs all stages with tiny sizes, to test this script. STAGES: which (default: all).
+# Environment: OUT, the folder of all results (default ./gpu-results; at most 8 files in each of these calls, no
+# subfolders). PYTHON (default python3). SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, the
+# commit to write into the JSON if there is no .git. DEVICE=cpu runs all stages with tiny sizes, to test this script.
+# STAGES: which (default: all).
 set -u
 cd "$(dirname "$0")/.." || exit 2
 # A copy of a checkout may have lost its links.
@@ -25,7 +28,7 @@ OUT=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd) || exit
 PYTHON=${PYTHON:-python3}
 SITE=${SITE:-/tmp/site}
 DEVICE=${DEVICE:-cuda}
-STAGES=${STAGES:-wheels checks tests zero learning attention model longest}
+STAGES=${STAGES:-wheels checks tests zero sequence memory rank longest learning attention model}
 LOG=$OUT/log.txt
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -121,11 +124,15 @@ if [ "$DEVICE" = cuda ]; then
     MODEL="--lengths 4k,16k,64k --depths 2,6,12,24,48 --dim 1024 --depth 12 --heads 16 --chunk 128 --dtype bf16 --seconds 3 --repeat 7"
     LEARNING="--length 65536 --tokens 131072 --dim 256 --heads 4 --chunk 64 --copy 256 --steps 250 --models ours,paper,full"
     LONGEST="--lengths 64k --dim 512 --depth 12 --heads 8 --chunk 128 --dtype bf16 --seconds 25"
+    MEMORY="--lengths 64k,256k --dim 1024 --depth 4 --heads 8 --dtype bf16 --layers local+lsh,local,lsh,full,performer"
+    RANK="--lengths 1M,4M --dim 1024 --depth 10 --heads 8 --chunk 128 --dtype bf16 --seconds 20"
 else
     SLOW=4 CASES=1 ATTENTION="--lengths 256,512 --seconds 2 --repeat 2"
     MODEL="--lengths 256,512 --depths 2,4 --dim 64 --seconds 2 --repeat 2"
     LEARNING="--length 512 --steps 4 --every 2 --models ours,full"
     LONGEST="--lengths 256 --dim 32 --depth 2 --seconds 0.5"
+    MEMORY="--lengths 1k,4k --dim 32 --depth 2"
+    RANK="--lengths 2k,4k --dim 32 --depth 2 --heads 8 --seconds 0.5"
 fi
 # shellcheck disable=SC2086  # the options are words
 {
@@ -133,11 +140,15 @@ fi
     stage checks 150 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --json "$OUT/checks.json"
     stage tests 130 bash -c tests
     stage zero $((90 * SLOW)) bash -c zero
+    stage sequence $((90 * SLOW)) "$PYTHON" -m benchmarks.gpu_sequence --device "$DEVICE" --json "$OUT/sequence.json"
+    stage memory 100 "$PYTHON" -m benchmarks.memory --device "$DEVICE" $MEMORY --json "$OUT/memory.json"
+    stage rank 100 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $RANK --sequence-ranks 8 \
+        --contestants ours --depths 0 --repeat 1 --longest --json "$OUT/rank.json"
+    stage longest 110 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
+        --depths 0 --repeat 1 --longest --json "$OUT/longest.json"
     stage learning 140 "$PYTHON" -m benchmarks.learning recall --device "$DEVICE" $LEARNING --json "$OUT/recall.json"
     stage attention 240 "$PYTHON" -m megabase.pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
     stage model 200 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
-    stage longest 110 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \
-        --depths 0 --repeat 1 --longest --json "$OUT/longest.json"
 }
 
 printf '\n%s' "$TABLE" | tee -a "$LOG"
