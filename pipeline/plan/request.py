@@ -78,11 +78,11 @@ def _check_deepspeed(config: RunConfig) -> None:
         return
     from megabase.models.pretrained import empty
     from megabase.pipeline.zero import passthrough
-    from megabase.pipeline.zero.settings import check_bucket
+    from megabase.pipeline.zero.settings import check_overlap
 
     passthrough.check(config, here=False)
     passthrough.check_ranks(config, ranks_of(config))
-    check_bucket(config, empty(config.model).named_parameters())
+    check_overlap(config, empty(config.model).named_parameters())
 
 
 def placed(config: RunConfig, ranks: int | None, profile: Profile) -> RunConfig:

@@ -24,7 +24,7 @@ from megabase.pipeline.rundir.paths import RunPaths
 from megabase.pipeline.tracking.server import Server
 from megabase.pipeline.training.initial import check_initial
 from megabase.pipeline.zero import passthrough
-from megabase.pipeline.zero.settings import check_bucket
+from megabase.pipeline.zero.settings import check_overlap
 
 
 def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
@@ -54,7 +54,7 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
         )
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
-    check_bucket(config, empty(config.model).named_parameters())
+    check_overlap(config, empty(config.model).named_parameters())
     data = identity_of(index.segments, config.data.mixture)
     check_newest_checkpoint(config, ranks, data, index.alphabet.name)
     if config.run.init_from and not list_checkpoints(RunPaths(config.directory).checkpoints):

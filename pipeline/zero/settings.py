@@ -133,23 +133,38 @@ def check_engine(engine: Any, config: RunConfig) -> None:
         raise UserError(f"DeepSpeed uses other settings than the run's: {'; '.join(differences)}")
 
 
-def check_bucket(config: RunConfig, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """With overlap in stages 1 and 2, check that a bucket holds each of the named parameters (`docs/zero.md`).
+def check_overlap(config: RunConfig, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that `zero.overlap_comm` does not let timing decide what this model computes (`docs/zero.md`).
 
-    DeepSpeed reduces a larger gradient where the backward pass has left it, and may free that memory before the
-    reduction has read it: the result would depend on timing.
+    In stages 1 and 2 a bucket must hold each parameter: DeepSpeed reduces a larger gradient where the backward pass has
+    left it, and may free that memory before the reduction has read it. In stage 3 a parameter must be small enough to
+    stay gathered: to gather it after a step is what makes the stream that gathers weights wait for their update.
+
+    Args:
+        config: the run.
+        parameters: with their names; they may be sharded already.
 
     Raises:
-        UserError: a parameter has more elements than a bucket.
+        UserError: it does.
     """
-    if not config.zero.overlap_comm or config.zero.stage not in (1, 2):
+    if not config.zero.overlap_comm:
         return
-    bucket = deepspeed_config(config)[ZERO]["reduce_bucket_size"]
-    for name, parameter in parameters:
-        if parameter.numel() > bucket:
-            needed = -(-parameter.numel() * config.zero.bucket_mb // bucket)
+    zero = deepspeed_config(config)[ZERO]
+    sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters}
+    if config.zero.stage == 3:
+        limits = [f"stage3_{of}_persistence_threshold" for of in ("param", "model")]
+        if all(size > min(zero.get(key, size) for key in limits) for size in sizes.values()):
             raise UserError(
-                f"zero.overlap_comm=true: {name} has {parameter.numel():,} elements, more than a bucket of"
+                f"zero.overlap_comm=true: every parameter has more elements than {ZERO}.{limits[0]}={zero[limits[0]]}"
+                f" or {limits[1]}: leave them at their defaults, or set zero.overlap_comm=false"
+            )
+        return
+    bucket = zero["reduce_bucket_size"]
+    for name, size in sizes.items():
+        if size > bucket:
+            needed = -(-size * config.zero.bucket_mb // bucket)
+            raise UserError(
+                f"zero.overlap_comm=true: {name} has {size:,} elements, more than a bucket of"
                 f" zero.bucket_mb={config.zero.bucket_mb}: set zero.bucket_mb={needed}, or zero.overlap_comm=false"
             )
 

@@ -40,8 +40,8 @@ from megabase.pipeline.zero.offload import map_from_files
 from megabase.pipeline.zero.reshard import reshard
 from megabase.pipeline.zero.settings import (
     SavedLayout,
-    check_bucket,
     check_engine,
+    check_overlap,
     deepspeed_config,
     layout_options,
 )
@@ -94,7 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[deepspeed.DeepSpeedEngine, Optimizer]:
-        check_bucket(self.run_config, model.named_parameters())
+        check_overlap(self.run_config, model.named_parameters())
         index = self.root_device.index
         engine, zero_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),

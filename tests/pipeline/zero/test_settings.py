@@ -10,7 +10,7 @@ from megabase.pipeline.config.load import load as load_config
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.zero.settings import check_bucket, check_engine, deepspeed_config, layout_options
+from megabase.pipeline.zero.settings import check_engine, check_overlap, deepspeed_config, layout_options
 
 KEY = "zero.deepspeed"
 ZERO = f"{KEY}.zero_optimization"
@@ -81,13 +81,36 @@ def test_overlap_needs_a_bucket_that_holds_the_largest_parameter(precision: str)
     elements = 2**20 // (4 if precision == "32" else 2)
     small, large = (torch.empty(n, device="meta") for n in (elements, 2 * elements + 1))
     one = [f"trainer.precision={precision}", "zero.bucket_mb=1"]
-    check_bucket(load(*one, "zero.overlap_comm=true"), [("small", small)])
-    for fine in (one, [*one, "zero.overlap_comm=true", "zero.stage=3"]):
-        check_bucket(load(*fine), [("large", large)])
+    check_overlap(load(*one, "zero.overlap_comm=true"), [("small", small)])
+    check_overlap(load(*one), [("large", large)])
+    check_overlap(
+        load(*one, "zero.overlap_comm=true", "zero.stage=3"), [("large", large), ("small", small[:9])]
+    )
     with pytest.raises(UserError, match=r"large has [\d,]+ elements.*set zero.bucket_mb=3, or") as caught:
-        check_bucket(load(*one, "zero.overlap_comm=true"), [("small", small), ("large", large)])
+        check_overlap(load(*one, "zero.overlap_comm=true"), [("small", small), ("large", large)])
     assert "zero.bucket_mb=1:" in str(caught.value)
-    check_bucket(load(one[0], "zero.bucket_mb=3", "zero.overlap_comm=true"), [("large", large)])
+    check_overlap(load(one[0], "zero.bucket_mb=3", "zero.overlap_comm=true"), [("large", large)])
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "fine"),
+    [
+        ([], True),
+        (["param_persistence_threshold=0"], False),
+        (["param_persistence_threshold=99"], False),
+        (["param_persistence_threshold=100"], True),
+        (["model_persistence_threshold=99"], False),
+    ],
+)
+def test_overlap_in_stage_3_needs_a_parameter_that_stays_gathered(thresholds: list[str], fine: bool) -> None:
+    keys = [f"{ZERO}.stage3_{threshold}" for threshold in thresholds]
+    config = load("zero.stage=3", "zero.overlap_comm=true", *keys)
+    parameters = [(name, torch.empty(n, device="meta")) for name, n in {"norm": 100, "weight": 10**6}.items()]
+    if fine:
+        check_overlap(config, parameters)
+        return
+    with pytest.raises(UserError, match=r"every parameter has more elements than .*persistence_threshold"):
+        check_overlap(config, parameters)
 
 
 def test_the_settings_of_the_engine_are_compared_with_those_of_the_run() -> None:
