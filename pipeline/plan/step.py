@@ -58,13 +58,18 @@ class StepTime:
     @property
     def limit(self) -> str:
         """What takes the longest: compute, memory bandwidth, launches or communication."""
-        kinds = {
+        return max(self.shares, key=lambda kind: self.shares[kind])
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the step by what limits them."""
+        seconds = {
             "compute": self.products + self.attention,
             "memory bandwidth": self.streams + self.update,
             "launches": self.launches,
             "communication": self.reduction + self.exchange,
         }
-        return max(kinds, key=lambda kind: kinds[kind])
+        return {kind: each / self.total for kind, each in seconds.items()}
 
 
 def step_time(
@@ -86,10 +91,9 @@ def step_time(
     cores = cores_of_a_rank(config, devices) if profile.device == CPU else 1.0
     peak, memory = profile.peak_flops(precision) * cores, profile.memory_gb_s * 1e9 * cores
     memory *= profile.achieved.memory
-    products, attention = pass_seconds(config.model, batches.length, peak, profile)
-    products, attention = products * positions, attention * positions
-    streams = STREAM_BYTES * config.model.dim * 2 * config.model.depth * positions / memory
-    launch = profile.launch_ms * 1e-3 * 2 * config.model.depth
+    computed = pass_seconds(config.model, batches.length, peak, memory, profile)
+    products, attention, streams = (positions * each for each in computed)
+    launch = launch_seconds(config.model, profile)
     # A GPU computes while the host launches; a CPU does one after the other.
     waits = launch if profile.device == CPU else max(0.0, launch - products - attention - streams)
     updated = parameters if not config.zero.stage else -(-parameters // batches.ranks)
@@ -117,13 +121,21 @@ OFFLOADED = 20.0
 """How many times longer AdamW takes with states in host memory: an estimate."""
 
 
-def pass_seconds(config: ReformerConfig, length: int, peak: float, profile: Profile) -> tuple[float, float]:
-    """Seconds of matrix products and of attention for one position of a forward and backward pass.
+def launch_seconds(config: ReformerConfig, profile: Profile) -> float:
+    """Seconds in which the host launches the kernels of a forward and backward pass."""
+    return 2 * config.depth * profile.launch_ms * 1e-3
+
+
+def pass_seconds(
+    config: ReformerConfig, length: int, peak: float, memory: float, profile: Profile
+) -> tuple[float, float, float]:
+    """Seconds of a forward and backward pass for one position: matrix products, attention, streams.
 
     Args:
         config: of the model; `vocab_size` is set.
         length: of a window.
-        peak: FLOP/s of a rank.
+        peak: FLOP/s of a rank at its peak.
+        memory: bytes a second that it reaches.
         profile: of the hardware.
     """
     products = config.depth * feedforward_flops(config) * PASSES + head_flops(config) * (PASSES - 1)
@@ -133,4 +145,5 @@ def pass_seconds(config: ReformerConfig, length: int, peak: float, profile: Prof
         products += PASSES * (attention_flops(config, kind, length) - pairs)
         share = profile.achieved.lsh if kind == "lsh" else profile.achieved.attention
         attention += PASSES * pairs / (peak * share)
-    return products / (peak * profile.achieved.products), attention
+    streams = STREAM_BYTES * config.dim * 2 * config.depth / memory
+    return products / (peak * profile.achieved.products), attention, streams

@@ -68,7 +68,8 @@ def test_sharing_a_window_halves_the_work_of_a_rank_and_adds_an_exchange() -> No
 def test_what_takes_the_longest_is_the_limit() -> None:
     nothing = dict.fromkeys((field.name for field in dataclasses.fields(StepTime)), 0.0)
     assert StepTime(**{**nothing, "products": 2.0, "reduction": 1.0}).limit == "compute"
-    assert StepTime(**{**nothing, "products": 2.0, "reduction": 3.0}).limit == "communication"
+    talking = StepTime(**{**nothing, "products": 2.0, "reduction": 3.0})
+    assert talking.limit == "communication" and talking.shares["compute"] == 0.4
 
 
 def test_with_overlap_only_the_gather_of_the_weights_and_what_takes_longer_than_backward_is_waited_for() -> (
