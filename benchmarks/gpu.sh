@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks and measures megabase on a machine with one GPU and no network, in calls of less than 10 minutes each:
 # STAGES="wheels checks tests zero sequence", what must be right; STAGES="wheels memory rank longest learning", long
-# sequences; STAGES="wheels attention model", the comparison with the peers.
+# sequences; STAGES="wheels attention model", the comparison with the peers; STAGES="wheels rounds profile", the two
+# generations of attention kernels, in less than 8 minutes.
 #
 #   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of missing packages (benchmarks/gpu_wheels.sh); default .whl
 #
@@ -9,8 +10,9 @@
 # Stages: the wheels; the kernels against the reference; the kernels' tests; ZeRO 1 to 3 under NCCL in bf16 and fp16,
 # with a resume that must be exact; one sequence over two processes, and overlap of communication; memory against length;
 # one of 8 ranks that share a sequence of up to 4M positions; the longest context that trains; how soon models learn to
-# recall; bench attention; bench model. Each stage has a time limit, and its failure does not stop the others. Prints a
-# table at the end. The exit code is 1 if a stage failed or reached its limit.
+# recall; bench attention; bench model; kernels with one launch for each round against all rounds in one launch: checks,
+# times, time by kernel. Each stage has a time limit, and its failure does not stop the others. Prints a table at the end.
+# The exit code is 1 if a stage failed or reached its limit.
 #
 # Environment: OUT, the folder of all results (default ./gpu-results; at most 8 files in each of these calls, no
 # subfolders). PYTHON (default python3). SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, the
@@ -28,7 +30,7 @@ OUT=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd) || exit
 PYTHON=${PYTHON:-python3}
 SITE=${SITE:-/tmp/site}
 DEVICE=${DEVICE:-cuda}
-STAGES=${STAGES:-wheels checks tests zero sequence memory rank longest learning attention model}
+STAGES=${STAGES:-wheels checks tests zero sequence memory rank longest learning attention model rounds profile}
 LOG=$OUT/log.txt
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -115,9 +117,19 @@ assert len(losses) == 8 and all(map(math.isfinite, losses)), "steps are missing,
 PYTHON
 }
 
-export -f wheels tests zero resumed
+# Time by kernel of both generations.
+profile() {
+    local backends=triton,triton-together
+    # shellcheck disable=SC2086  # the options are words
+    "$PYTHON" -m benchmarks.gpu_profile attention --device "$DEVICE" $PROFILED --head-dim 128 --backends $backends \
+        --show 12 --json "$OUT/profile.json" &&
+        "$PYTHON" -m benchmarks.gpu_profile attention --device "$DEVICE" $PROFILED --head-dim 64 --backends $backends --show 12 &&
+        "$PYTHON" -m benchmarks.gpu_profile model --device "$DEVICE" $PROFILED_MODEL --backends $backends --show 12
+}
+
+export -f wheels tests zero resumed profile
 HALF=$([ "$DEVICE" = cuda ] && echo 16 || echo 32)  # DeepSpeed has no fp16 on CPUs
-export PYTHON SITE WHEELS WORK OUT HALF
+export PYTHON SITE WHEELS WORK OUT HALF DEVICE
 
 if [ "$DEVICE" = cuda ]; then
     SLOW=1 CASES=40 ATTENTION="--lengths 4k,8k,16k,32k,64k,128k,256k,512k,1M --seconds 4 --repeat 9"
@@ -126,6 +138,8 @@ if [ "$DEVICE" = cuda ]; then
     LONGEST="--lengths 64k --dim 512 --depth 12 --heads 8 --chunk 128 --dtype bf16 --seconds 25"
     MEMORY="--lengths 64k,256k --dim 1024 --depth 4 --heads 8 --dtype bf16 --layers local+lsh,local,lsh,full,performer"
     RANK="--lengths 1M,4M --dim 1024 --depth 10 --heads 8 --chunk 128 --dtype bf16 --seconds 20"
+    ROUNDS="--lengths 16k,64k,256k,1M --seconds 4 --repeat 9" TOGETHER=triton-together
+    PROFILED="--lengths 16k,64k,256k,1M" PROFILED_MODEL="--lengths 16k,64k"
 else
     SLOW=4 CASES=1 ATTENTION="--lengths 256,512 --seconds 2 --repeat 2"
     MODEL="--lengths 256,512 --depths 2,4 --dim 64 --seconds 2 --repeat 2"
@@ -133,7 +147,10 @@ else
     LONGEST="--lengths 256 --dim 32 --depth 2 --seconds 0.5"
     MEMORY="--lengths 1k,4k --dim 32 --depth 2"
     RANK="--lengths 2k,4k --dim 32 --depth 2 --heads 8 --seconds 0.5"
+    ROUNDS="--lengths 256,512 --seconds 2 --repeat 2" TOGETHER=native
+    PROFILED="--lengths 256,512 --dim 128 --calls 1" PROFILED_MODEL="--lengths 256 --dim 64 --depth 2 --calls 1"
 fi
+export PROFILED PROFILED_MODEL
 # shellcheck disable=SC2086  # the options are words
 {
     stage wheels 30 bash -c wheels
@@ -149,6 +166,10 @@ fi
     stage learning 140 "$PYTHON" -m benchmarks.learning recall --device "$DEVICE" $LEARNING --json "$OUT/recall.json"
     stage attention 240 "$PYTHON" -m megabase.pipeline.cli bench attention --device "$DEVICE" $ATTENTION --json "$OUT/attention.json"
     stage model 200 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $MODEL --json "$OUT/model.json"
+    stage rounds 60 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE" --cases $CASES --seconds 30 --backends $TOGETHER
+    stage rounds 150 "$PYTHON" -m megabase.pipeline.cli bench attention --device "$DEVICE" $ROUNDS \
+        --contestants ours,ours-$TOGETHER,sdpa-flash,sdpa-cudnn --json "$OUT/rounds.json"
+    stage profile 210 bash -c profile
 }
 
 printf '\n%s' "$TABLE" | tee -a "$LOG"

@@ -1,6 +1,6 @@
 """Checks the kernels on this device: equal to `reference` in fp64, the same bits twice, exact reversible training.
 
-    python -m benchmarks.gpu_checks [--device cuda] [--cases 40] [--json FILE]
+    python -m benchmarks.gpu_checks [--device cuda] [--cases 40] [--backends triton-together] [--json FILE]
 
 A plain script that needs nothing but torch (and triton on a GPU). Shapes, rules, masks and inputs are drawn anew
 from the seed, which is the time of day unless given. Prints a table; exit code 1 if a check failed.
@@ -30,7 +30,7 @@ from megabase.models.attention import local_attention, lsh_attention
 from megabase.models.attention.lsh import hash_buckets
 from megabase.models.generation import read_block, start
 
-BACKENDS = {"cuda": ("auto", "chunked", "triton"), "cpu": ("auto", "chunked", "native")}
+BACKENDS = {"cuda": ("auto", "chunked", "triton", "triton-together"), "cpu": ("auto", "chunked", "native")}
 PER_RULE = 3
 """Consecutive cases with one rule and width: a kernel is compiled for these, not for a shape."""
 # ‖got − reference‖ / ‖reference‖: several times the rounding of the operands; a wrong key or sum gives far more.
@@ -303,9 +303,12 @@ def beyond_31_bits(device: str) -> Check:
     return check
 
 
-def checks(device: str, cases: int, seed: int, seconds: float) -> Iterator[Check]:
-    """Run all checks, in order. On a GPU backends and dtypes are checked in parallel: most of the time is compiling."""
-    kernels = [(backend, dtype) for backend in BACKENDS[device] for dtype in LIMITS]
+def checks(
+    device: str, cases: int, seed: int, seconds: float, backends: tuple[str, ...] | None
+) -> Iterator[Check]:
+    """Run all checks, in order; with `backends` only those against the reference, of these backends. On a GPU backends
+    and dtypes are checked in parallel: most of the time is compiling."""
+    kernels = [(backend, dtype) for backend in backends or BACKENDS[device] for dtype in LIMITS]
     workers = min(len(kernels), max(1, len(os.sched_getaffinity(0)) // 2)) if device == "cuda" else 1
     share = seconds / -(-len(kernels) // workers)
     work = [Kernel(backend, dtype, device, cases, share, seed) for backend, dtype in kernels]
@@ -313,6 +316,8 @@ def checks(device: str, cases: int, seed: int, seconds: float) -> Iterator[Check
         running = [pool.submit(against_reference, kernel) for kernel in work]
         for kernel, future in zip(work, running, strict=True):
             yield guarded(f"{kernel.backend} {short(kernel.dtype)}", future.result)
+    if backends:
+        return
     chance = random.Random(seed)
     torch.manual_seed(seed)
     some = max(1, cases // 4)
@@ -346,6 +351,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for all these cases together, compiling included"
     )
+    parser.add_argument("--backends", help="only these against the reference, separated by commas")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -353,7 +359,8 @@ def main() -> int:
         parser.error("--device cuda: torch sees no GPU here")
     print(f"device {options.device}, seed {options.seed}")
     done: list[Check] = []
-    for check in checks(options.device, options.cases, options.seed, options.seconds):
+    backends = tuple(options.backends.split(",")) if options.backends else None
+    for check in checks(options.device, options.cases, options.seed, options.seconds, backends):
         done.append(check)
         figures = (
             ""

@@ -1,9 +1,10 @@
-"""GPU time by kernel: of one attention call, or of one training step of a model.
+"""Which kernels take how long: one call of sorted attention (forward and backward), or one training step of a model.
 
-    python -m benchmarks.gpu_profile attention|model [--length 64k] [--json FILE]
+    python -m benchmarks.gpu_profile attention|model [--lengths 64k] [--backends triton,triton-together] [--json FILE]
 
 Sums of torch's profiler over the calls, per call; beside them the time from the first kernel to the last, which
-includes the gaps. Under another profiler such as `ncu` use `--calls 1 --plain`, which traces nothing itself.
+includes the gaps. Each backend and length in turn. Under another profiler such as `ncu` use `--calls 1 --plain`, which
+traces nothing itself. `--device cpu` profiles torch's operations, to test this script.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import pstats
 import sys
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megabase.models.attention.kernels.dispatch import GPU_BACKEND
 from megabase.pipeline.bench.attention_task import AttentionTask
 from megabase.pipeline.bench.model_task import ModelTask
 from megabase.pipeline.bench.options import lengths_of
@@ -34,8 +38,26 @@ class Spent:
     times: float
 
 
-def traced(call: Callable[[], object], calls: int) -> tuple[list[Spent], float]:
+def traced(call: Callable[[], object], calls: int, device: str) -> tuple[list[Spent], float]:
     """The kernels, the longest first, and milliseconds of a call without the profiler."""
+    ms = timed(call, calls) if device == "cuda" else timeit.timeit(call, number=calls) * 1e3 / calls
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as tracer:
+        for _ in range(calls):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    where = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    spent = [
+        Spent(event.key, microseconds / 1e3 / calls, event.count / calls)
+        for event in tracer.key_averages()
+        if event.device_type == where
+        for microseconds in [event.self_device_time_total if device == "cuda" else event.self_cpu_time_total]
+    ]
+    return sorted(spent, key=lambda s: -s.ms), ms
+
+
+def timed(call: Callable[[], object], calls: int) -> float:
+    """Milliseconds of a call on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -43,21 +65,11 @@ def traced(call: Callable[[], object], calls: int) -> tuple[list[Spent], float]:
         call()
     end.record()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as tracer:
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-    spent = [
-        Spent(event.key, event.self_device_time_total / 1e3 / calls, event.count / calls)
-        for event in tracer.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    return sorted(spent, key=lambda s: -s.ms), start.elapsed_time(end) / calls
+    return start.elapsed_time(end) / calls
 
 
 def hosted(call: Callable[[], object], calls: int) -> None:
     """Print the Python functions in which the host spends most time. Tracing slows all of them down."""
-    torch.cuda.synchronize()
     tracer = cProfile.Profile()
     with tracer:
         for _ in range(calls):
@@ -65,13 +77,16 @@ def hosted(call: Callable[[], object], calls: int) -> None:
     pstats.Stats(tracer).sort_stats("tottime").print_stats(25)
 
 
-def main() -> int:
+def parse_options() -> argparse.Namespace:
+    """Read the command line; it is an error if there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["attention", "model"])
-    parser.add_argument("--length", default="64k")
+    parser.add_argument("--lengths", default="64k")
     parser.add_argument("--contestant", default="ours", help="a name of megabase bench's")
+    parser.add_argument("--backends", default="triton", help="of ours on a GPU, separated by commas")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--depth", type=int, default=4)
@@ -81,11 +96,16 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="only run, for another profiler")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU here")
-    (length,) = lengths_of("--length", options.length)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
+
+
+def profiled(options: argparse.Namespace, length: int, backend: str) -> dict[str, object]:
+    """Profile one backend at one length and print it: what `--json` says of it."""
+    os.environ[GPU_BACKEND] = backend
     heads = options.dim // options.head_dim
-    shared = {"heads": heads, "chunk": 128, "rounds": 4, "dtype": "bf16", "device": "cuda"}
+    shared = {"heads": heads, "chunk": 128, "rounds": 4, "dtype": "bf16", "device": options.device}
     task: AttentionTask | ModelTask
     if options.what == "attention":
         task = AttentionTask(head_dim=options.head_dim, **shared)
@@ -97,20 +117,32 @@ def main() -> int:
     if options.plain:
         for _ in range(options.calls):
             call()
-        torch.cuda.synchronize()
-        return 0
-    spent, ms = traced(call, options.calls)
+        return {}
+    spent, ms = traced(call, options.calls, options.device)
     busy = sum(s.ms for s in spent)
-    print(f"{options.what} of {options.contestant}, length {length:,}, {heads} heads of {options.head_dim}")
-    print(f"a call takes {ms:.3f} ms; its kernels {busy:.3f} ms")
+    print(
+        f"\n{options.what} of {options.contestant}, backend {backend}, length {length:,}, {heads} heads of "
+        f"{options.head_dim}\na call takes {ms:.3f} ms; its kernels {busy:.3f} ms in "
+        f"{sum(s.times for s in spent):.0f} launches"
+    )
     for s in spent[: options.show]:
-        print(f"{s.ms:9.3f} ms {s.ms / busy:6.1%} {s.times:7.1f} ×  {s.kernel[:110]}")
+        print(f"{s.ms:9.3f} ms {s.ms / busy:6.1%} {s.times:7.1f} ×  {s.kernel[:110]}", flush=True)
     if options.host:
         hosted(call, options.calls)
+    return {"backend": backend, "length": length, "ms": ms, "kernels": [vars(s) for s in spent]}
+
+
+def main() -> int:
+    options = parse_options()
+    found = [
+        profiled(options, length, backend)
+        for length in lengths_of("--lengths", options.lengths)
+        for backend in options.backends.split(",")
+    ]
+    if options.device == "cuda":
+        torch.cuda.synchronize()
     if options.json:
-        rows = [vars(s) for s in spent]
-        described = {**vars(options), "length": length, "ms": ms, "kernels": rows}
-        described["json"] = str(options.json)
+        described = {**vars(options), "json": str(options.json), "profiles": found}
         options.json.write_text(json.dumps(described, indent=1) + "\n")
     return 0
 

@@ -1,7 +1,7 @@
 """The fastest tiles of the Triton kernels on this GPU: the time of each candidate, and the least time that its memory
 traffic takes.
 
-    python -m benchmarks.gpu_tiles [--passes hash] [--head-dims 64,128] [--lengths 16k,64k] [--once] [--json FILE]
+    python -m benchmarks.gpu_tiles [--passes hash] [--head-dims 64,128] [--lengths 16k,64k] [--once] [--together] [--json FILE]
 
 A candidate is one `Tiles` for the forward or the backward pass at one width; the other pass keeps the table's. All are
 compiled first, in parallel (compiling takes most of the time), then timed one after the other: the median of CUDA
@@ -44,11 +44,12 @@ PASSES = ("forward", "backward", "hash")
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tiles of one pass at one width, under one rule."""
+    """Tiles of one pass at one width, under one rule. together: all rounds in one launch."""
 
     which: str
     d: int
     once: bool
+    together: bool
     tiles: Tiles
 
     def __str__(self) -> str:
@@ -57,7 +58,7 @@ class Candidate:
         return f"{t.own:3} × {t.other:<3} {t.warps} warps, {t.stages} stages{limit}"
 
 
-def candidates(widths: list[int], once: bool) -> Iterator[Candidate]:
+def candidates(widths: list[int], once: bool, together: bool) -> Iterator[Candidate]:
     """All candidates, the table's own first."""
     shapes = [
         (64, 32, 4),
@@ -71,7 +72,7 @@ def candidates(widths: list[int], once: bool) -> Iterator[Candidate]:
     ]
     for d in widths:
         for own, warps, stages in itertools.product((64, 128, 256), (4, 8), (1, 2)):
-            yield Candidate("hash", d, once, Tiles(own, 0, warps, stages))
+            yield Candidate("hash", d, once, together, Tiles(own, 0, warps, stages))
     for which, d in itertools.product(("forward", "backward"), widths):
         table = tiles.FORWARD if which == "forward" else tiles.BACKWARD
         tried = [table[d]]
@@ -79,14 +80,15 @@ def candidates(widths: list[int], once: bool) -> Iterator[Candidate]:
             for registers in (None, 128, 168) if (own, warps) == (64, 4) else (None, 128):
                 tried.append(Tiles(own, other, warps, stages, registers))
         for sizes in dict.fromkeys(tried):
-            yield Candidate(which, d, once, sizes)
+            yield Candidate(which, d, once, together, sizes)
 
 
 class Problem:
     """Inputs of one width and length, with positions sorted by random buckets."""
 
-    def __init__(self, d: int, length: int, once: bool, made_for: int | None = None) -> None:
+    def __init__(self, d: int, length: int, once: bool, together: bool, made_for: int | None = None) -> None:
         """made_for: use the number of buckets of this length; None: of `length`."""
+        self.together = together
         heads = WIDTH // d
         shape = (heads, length, d)
         generator = torch.Generator("cuda").manual_seed(length + d)
@@ -106,7 +108,7 @@ class Problem:
             x.requires_grad_()
 
     def forward(self) -> torch.Tensor:
-        return host.sorted_attention(self.q, None, self.v, self.order, self.rule)
+        return host.sorted_attention(self.q, None, self.v, self.order, self.rule, together=self.together)
 
     def times(self, which: str, repeat: int) -> list[float]:
         """Milliseconds of `repeat` passes, after two for warming up."""
@@ -132,10 +134,15 @@ class Problem:
         return spent[2:]
 
     def floor_ms(self, which: str) -> float:
-        """The least time for the bytes that must cross the device's memory: see docs/kernels.md."""
+        """The least time for the bytes that must cross the device's memory: see docs/kernels.md. If all rounds run
+        together, the rounds after the first may find q, v and the gradient of out in the cache: not counted here."""
         slots, d = self.q.shape[0] * self.q.shape[1], self.q.shape[2]
         if which == "hash":
             each = 2 * d + 4 * ROUNDS
+        elif which == "forward" and self.together:
+            each = ROUNDS * (4 * d + 16 + 2 * 2 * d + 8) + 2 * d
+        elif self.together:
+            each = ROUNDS * (6 * d + 16 + 2 * 4 * d) + 4 * d + 4 * d
         elif which == "forward":
             each = ROUNDS * (4 * d + 16) + (ROUNDS - 1) * 2 * 4 * d + 2 * d
         else:
@@ -165,7 +172,9 @@ def compile_one(candidate: Candidate, lengths: list[int]) -> str | None:
     install(candidate)
     try:
         for length in lengths if candidate.which == "hash" else [SMALL]:
-            Problem(candidate.d, SMALL, candidate.once, made_for=length).times(candidate.which, repeat=1)
+            Problem(candidate.d, SMALL, candidate.once, candidate.together, made_for=length).times(
+                candidate.which, repeat=1
+            )
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:120]
     return None
@@ -198,6 +207,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lengths", default="16k,64k")
     parser.add_argument("--passes", default=",".join(PASSES))
     parser.add_argument("--once", action="store_true", help="the rule `once` instead of `average`")
+    parser.add_argument("--together", action="store_true", help="all rounds in one launch")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--compile-seconds", type=float, default=150.0)
     parser.add_argument("--show", type=int, default=8, help="print this many of the fastest of each")
@@ -218,14 +228,14 @@ def main() -> int:
         "hash": dict.fromkeys(widths, tiles.HASH),
     }
     passes = options.passes.split(",")
-    work = [c for c in candidates(widths, options.once) if c.which in passes]
-    settings = f"rounds {ROUNDS}, chunk {CHUNK}, once {options.once}"
+    work = [c for c in candidates(widths, options.once, options.together) if c.which in passes]
+    settings = f"rounds {ROUNDS}, chunk {CHUNK}, once {options.once}, together {options.together}"
     print(f"{torch.cuda.get_device_name()}: {len(work)} candidates, {settings}", flush=True)
     compiled = compile_all(work, lengths, options.compile_seconds)
 
     rows = []
     for which, d, length in itertools.product(passes, widths, lengths):
-        problem = Problem(d, length, options.once)
+        problem = Problem(d, length, options.once, options.together)
         timed = []
         for candidate in (
             c for c in work if (c.which, c.d) == (which, d) and compiled.get(c, "late") is None
