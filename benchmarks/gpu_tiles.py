@@ -1,7 +1,7 @@
 """The fastest tiles of the Triton kernels on this GPU: the time of each candidate, and the least time that its memory
 traffic takes.
 
-    python -m benchmarks.gpu_tiles [--passes hash] [--head-dims 64,128] [--lengths 16k,64k] [--once] [--together] [--json FILE]
+    python -m benchmarks.gpu_tiles [--passes hash] [--head-dims 64,128] [--lengths 16k] [--once] [--together]
 
 A candidate is one `Tiles` for the forward or the backward pass at one width; the other pass keeps the table's. All are
 compiled first, in parallel (compiling takes most of the time), then timed one after the other: the median of CUDA

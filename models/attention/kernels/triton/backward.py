@@ -106,41 +106,35 @@ def backward_round(
     # UNIT: a key is made of its query, so this round's gradient of the key becomes one of the query, below.
     acc_k = begin_sums(partial_k, position, valid, FIRST or UNIT, OWN, D, PAD)
     acc_v = begin_sums(partial_v, position, valid, FIRST, OWN, D_V, PAD_V)
-    acc_k, acc_v = add_from_queries(
+    acc_k, acc_v = _add_from_queries(
         acc_k, acc_v, key, value, scale, slot, position, valid, row, block, history, dropout,
-        ROUND, ROUNDS, False, FIRST and OWN_IF_ALONE,
+        ROUND, ROUNDS, FIRST and OWN_IF_ALONE,
         WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
     )  # fmt: skip
     position = reload_numbers(own_positions, slot, inside)
     finish_sums(partial_v, grad_v, position, inside, acc_v, LAST, D_V, PAD_V)
     if UNIT:
-        acc = gradient_of_unit(acc_k, key, scale)
+        # k = c · x, 1 / c² = Σ x² + const: x's gradient is c · dk − c³ · (x · dk) · x.
+        x = key.to(tl.float32)
+        along = scale * scale * tl.sum(acc_k * x, axis=1)
+        acc = scale[:, None] * (acc_k - along[:, None] * x)
         acc += begin_sums(partial_q, position, valid, FIRST, OWN, D, PAD)
     else:
         finish_sums(partial_k, grad_k, position, inside, acc_k, LAST, D, PAD)
         acc = begin_sums(partial_q, position, valid, FIRST, OWN, D, PAD)
-    acc = add_from_keys(
+    acc = _add_from_keys(
         acc, slot, position, valid, row, block, history, dropout,
-        ROUND, ROUNDS, False, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
+        ROUND, ROUNDS, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
     )  # fmt: skip
     position = reload_numbers(own_positions, slot, inside)
     finish_sums(partial_q, grad_q, position, inside, acc, LAST, D, PAD)
 
 
 @triton.jit
-def gradient_of_unit(grad, x, scale):
-    """The gradient of x, from that of the unit key c · x with 1 / c² = Σ x² + const: c · grad − c³ · (x · grad) · x."""
-    x = x.to(tl.float32)
-    along = scale * scale * tl.sum(grad * x, axis=1)
-    return scale[:, None] * (grad - along[:, None] * x)
-
-
-@triton.jit
-def add_from_queries(
+def _add_from_queries(
     acc_k, acc_v, own_key, own_value, own_scale, slot, position, valid, row, block, history, dropout,
-    ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr, ADD_OWN: tl.constexpr,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
-    ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, ADD_OWN: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
+    EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """The block's slots as keys: the sums acc_k and acc_v with what the queries that attend to them add."""
@@ -170,7 +164,7 @@ def add_from_queries(
             grad_scores = product(own_value, tl.trans(grad))
             counts = pair_counts(
                 *(line(other), keys, block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING),
-                *((ROUND + 1) % ROUNDS if RING else ROUND, ROUNDS, TOGETHER),
+                *((ROUND + 1) % ROUNDS if RING else ROUND, ROUNDS),
             )
             weights = tl.exp2(tl.where(counts, scores - lse[None, :], float("-inf")))
             kept_weights = weights
@@ -185,10 +179,9 @@ def add_from_queries(
 
 
 @triton.jit
-def add_from_keys(
+def _add_from_keys(
     acc, slot, position, valid, row, block, history, dropout,
-    ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
     ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -210,8 +203,7 @@ def add_from_keys(
                 scores *= scale[None, :]
             grad_scores = product(own_grad, tl.trans(value))
             counts = pair_counts(
-                *(queries, line(other), block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING),
-                *(ROUND, ROUNDS, TOGETHER),
+                queries, line(other), block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING, ROUND, ROUNDS
             )
             weights = tl.exp2(tl.where(counts, scores - own_lse[:, None], float("-inf")))
             if DROPOUT:

@@ -81,34 +81,6 @@ def forward_round(
     peak = no_peak if FIRST else tl.load(lse + position, mask=valid, other=-1e30)
     total = tl.where(peak > -1e29, 1.0, 0.0)
 
-    acc, peak, total = attend_to_keys(
-        acc, peak, total, query, slot, position, valid, keys, values, scales + row * length, block, history, dropout,
-        ROUND, ROUNDS, False, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
-    )  # fmt: skip
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    acc = acc / total[:, None]
-    if LAST and OWN_IF_ALONE:
-        # A position that attends to nothing takes its own value.
-        own_value = load_rows(values, position, valid & empty, D_V, PAD_V).to(tl.float32)
-        if DROPOUT:
-            own_value = own_value * pair_scale(position, position, dropout)[:, None]
-        acc = tl.where(empty[:, None], own_value, acc)
-    finish_sums(partial_out, out, position, inside, acc, LAST, D_V, PAD_V)
-    tl.store(lse + position, tl.where(empty, -1e30, peak + tl.log2(total)), mask=inside)
-
-
-@triton.jit
-def attend_to_keys(
-    acc, peak, total, query, slot, position, valid, keys, values, scales, block, history, dropout,
-    ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
-    EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, PAD: tl.constexpr, D_V: tl.constexpr, PAD_V: tl.constexpr, OTHER: tl.constexpr,
-):  # fmt: skip
-    """The online softmax of the block's queries, with what their keys of this round add.
-
-    acc: Σ weight · value, total: Σ weight, for weights 2^(score − peak). ROUND, ROUNDS, TOGETHER: see `pair_counts`.
-    """
     for RING in tl.static_range(1 if WINDOW else 2):
         first, last, label, key_positions = keys_in_reach(block, slot, valid, RING, WINDOW, CAUSAL, OTHER)
         queries = column(Slots(slot, label, position))
@@ -118,10 +90,11 @@ def attend_to_keys(
             value = load_rows(values, other.position, other_valid, D_V, PAD_V)
             scores = product(query, tl.trans(key)) * LOG2_E
             if UNIT:
-                scores *= tl.load(scales + other.position, mask=other_valid, other=0.0)[None, :]
+                scores *= tl.load(scales + row * length + other.position, mask=other_valid, other=0.0)[
+                    None, :
+                ]
             counts = pair_counts(
-                *(queries, line(other), block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING),
-                *(ROUND, ROUNDS, TOGETHER),
+                queries, line(other), block, history, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, RING, ROUND, ROUNDS
             )
             scores = tl.where(counts, scores, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -133,7 +106,17 @@ def attend_to_keys(
             acc = add_product(acc * shrink[:, None], weights.to(value.dtype), value)
             peak = new_peak
 
-    return acc, peak, total
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    if LAST and OWN_IF_ALONE:
+        # A position that attends to nothing takes its own value.
+        own_value = load_rows(values, position, valid & empty, D_V, PAD_V).to(tl.float32)
+        if DROPOUT:
+            own_value = own_value * pair_scale(position, position, dropout)[:, None]
+        acc = tl.where(empty[:, None], own_value, acc)
+    finish_sums(partial_out, out, position, inside, acc, LAST, D_V, PAD_V)
+    tl.store(lse + position, tl.where(empty, -1e30, peak + tl.log2(total)), mask=inside)
 
 
 @triton.jit

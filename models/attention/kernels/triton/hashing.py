@@ -25,8 +25,9 @@ def hash_positions(
 ) -> Tensor:
     """Hash x (batch, heads, length, d): buckets (batch, heads, rounds, length) of a dtype.
 
-    mask: (batch, length) bool; a position where it is False gets the bucket n_buckets. row_tables: key_scales and
-    real_lengths of `SortedOrder`, which the same launch fills in; real_lengths only without a mask.
+    mask: (batch, length) bool; a position where it is False gets the bucket n_buckets. row_tables: the scales of
+    unit keys (rows, length) fp32 and `SortedOrder.real_lengths`, which the same launch fills in; real_lengths only
+    without a mask.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, d = x.shape

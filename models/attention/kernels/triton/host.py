@@ -59,7 +59,7 @@ def sorted_attention(
             f"{q.shape[-1]} and {v.shape[-1]}, on {q.device}: take backend=chunked"
         )
     from megabase.models.attention.kernels.triton.launch import SortedAttention
-    from megabase.models.attention.kernels.triton.launch_together import SortedAttentionTogether
+    from megabase.models.attention.kernels.triton.together.launch import SortedAttentionTogether
 
     # A single round has nothing to combine: one launch either way.
     function = SortedAttentionTogether if together and order.positions.shape[1] > 1 else SortedAttention
@@ -90,11 +90,10 @@ def sort_by_hash(
         rotations: On any device.
         mask: (batch, length) bool, True where a position is real. The others come last, in the order of their
             positions, in a bucket of their own.
-        together: No launch but the hash and the sort, unless there is a mask: the hash also writes real_lengths and
-            key_scales, and the order keeps the integer types of the sort.
+        together: For `sorted_attention` with together=True and queries x: with key_scales, in fewer launches.
 
     Returns:
-        The order of batch × heads rows, in int32 if not `together`.
+        The order of batch × heads rows, in int32; if `together`, the buckets in the type that was sorted.
 
     Raises:
         ConfigError: There is no CUDA device.
@@ -112,7 +111,10 @@ def sort_by_hash(
     else:
         real_lengths = SortedOrder.count_real(row_mask(mask, x.shape[1]), positions)
     if tables is not None:
-        return SortedOrder(positions, sorted_buckets, real_lengths, key_scales=tables[0])
+        from megabase.models.attention.kernels.triton.together.launch import by_slot
+
+        positions, key_scales = by_slot(positions, tables[0])
+        return SortedOrder(positions, sorted_buckets, real_lengths, key_scales)
     return SortedOrder(positions.to(torch.int32), sorted_buckets.to(torch.int32), real_lengths)
 
 

@@ -104,7 +104,7 @@ def keys_in_reach(
         label = tl.where(valid & (slot < block.reach), 1, NO_QUERY)
         positions = positions_of_round(block, (block.number + block.rounds - 1) % block.rounds)
     else:
-        first, last = _span(block, WINDOW, True, WINDOW and not CAUSAL, STEP)
+        first, last = span(block, WINDOW, True, WINDOW and not CAUSAL, STEP)
         label = load_label(block, slot, valid, NO_QUERY, WINDOW)
         positions = positions_of_round(block, block.number)
     return first, last, label, positions
@@ -124,7 +124,7 @@ def queries_in_reach(
         label = tl.where(valid & (slot >= chunk * block.reach), 0, NO_KEY)
         positions = positions_of_round(block, (block.number + 1) % block.rounds)
     else:
-        first, last = _span(block, WINDOW, WINDOW and not CAUSAL, True, STEP)
+        first, last = span(block, WINDOW, WINDOW and not CAUSAL, True, STEP)
         label = load_label(block, slot, valid, NO_KEY, WINDOW)
         positions = positions_of_round(block, block.number)
     return first, last, label, positions
@@ -148,17 +148,13 @@ def load_slots(
 def pair_counts(
     query, key, block, history,
     WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, ONCE: tl.constexpr,
-    RING: tl.constexpr, ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr,
+    RING: tl.constexpr, ROUND: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Whether the query attends to the key here: under the rule, and (ONCE) in no earlier round.
-
-    ROUND, ROUNDS: the query's round, and how many there are. TOGETHER: ROUND is known when the program runs; otherwise
-    it is compiled in.
-    """
+    """Whether the query attends to the key here: under the rule, and (ONCE) in no earlier round."""
     counts = _attends(query, key, block.reach, WINDOW and not RING, CAUSAL, EXCLUDES_OWN)
-    if ONCE and (TOGETHER or ROUND + RING > 0):
+    if ONCE and ROUND + RING > 0:
         counts = counts & ~_attended_before(
-            query.position, key.position, block, history, WINDOW, CAUSAL, RING, ROUND, ROUNDS, TOGETHER
+            query.position, key.position, block, history, WINDOW, CAUSAL, RING, ROUND, ROUNDS
         )
     return counts
 
@@ -189,48 +185,32 @@ def _attends(query, key, reach, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCL
 @triton.jit
 def _attended_before(
     q_position, k_position, block, history,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, RING: tl.constexpr,
-    ROUND, ROUNDS: tl.constexpr, TOGETHER: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, RING: tl.constexpr, ROUND: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Whether a round before ROUND had the pair. RING: also whether the chunks of ROUND itself had it."""
+    slots, low, high, length, reach = history.slots, history.low, history.high, history.length, block.reach
     attended = (q_position < 0) & (k_position < 0)
-    for other in tl.static_range(ROUNDS - 1 + RING if TOGETHER else ROUND + RING):
-        if TOGETHER:
-            if other < ROUND + RING:
-                attended = attended | _attended_in(
-                    other, other < ROUND, q_position, k_position, block, history, WINDOW, CAUSAL, ROUNDS
-                )
-        else:
-            attended = attended | _attended_in(
-                other, other < ROUND, q_position, k_position, block, history, WINDOW, CAUSAL, ROUNDS
+    for other in tl.static_range(ROUND + RING):
+        k_slot = tl.load(slots + other * length + k_position)
+        if WINDOW:
+            q_low = tl.load(low + other * length + q_position)
+            # Causal: up to the query's own slot.
+            q_high = tl.load((slots if CAUSAL else high) + other * length + q_position) + CAUSAL
+            attended = attended | (
+                (k_slot - q_low).to(tl.uint32, bitcast=True) < (q_high - q_low).to(tl.uint32, bitcast=True)
             )
+        else:
+            q_slot = tl.load(slots + other * length + q_position)
+            attended = attended | ((q_slot // reach - k_slot // reach).to(tl.uint32, bitcast=True) <= 1)
+            if other < ROUND:
+                k_slot = tl.load(slots + ((other + ROUNDS - 1) % ROUNDS) * length + k_position)
+                attended = attended | ((q_slot < reach) & (k_slot // reach == (block.count - 1) // reach))
     return attended
 
 
 @triton.jit
-def _attended_in(
-    other, ring, q_position, k_position, block, history,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
-    """Whether the round `other` had the pair: in one of its buckets, in its chunks, or (ring) over its ring."""
-    slots, low, high, length, reach = history.slots, history.low, history.high, history.length, block.reach
-    k_slot = tl.load(slots + other * length + k_position)
-    if WINDOW:
-        q_low = tl.load(low + other * length + q_position)
-        # Causal: up to the query's own slot.
-        q_high = tl.load((slots if CAUSAL else high) + other * length + q_position) + CAUSAL
-        found = (k_slot - q_low).to(tl.uint32, bitcast=True) < (q_high - q_low).to(tl.uint32, bitcast=True)
-    else:
-        q_slot = tl.load(slots + other * length + q_position)
-        found = (q_slot // reach - k_slot // reach).to(tl.uint32, bitcast=True) <= 1
-        if ring:
-            k_slot = tl.load(slots + ((other + ROUNDS - 1) % ROUNDS) * length + k_position)
-            found = found | ((q_slot < reach) & (k_slot // reach == (block.count - 1) // reach))
-    return found
-
-
-@triton.jit
-def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, STEP: tl.constexpr):
+def span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, STEP: tl.constexpr):
     """The slots [first, last) that the block's slots make pairs with: their own, and those BEFORE and AFTER them."""
     start, stop, reach, count, buckets = block.start, block.stop, block.reach, block.count, block.buckets
     final = tl.maximum(stop - 1, 0)
@@ -238,10 +218,10 @@ def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
         first, last = start, stop
         if BEFORE:
             bucket = tl.load(buckets + tl.minimum(start, final)).to(tl.int32)
-            first -= _neighbours(buckets, bucket, start, reach, count, False, STEP)
+            first -= neighbours(buckets, bucket, start, reach, count, False, STEP)
         if AFTER:
             bucket = tl.load(buckets + final).to(tl.int32)
-            last += _neighbours(buckets, bucket, stop, reach, count, True, STEP)
+            last += neighbours(buckets, bucket, stop, reach, count, True, STEP)
     else:
         first, last = start // reach * reach, (final // reach + 1) * reach
         if BEFORE:
@@ -254,7 +234,7 @@ def _span(block, WINDOW: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
 
 
 @triton.jit
-def _neighbours(buckets, bucket, slot, reach, count, AFTER: tl.constexpr, STEP: tl.constexpr):
+def neighbours(buckets, bucket, slot, reach, count, AFTER: tl.constexpr, STEP: tl.constexpr):
     """How many of the `reach` slots before `slot` (AFTER: from `slot` on) hold `bucket`. Since slots are sorted, the
     count tells where the bucket begins or ends."""
     found = tl.zeros((STEP,), dtype=tl.int32)

@@ -257,7 +257,8 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.in_kernel = False
-        from megabase.models.attention.kernels.triton import forward, hashing, launch, launch_together
+        from megabase.models.attention.kernels.triton import forward, hashing, launch
+        from megabase.models.attention.kernels.triton.together import launch as launch_together
 
         for module in (hashing, launch, launch_together):
             for name, value in vars(module).items():
@@ -294,7 +295,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.skipif(GPU or not CAN_RUN_KERNELS, reason="counted in the interpreter")
 @pytest.mark.parametrize(
     ("together", "once", "forward", "backward"),
-    [(True, False, 4, 3), (True, True, 5, 4), (False, False, 10, 5)],
+    [(True, False, 5, 3), (True, True, 6, 4), (False, False, 10, 5)],
 )
 def test_launches(together, once, forward, backward, monkeypatch):
     """Of attention with four rounds, from query-keys to gradients. Drawing the rotations is one more."""
@@ -354,9 +355,10 @@ class TestHashing:
                 order.buckets.long()[occupied.expand(6, 3, 90)],
                 expected.buckets.long()[occupied.expand(6, 3, 90)],
             )
-            if not together:
-                assert {order.positions.dtype, order.buckets.dtype, order.real_lengths.dtype} == {torch.int32}
-        keys = x.flatten(0, 1) * order.key_scales[..., None]
+            assert {order.positions.dtype, order.real_lengths.dtype} == {torch.int32}
+            assert together or order.buckets.dtype == torch.int32
+        scales = order.key_scales[:, 1].gather(1, order.slots[:, 1].long())
+        keys = x.flatten(0, 1) * scales[..., None]
         torch.testing.assert_close(keys, unit_keys(x.flatten(0, 1)).float(), atol=8e-3, rtol=0)
 
     def test_any_strides_of_heads(self):

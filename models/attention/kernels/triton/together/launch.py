@@ -1,15 +1,11 @@
-"""Sorted attention on a GPU with all rounds in one launch (`together`), as an autograd.Function.
-
-Compared with one launch for each round (`launch`): a round leaves a partial result in the dtype of the tensors instead
-of fp32 sums that the next round reads and writes; later rounds may find their rows in the cache; the number of launches
-does not grow with the rounds. The price is memory: while a pass runs, `rounds` times that of out, or of the gradients.
-"""
+"""Sorted attention with all rounds in one launch, as an autograd.Function."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOrder
@@ -23,13 +19,16 @@ from megabase.models.attention.kernels.triton.launch import (
     scales_of_keys,
 )
 from megabase.models.attention.kernels.triton.tiles import BACKWARD, FORWARD
-from megabase.models.attention.kernels.triton.together import (
-    add_rounds,
-    backward_rounds,
+from megabase.models.attention.kernels.triton.together.backward import add_rounds, backward_rounds
+from megabase.models.attention.kernels.triton.together.forward import (
     forward_rounds,
     merge_rounds,
+    sort_scales,
 )
 from megabase.models.gpu import FUSED
+
+SLOTS = 512
+"""Slots of a program that sorts scales."""
 
 
 class SortedAttentionTogether(torch.autograd.Function):
@@ -50,9 +49,7 @@ class SortedAttentionTogether(torch.autograd.Function):
         out = torch.empty_like(v)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
-            scales = lse
-            if unit:
-                scales = scales_of_keys(q) if order.key_scales is None else order.key_scales
+            scales = _scales_by_slot(q, order) if unit else lse
             for part in parts(q, v, order.positions.shape[1]):
                 launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
                 partial_out, partial_lse = _partial(v, launch), _partial(lse, launch)
@@ -110,6 +107,34 @@ class SortedAttentionTogether(torch.autograd.Function):
                     **launch.widths,
                 )
         return grad_q, None if unit else grad_k, grad_v, None, None, None
+
+
+def _scales_by_slot(q: Tensor, order: SortedOrder) -> Tensor:
+    """`SortedOrder.key_scales`, computed if the order does not have them."""
+    return by_slot(order.positions, scales_of_keys(q))[1] if order.key_scales is None else order.key_scales
+
+
+def by_slot(positions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables of `SortedOrder` that follow the sort, in one launch.
+
+    Args:
+        positions: (rows, rounds, length) of any integer type, by slot.
+        scales: (rows, length) fp32, by position.
+
+    Returns:
+        The positions in int32, and `key_scales`.
+    """
+    positions = positions.contiguous()
+    rows, rounds, length = positions.shape
+    narrow = positions.dtype != torch.int32
+    narrowed = torch.empty_like(positions, dtype=torch.int32) if narrow else positions
+    slot_scales = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
+    with torch.cuda.device_of(positions):
+        sort_scales[(rows * rounds * triton.cdiv(length, SLOTS),)](
+            *(positions, scales, narrowed, slot_scales, length, rounds),
+            **{"NARROW": narrow, "BLOCK": SLOTS, **FUSED},
+        )
+    return narrowed, slot_scales
 
 
 def _partial(x: Tensor, launch: Launch) -> Tensor:
