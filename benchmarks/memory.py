@@ -26,10 +26,12 @@ from typing import Any
 import torch
 
 from megabase.models import Reformer, ReformerConfig, Seeds
+from megabase.models.config import ConfigError
 from megabase.pipeline.bench.contest import Call, LeftOut
 from megabase.pipeline.bench.lab import open_lab
 from megabase.pipeline.bench.model_task import one_part
 from megabase.pipeline.bench.options import DTYPES, device_of, lengths_of
+from megabase.pipeline.errors import UserError
 from megabase.pipeline.rundir import environment
 
 SLOWEST_S = 1800.0
@@ -115,8 +117,8 @@ def print_row(row: dict[str, Any], dim: int) -> None:
     print(f"{start}{row['bytes'] / 2**20:,.0f} | {each:.1f} | {row['seconds']:.1f} |", flush=True)
 
 
-def arguments() -> argparse.Namespace:
-    """The options of the command line."""
+def arguments() -> tuple[Step, list[int], list[str], Path | None]:
+    """The step, the lengths, the patterns and the file of the command line. Ends with a message if they cannot work."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -137,20 +139,26 @@ def arguments() -> argparse.Namespace:
         help="measure one of P ranks that share a sequence",
     )
     parser.add_argument("--json", type=Path, help="also write the points, with machine and versions")
-    return parser.parse_args()
+    options = parser.parse_args()
+    ranks = options.sequence_ranks
+    try:
+        step = Step(
+            *(options.dim, options.depth, options.heads, options.dtype), device_of(options.device), ranks
+        )
+        lengths, patterns = lengths_of("--lengths", options.lengths), options.layers.split(",")
+        for layers in patterns:
+            for length in lengths:
+                step.config(layers, length).validate(length)
+    except (UserError, ConfigError) as error:
+        parser.error(str(error))
+    if ranks < 1 or any(number % ranks for number in (options.heads, *lengths)):
+        parser.error(f"--sequence-ranks {ranks} must divide --heads {options.heads} and every length")
+    return step, lengths, patterns, options.json
 
 
 def main() -> None:
     """Measure every pattern at every length; print the table and the slopes, write the JSON."""
-    options = arguments()
-    step = Step(
-        *(options.dim, options.depth, options.heads, options.dtype),
-        *(device_of(options.device), options.sequence_ranks),
-    )
-    lengths, patterns = lengths_of("--lengths", options.lengths), options.layers.split(",")
-    for layers in patterns:
-        for length in lengths:
-            step.config(layers, length).validate(length)
+    step, lengths, patterns, output = arguments()
     rows: list[dict[str, Any]] = []
     print("| layers | length | MiB | bytes per position and channel | s |\n|---|---|---|---|---|")
     for layers in patterns:
@@ -163,11 +171,11 @@ def main() -> None:
     print("\nBytes per position and channel, from the shortest to the longest length:")
     for layers, found in slopes.items():
         print(f"{layers}: {'not measured' if found is None else f'{found:.1f}'}")
-    if options.json:
+    if output:
         machine = environment.describe()
         machine["command"] = f"python -m benchmarks.memory {shlex.join(sys.argv[1:])}"
         described = {"step": asdict(step), "slopes": slopes, "rows": rows, "machine": machine}
-        options.json.write_text(json.dumps(described, indent=1) + "\n")
+        output.write_text(json.dumps(described, indent=1) + "\n")
 
 
 if __name__ == "__main__":
