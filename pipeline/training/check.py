@@ -54,7 +54,8 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
         )
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
-    check_overlap(config, empty(config.model).named_parameters())
+    if config.zero.overlap_comm:
+        check_overlap(config, empty(config.model).named_parameters())
     data = identity_of(index.segments, config.data.mixture)
     check_newest_checkpoint(config, ranks, data, index.alphabet.name)
     if config.run.init_from and not list_checkpoints(RunPaths(config.directory).checkpoints):

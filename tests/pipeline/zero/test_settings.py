@@ -10,6 +10,7 @@ from megabase.pipeline.config.load import load as load_config
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.training.check import check
 from megabase.pipeline.zero.settings import check_engine, check_overlap, deepspeed_config, layout_options
 
 KEY = "zero.deepspeed"
@@ -90,6 +91,20 @@ def test_overlap_needs_a_bucket_that_holds_the_largest_parameter(precision: str)
         check_overlap(load(*one, "zero.overlap_comm=true"), [("small", small), ("large", large)])
     assert "zero.bucket_mb=1:" in str(caught.value)
     check_overlap(load(one[0], "zero.bucket_mb=3", "zero.overlap_comm=true"), [("large", large)])
+
+
+def test_a_run_that_timing_would_decide_is_refused_before_it_starts(lambda_shards: Path) -> None:
+    table = ["model.positions=learned", "model.max_length=8192", "model.dim=256", "zero.bucket_mb=4"]
+    settings = [
+        "run.name=x",
+        f"data.shards={lambda_shards}",
+        "data.length=1024",
+        "trainer.precision=32",
+        *table,
+    ]
+    with pytest.raises(UserError, match=r"body\.embedding\.positions\.table has 2,097,152 elements"):
+        check(load_config([], [*settings, "zero.overlap_comm=true"]), 1)
+    check(load_config([], settings), 1)
 
 
 @pytest.mark.parametrize(
