@@ -93,6 +93,7 @@ def test_overlap_needs_a_bucket_that_holds_the_largest_parameter(precision: str)
     check_overlap(load(one[0], "zero.bucket_mb=3", "zero.overlap_comm=true"), [("large", large)])
 
 
+@pytest.mark.slow
 def test_a_run_that_timing_would_decide_is_refused_before_it_starts(lambda_shards: Path) -> None:
     table = ["model.positions=learned", "model.max_length=8192", "model.dim=256", "zero.bucket_mb=4"]
     settings = [
