@@ -23,7 +23,6 @@ from megabase.models.attention.kernels.triton.memory import (
     load_rows,
     pair_scale,
     product,
-    reload_numbers,
     store_rows,
 )
 from megabase.models.attention.kernels.triton.pairs import positions_of_round
@@ -67,8 +66,7 @@ def backward_rounds(
     )  # fmt: skip
     slot = block.start + tl.arange(0, OWN)
     inside, valid = slot < length, slot < block.count
-    own_positions = positions_of_round(block, block.number)
-    position = load_numbers(own_positions, slot, inside)
+    position = load_numbers(positions_of_round(block, block.number), slot, inside)
     key = load_rows(row.k, position, valid, D, PAD)
     value = load_rows(row.v, position, valid, D_V, PAD_V)
     one = tl.full((OWN,), 1.0, dtype=tl.float32)
@@ -77,7 +75,6 @@ def backward_rounds(
         key, value, scale, slot, position, valid, row, length, block, history, dropout,
         ROUNDS, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OWN, OTHER,
     )  # fmt: skip
-    position = reload_numbers(own_positions, slot, inside)
     store_rows(Rows(partial_v + line * length * D_V, D_V), position, inside, acc_v, D_V, PAD_V)
     if UNIT:
         # k = c · x, 1 / c² = Σ x² + const: x's gradient is c · dk − c³ · (x · dk) · x.
@@ -91,7 +88,6 @@ def backward_rounds(
         acc, slot, position, valid, row, length, block, history, dropout,
         ROUNDS, WINDOW, CAUSAL, EXCLUDES_OWN, ONCE, DROPOUT, UNIT, D, PAD, D_V, PAD_V, OTHER,
     )  # fmt: skip
-    position = reload_numbers(own_positions, slot, inside)
     store_rows(Rows(partial_q + line * length * D, D), position, inside, acc, D, PAD)
 
 

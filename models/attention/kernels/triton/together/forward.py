@@ -96,7 +96,7 @@ def forward_rounds(
     met = total > 0.0
     total = tl.where(met, total, 1.0)
     partial_out = Rows(partial_out + line * length * D_V, D_V)
-    store_rows(partial_out, position, inside & met, acc / total[:, None], D_V, PAD_V)
+    store_rows(partial_out, position, inside & met, acc * (1.0 / total)[:, None], D_V, PAD_V)
     lse = tl.where(met, peak + tl.log2(total), tl.where(valid, NOTHING, NOT_REAL))
     tl.store(partial_lse + line * length + position, lse, mask=inside)
 
@@ -124,7 +124,7 @@ def merge_rounds(
         acc += weight[:, None] * load_rows(round_out, position, met, D_V, PAD_V).to(tl.float32)
     alone = total == 0.0
     total = tl.where(alone, 1.0, total)
-    acc = acc / total[:, None]
+    acc = acc * (1.0 / total)[:, None]
     if OWN_IF_ALONE:
         # A position that attends to nothing takes its own value.
         real = alone & (peak > BETWEEN)
