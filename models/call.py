@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megabase.models.chance import Seeds
 from megabase.models.sequence import Part
+from megabase.models.streams import Source
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Call:
         context: (batch, source length, width) fp32, what cross-attention reads; None without cross-attention.
         context_mask: (batch, source length) bool, True where a source token is real; None means that all are.
         part: the part of every sequence that the tensors of the pass hold; None: the tensors hold whole sequences.
-        heads: the heads that attention computes; all, except between two exchanges of a `part`.
+        heads: the heads that this process attends with.
+        source: what a branch of a reversible stack reads; None: it is given its input.
         grad: (batch, length, dim) fp32, the gradient of the branch's output. Set only while the backward pass of the
             reversible stack runs a branch again: the branch may then compute forward and backward together.
     """
@@ -37,6 +39,7 @@ class Call:
     context_mask: Tensor | None = None
     part: Part | None = None
     heads: slice = field(default_factory=lambda: slice(None))
+    source: Source | None = None
     grad: Tensor | None = None
 
     @property
@@ -44,12 +47,8 @@ class Call:
         """The position of the first token that the tensors of the pass hold."""
         return 0 if self.part is None else self.part.start
 
-    def of_heads(self, part: Part, heads: int) -> Call:
-        """The call of attention between two exchanges: all positions of this process's share of the heads.
-
-        Args:
-            part: the call's own.
-            heads: how many heads there are.
-        """
-        mask = None if self.mask is None else part.gather(self.mask)
-        return replace(self, mask=mask, part=None, heads=part.heads(heads))
+    def of_all_positions(self) -> Call:
+        """The call of attention between two exchanges of its part: all positions of some heads."""
+        assert self.part is not None
+        mask = None if self.mask is None else self.part.gather(self.mask)
+        return replace(self, mask=mask, part=None)

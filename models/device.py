@@ -20,10 +20,15 @@ def pieces(length: int, width: int, device: torch.device) -> Iterator[slice]:
         width: Numbers in an item.
         device: On a CPU a slice is small enough to stay in cache. On a GPU there is one slice: all items.
 
-    Yields:
+    Returns:
         Slices that cover range(length), in order.
     """
     step = max(1, CACHED // width) if device.type == "cpu" else max(1, length)
+    return slices(length, step)
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Slices of `step` items, the last of which may be shorter, that cover range(length) in order."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 

@@ -1,8 +1,8 @@
 """The feed-forward branch, in chunks of tokens (paper, section 3: "chunking").
 
-The hidden layer is the largest activation of a block, so only one chunk of it is in memory at a time. One
-autograd.Function runs the chunks and returns every weight's summed gradient once. (A backward pass for each chunk
-would use a weight several times, which ZeRO 2 and 3 refuse.)
+The hidden layer is the largest activation of a block, so only one chunk of it is in memory at a time, with the chunk's
+norm and its gradients. One autograd.Function runs the chunks and returns every weight's summed gradient once. (A
+backward pass for each chunk would use a weight several times, which ZeRO 2 and 3 refuse.)
 
 Where the reversible stack runs a branch again, the gradient of its output is known already. Then forward and backward
 of a chunk run together, while its hidden layer is in the cache: chunking costs no second forward pass.
@@ -10,9 +10,10 @@ of a chunk run together, while its hidden layer is in the cache: chunking costs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig
-from megabase.models.layers import Norm, linear
+from megabase.models.layers import linear
+from megabase.models.norm import Norm, norm
 from megabase.models.precision import Precision
+from megabase.models.streams import Rows, Source
 
 CPU_CHUNK, GPU_CHUNK = 1024, 16384
 """The default number of tokens in a chunk. On a CPU their hidden layer stays in the cache; on a GPU they fill it."""
@@ -39,15 +42,18 @@ class FeedForwardBranch(nn.Module):
         self.feedforward = FeedForward(config)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        x, grad = self.norm(x), call.grad
-        if grad is not None:
-            grad = grad.to(Precision.current(x.device).compute_dtype(x.dtype))
+        inner, source = self.feedforward, call.source
+        batch = (x if source is None else source).shape[0]
+        weights = (self.norm.weight, self.norm.bias, *inner.weights)
         if not (call.training and self.rate):
-            return self.feedforward(x, grad)
-        keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, x.shape[0], x.device)
+            return _Chunked.apply(x, source, call.grad, inner.chunks(x.device, self.norm.eps), *weights)
+        keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, batch, x.device)
+        grad = call.grad
         if grad is not None:
+            grad = grad.to(Precision.current(x.device).compute_dtype(self.norm.weight.dtype))
             grad = dropout(grad, self.rate, keys, call.start)
-        return dropout(self.feedforward(x, grad), self.rate, keys, call.start)
+        y = _Chunked.apply(x, source, grad, inner.chunks(x.device, self.norm.eps), *weights)
+        return dropout(y, self.rate, keys, call.start)
 
     def new_cache(self, batch: int, call: Call) -> None:
         """None: a feed-forward branch treats each token on its own, and needs nothing of the tokens before."""
@@ -72,20 +78,19 @@ class FeedForward(nn.Module):
         )
         self.outer_bias = nn.Parameter(torch.zeros(config.dim))
 
-    def forward(self, x: Tensor, grad: Tensor | None = None) -> Tensor:
-        """Run the tokens in chunks.
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters, in the order in which `_feedforward` takes them."""
+        return self.inner, self.inner_bias, self.outer, self.outer_bias
 
-        Args:
-            x: (..., dim).
-            grad: (..., dim), the gradient that the result will get, where it is known; else None.
+    def chunks(self, device: torch.device, eps: float) -> _Chunks:
+        """How tokens are computed on `device`. eps: of the norm before."""
+        chunk = self.chunk or (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
+        return _Chunks(self.activation, chunk, eps, Precision.current(device))
 
-        Returns:
-            (..., dim).
-        """
-        weights = (self.inner, self.inner_bias, self.outer, self.outer_bias)
-        tokens, grads = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, grad))
-        chunk = self.chunk or (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK)
-        return _Chunked.apply(tokens, grads, self.activation, chunk, *weights).view(x.shape)
+    def forward(self, x: Tensor) -> Tensor:
+        """Run normalised tokens in chunks: (..., dim) -> the same."""
+        return _Chunked.apply(x, None, None, self.chunks(x.device, 0.0), None, None, *self.weights)
 
 
 def _feedforward(
@@ -103,72 +108,98 @@ def _feedforward(
 
 
 class _Chunked(torch.autograd.Function):
-    """_feedforward of x (tokens, dim), `chunk` tokens at a time. Gradients of weights are summed in fp32.
+    """Norm and feed-forward of x (..., dim), or of a source, some tokens at a time.
 
-    grad: (tokens, dim), the gradient that the backward pass will get, or None. With it, the forward pass computes all
-    gradients, and the backward pass returns them.
+    grad: (..., dim), the gradient that the backward pass will get, or None. With it, the forward pass computes all
+    gradients, and the backward pass returns them. weights: see `_Chunks`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, grad: Tensor | None, activation: str, chunk: int, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        source: Source | None,
+        grad: Tensor | None,
+        chunks: _Chunks,
+        *weights: Tensor | None,
     ) -> Tensor:
-        chunks = _Chunks(activation, chunk, Precision.current(x.device))
+        ctx.chunks, ctx.source, ctx.known = chunks, source, grad is not None
+        rows = Rows(x, source)
         if grad is None:
-            ctx.chunks = chunks
-            ctx.save_for_backward(x, *weights)
-            return chunks.forward(x, *weights)
-        ctx.chunks = None
-        y, grads = chunks.forward_and_backward(x, grad, *weights)
+            ctx.save_for_backward(None if source is not None else x, *weights)
+            return chunks.forward(rows, weights)
+        y, grads = chunks.forward_and_backward(rows, grad, weights)
         ctx.save_for_backward(*grads)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        if ctx.chunks is None:
-            grad_x, *grad_weights = saved
-        else:
+        if not ctx.known:
             x, *weights = saved
-            _, (grad_x, *grad_weights) = ctx.chunks.forward_and_backward(x, grads[0], *weights)
+            _, saved = ctx.chunks.forward_and_backward(Rows(x, ctx.source), grads[0], weights)
+        grad_x, *grad_weights = saved
         return grad_x, None, None, None, *grad_weights
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Runs a feed-forward in chunks of tokens, in the precision (autocast) of the forward pass."""
+    """Runs norm and feed-forward in chunks of tokens, in the precision (autocast) of the forward pass.
+
+    weights: weight and bias of the norm (a weight of None: no norm; a bias of None: RMS norm), `FeedForward.weights`.
+    """
 
     activation: str
     chunk: int
+    eps: float
     precision: Precision
 
-    def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """(tokens, dim) -> the same."""
+    def forward(self, rows: Rows, weights: Sequence[Tensor | None]) -> Tensor:
+        """The output (..., dim)."""
         out: Tensor | None = None
-        with self.precision.restored():
-            for part in self.parts(x):
-                y = _feedforward(x[part], self.activation, *weights)
-                out = x.new_empty(x.shape, dtype=y.dtype) if out is None else out
-                out[part] = y
+        for part in rows.parts(self.chunk):
+            with self.precision.restored():
+                y = self.branch(rows.floats(part), weights)
+            out = _filled(out, part, y, rows.shape)
         assert out is not None
-        return out
+        return out.view(rows.shape)
 
-    def forward_and_backward(self, x: Tensor, grad: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output (tokens, dim) of x, and the gradients of x and of every weight, given the output's gradient."""
-        out, grad_x = torch.empty_like(grad), torch.empty_like(x)
-        leaves = [weight.detach().requires_grad_() for weight in weights]
-        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
-        for part in self.parts(x):
+    def forward_and_backward(
+        self, rows: Rows, grad: Tensor, weights: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The output (..., dim), and the gradients of x and of every weight, given the output's gradient."""
+        out: Tensor | None = None
+        grad = grad.reshape(-1, grad.shape[-1])
+        leaves = [None if weight is None else weight.detach().requires_grad_() for weight in weights]
+        given = [leaf for leaf in leaves if leaf is not None]
+        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in given]
+        for part in rows.parts(self.chunk):
             with torch.enable_grad(), self.precision.restored():
-                piece = x[part].detach().requires_grad_()
-                y = _feedforward(piece, self.activation, *leaves)
-            out[part] = y.detach()
-            with torch.autocast(x.device.type, enabled=False):  # as in any backward pass
-                grad_x[part], *grad_weights = torch.autograd.grad(y, [piece, *leaves], grad[part])
+                piece = rows.floats(part).detach().requires_grad_()
+                y = self.branch(piece, leaves)
+            out = _filled(out, part, y.detach(), rows.shape)
+            with torch.autocast(y.device.type, enabled=False):  # as in any backward pass
+                grad_piece, *grad_weights = torch.autograd.grad(y, [piece, *given], grad[part].to(y.dtype))
+            rows.add_gradients(part, grad_piece)
             for total, grad_weight in zip(sums, grad_weights, strict=True):
                 total += grad_weight
-        return out, [grad_x, *(total.to(w.dtype) for total, w in zip(sums, weights, strict=True))]
+        assert out is not None
+        found = iter(sums)
+        grads = [None if weight is None else next(found).to(weight.dtype) for weight in weights]
+        return out.view(rows.shape), [rows.gradient(grad.device), *grads]
 
-    def parts(self, x: Tensor) -> Iterator[slice]:
-        for start in range(0, x.shape[0], self.chunk):
-            yield slice(start, start + self.chunk)
+    def branch(self, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+        """Norm and feed-forward of some tokens (n, dim)."""
+        weight, bias, *others = weights
+        inner = cast("list[Tensor]", others)
+        if weight is not None:
+            x = norm(x, weight, bias, self.eps)
+        return _feedforward(x, self.activation, *inner)
+
+
+def _filled(out: Tensor | None, part: slice, y: Tensor, shape: Sequence[int]) -> Tensor:
+    """`out` (tokens, dim), made when its dtype is known, with y in some of its rows."""
+    if out is None:
+        out = y.new_empty(math.prod(shape[:-1]), y.shape[-1])
+    out[part] = y
+    return out

@@ -1,4 +1,4 @@
-"""Small layers that all branches use: linear map, norm, short convolution. Weights are drawn from torch's default
+"""Small layers that attention uses: linear map, short convolution, values ahead. Weights are drawn from torch's default
 generator."""
 
 from __future__ import annotations
@@ -47,38 +47,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-class Norm(nn.Module):
-    """Layer or RMS norm over the last axis, (..., dim) -> the same.
-
-    Computes in fp32 and returns the dtype of its weights: a model with bf16 weights computes in bf16, although its
-    streams are fp32.
-
-    Args:
-        dim: width of the last axis.
-        kind: `layer` or `rms`.
-        eps: added to the variance.
-    """
-
-    def __init__(self, dim: int, kind: str, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if kind == "layer" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = self.weight.shape
-        if fused.supports(x) and shape[0] <= fused.WIDEST:
-            return fused.norm(x, self.weight, self.bias, self.eps)
-        if x.dtype != torch.float64:
-            x = x.float()
-        weight = self.weight.to(x.dtype)
-        if self.bias is None:
-            y = F.rms_norm(x, shape, weight, eps=self.eps)
-        else:
-            y = F.layer_norm(x, shape, weight, self.bias.to(x.dtype), eps=self.eps)
-        return y.to(self.weight.dtype)
 
 
 class ShortConvolution(nn.Module):
@@ -131,21 +99,8 @@ class ValuesAhead(nn.Module):
         self.weight = nn.Parameter(torch.full((2 * heads,), 0.5))
 
     def forward(self, v: Tensor, mask: Tensor | None, part: Part | None = None) -> Tensor:
-        """Mix all values.
-
-        Args:
-            v: (batch, length, heads · d). The last position has no next one: zeros count instead.
-            mask: (batch, length) bool, True where a token is real; the values of others count as zero. None: all are.
-            part: of the sequence, that v is; None: v is all of it.
-
-        Returns:
-            (batch, length, heads · d).
-        """
-        if mask is not None:
-            v = v.masked_fill(~mask[..., None], 0.0)
-        shares = self._shares(v.dtype)
-        width = v.shape[-1] // shares.shape[1]
-        return convolve_part(v, shares.repeat_interleave(width, dim=1), 0, part)
+        """See `look_ahead`."""
+        return look_ahead(v, self.weight, mask, part)
 
     def pairs(self, v: Tensor) -> Tensor:
         """The mixed values of all positions but the last, which waits for its next one.
@@ -156,12 +111,26 @@ class ValuesAhead(nn.Module):
         Returns:
             (batch, heads, n − 1, d).
         """
-        own, following = self._shares(v.dtype)[..., None, None]
+        own, following = self.weight.to(v.dtype).view(2, -1, 1, 1)
         return own * v[:, :, :-1] + following * v[:, :, 1:]
 
-    def _shares(self, dtype: torch.dtype) -> Tensor:
-        """(2, heads): of the position's own value, and of the next one's."""
-        return self.weight.to(dtype).view(2, -1)
+
+def look_ahead(v: Tensor, shares: Tensor, mask: Tensor | None, part: Part | None = None) -> Tensor:
+    """Mix every value with that of the next position.
+
+    Args:
+        v: (batch, length, heads · d). The last position has no next one: zeros count instead.
+        shares: (2 · heads,): of the position's own value for every head, then of the next one's.
+        mask: (batch, length) bool, True where a token is real; the values of others count as zero. None: all are.
+        part: of the sequence, that v is; None: v is all of it.
+
+    Returns:
+        (batch, length, heads · d).
+    """
+    if mask is not None:
+        v = v.masked_fill(~mask[..., None], 0.0)
+    each = shares.to(v.dtype).view(2, -1)
+    return convolve_part(v, each.repeat_interleave(v.shape[-1] // each.shape[1], dim=1), 0, part)
 
 
 def convolve_part(x: Tensor, weight: Tensor, before: int, part: Part | None) -> Tensor:

@@ -29,8 +29,8 @@ from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, dropout
 from megabase.models.config import ReformerConfig
 from megabase.models.feedforward import FeedForwardBranch
-from megabase.models.layers import Norm
 from megabase.models.loss import linear_cross_entropy, log_probabilities
+from megabase.models.norm import Norm
 from megabase.models.positions import build_positions
 from megabase.models.reversible import Block, ReversibleStack
 from megabase.models.sequence import Part
@@ -168,7 +168,11 @@ class Body(nn.Module):
                 f"mask is {call.mask.dtype} of shape {tuple(call.mask.shape)}: it must be bool, of the tokens' "
                 f"shape {tuple(tokens.shape)}"
             )
-        return self.norm(self.stack(self.embedding(tokens, call, call.start), call, reverse=reverse))
+        x = self.embedding(tokens, call, call.start)
+        if not reverse:
+            return self.norm(self.stack(x, call, reverse=False))
+        link, source = self.stack.streams(x, call)
+        return self.norm(link, source=source)
 
     @torch.no_grad()
     def outputs(self, tokens: Tensor, call: Call, layers: Collection[int]) -> dict[int, Tensor]:

@@ -6,7 +6,9 @@ What is special:
   any depth. Floating-point streams drift when inverted (bf16: 12 % at 48 layers).
 - The whole stack is one autograd.Function. It saves the two final streams, and nothing for each layer. The
   backward pass visits the branches in reverse: it runs a branch again with gradients, subtracts its output, and
-  continues with the branch before.
+  continues with the branch before. It overwrites the streams and their gradients: 16 bytes for each position and
+  channel, besides what one branch needs.
+- Branches, and what comes after the stack, read streams without a copy of them in floating point (streams.py).
 - A branch reads the stream that was written last and adds to the other one. So a block may have any number of
   branches; a decoder's block has a third, cross-attention, between F and G (as in trax).
 - The context that cross-attention reads is an input of the Function. The gradients that the branches return for
@@ -27,29 +29,26 @@ can wrap. If one is larger or not finite, the stack's output is NaN, so that a d
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
-from megabase.models import fused
 from megabase.models.call import Call
-from megabase.models.device import pieces
 from megabase.models.precision import Precision
-
-SCALE = 65536.0
-"""Units of a fixed-point stream in 1.0."""
-
-LIMIT = 16384.0
-"""Absolute value beyond which the next addition could wrap."""
+from megabase.models.streams import Arithmetic, FixedPoint, FloatingPoint, Source, decoded
 
 
 class Branch(Protocol):
-    """F, G or cross-attention: (batch, length, dim) fp32 -> (batch, length, dim) in the dtype it computes in."""
+    """F, G or cross-attention: (batch, length, dim) -> (batch, length, dim) in the dtype it computes in.
+
+    x is the link of `call.source`, which the branch reads; without a source it is the input itself, in fp32.
+    """
 
     def __call__(self, x: Tensor, call: Call) -> Tensor: ...
 
@@ -67,84 +66,6 @@ class Block(nn.Module):
     def branches(self) -> list[Branch]:
         """The branches in the order in which they run."""
         return [self.f, self.g] if self.cross is None else [self.f, self.cross, self.g]
-
-
-class FixedPoint:
-    """Streams as int32 in units of 1 / SCALE. On a GPU each function passes over memory once.
-
-    The argument `invalid` is a scalar fp32. It becomes NaN if a number is not finite or beyond ±LIMIT. The host does
-    not wait for the device.
-    """
-
-    @staticmethod
-    def encode(x: Tensor, invalid: Tensor | None = None) -> Tensor:
-        """Round x to the nearest unit (ties to even), int32; saturates at the ends of the range."""
-        if fused.supports(x):
-            return fused.add_to_stream(None, x, 1, SCALE, LIMIT, invalid)
-        stream = torch.empty(x.shape, dtype=torch.int32, device=x.device)
-        flat, source = stream.view(-1), x.reshape(-1)
-        for part in pieces(flat.shape[0], 1, x.device):
-            # 2147483520 is the largest fp32 below 2^31.
-            flat[part] = (source[part].float() * SCALE).round_().clamp_(-2147483648.0, 2147483520.0)
-        if invalid is not None:
-            FixedPoint.check_range(x, stream, invalid)
-        return stream
-
-    @staticmethod
-    def decode(stream: Tensor) -> Tensor:
-        """The fp32 value of a stream. Beyond ±256 its last bits are rounded, the same way every time."""
-        if stream.is_cuda:
-            return fused.decode(stream, 1.0 / SCALE)
-        return stream.to(torch.float32).mul_(1.0 / SCALE)
-
-    @staticmethod
-    def add(stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
-        """The stream plus a branch's output, both of the same shape."""
-        if fused.supports(output):
-            return fused.add_to_stream(stream, output, 1, SCALE, LIMIT, invalid)
-        result = FixedPoint.encode(output).add_(stream)
-        FixedPoint.check_range(output, result, invalid)
-        return result
-
-    @staticmethod
-    def subtract(stream: Tensor, output: Tensor) -> Tensor:
-        """The inverse of `add`: the stream before the branch's output was added."""
-        if fused.supports(output):
-            return fused.add_to_stream(stream, output, -1, SCALE, LIMIT, None)
-        step = FixedPoint.encode(output)
-        return torch.sub(stream, step, out=step)
-
-    @staticmethod
-    def check_range(x: Tensor, stream: Tensor, invalid: Tensor) -> None:
-        """Set `invalid` to NaN if x (floating point) or stream (int32) leaves the range."""
-        low, high = torch.aminmax(x)
-        bottom, top = torch.aminmax(stream)
-        edge = round(LIMIT * SCALE)
-        fine = (low > -LIMIT) & (high < LIMIT) & (bottom > -edge) & (top < edge)
-        invalid += torch.where(fine, 0.0, torch.nan)
-
-
-class FloatingPoint:
-    """Streams as fp32: what a reversible network usually does. Inversion is not exact; for comparison."""
-
-    @staticmethod
-    def encode(x: Tensor, invalid: Tensor | None = None) -> Tensor:
-        return x.to(torch.float32, copy=True)
-
-    @staticmethod
-    def decode(stream: Tensor) -> Tensor:
-        return stream.clone()
-
-    @classmethod
-    def add(cls, stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
-        return cls.encode(output).add_(stream)
-
-    @classmethod
-    def subtract(cls, stream: Tensor, output: Tensor) -> Tensor:
-        return stream - cls.encode(output)
-
-
-Arithmetic = type[FixedPoint] | type[FloatingPoint]
 
 
 class ReversibleStack(nn.Module):
@@ -175,21 +96,33 @@ class ReversibleStack(nn.Module):
                 reference that the reversible pass equals bit for bit, loss and gradients.
 
         Returns:
-            Both streams side by side, (batch, length, 2·dim) fp32.
+            Both streams side by side, (batch, length, 2·dim) fp32. `streams` makes no such copy of them.
+
+        Raises:
+            RuntimeError: see `streams`.
+        """
+        if not reverse:
+            context, call = _without_context(call)
+            return _run_with_autograd(self.arithmetic, self.branches, x, context, call)
+        return decoded(*self.streams(x, call))
+
+    def streams(self, x: Tensor, call: Call) -> tuple[Tensor, Source]:
+        """Run the stack, reversibly. x, call: see `forward`.
+
+        Returns:
+            The link of both streams, and their source.
 
         Raises:
             RuntimeError: in the backward pass, if `torch.autograd.grad` or `backward(inputs=...)` started it and the
                 stack has trainable parameters.
         """
-        # In fp32, so that the gradients of many branches are summed in fp32.
-        context = None if call.context is None else call.context.float()
-        call = replace(call, context=None)
-        if not reverse:
-            return _run_with_autograd(self.arithmetic, self.branches, x, context, call)
+        context, call = _without_context(call)
         # The anchor makes the output require a gradient if a block has trainable parameters, even if x requires none.
         trained = any(p.requires_grad for p in self.parameters())
         anchor = torch.empty(0, device=x.device, requires_grad=trained)
-        return _Reversible.apply(x, context, anchor, self, call)
+        final: list[Source] = []
+        link = _Reversible.apply(x, context, anchor, self, call, final)
+        return link, final[0]
 
     @torch.no_grad()
     def run(
@@ -205,13 +138,24 @@ class ReversibleStack(nn.Module):
         Returns:
             Both streams side by side, (batch, length, 2·dim) fp32, after the last block and after each of `layers`.
         """
-        branches, arithmetic, outputs = iter(branches), self.arithmetic, {}
+        arithmetic, outputs = self.arithmetic, {}
+        of_streams = (_of_stream(arithmetic, branch) for branch in branches)
         streams = _start(arithmetic, x)
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
-            streams = _advance(arithmetic, islice(branches, len(block.branches)), *streams)
+            streams = _advance(arithmetic, islice(of_streams, len(block.branches)), *streams)
             if layer in layers:
                 outputs[layer] = _join(arithmetic, *streams)
         return _join(arithmetic, *streams), outputs
+
+
+def _without_context(call: Call) -> tuple[Tensor | None, Call]:
+    """The context in fp32, so that the gradients of many branches are summed in fp32; and the call without it."""
+    return None if call.context is None else call.context.float(), replace(call, context=None)
+
+
+def _of_stream(arithmetic: Arithmetic, branch: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A branch of floats as one that takes a stream."""
+    return lambda stream: branch(arithmetic.decode(stream))
 
 
 def _start(arithmetic: Arithmetic, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,9 +172,9 @@ def _advance(
     newer: Tensor,
     invalid: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run branches. Takes and returns what `_start` returns."""
+    """Run branches, each of which takes a stream. Takes and returns what `_start` returns."""
     for branch in branches:
-        older, newer = newer, arithmetic.add(older, branch(arithmetic.decode(newer)), invalid)
+        older, newer = newer, arithmetic.add(older, branch(newer), invalid)
     return older, newer, invalid
 
 
@@ -240,19 +184,28 @@ def _join(arithmetic: Arithmetic, older: Tensor, newer: Tensor, invalid: Tensor)
 
 
 class _Reversible(torch.autograd.Function):
+    """The stack: x -> the link of both streams, whose source is appended to `final`."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, context: Tensor | None, anchor: Tensor, stack: ReversibleStack, call: Call
+        ctx: Any,
+        x: Tensor,
+        context: Tensor | None,
+        anchor: Tensor,
+        stack: ReversibleStack,
+        call: Call,
+        final: list[Source],
     ) -> Tensor:
         ctx.stack, ctx.call = stack, call
         ctx.precision = Precision.current(x.device)
         ctx.x_dtype = x.dtype
-        call = replace(call, context=context)
-        with ctx.precision.restored():
-            branches = (partial(branch, call=call) for branch in stack.branches)
-            older, newer, invalid = _advance(stack.arithmetic, branches, *_start(stack.arithmetic, x))
-        ctx.save_for_backward(older, newer, context)
-        return _join(stack.arithmetic, older, newer, invalid)
+        ctx.save_for_backward(context)
+        context = None if context is None else context.detach()
+        again = _Forward(stack.arithmetic, stack.branches, replace(call, context=context), ctx.precision)
+        start, _, invalid = _start(stack.arithmetic, x)
+        ctx.source = Source(stack.arithmetic, again(start, invalid), invalid=invalid, again=again)
+        final.append(ctx.source)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,16 +217,40 @@ class _Reversible(torch.autograd.Function):
                 "torch.autograd.grad cannot return them: call loss.backward() and read .grad, "
                 "or freeze the stack, or run it with reverse=False"
             )
-        older, newer, context = ctx.saved_tensors
+        (context,) = ctx.saved_tensors
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[1])
-        grad_older, grad_newer = grads[0].chunk(2, dim=-1)
+        (older, newer), (grad_older, grad_newer) = ctx.source.take()
         for branch in reversed(stack.branches):
-            before, grad_source = _invert(ctx, branch, newer, older, context, grad_newer, grad_older)
-            older, newer = before, older
-            grad_older, grad_newer = grad_newer, grad_source
+            _invert(ctx, branch, newer, older, context, grad_newer, grad_older)
+            older, newer = newer, older
+            grad_older, grad_newer = grad_newer, grad_older
+        ctx.source.start = newer
         grad_context = None if context is None else context.grad
-        return (grad_older + grad_newer).to(ctx.x_dtype), grad_context, None, None, None
+        return grad_older.add_(grad_newer).to(ctx.x_dtype), grad_context, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Runs branches without gradients: a stream that both start as -> the final streams."""
+
+    arithmetic: Arithmetic
+    branches: Sequence[Branch]
+    call: Call
+    precision: Precision
+
+    @torch.no_grad()
+    def __call__(self, start: Tensor, invalid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        link = torch.zeros((), dtype=torch.float32, device=start.device)
+        invalid = torch.zeros_like(link) if invalid is None else invalid
+
+        def run(branch: Branch, stream: Tensor) -> Tensor:
+            return branch(link, replace(self.call, source=Source(self.arithmetic, (stream,))))
+
+        with self.precision.restored():
+            branches = (partial(run, branch) for branch in self.branches)
+            older, newer, _ = _advance(self.arithmetic, branches, start, start, invalid)
+        return older, newer
 
 
 def _accumulates_everywhere(device: torch.device) -> bool:
@@ -303,39 +280,38 @@ def _invert(
     context: Tensor | None,
     grad: Tensor,
     grad_source: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Invert after = before + branch(source).
+) -> None:
+    """Invert after = before + branch(source): `after` becomes `before`.
 
     Runs the branch once, with gradients. Adds the gradients of its parameters, and of the context (a leaf), to their
-    `.grad`.
+    `.grad`, and that of its source to `grad_source`.
 
     Args:
         ctx: the context of the `_Reversible` that is running.
         after, source: the two streams (batch, length, dim).
-        grad, grad_source: their gradients.
-
-    Returns:
-        `before`, and the gradient of `source`: grad_source plus the gradient that the branch returns.
+        context: see Call.
+        grad, grad_source: the streams' gradients, fp32.
     """
     arithmetic: Arithmetic = ctx.stack.arithmetic
+    link = torch.zeros((), dtype=torch.float32, device=source.device, requires_grad=True)
     with torch.enable_grad():
-        x = arithmetic.decode(source).requires_grad_()
         # Each branch reads a view of its own, so that autograd first sums the gradients within a branch.
         context_view = None if context is None else context.view_as(context)
+        read = Source(arithmetic, (source,), (grad_source,))
         with ctx.precision.restored():
-            y = branch(x, replace(ctx.call, context=context_view, grad=grad))
-    before = arithmetic.subtract(after, y.detach())
-    torch.autograd.backward(y, grad.to(y.dtype))
-    assert x.grad is not None
-    return before, x.grad.add_(grad_source)
+            y = branch(link, replace(ctx.call, context=context_view, source=read, grad=grad))
+    arithmetic.subtract_(after, y.detach())
+    # The output's memory is free before its gradient needs as much.
+    dtype, edge = y.dtype, get_gradient_edge(y)
+    del y
+    torch.autograd.backward(edge, grad.to(dtype))
 
 
 def _run_with_autograd(
     arithmetic: Arithmetic, branches: Iterable[Branch], x: Tensor, context: Tensor | None, call: Call
 ) -> Tensor:
     """The stack through ordinary autograd. Each stream exists twice: encoded, and as a float for autograd."""
-    invalid = torch.zeros((), dtype=torch.float32, device=x.device)
-    older = newer = arithmetic.encode(x.detach(), invalid)
+    older, newer, invalid = _start(arithmetic, x.detach())
     x = _Rounded.apply(x, newer, arithmetic)
     # Each reader of a stream or of the context gets a view of its own, so that autograd first sums the gradients within
     # a reader: that is the order of sums in the reversible pass.

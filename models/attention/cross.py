@@ -14,7 +14,8 @@ from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig
-from megabase.models.layers import Linear, Norm
+from megabase.models.layers import Linear
+from megabase.models.norm import Norm
 
 
 def cross_attention(
@@ -83,7 +84,8 @@ class CrossAttentionBranch(nn.Module):
         self.output = output(config)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return self.read(x, self.new_cache(x.shape[0], call), 0, call)
+        x = self.norm(x, source=call.source)
+        return self._attend(x, self.new_cache(x.shape[0], call), call)
 
     def new_cache(self, batch: int, call: Call) -> ContextCache:
         """The keys and values of the call's context."""
@@ -93,8 +95,12 @@ class CrossAttentionBranch(nn.Module):
 
     def read(self, x: Tensor, cache: ContextCache, position: int, call: Call) -> Tensor:
         """The branch's output (batch, n, dim) for any block of positions; each attends to the context alone."""
+        return self._attend(self.norm(x), cache, call)
+
+    def _attend(self, x: Tensor, cache: ContextCache, call: Call) -> Tensor:
+        """The branch's output for any positions, whose norm is x."""
         config, batch = self.config, x.shape[0]
-        q = split_heads(self.query(self.norm(x)), config.heads)
+        q = split_heads(self.query(x), config.heads)
         pair_dropout = weight_dropout(
             config.attention_dropout, Purpose.CROSS_WEIGHTS, config.heads, self.layer, call, batch, x.device
         )

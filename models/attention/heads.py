@@ -7,20 +7,22 @@ queries and keys are made from it, values from x. Heads are split as (batch, hea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megabase.models.attention.by_heads import attend_by_heads, head_groups
 from megabase.models.attention.kernels.inputs import PairDropout
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, Seeds, dropout
 from megabase.models.config import ConfigError, ReformerConfig
 from megabase.models.device import devices_in_use
-from megabase.models.layers import Linear, Norm, ShortConvolution, ValuesAhead
+from megabase.models.layers import Linear, ShortConvolution, ValuesAhead, look_ahead
+from megabase.models.norm import Norm
 from megabase.models.positions import rotary
 from megabase.models.precision import Precision
 from megabase.models.sequence import Part
@@ -28,6 +30,9 @@ from megabase.models.sequence import Part
 
 class AttentionLayer(nn.Module, ABC):
     """One kind of attention, with the cache that reading in blocks needs.
+
+    Attention of all positions has three steps: projections of `near` and x, `mix`, and the output projection. Heads
+    do not depend on each other, so a very long sequence is computed some heads at a time (by_heads.py).
 
     A cache holds what later tokens need of the tokens that were read. `new_cache` returns an empty one; `read` reads
     a block of tokens with it. Every cache has these properties:
@@ -38,6 +43,9 @@ class AttentionLayer(nn.Module, ABC):
     - Its size has a bound that does not depend on how many tokens were read, unless its class says so.
     """
 
+    OF_NEAR: ClassVar[tuple[str, ...]]
+    """The names of the projections of `near`. x has one, `value`."""
+
     value: Linear
     output: Linear
 
@@ -47,9 +55,35 @@ class AttentionLayer(nn.Module, ABC):
         ahead = config.looks_ahead(config.pattern[layer])
         self.ahead = ValuesAhead(config.heads) if ahead else None
 
-    @abstractmethod
     def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
         """Attention of all positions: (batch, length, dim)."""
+        groups = head_groups(self, near, call)
+        if len(groups) > 1:
+            return attend_by_heads(self, x, near, call, groups)
+        projected = [*(getattr(self, name)(near) for name in self.OF_NEAR), self.value(x)]
+        shares = None if self.ahead is None else self.ahead.weight
+        return self.output(self.mix(projected, shares, replace(call, heads=groups[0].of_process)))
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether groups of heads can be computed on their own: the projections are linear maps and nothing else."""
+        maps = [getattr(self, name) for name in (*self.OF_NEAR, "value", "output")]
+        return all(type(each) is Linear and each.bias is None for each in maps)
+
+    @abstractmethod
+    def mix(self, projected: Sequence[Tensor], shares: Tensor | None, call: Call) -> Tensor:
+        """Attention of some heads, or of all, between the projections.
+
+        Args:
+            projected: what the projections `OF_NEAR` and `value` return for these heads: (batch, length, heads · d)
+                each.
+            shares: (2 · heads,), of ValuesAhead; None: the values do not look ahead.
+            call: `call.heads` are the heads that this process attends with: all that were projected or, if the
+                sequence has parts, its share of them.
+
+        Returns:
+            (batch, length, heads · d).
+        """
 
     def new_cache(self, batch: int, seeds: Seeds) -> Any:
         """The cache of `batch` sequences before their first token. A kind of attention without a cache inherits this.
@@ -87,11 +121,13 @@ class AttentionLayer(nn.Module, ABC):
                 "model.causal=False: a model that sees both sides cannot generate; train one with causal=True"
             )
 
-    def values(self, x: Tensor, call: Call) -> Tensor:
-        """The values (batch, heads, length, d) of x, each mixed with the next one if the values look ahead."""
-        v = self.value(x)
-        mixed = v if self.ahead is None else self.ahead(v, call.mask, call.part)
-        return split_heads(mixed, self.config.heads)
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, length, heads · d) -> (batch, heads, length, d), of any number of heads."""
+        return split_heads(x, x.shape[-1] // self.config.width)
+
+    def values(self, v: Tensor, shares: Tensor | None, call: Call) -> Tensor:
+        """The values (batch, heads, length, d) of projected ones, each mixed with the next if the values look ahead."""
+        return self.split(v if shares is None else look_ahead(v, shares, call.mask, call.part))
 
     def no_keys(self, batch: int) -> Tensor:
         """An empty tensor (batch, heads, 0, d), in the dtype and on the device of this layer's keys."""
@@ -144,6 +180,8 @@ class Waiting:
 class SeparateAttention(AttentionLayer):
     """A layer with separate queries, keys and values: projections, `attend`, output projection."""
 
+    OF_NEAR = ("query", "key")
+
     def __init__(self, config: ReformerConfig, layer: int) -> None:
         super().__init__(config, layer)
         gain = config.gain(config.pattern[layer]) ** 0.5
@@ -161,25 +199,25 @@ class SeparateAttention(AttentionLayer):
     def attend_part(self, q: Tensor, k: Tensor, v: Tensor, part: Part, call: Call) -> Tensor:
         """`attend` where q, k and v are a part of the sequence."""
         q, k, v = (part.to_heads(each) for each in (q, k, v))
-        return part.to_positions(self.attend(q, k, v, call.of_heads(part, self.config.heads)))
+        return part.to_positions(self.attend(q, k, v, call.of_all_positions()))
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        (q, k), v = self.project(near, call.start), self.values(x, call)
+    def mix(self, projected: Sequence[Tensor], shares: Tensor | None, call: Call) -> Tensor:
+        q, k, v = projected
+        q, k = self.positioned(self.split(q), self.split(k), call.start)
+        v = self.values(v, shares, call)
         if call.part is None:
-            return self.output(merge_heads(self.attend(q, k, v, call)))
-        return self.output(merge_heads(self.attend_part(q, k, v, call.part, call)))
+            return merge_heads(self.attend(q, k, v, call))
+        return merge_heads(self.attend_part(q, k, v, call.part, call))
 
     def project(self, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Queries and keys (batch, heads, length, d) of the positions from `start` on."""
-        q, k = self.project_without_positions(near)
-        if self.config.positions == "rotary":
-            q, k = rotary(q, start), rotary(k, start)
-        return q, k
+        return self.positioned(self.split(self.query(near)), self.split(self.key(near)), start)
 
-    def project_without_positions(self, near: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys without rotary positions."""
-        heads = self.config.heads
-        return split_heads(self.query(near), heads), split_heads(self.key(near), heads)
+    def positioned(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys with their positions, from `start` on."""
+        if self.config.positions == "rotary":
+            return rotary(q, start), rotary(k, start)
+        return q, k
 
 
 @dataclass
@@ -213,13 +251,15 @@ class AttentionBranch(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        x = self.norm(x)
+        x = self.norm(x, source=call.source)
         near = x if self.convolution is None else self.convolution(x, call.mask, call.part)
-        y = self.attention(x, near, call)
         if not (call.training and self.rate):
-            return y
+            return self.attention(x, near, call)
         keys = call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device)
-        return dropout(y, self.rate, keys, call.start)
+        if call.grad is not None and len(head_groups(self.attention, near, call)) > 1:
+            grad = call.grad.to(Precision.current(x.device).compute_dtype(x.dtype))
+            call = replace(call, grad=dropout(grad, self.rate, keys, call.start))
+        return dropout(self.attention(x, near, call), self.rate, keys, call.start)
 
     def new_cache(self, batch: int, call: Call) -> BranchCache:
         """The cache of `batch` sequences before their first token; see AttentionLayer."""

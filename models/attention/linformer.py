@@ -89,9 +89,13 @@ class LinformerAttention(SeparateAttention):
             None if config.linformer.share == "keyvalue" else nn.Parameter(torch.randn(shape) * scale)
         )
 
-    def project(self, near: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Queries and keys (batch, heads, length, d), without rotary positions."""
-        return self.project_without_positions(near)
+    @property
+    def in_groups(self) -> bool:
+        return False
+
+    def positioned(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are: without rotary positions."""
+        return q, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         dropout = self.pair_dropout(call, v.shape[0], v.device)

@@ -7,10 +7,11 @@ query scaled to unit length, and a score is their product without further scale 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megabase.models.attention.heads import (
     AttentionLayer,
@@ -148,6 +149,13 @@ def border_distances(x: Tensor, rotations: Rotations) -> Tensor:
     return torch.stack(distances, dim=2)
 
 
+class SortByHash(nn.Module):
+    """`sort_by_hash` as a module, so that hooks can measure what was sorted (statistics.py)."""
+
+    def forward(self, qk: Tensor, rotations: Rotations, mask: Tensor | None) -> SortedOrder:
+        return sort_by_hash(qk, rotations, mask)
+
+
 class LSHAttention(AttentionLayer):
     """The layer: query-key and value projections, hashing, attention, output projection.
 
@@ -156,8 +164,11 @@ class LSHAttention(AttentionLayer):
     tests/models/test_reformer.py checks this: if query-keys are rotated, the loss jumps whenever the hash changes.)
     """
 
+    OF_NEAR = ("query_key",)
+
     def __init__(self, config: ReformerConfig, layer: int) -> None:
         super().__init__(config, layer)
+        self.sort = SortByHash()
         self.rule = Rule(
             reach=config.lsh.chunk_length,
             attend=config.lsh.attend,
@@ -169,13 +180,14 @@ class LSHAttention(AttentionLayer):
         self.value = projection(config)
         self.output = output(config)
 
-    def forward(self, x: Tensor, near: Tensor, call: Call) -> Tensor:
-        qk, v, part = split_heads(self.query_key(near), self.config.heads), self.values(x, call), call.part
+    def mix(self, projected: Sequence[Tensor], shares: Tensor | None, call: Call) -> Tensor:
+        (qk, v), part = projected, call.part
+        qk, v = self.split(qk), self.values(v, shares, call)
         if part is not None:
-            qk, v, call = part.to_heads(qk), part.to_heads(v), call.of_heads(part, self.config.heads)
+            qk, v, call = part.to_heads(qk), part.to_heads(v), call.of_all_positions()
         rotations = self.rotations(call.seeds, qk.device).of_heads(call.heads)
-        y = self.attend(qk, v, sort_by_hash(qk, rotations, call.mask), call)
-        return self.output(merge_heads(y if part is None else part.to_positions(y)))
+        y = self.attend(qk, v, self.sort(qk, rotations, call.mask), call)
+        return merge_heads(y if part is None else part.to_positions(y))
 
     def rotations(self, seeds: Seeds, device: torch.device) -> Rotations:
         """The rotations that hash the query-keys of this layer."""

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megabase.models.attention.heads import split_heads
-from megabase.models.attention.kernels.dispatch import sort_by_hash, unit_keys
+from megabase.models.attention.kernels.dispatch import unit_keys
 from megabase.models.attention.kernels.inputs import Rule, SortedOrder
 from megabase.models.attention.kernels.reference import first_occurrences
 from megabase.models.attention.lsh import LSHAttention
-from megabase.models.call import Call
 
 QUERIES = 128
 """Positions of a sequence, evenly spread, whose attention weights are computed for `mass`."""
@@ -66,13 +64,8 @@ def lsh_statistics(model: nn.Module) -> Iterator[dict[int, LSHStatistics]]:
         What is found, by the number of the layer; of several passes, the last one.
     """
     found: dict[int, LSHStatistics] = {}
-    handles = []
-    for layer in (module for module in model.modules() if isinstance(module, LSHAttention)):
-        calls: list[Call] = []
-        handles += [
-            layer.register_forward_pre_hook(partial(_keep_call, calls)),
-            layer.query_key.register_forward_hook(partial(_measure, found, layer, calls)),
-        ]
+    layers = [module for module in model.modules() if isinstance(module, LSHAttention)]
+    handles = [layer.sort.register_forward_hook(partial(_measure, found, layer)) for layer in layers]
     try:
         yield found
     finally:
@@ -80,25 +73,16 @@ def lsh_statistics(model: nn.Module) -> Iterator[dict[int, LSHStatistics]]:
             handle.remove()
 
 
-def _keep_call(calls: list[Call], module: nn.Module, arguments: tuple[Any, ...]) -> None:
-    calls[:] = [argument for argument in arguments if isinstance(argument, Call)]
-
-
 def _measure(
     found: dict[int, LSHStatistics],
     layer: LSHAttention,
-    calls: list[Call],
     module: nn.Module,
     arguments: tuple[Any, ...],
-    query_keys: Tensor,
+    order: SortedOrder,
 ) -> None:
-    if not calls:
-        return  # a branch that reads a sequence in blocks
+    qk, rotations, _ = arguments
     with torch.no_grad():
-        qk = split_heads(query_keys.detach(), layer.config.heads)
-        rotations = layer.rotations(calls[0].seeds, qk.device)
-        order = sort_by_hash(qk, rotations, calls[0].mask)
-        found[layer.layer] = measure(qk, order, rotations.n_buckets, layer.rule)
+        found[layer.layer] = measure(qk.detach(), order, rotations.n_buckets, layer.rule)
 
 
 def measure(qk: Tensor, order: SortedOrder, n_buckets: int, rule: Rule) -> LSHStatistics:

@@ -17,11 +17,21 @@ from megabase.models import gpu
 if TYPE_CHECKING:
     from megabase.models.fused.chance import dropout, normals
     from megabase.models.fused.convolution import convolve
-    from megabase.models.fused.norms import norm
+    from megabase.models.fused.norms import norm_gradients, normalised
     from megabase.models.fused.rotary import turn
     from megabase.models.fused.streams import add_to_stream, decode
 
-__all__ = ["add_to_stream", "convolve", "decode", "dropout", "norm", "normals", "supports", "turn"]
+__all__ = [
+    "add_to_stream",
+    "convolve",
+    "decode",
+    "dropout",
+    "norm_gradients",
+    "normalised",
+    "normals",
+    "supports",
+    "turn",
+]
 
 WIDEST = 8192
 """Largest width of a norm: a row is held in registers."""
@@ -31,7 +41,8 @@ _MODULES = {
     "convolve": "convolution",
     "decode": "streams",
     "dropout": "chance",
-    "norm": "norms",
+    "norm_gradients": "norms",
+    "normalised": "norms",
     "normals": "chance",
     "turn": "rotary",
 }

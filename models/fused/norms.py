@@ -5,69 +5,70 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megabase.models.fused.blocks import block_of_rows, load, share
 from megabase.models.gpu import FUSED
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm, or RMS norm if there is no bias, over the last axis.
+def normalised(x: Tensor, unit: float, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm, or RMS norm if there is no bias, of unit · x, over the last axis.
 
     Args:
-        x: (..., dim), any dtype of `gpu.DTYPES`; dim is `fused.WIDEST` at the most.
+        x: (rows, dim), int32 or any dtype of `gpu.DTYPES`; dim is `fused.WIDEST` at the most.
+        unit: What the numbers of x are multiplied with first.
         weight: (dim,).
         bias: (dim,), or None.
         eps: Added to the variance.
 
     Returns:
-        (..., dim) in weight's dtype.
+        (rows, dim) in weight's dtype.
     """
-    return _Norm.apply(x, weight, bias, eps)
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    rows, width = x.shape
+    settings = block_of_rows(width)
+    with torch.cuda.device_of(x):
+        _norm[(triton.cdiv(rows, settings["ROWS"]),)](
+            *(x, weight, weight if bias is None else bias, y, rows, width, eps, unit),
+            LAYER=bias is not None,
+            **settings,
+            **FUSED,
+        )
+    return y
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        x = x.contiguous()
-        ctx.eps, ctx.layer = eps, bias is not None
-        ctx.save_for_backward(x, weight)
-        y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-        width = x.shape[-1]
-        rows, settings = x.numel() // width, block_of_rows(width)
-        with torch.cuda.device_of(x):
-            _norm[(triton.cdiv(rows, settings["ROWS"]),)](
-                *(x, weight, weight if bias is None else bias, y, rows, width, eps),
-                LAYER=ctx.layer,
-                **settings,
-                **FUSED,
-            )
-        return y
+def norm_gradients(
+    x: Tensor, unit: float, weight: Tensor, bias: Tensor | None, eps: float, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `normalised`, given that of its result.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
-        width = x.shape[-1]
-        rows, settings = x.numel() // width, block_of_rows(width)
-        steps, programs = share(triton.cdiv(rows, settings["ROWS"]))
-        sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
-            _norm_backward[(programs,)](
-                *(x, weight, grad, grad_x, sums, rows, width, ctx.eps, steps, programs),
-                LAYER=ctx.layer,
-                **settings,
-                **FUSED,
-            )
-        grad_weight, grad_bias = sums.sum(1).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias if ctx.layer else None, None
+    Args:
+        x, unit, weight, bias, eps: As in `normalised`.
+        grad: (rows, dim).
+
+    Returns:
+        The gradient of unit · x, (rows, dim) in x's dtype (fp32 if that is int32); those of weight and bias, (2, dim)
+        fp32.
+    """
+    x, grad = x.contiguous(), grad.contiguous()
+    dtype = x.dtype if x.dtype.is_floating_point else torch.float32
+    grad_x = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, width = x.shape
+    settings = block_of_rows(width)
+    steps, programs = share(triton.cdiv(rows, settings["ROWS"]))
+    sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _norm_backward[(programs,)](
+            *(x, weight, grad, grad_x, sums, rows, width, eps, unit, steps, programs),
+            LAYER=bias is not None,
+            **settings,
+            **FUSED,
+        )
+    return grad_x, sums.sum(1)
 
 
 @triton.jit
@@ -80,11 +81,13 @@ def _normalise(x, valid, width, eps, LAYER: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm(x, weight, bias, y, rows, width, eps, LAYER: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):
+def _norm(
+    x, weight, bias, y, rows, width, eps, unit, LAYER: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
+):
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAD)
     valid = (row < rows)[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
-    normal, _ = _normalise(load(x, at, valid), valid, width, eps, LAYER)
+    normal, _ = _normalise(load(x, at, valid) * unit, valid, width, eps, LAYER)
     result = normal * load(weight, column, column < width)[None, :]
     if LAYER:
         result += load(bias, column, column < width)[None, :]
@@ -93,7 +96,7 @@ def _norm(x, weight, bias, y, rows, width, eps, LAYER: tl.constexpr, PAD: tl.con
 
 @triton.jit(do_not_specialize=["rows", "steps", "programs"])
 def _norm_backward(
-    x, weight, grad, grad_x, sums, rows, width, eps, steps, programs,
+    x, weight, grad, grad_x, sums, rows, width, eps, unit, steps, programs,
     LAYER: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x for `steps` times ROWS rows. sums (2, programs, width): their share for weight and bias."""
@@ -105,7 +108,7 @@ def _norm_backward(
         row = (program * steps + step) * ROWS + tl.arange(0, ROWS)
         valid = (row < rows)[:, None] & of_width[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        normal, scale = _normalise(load(x, at, valid), valid, width, eps, LAYER)
+        normal, scale = _normalise(load(x, at, valid) * unit, valid, width, eps, LAYER)
         grad_y = load(grad, at, valid)
         of_weight += tl.sum(grad_y * normal, axis=0)
         of_bias += tl.sum(grad_y, axis=0)

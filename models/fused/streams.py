@@ -15,7 +15,13 @@ from megabase.models.gpu import FUSED
 
 
 def add_to_stream(
-    stream: Tensor | None, branch: Tensor, sign: int, scale: float, limit: float, invalid: Tensor | None
+    stream: Tensor | None,
+    branch: Tensor,
+    sign: int,
+    scale: float,
+    limit: float,
+    invalid: Tensor | None,
+    result: Tensor | None = None,
 ) -> Tensor:
     """stream + sign · round(scale · branch): rounds to even, saturates.
 
@@ -26,13 +32,15 @@ def add_to_stream(
         scale: Units of the stream in 1.
         limit: Largest magnitude allowed, of the branch; of the result in units of 1 / scale.
         invalid: Scalar fp32 that becomes NaN if a number is not within ±limit; None checks nothing.
+        result: Where the result is written, which may be `stream`; None: a new tensor.
 
     Returns:
-        int32 of branch's shape.
+        The result, int32 of branch's shape.
     """
     branch = branch.contiguous()
     assert stream is None or (stream.shape == branch.shape and stream.is_contiguous())
-    result = torch.empty(branch.shape, dtype=torch.int32, device=branch.device)
+    if result is None:
+        result = torch.empty(branch.shape, dtype=torch.int32, device=branch.device)
     n = branch.numel()
     with torch.cuda.device_of(branch):
         _add_to_stream[(triton.cdiv(n, BLOCK),)](

@@ -29,6 +29,7 @@ from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.inference.scoring import score_batch, scored
 from megabase.pipeline.training.guard import Guard, recent_rows, step_loss
 from megabase.pipeline.zero.adamw import PlainAdamW
+from megabase.pipeline.zero.construction import gather_whole_branches
 from megabase.pipeline.zero.parameters import full_shape
 
 # A parameter and its name.
@@ -90,6 +91,7 @@ class PretrainModule(pl.LightningModule):
             torch.manual_seed(self.config.run.seed)
             self.model = self.build()
             refuse_shared_blocks(self.model, self.config.zero.stage)
+            gather_whole_branches(self.model)
             if self._initial is not None:
                 self._initial(self.model)
 

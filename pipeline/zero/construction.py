@@ -13,9 +13,12 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor
 from torch.nn import Module
+
+from megabase.models.attention.heads import AttentionBranch
+from megabase.models.feedforward import FeedForwardBranch
 
 # glibc's malloc_trim returns freed memory to the system. Without it the process would keep the freed memory of every
 # full layer, because parts that stay lie between, and would need as much memory as the full model.
@@ -47,6 +50,16 @@ class Sharded(deepspeed.zero.Init):
             _zero_padding(parameter)
         if next(module.parameters(recurse=False), None) is not None:
             _trim(0)
+
+
+def gather_whole_branches(model: Module) -> None:
+    """Let ZeRO stage 3 gather the parameters of a branch together.
+
+    A branch computes some positions or heads at a time, with the weights of the modules in it, and does not call these
+    modules, which DeepSpeed would otherwise wait for. Call it before DeepSpeed's engine is made. Without stage 3 it
+    has no effect.
+    """
+    set_z3_leaf_modules(model, [AttentionBranch, FeedForwardBranch], raise_if_not_found=False)
 
 
 def fill(model: Module, names: Container[str], value_of: Callable[[str], Tensor]) -> None:

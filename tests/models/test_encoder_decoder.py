@@ -23,6 +23,7 @@ from megabase.models.call import Call
 from megabase.models.chance import Purpose
 from megabase.models.generation import read, read_block, start
 from megabase.models.reversible import Block, ReversibleStack
+from megabase.models.streams import decoded
 from tests.models.backward import assert_same_bits, gradients, kept_for_backward
 from tests.quick import slow
 
@@ -109,11 +110,11 @@ def test_sums_over_blocks_are_fp32_where_the_context_is_bf16():
     class Reads(nn.Module):
         def forward(self, x: Tensor, call: Call) -> Tensor:
             assert call.context is not None
-            return call.context.to(torch.bfloat16) + 0 * x.to(torch.bfloat16)
+            return call.context.to(torch.bfloat16) + 0 * decoded(x, call.source).to(torch.bfloat16)
 
     class Nothing(nn.Module):
         def forward(self, x: Tensor, call: Call) -> Tensor:
-            return 0 * x
+            return 0 * decoded(x, call.source)
 
     stack = ReversibleStack(Block(Nothing(), Nothing(), Reads()) for _ in range(300))
     for reverse in (True, False):

@@ -13,7 +13,7 @@ from megabase.models import fused
 from megabase.models.chance import _quantiles, dropout, normals, random_bits
 from megabase.models.layers import _Convolve
 from megabase.models.positions import rotary
-from megabase.models.reversible import LIMIT, SCALE, FixedPoint
+from megabase.models.streams import LIMIT, SCALE, FixedPoint
 from tests.models.interpreted import CAN_RUN_KERNELS, DEVICE, GPU, run_interpreted
 
 triton = pytest.importorskip("triton")
@@ -105,13 +105,30 @@ class TestStreams:
             torch.set_default_dtype(torch.float32)
 
 
+class FusedNorm(torch.autograd.Function):
+    """The kernels of the norm as `models/norm.py` uses them on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return fused.normalised(x.flatten(0, -2), 1.0, weight, bias, 1e-6).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, weight, bias = ctx.saved_tensors
+        rows, grad = x.flatten(0, -2), grads[0].flatten(0, -2)
+        grad_x, sums = fused.norm_gradients(rows, 1.0, weight, bias, 1e-6, grad)
+        of_weight, of_bias = sums.to(weight.dtype)
+        return grad_x.view(x.shape), of_weight, None if bias is None else of_bias
+
+
 def test_empty_inputs():
     if not CAN_RUN_KERNELS:
         pytest.skip("runs in test_interpreted's process")
     empty, weight = torch.empty(0, 4, 8, device=DEVICE), draw(8)
     assert fused.add_to_stream(None, empty, 1, SCALE, LIMIT, None).shape == (0, 4, 8)
     for function in (
-        lambda x, w: fused.norm(x, w, None, 1e-6),
+        lambda x, w: FusedNorm.apply(x, w, None),
         lambda x, w: fused.convolve(x, w[None], 0),
     ):
         out, grad_x, grad_weight = gradients(function, [empty, weight], torch.empty_like(empty))
@@ -136,7 +153,7 @@ class TestNorm:
             return F.layer_norm(x, (width,), weight, bias, 1e-6)
 
         def fused_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return fused.norm(x, weight, bias, 1e-6)
+            return FusedNorm.apply(x, weight, bias)
 
         tensors = [x, weight, bias] if layer else [x, weight]
         got = gradients(fused_norm, tensors, grad)
@@ -148,13 +165,26 @@ class TestNorm:
         for a, b, kind in zip(got, expected, [dtype, torch.float32, dtype, dtype], strict=False):
             close(a, b, kind)
 
+    def test_reads_a_stream_in_fixed_point(self):
+        x, weight, grad = draw(20, 16), draw(16, seed=1), draw(20, 16, seed=2)
+        stream = FixedPoint.encode(x.cpu()).to(DEVICE)
+        floats = FixedPoint.decode(stream.cpu()).to(DEVICE)
+        one, other = (
+            (
+                fused.normalised(x, unit, weight, None, 1e-6),
+                *fused.norm_gradients(x, unit, weight, None, 1e-6, grad),
+            )
+            for x, unit in ((stream, 1 / SCALE), (floats, 1.0))
+        )
+        assert all(map(torch.equal, one, other))
+
     def test_many_rows_have_one_order_of_sums(self, monkeypatch):
         x, weight, grad = draw(300, 16), draw(16, seed=1), draw(300, 16, seed=2)
         from megabase.models.fused import blocks
 
         monkeypatch.setattr(blocks, "BLOCK", 64)
         monkeypatch.setattr(blocks, "PROGRAMS", 7)
-        got = [gradients(lambda x, w: fused.norm(x, w, None, 1e-6), [x, weight], grad) for _ in range(2)]
+        got = [gradients(lambda x, w: FusedNorm.apply(x, w, None), [x, weight], grad) for _ in range(2)]
         assert all(map(torch.equal, *got))
         expected = gradients(lambda x, w: F.rms_norm(x, (16,), w, 1e-6), [x.double(), weight.double()], grad)
         for a, b in zip(got[0], expected, strict=True):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megabase.models.config import NORMS
-from megabase.models.layers import Norm, ShortConvolution, ValuesAhead
+from megabase.models.layers import ShortConvolution, ValuesAhead
+from megabase.models.norm import Norm
 
 
 def test_norms_add_epsilon_to_the_variance():

@@ -19,7 +19,7 @@ from megabase.models import (
 )
 from megabase.models.call import Call
 from megabase.models.generation import read_block, start
-from megabase.models.layers import Norm
+from megabase.models.norm import Norm
 
 SMALL = ReformerConfig(
     vocab_size=9,

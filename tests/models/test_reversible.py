@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
 from megabase.models.call import Call
 from megabase.models.config import FeedForwardConfig
-from megabase.models.reversible import LIMIT, SCALE, Block, FixedPoint, ReversibleStack
+from megabase.models.reversible import Block, ReversibleStack
+from megabase.models.streams import LIMIT, SCALE, FixedPoint, decoded
 from tests.models.backward import assert_same_bits, gradients, kept_for_backward
 from tests.quick import slow
 
@@ -192,7 +193,7 @@ class Scaled(nn.Module):
         self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return self.weight * x.sin()
+        return self.weight * decoded(x, call.source).sin()
 
 
 def test_inversion_is_exact_even_where_addition_wraps():

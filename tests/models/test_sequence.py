@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models.attention import by_heads
 from megabase.models.layers import convolve, convolve_part
 from megabase.models.sequence import Loopback, Part
 
@@ -111,6 +112,30 @@ def compare(config: ReformerConfig, size: int, *, training: bool = False, mask: 
     for name, grad in gradients(model).items():
         total = sum(each[2][name] for each in found)
         torch.testing.assert_close(total, grad, rtol=1e-4, atol=2e-5 * float(grad.abs().max()), msg=name)
+
+
+def test_parts_compute_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the rounding of sums over groups of heads, which are other heads in parts than in one process."""
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(CONFIG, layers=["local", "lsh", "full"], depth=3, dropout=0.1))
+    tokens, labels = batch()
+    seeds = Seeds(3, 4, torch.tensor([7, 9]))
+    expected = model.loss(tokens, labels, seeds=seeds)
+    expected.backward()
+    monkeypatch.setitem(by_heads.LIMIT, "cpu", 2 * (LENGTH // 2) * 32 // 2)
+
+    def work(part: Part) -> tuple[Tensor, dict[str, Tensor]]:
+        own = copy.deepcopy(model)
+        own.zero_grad()
+        loss = own.loss(tokens[:, part.rows], labels[:, part.rows], seeds=seeds, part=part)
+        loss.backward()
+        return loss.detach(), gradients(own)
+
+    found = in_parts(2, LENGTH, work)
+    torch.testing.assert_close(sum(each[0] for each in found), expected.detach())
+    for name, grad in gradients(model).items():
+        total = sum(each[1][name] for each in found)
+        torch.testing.assert_close(total, grad, rtol=1e-3, atol=2e-4 * float(grad.abs().max()), msg=name)
 
 
 KINDS = {

@@ -17,7 +17,7 @@ from megabase.models import (
     ReformerConfig,
 )
 from megabase.models.huggingface import from_huggingface
-from megabase.models.reversible import FloatingPoint
+from megabase.models.streams import FloatingPoint
 
 transformers = pytest.importorskip("transformers")
 

@@ -29,6 +29,7 @@ from megabase.models import FeedForwardConfig, LocalConfig, LSHConfig, Reformer,
 from megabase.models.sequence import Group, Part
 from megabase.pipeline.ranks import rendezvous
 from megabase.pipeline.ranks.environment import is_rank_zero
+from megabase.pipeline.zero.construction import gather_whole_branches
 
 STEPS, BATCH, LENGTH = 3, 4, 48
 LR, MOMENTUM = 0.1, 0.9
@@ -83,6 +84,7 @@ class Trained(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.reformer = build()
+        gather_whole_branches(self.reformer)
 
     def forward(self, step: int, rows: slice, reverse: bool = True, part: Part | None = None) -> torch.Tensor:
         """The nats of some rows of a step's global batch, divided by the number of labels in the full batch."""
