@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Checks and measures megabase on a machine with one GPU and no network, in calls of less than 10 minutes each:
-# STAGES="wheels checks tests zero sequence", what must be right; STAGES="wheels memory rank longest learning", long
-# sequences; STAGES="wheels attention model", the comparison with the peers; STAGES="wheels rounds profile", the two
-# generations of attention kernels, in less than 8 minutes.
+# STAGES="wheels checks tests zero sequence learning", what must be right, and what is learnt; STAGES="wheels memory
+# offload rank longest", long sequences; STAGES="wheels attention model", the comparison with the peers; STAGES="wheels
+# rounds profile", the two generations of attention kernels, in less than 8 minutes.
 #
 #   benchmarks/gpu.sh [WHEELS]         WHEELS: folder of missing packages (benchmarks/gpu_wheels.sh); default .whl
 #
 # The machine has Python 3.12, torch for CUDA, triton, pytorch-lightning, transformers, pyarrow, matplotlib and rich.
 # Stages: the wheels; the kernels against the reference; the kernels' tests; ZeRO 1 to 3 under NCCL in bf16 and fp16,
 # with a resume that must be exact; one sequence over two processes, and overlap of communication; memory against length;
-# one of 8 ranks that share a sequence of up to 4M positions; the longest context that trains; how soon models learn to
-# recall; bench attention; bench model; kernels with one launch for each round against all rounds in one launch: checks,
-# times, time by kernel. Each stage has a time limit, and its failure does not stop the others. Prints a table at the end.
-# The exit code is 1 if a stage failed or reached its limit.
+# 4M positions with streams in host memory; one of 8 ranks that share a sequence of up to 4M positions; the longest
+# context that trains; how soon models learn to recall; bench attention; bench model; kernels with one launch for each
+# round against all rounds in one launch: checks, times, time by kernel. Each stage has a time limit, and its failure does
+# not stop the others. Prints a table at the end. The exit code is 1 if a stage failed or reached its limit.
 #
 # Environment: OUT, the folder of all results (default ./gpu-results; at most 8 files in each of these calls, no
 # subfolders). PYTHON (default python3). SITE, where the wheels are installed (default /tmp/site). MEGABASE_COMMIT, the
@@ -30,7 +30,7 @@ OUT=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd) || exit
 PYTHON=${PYTHON:-python3}
 SITE=${SITE:-/tmp/site}
 DEVICE=${DEVICE:-cuda}
-STAGES=${STAGES:-wheels checks tests zero sequence memory rank longest learning attention model rounds profile}
+STAGES=${STAGES:-wheels checks tests zero sequence memory offload rank longest learning attention model rounds profile}
 LOG=$OUT/log.txt
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -136,7 +136,8 @@ if [ "$DEVICE" = cuda ]; then
     MODEL="--lengths 4k,16k,64k --depths 2,6,12,24,48 --dim 1024 --depth 12 --heads 16 --chunk 128 --dtype bf16 --seconds 3 --repeat 7"
     LEARNING="--length 65536 --tokens 131072 --dim 256 --heads 4 --chunk 64 --copy 256 --steps 250 --models ours,paper,full"
     LONGEST="--lengths 64k --dim 512 --depth 12 --heads 8 --chunk 128 --dtype bf16 --seconds 25"
-    MEMORY="--lengths 64k,256k --dim 1024 --depth 4 --heads 8 --dtype bf16 --layers local+lsh,local,lsh,full,performer"
+    MEMORY="--lengths 256k,1M --dim 1024 --depth 4 --heads 8 --dtype bf16 --layers local+lsh,local,lsh"
+    OFFLOAD="--lengths 4M --dim 1024 --depth 10 --heads 8 --dtype bf16 --layers local+lsh --offload-streams"
     RANK="--lengths 1M,4M --dim 1024 --depth 10 --heads 8 --chunk 128 --dtype bf16 --seconds 20"
     ROUNDS="--lengths 16k,64k,256k,1M --seconds 4 --repeat 9" TOGETHER=triton-together
     PROFILED="--lengths 16k,64k,256k,1M" PROFILED_MODEL="--lengths 16k,64k"
@@ -145,7 +146,7 @@ else
     MODEL="--lengths 256,512 --depths 2,4 --dim 64 --seconds 2 --repeat 2"
     LEARNING="--length 512 --steps 4 --every 2 --models ours,full"
     LONGEST="--lengths 256 --dim 32 --depth 2 --seconds 0.5"
-    MEMORY="--lengths 1k,4k --dim 32 --depth 2"
+    MEMORY="--lengths 1k,4k --dim 32 --depth 2" OFFLOAD="--lengths 1k --dim 32 --depth 2"  # a CPU has nothing to offload
     RANK="--lengths 2k,4k --dim 32 --depth 2 --heads 8 --seconds 0.5"
     ROUNDS="--lengths 256,512 --seconds 2 --repeat 2" TOGETHER=native
     PROFILED="--lengths 256,512 --dim 128 --calls 1" PROFILED_MODEL="--lengths 256 --dim 64 --depth 2 --calls 1"
@@ -159,6 +160,7 @@ export PROFILED PROFILED_MODEL
     stage zero $((90 * SLOW)) bash -c zero
     stage sequence $((90 * SLOW)) "$PYTHON" -m benchmarks.gpu_sequence --device "$DEVICE" --json "$OUT/sequence.json"
     stage memory 100 "$PYTHON" -m benchmarks.memory --device "$DEVICE" $MEMORY --json "$OUT/memory.json"
+    stage offload 170 "$PYTHON" -m benchmarks.memory --device "$DEVICE" $OFFLOAD --json "$OUT/offload.json"
     stage rank 100 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $RANK --sequence-ranks 8 \
         --contestants ours --depths 0 --repeat 1 --longest --json "$OUT/rank.json"
     stage longest 110 "$PYTHON" -m megabase.pipeline.cli bench model --device "$DEVICE" $LONGEST --contestants ours \

@@ -48,6 +48,7 @@ class Step:
     dtype: str
     device: str
     sequence_ranks: int
+    offload_streams: bool = False
     vocab_size: int = 16
 
     def config(self, layers: str, length: int) -> ReformerConfig:
@@ -65,6 +66,7 @@ class Step:
     def prepare(self, name: str, size: int, seed: int) -> Call:
         """A step of the model with the layers `name` on a sequence of `size` positions."""
         model = Reformer(self.config(name, size)).to(self.device, DTYPES[self.dtype]).train()
+        model.body.stack.offload = self.offload_streams
         part = one_part(self.sequence_ranks, size)
         tokens = torch.randint(self.vocab_size, (1, size // self.sequence_ranks + 1), device=self.device)
 
@@ -138,12 +140,16 @@ def arguments() -> tuple[Step, list[int], list[str], Path | None]:
         metavar="P",
         help="measure one of P ranks that share a sequence",
     )
+    parser.add_argument(
+        "--offload-streams", action="store_true", help="keep residual streams in host memory (GPUs)"
+    )
     parser.add_argument("--json", type=Path, help="also write the points, with machine and versions")
     options = parser.parse_args()
     ranks = options.sequence_ranks
     try:
         step = Step(
-            *(options.dim, options.depth, options.heads, options.dtype), device_of(options.device), ranks
+            *(options.dim, options.depth, options.heads, options.dtype),
+            *(device_of(options.device), ranks, options.offload_streams),
         )
         lengths, patterns = lengths_of("--lengths", options.lengths), options.layers.split(",")
         for layers in patterns:
@@ -151,6 +157,8 @@ def arguments() -> tuple[Step, list[int], list[str], Path | None]:
                 step.config(layers, length).validate(length)
     except (UserError, ConfigError) as error:
         parser.error(str(error))
+    if step.offload_streams and step.device == "cpu":
+        parser.error("--offload-streams needs a GPU: without one streams are in host memory anyway")
     if ranks < 1 or any(number % ranks for number in (options.heads, *lengths)):
         parser.error(f"--sequence-ranks {ranks} must divide --heads {options.heads} and every length")
     return step, lengths, patterns, options.json

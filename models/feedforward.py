@@ -25,7 +25,7 @@ from megabase.models.config import ReformerConfig
 from megabase.models.layers import linear
 from megabase.models.norm import Norm, norm
 from megabase.models.precision import Precision
-from megabase.models.streams import Rows, Source
+from megabase.models.streams import Rows, Source, moved
 
 CPU_CHUNK, GPU_CHUNK = 1024, 16384
 """The default number of tokens in a chunk. On a CPU their hidden layer stays in the cache; on a GPU they fill it."""
@@ -50,7 +50,8 @@ class FeedForwardBranch(nn.Module):
         keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, batch, x.device)
         grad = call.grad
         if grad is not None:
-            grad = grad.to(Precision.current(x.device).compute_dtype(self.norm.weight.dtype))
+            dtype = Precision.current(x.device).compute_dtype(self.norm.weight.dtype)
+            grad = moved(grad, x.device, dtype)
             grad = dropout(grad, self.rate, keys, call.start)
         y = _Chunked.apply(x, source, grad, inner.chunks(x.device, self.norm.eps), *weights)
         return dropout(y, self.rate, keys, call.start)
@@ -179,14 +180,15 @@ class _Chunks:
                 y = self.branch(piece, leaves)
             out = _filled(out, part, y.detach(), rows.shape)
             with torch.autocast(y.device.type, enabled=False):  # as in any backward pass
-                grad_piece, *grad_weights = torch.autograd.grad(y, [piece, *given], grad[part].to(y.dtype))
+                grad_y = moved(grad[part], y.device, y.dtype)
+                grad_piece, *grad_weights = torch.autograd.grad(y, [piece, *given], grad_y)
             rows.add_gradients(part, grad_piece)
             for total, grad_weight in zip(sums, grad_weights, strict=True):
                 total += grad_weight
         assert out is not None
         found = iter(sums)
         grads = [None if weight is None else next(found).to(weight.dtype) for weight in weights]
-        return out.view(rows.shape), [rows.gradient(grad.device), *grads]
+        return out.view(rows.shape), [rows.gradient(given[0].device), *grads]
 
     def branch(self, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
         """Norm and feed-forward of some tokens (n, dim)."""

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from megabase.models.call import Call
 from megabase.models.precision import Precision
-from megabase.models.streams import Arithmetic, FixedPoint, FloatingPoint, Source, decoded
+from megabase.models.streams import Arithmetic, FixedPoint, FloatingPoint, Source, decoded, host_copy, moved
 
 
 class Branch(Protocol):
@@ -74,7 +74,14 @@ class ReversibleStack(nn.Module):
     Args:
         blocks: the blocks, in the order in which they run.
         residual: `fixed` (int32, exact) or `float` (fp32, drifts).
+
+    Attributes:
+        offload: keep the streams and their gradients in host memory while a GPU computes: less memory of the GPU for
+            longer sequences, the same numbers, and the time of moving them. Every branch moves each stream to the GPU
+            and back.
     """
+
+    offload = False
 
     def __init__(self, blocks: Iterable[Block], residual: str = "fixed") -> None:
         super().__init__()
@@ -158,11 +165,18 @@ def _of_stream(arithmetic: Arithmetic, branch: Callable[[Tensor], Tensor]) -> Ca
     return lambda stream: branch(arithmetic.decode(stream))
 
 
-def _start(arithmetic: Arithmetic, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The older stream, the one that was written last (here the same), and `invalid` (see FixedPoint)."""
+def _start(arithmetic: Arithmetic, x: Tensor, *, offload: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The older stream, the one that was written last (its equal), and `invalid` (see FixedPoint)."""
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     stream = arithmetic.encode(x, invalid)
-    return stream, stream, invalid
+    if offload:
+        stream = host_copy(stream)
+    return stream, _copy(stream), invalid
+
+
+def _copy(stream: Tensor) -> Tensor:
+    """A copy where the stream is."""
+    return torch.empty_like(stream, pin_memory=stream.is_pinned()).copy_(stream)
 
 
 def _advance(
@@ -174,7 +188,8 @@ def _advance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run branches, each of which takes a stream. Takes and returns what `_start` returns."""
     for branch in branches:
-        older, newer = newer, arithmetic.add(older, branch(newer), invalid)
+        arithmetic.add_(older, branch(newer), invalid)
+        older, newer = newer, older
     return older, newer, invalid
 
 
@@ -201,9 +216,11 @@ class _Reversible(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         ctx.save_for_backward(context)
         context = None if context is None else context.detach()
-        again = _Forward(stack.arithmetic, stack.branches, replace(call, context=context), ctx.precision)
-        start, _, invalid = _start(stack.arithmetic, x)
-        ctx.source = Source(stack.arithmetic, again(start, invalid), invalid=invalid, again=again)
+        forward = _Forward(
+            stack.arithmetic, stack.branches, replace(call, context=context), ctx.precision, x.device
+        )
+        older, newer, invalid = forward.run(*_start(stack.arithmetic, x, offload=stack.offload))
+        ctx.source = Source(stack.arithmetic, (older, newer), None, x.device, invalid, forward.again)
         final.append(ctx.source)
         return torch.zeros((), dtype=torch.float32, device=x.device)
 
@@ -227,29 +244,37 @@ class _Reversible(torch.autograd.Function):
             grad_older, grad_newer = grad_newer, grad_older
         ctx.source.start = newer
         grad_context = None if context is None else context.grad
-        return grad_older.add_(grad_newer).to(ctx.x_dtype), grad_context, None, None, None, None
+        grad_x = moved(grad_older.add_(grad_newer), ctx.source.device, ctx.x_dtype)
+        return grad_x, grad_context, None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """Runs branches without gradients: a stream that both start as -> the final streams."""
+    """Runs branches without gradients, on `device`."""
 
     arithmetic: Arithmetic
     branches: Sequence[Branch]
     call: Call
     precision: Precision
+    device: torch.device
 
     @torch.no_grad()
-    def __call__(self, start: Tensor, invalid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        link = torch.zeros((), dtype=torch.float32, device=start.device)
-        invalid = torch.zeros_like(link) if invalid is None else invalid
+    def run(self, older: Tensor, newer: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes what `_start` returns, and overwrites it with what it returns: the same after all branches."""
+        link = torch.zeros_like(invalid)
 
-        def run(branch: Branch, stream: Tensor) -> Tensor:
-            return branch(link, replace(self.call, source=Source(self.arithmetic, (stream,))))
+        def computed(branch: Branch, stream: Tensor) -> Tensor:
+            source = Source(self.arithmetic, (stream,), device=self.device)
+            return branch(link, replace(self.call, source=source))
 
         with self.precision.restored():
-            branches = (partial(run, branch) for branch in self.branches)
-            older, newer, _ = _advance(self.arithmetic, branches, start, start, invalid)
+            branches = (partial(computed, branch) for branch in self.branches)
+            return _advance(self.arithmetic, branches, older, newer, invalid)
+
+    def again(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The final streams of what both streams started as, which is overwritten."""
+        invalid = torch.zeros((), dtype=torch.float32, device=self.device)
+        older, newer, _ = self.run(start, _copy(start), invalid)
         return older, newer
 
 
@@ -293,18 +318,18 @@ def _invert(
         grad, grad_source: the streams' gradients, fp32.
     """
     arithmetic: Arithmetic = ctx.stack.arithmetic
-    link = torch.zeros((), dtype=torch.float32, device=source.device, requires_grad=True)
+    link = torch.zeros((), dtype=torch.float32, device=ctx.source.device, requires_grad=True)
     with torch.enable_grad():
         # Each branch reads a view of its own, so that autograd first sums the gradients within a branch.
         context_view = None if context is None else context.view_as(context)
-        read = Source(arithmetic, (source,), (grad_source,))
+        read = Source(arithmetic, (source,), (grad_source,), ctx.source.device)
         with ctx.precision.restored():
             y = branch(link, replace(ctx.call, context=context_view, source=read, grad=grad))
     arithmetic.subtract_(after, y.detach())
     # The output's memory is free before its gradient needs as much.
-    dtype, edge = y.dtype, get_gradient_edge(y)
+    device, dtype, edge = y.device, y.dtype, get_gradient_edge(y)
     del y
-    torch.autograd.backward(edge, grad.to(dtype))
+    torch.autograd.backward(edge, moved(grad, device, dtype))
 
 
 def _run_with_autograd(
@@ -319,7 +344,8 @@ def _run_with_autograd(
     for branch in branches:
         context_view = None if context is None else context.view_as(context)
         y = branch(x_newer.view_as(x_newer), replace(call, context=context_view))
-        older, newer = newer, arithmetic.add(older, y.detach(), invalid)
+        arithmetic.add_(older, y.detach(), invalid)
+        older, newer = newer, older
         x_older, x_newer = x_newer, _Added.apply(x_older, y, newer, arithmetic)
     return torch.cat((x_older, x_newer), dim=-1) + invalid
 

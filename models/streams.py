@@ -25,6 +25,10 @@ LIMIT = 16384.0
 """Absolute value beyond which the next addition could wrap."""
 
 
+MOVED = 1 << 26
+"""Numbers that are moved between host memory and device at a time."""
+
+
 class FixedPoint:
     """Streams as int32 in units of 1 / SCALE. On a GPU each function passes over memory once.
 
@@ -55,24 +59,26 @@ class FixedPoint:
             return fused.decode(stream, FixedPoint.UNIT)
         return stream.to(torch.float32).mul_(FixedPoint.UNIT)
 
-    @staticmethod
-    def add(stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
-        """The stream plus a branch's output, both of the same shape."""
-        if fused.supports(output):
-            return fused.add_to_stream(stream, output, 1, SCALE, LIMIT, invalid)
-        result = FixedPoint.encode(output).add_(stream)
-        FixedPoint.check_range(output, result, invalid)
-        return result
+    @classmethod
+    def add_(cls, stream: Tensor, output: Tensor, invalid: Tensor) -> None:
+        """Add a branch's output to a stream of the same shape, in place."""
+        for here, part in on_device(stream, output):
+            if fused.supports(part):
+                fused.add_to_stream(here, part, 1, SCALE, LIMIT, invalid, result=here)
+            else:
+                here.add_(cls.encode(part))
+                cls.check_range(part, here, invalid)
 
-    @staticmethod
-    def subtract_(stream: Tensor, output: Tensor) -> None:
-        """The inverse of `add`, in place: the stream before the branch's output was added."""
-        if fused.supports(output):
-            fused.add_to_stream(stream, output, -1, SCALE, LIMIT, None, result=stream)
-            return
-        flat, output = stream.view(-1), output.reshape(-1)
-        for part in pieces(flat.shape[0], 1, stream.device):
-            flat[part] -= _rounded(output[part])
+    @classmethod
+    def subtract_(cls, stream: Tensor, output: Tensor) -> None:
+        """The inverse of `add_`: the stream before the branch's output was added."""
+        for here, part in on_device(stream, output):
+            if fused.supports(part):
+                fused.add_to_stream(here, part, -1, SCALE, LIMIT, None, result=here)
+                continue
+            numbers = here.view(-1)
+            for piece in pieces(numbers.shape[0], 1, here.device):
+                numbers[piece] -= _rounded(part.reshape(-1)[piece])
 
     @staticmethod
     def check_range(x: Tensor, stream: Tensor, invalid: Tensor) -> None:
@@ -103,12 +109,54 @@ class FloatingPoint:
         return stream.clone()
 
     @classmethod
-    def add(cls, stream: Tensor, output: Tensor, invalid: Tensor) -> Tensor:
-        return cls.encode(output).add_(stream)
+    def add_(cls, stream: Tensor, output: Tensor, invalid: Tensor) -> None:
+        for here, part in on_device(stream, output):
+            here.add_(cls.encode(part))
 
     @classmethod
     def subtract_(cls, stream: Tensor, output: Tensor) -> None:
-        stream.sub_(cls.encode(output))
+        for here, part in on_device(stream, output):
+            here.sub_(cls.encode(part))
+
+
+def in_host_memory(stream: Tensor, device: torch.device) -> bool:
+    """Whether a stream, or its gradients, are kept in host memory while `device` computes."""
+    return stream.device != device
+
+
+def host_copy(stream: Tensor) -> Tensor:
+    """A copy in host memory, from which and to which a GPU copies without waiting."""
+    copy = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=stream.is_cuda)
+    return copy.copy_(stream, non_blocking=True)
+
+
+def on_device(stored: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of a tensor (batch, length, width) that may be in host memory, to be changed in place where `other` is.
+
+    Yields:
+        A piece of `stored` on the device of `other`, and the same piece of `other`, (n, width) each. Both tensors
+        themselves, if they are on one device.
+    """
+    if not in_host_memory(stored, other.device):
+        yield stored, other
+        return
+    width = stored.shape[-1]
+    flat, others = stored.view(-1, width), other.reshape(-1, width)
+    for part in slices(flat.shape[0], max(1, MOVED // width)):
+        here = flat[part].to(other.device, non_blocking=True)
+        yield here, others[part]
+        flat[part].copy_(here, non_blocking=True)
+
+
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """x on a device in a dtype. What comes from host memory is converted on the device, a piece at a time."""
+    if not in_host_memory(x, device):
+        return x.to(dtype)
+    result = torch.empty(x.shape, dtype=dtype, device=device)
+    flat, into = x.view(-1, x.shape[-1]), result.view(-1, x.shape[-1])
+    for part in slices(flat.shape[0], max(1, MOVED // x.shape[-1])):
+        into[part] = flat[part].to(device, non_blocking=True)
+    return result
 
 
 Arithmetic = type[FixedPoint] | type[FloatingPoint]
@@ -123,6 +171,7 @@ class Source:
 
     Attributes:
         arithmetic: of the streams.
+        device: that computes. The streams and their gradients may be in host memory.
         shape: (batch, length, width): width is dim for one stream, 2·dim for both.
         dtype: of what is read, and of the gradients: fp32 (fp64 for streams in fp64).
         start: what both streams of a stack started as, once they were taken.
@@ -133,6 +182,7 @@ class Source:
         arithmetic: Arithmetic,
         streams: Sequence[Tensor],
         gradients: Sequence[Tensor] | None = None,
+        device: torch.device | None = None,
         invalid: Tensor | None = None,
         again: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
@@ -141,7 +191,9 @@ class Source:
         Args:
             arithmetic: of the streams.
             streams: (batch, length, dim) each.
-            gradients: fp32 of the streams' shape, to which the gradients are added; None: zeros are made when needed.
+            gradients: fp32 of the streams' shape, to which the gradients are added; None: zeros are made when needed,
+                where the streams are.
+            device: that computes; None: that of the streams.
             invalid: scalar, added to all that is read: NaN if the streams left their range.
             again: makes the streams from `start`, if a backward pass has taken them.
         """
@@ -149,6 +201,7 @@ class Source:
         batch, length, dim = streams[0].shape
         self.shape = torch.Size((batch, length, dim * len(streams)))
         self.dtype = torch.promote_types(streams[0].dtype, torch.float32)
+        self.device = streams[0].device if device is None else device
         self.start: Tensor | None = None
         self._streams: Sequence[Tensor] | None = streams
         self._gradients = gradients
@@ -160,7 +213,7 @@ class Source:
         """The streams. If they were taken, they are made again: a second backward pass through one graph."""
         if self._streams is None:
             assert self._again is not None and self.start is not None
-            self._streams = self._again(self.start)
+            self._streams, self.start = self._again(self.start), None
         return self._streams
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -179,7 +232,7 @@ class Source:
 
     def rows(self, part: slice) -> tuple[Tensor, float]:
         """What some of the batch · length positions hold: numbers (positions, width), and the value of 1 in them."""
-        each = [stream.flatten(0, 1)[part] for stream in self.streams]
+        each = [stream.flatten(0, 1)[part].to(self.device, non_blocking=True) for stream in self.streams]
         if len(each) == 1 and self._invalid is None:
             return each[0], self.arithmetic.UNIT
         rows = torch.cat([self.arithmetic.decode(one) for one in each], dim=-1)
@@ -189,7 +242,8 @@ class Source:
         """Add the gradients (positions, width) of `rows(part)`."""
         sums = self.gradients()
         for total, gradient in zip(sums, gradients.chunk(len(sums), dim=-1), strict=True):
-            total.view(-1, total.shape[-1])[part] += gradient
+            for here, new in on_device(total.view(-1, total.shape[-1])[part], gradient):
+                here += new
 
 
 class Rows:

@@ -15,25 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megabase.models.call import Call
+from megabase.models.config import ReformerConfig
 from megabase.models.device import slices
-from megabase.models.layers import linear
+from megabase.models.layers import Linear, ValuesAhead, linear
 from megabase.models.precision import Precision
-
-if TYPE_CHECKING:
-    from megabase.models.attention.heads import AttentionLayer
+from megabase.models.streams import in_host_memory, moved
 
 LIMIT = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Numbers (positions · heads · width) of the queries of one group, by device type."""
 
 ROWS = 1 << 14
 """Positions that a projection computes at a time."""
+
+
+class Layer(Protocol):
+    """What is needed of an AttentionLayer (heads.py)."""
+
+    config: ReformerConfig
+    value: Linear
+    output: Linear
+    ahead: ValuesAhead | None
+
+    @property
+    def OF_NEAR(self) -> tuple[str, ...]: ...
+
+    @property
+    def in_groups(self) -> bool: ...
+
+    def mix(self, projected: Sequence[Tensor], shares: Tensor | None, call: Call) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class HeadGroup:
     projected: Tensor | None
 
 
-def head_groups(layer: AttentionLayer, x: Tensor, call: Call) -> list[HeadGroup]:
+def head_groups(layer: Layer, x: Tensor, call: Call) -> list[HeadGroup]:
     """The groups of heads that a layer computes one after the other for x (batch, length, dim); often one.
 
     Layers whose weights are not those of plain linear maps, such as Linformer's, are computed all heads at once.
@@ -72,9 +88,7 @@ def head_groups(layer: AttentionLayer, x: Tensor, call: Call) -> list[HeadGroup]
     ]
 
 
-def attend_by_heads(
-    layer: AttentionLayer, x: Tensor, near: Tensor, call: Call, groups: Sequence[HeadGroup]
-) -> Tensor:
+def attend_by_heads(layer: Layer, x: Tensor, near: Tensor, call: Call, groups: Sequence[HeadGroup]) -> Tensor:
     """Attention of all positions, (batch, length, dim), one group of heads after the other.
 
     Args:
@@ -84,8 +98,10 @@ def attend_by_heads(
     """
     maps = [*(getattr(layer, name) for name in layer.OF_NEAR), layer.value, layer.output]
     shares = None if layer.ahead is None else layer.ahead.weight
-    plan = _Plan(layer, replace(call, grad=None), groups, Precision.current(x.device))
-    return _ByHeads.apply(plan, call.grad, x, near, shares, *(each.weight for each in maps))
+    plan, grad = _Plan(layer, replace(call, grad=None), groups, Precision.current(x.device)), call.grad
+    if grad is not None and in_host_memory(grad, x.device):  # every group needs it
+        grad = moved(grad, x.device, plan.precision.compute_dtype(x.dtype))
+    return _ByHeads.apply(plan, grad, x, near, shares, *(each.weight for each in maps))
 
 
 class _ByHeads(torch.autograd.Function):
@@ -120,7 +136,7 @@ class _ByHeads(torch.autograd.Function):
 class _Plan:
     """How the groups of a layer are computed. weights: those of the projections; the last one is that of the output."""
 
-    layer: AttentionLayer
+    layer: Layer
     call: Call
     groups: Sequence[HeadGroup]
     precision: Precision
@@ -223,7 +239,7 @@ class _Part:
     def of(
         cls,
         group: HeadGroup,
-        layer: AttentionLayer,
+        layer: Layer,
         dtype: torch.dtype,
         shares: Tensor | None,
         weights: Sequence[Tensor],

@@ -26,6 +26,7 @@ from megabase.models.norm import Norm
 from megabase.models.positions import rotary
 from megabase.models.precision import Precision
 from megabase.models.sequence import Part
+from megabase.models.streams import moved
 
 
 class AttentionLayer(nn.Module, ABC):
@@ -257,7 +258,7 @@ class AttentionBranch(nn.Module):
             return self.attention(x, near, call)
         keys = call.seeds.keys(Purpose.ATTENTION, self.layer, x.shape[0], x.device)
         if call.grad is not None and len(head_groups(self.attention, near, call)) > 1:
-            grad = call.grad.to(Precision.current(x.device).compute_dtype(x.dtype))
+            grad = moved(call.grad, x.device, Precision.current(x.device).compute_dtype(x.dtype))
             call = replace(call, grad=dropout(grad, self.rate, keys, call.start))
         return dropout(self.attention(x, near, call), self.rate, keys, call.start)
 

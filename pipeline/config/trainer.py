@@ -7,8 +7,11 @@ from typing import Any
 
 from megabase.pipeline.config.callbacks import parse
 from megabase.pipeline.config.require import require_choice, require_not_negative, require_positive
+from megabase.pipeline.errors import UserError
 
 PRECISIONS = ("16", "32", "auto", "bf16")
+NONE, HOST = "none", "host"
+OFFLOADS = (NONE, HOST)
 
 
 @dataclass
@@ -22,6 +25,9 @@ class TrainerConfig:
         sequence_ranks: Ranks that share each window, so that longer ones fit (docs/scale.md): each holds an equal part
             of its positions. They are consecutive, so keep them within a node. It divides the ranks, `data.length` and
             `model.heads`. Only the memory and the speed of a run depend on it; a run may resume with another.
+        offload_streams: `host` keeps the residual streams and their gradients, 16 bytes for each position and channel,
+            in host memory (docs/scale.md): longer windows fit on a GPU, and a step takes longer. Losses are the same.
+            `none` keeps them on the GPU.
         precision: `auto` (bf16 on GPUs, 32 on CPUs), `32`, `bf16` or `16` (GPUs only).
         eval_every_steps: Optimizer steps between evaluations on the validation split. 0: only at the end.
         eval_sequences: Windows of one evaluation, spread evenly over the split, the same ones each time. 0: all. At
@@ -45,6 +51,7 @@ class TrainerConfig:
     nodes: int = 1
     devices: int | None = None
     sequence_ranks: int = 1
+    offload_streams: str = NONE
     precision: str = "auto"
     eval_every_steps: int = 500
     eval_sequences: int = 0
@@ -68,5 +75,15 @@ class TrainerConfig:
             "max_minutes",
             "hang_minutes",
         )
+        require_choice("trainer.offload_streams", self.offload_streams, OFFLOADS)
         require_choice("trainer.precision", self.precision, PRECISIONS)
         list(parse(self.callbacks))  # raises
+
+    def check_device(self, *, gpu: bool) -> None:
+        """Raise UserError for settings that need a GPU where there is none. gpu: whether there is one."""
+        if not gpu and self.precision == "16":
+            raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
+        if not gpu and self.offload_streams == HOST:
+            raise UserError(
+                "trainer.offload_streams=host needs a GPU: without one streams are in host memory anyway"
+            )

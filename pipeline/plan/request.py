@@ -62,8 +62,7 @@ def planned(
     profile = profiles.with_memory(chosen.profile, config.slurm)
     config = placed(config, ranks, profile)
     precision = precision_of(config.trainer.precision, on_gpus=profile.device != CPU)
-    if precision == "16" and profile.device == CPU:
-        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
+    config.trainer.check_device(gpu=profile.device != CPU)
     _check_deepspeed(config)
     notes.insert(0, f"Hardware: {profile.name} ({chosen.why}).")
     return plan(config, windows, precision, profile), notes

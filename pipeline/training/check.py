@@ -17,7 +17,6 @@ from megabase.pipeline.checkpoint.manifest import Damaged, list_checkpoints, rea
 from megabase.pipeline.config.callbacks import check_modules
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
-from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.ranks.environment import is_rank_zero
 from megabase.pipeline.rundir.lock import check_writable
 from megabase.pipeline.rundir.paths import RunPaths
@@ -75,9 +74,7 @@ def check_settings(config: RunConfig, ranks: int, *, here: bool = True) -> None:
     passthrough.check(config, here=here)
     passthrough.check_ranks(config, ranks)
     check_modules(config.trainer.callbacks)
-    has_gpu = torch.cuda.is_available() if here else bool(config.slurm.gpus)
-    if precision_of(config.trainer.precision) == "16" and not has_gpu:
-        raise UserError("trainer.precision=16 needs a GPU: take 32 or bf16")
+    config.trainer.check_device(gpu=torch.cuda.is_available() if here else bool(config.slurm.gpus))
 
 
 def _check_run_directory(config: RunConfig) -> None:

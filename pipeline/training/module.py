@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,6 +24,7 @@ from megabase.models.chance import Seeds
 from megabase.models.reversible import ReversibleStack
 from megabase.models.sequence import Part
 from megabase.pipeline.config.schema import OptimConfig, RunConfig
+from megabase.pipeline.config.trainer import HOST
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.inference.scoring import score_batch, scored
@@ -92,6 +93,8 @@ class PretrainModule(pl.LightningModule):
             self.model = self.build()
             refuse_shared_blocks(self.model, self.config.zero.stage)
             gather_whole_branches(self.model)
+            for stack in stacks(self.model):
+                stack.offload = self.config.trainer.offload_streams == HOST
             if self._initial is not None:
                 self._initial(self.model)
 
@@ -279,7 +282,7 @@ def refuse_shared_blocks(model: nn.Module, stage: int) -> None:
     """
     if stage < 2:
         return
-    for stack in (module for module in model.modules() if isinstance(module, ReversibleStack)):
+    for stack in stacks(model):
         users: dict[int, int] = {}
         for depth, block in enumerate(stack.blocks):
             for name, parameter in block.named_parameters():
@@ -289,6 +292,11 @@ def refuse_shared_blocks(model: nn.Module, stage: int) -> None:
                         f"blocks {first} and {depth} share the parameter {name}, which zero.stage={stage} cannot"
                         " train: give each block its own, or set zero.stage=1"
                     )
+
+
+def stacks(model: nn.Module) -> Iterator[ReversibleStack]:
+    """The reversible stacks of a model."""
+    return (module for module in model.modules() if isinstance(module, ReversibleStack))
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:

@@ -70,6 +70,7 @@ PRIVATE_NAMES = tuple(
         (f"{_PARTITION}.Init", "tensor_overrides", "takes DeepSpeedTensorOverride"),
         (f"{_PARTITION}.Init", "_post_init_method", "casts a layer's weights when its __init__ is done"),
         (f"{_PARTITION}.Init", "zero_param_parallel_group", "takes the groups of hpZ, if they exist already"),
+        ("deepspeed.utils", "set_z3_leaf_modules", "documented: parameters that are gathered together"),
         ("deepspeed.utils", "groups", "module of the next name"),
         ("deepspeed.utils.groups", "_get_zero_param_intra_parallel_group", "the groups of hpZ"),
         (_PARTITION, "ds_id", "marks a parameter that is sharded already"),

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabase.models import fused
+from megabase.models import Reformer, ReformerConfig, Seeds, fused, streams
+from megabase.models.attention import by_heads
 from megabase.models.chance import _quantiles, dropout, normals, random_bits
 from megabase.models.layers import _Convolve
 from megabase.models.positions import rotary
@@ -93,7 +94,7 @@ class TestStreams:
         branch[2500], stream[17] = value, stream_value
         invalid, plain = torch.zeros((), device=DEVICE), torch.zeros(())
         fused.add_to_stream(stream, branch, 1, SCALE, LIMIT, invalid)
-        FixedPoint.add(stream.cpu(), branch.cpu(), plain)
+        FixedPoint.add_(stream.cpu(), branch.cpu(), plain)
         assert invalid.isnan() == plain.isnan() == bool(value or stream_value)
 
     def test_decoding_does_not_depend_on_the_default_dtype(self):
@@ -300,3 +301,22 @@ def test_the_hash_of_the_device_equals_that_of_torch():
 def test_normals_equal_plain_torch(key):
     plain = normals(key, 5000)
     assert torch.equal(fused.normals(key, 5000, _quantiles(DEVICE)).cpu(), plain)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_streams_in_host_memory_give_the_same_bits(groups, dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = Reformer(ReformerConfig(vocab_size=9, dim=64, depth=3, heads=4, dropout=0.1)).to("cuda", dtype)
+    tokens = torch.randint(5, 9, (2, 301), device="cuda")
+    monkeypatch.setattr(streams, "MOVED", 1000)
+    monkeypatch.setitem(by_heads.LIMIT, "cuda", 2 * 300 * 64 // groups)
+    found = []
+    for offload in (False, True):
+        model.body.stack.offload = offload
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:], seeds=Seeds(3, 4))
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()})
+        model.zero_grad()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

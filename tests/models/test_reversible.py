@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds
+from megabase.models import LocalConfig, LSHConfig, Reformer, ReformerConfig, Seeds, streams
+from megabase.models.attention import by_heads
 from megabase.models.call import Call
 from megabase.models.config import FeedForwardConfig
 from megabase.models.reversible import Block, ReversibleStack
@@ -108,6 +109,27 @@ def test_a_second_backward_pass_through_one_graph_gives_the_same_bits():
     first = gradients(model)
     loss.backward()
     assert_same_bits(first, gradients(model))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_streams_in_host_memory_give_the_same_bits(dropout, monkeypatch):
+    """On a CPU the device is the host too: this is the path by pieces, with copies that nothing shares."""
+    torch.manual_seed(0)
+    model = Reformer(dataclasses.replace(TINY, depth=3, dropout=dropout))
+    monkeypatch.setitem(by_heads.LIMIT, "cpu", 2 * 40 * 16 // 2)
+    expected_loss = run(model, reverse=True)
+    expected_loss.backward()
+    expected = gradients(model)
+    for module in (streams, by_heads):
+        monkeypatch.setattr(module, "in_host_memory", lambda x, device: True)
+    monkeypatch.setattr(streams, "MOVED", 100)
+    model.body.stack.offload = True
+    loss = run(model, reverse=True)
+    loss.backward(retain_graph=True)
+    assert torch.equal(loss, expected_loss)
+    assert_same_bits(gradients(model), expected)
+    loss.backward()
+    assert_same_bits(gradients(model), expected)
 
 
 def test_eval_mode_has_gradients_and_calling_eval_before_backward_changes_nothing():

@@ -92,6 +92,7 @@ def test_a_run_that_does_not_fit_names_one_that_does(capsys: pytest.CaptureFixtu
         (["trainer.sequence_ranks=5"], "trainer.sequence_ranks=5 does not divide"),
         (["data.lenght=5"], "did you mean 'data.length'?"),
         (["slurm.gpus=null", "trainer.precision=16"], "trainer.precision=16 needs a GPU"),
+        (["slurm.gpus=null", "trainer.offload_streams=host"], "trainer.offload_streams=host needs a GPU"),
         (["zero.overlap_comm=true", "zero.bucket_mb=1"], "more than a bucket of zero.bucket_mb=1"),
     ],
 )

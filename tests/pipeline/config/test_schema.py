@@ -57,6 +57,7 @@ def test_defaults_of_every_section_are_valid() -> None:
             ["trainer.sequence_ranks=2", "data.on_error=skip"],
             "trainer.sequence_ranks=2 with data.on_error=skip: the ranks that share a window",
         ),
+        (["trainer.offload_streams=disk"], "trainer.offload_streams='disk': choose one of none, host"),
         (["trainer.sequence_ranks=0"], "trainer.sequence_ranks=0: must be above zero"),
     ],
 )

@@ -31,7 +31,7 @@ PUBLIC_MODULES = {
 }
 LISTED = {entry.name for entry in PRIVATE_NAMES}
 # Listed names that other packages may use: they are also names of megabase's own attributes or of another library's.
-AMBIGUOUS = {"overflow", "checkpoint_engine", "epoch_loop", "logger", "_config"}
+AMBIGUOUS = {"overflow", "checkpoint_engine", "epoch_loop", "groups", "logger", "_config"}
 
 
 def owner_of(dotted: str) -> Any:
