@@ -28,7 +28,7 @@ from megabase.models.layers import Linear, ValuesAhead, linear
 from megabase.models.precision import Precision
 from megabase.models.streams import in_host_memory, moved
 
-LIMIT = {"cpu": 1 << 23, "cuda": 1 << 28}
+LIMIT = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Numbers (positions · heads · width) of the queries of one group, by device type."""
 
 ROWS = 1 << 14
