@@ -60,11 +60,11 @@ class SortedOrder:
     to them, and their output is zero.
 
     Attributes:
-        positions: (rows, rounds, length) int32, the position in each slot.
+        positions: (rows, rounds, length) int32 or int64, the position in each slot.
         buckets: (rows, rounds, length) of any integer dtype, the bucket of the position in each slot.
         real_lengths: (rows,) int32, how many positions are real.
-        key_scales: (rows, rounds, length) fp32, the factors that make unit keys of the vectors that were hashed, by
-            slot; None if the hash did not compute them. Valid for queries that are these vectors.
+        key_scales: (rows, length) fp32, the factors that make unit keys of the vectors that were hashed; None if the
+            hash did not compute them. Valid for queries that are these vectors.
     """
 
     positions: Tensor

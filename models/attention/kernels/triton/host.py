@@ -93,7 +93,7 @@ def sort_by_hash(
         together: For `sorted_attention` with together=True and queries x: with key_scales, in fewer launches.
 
     Returns:
-        The order of batch × heads rows, in int32; if `together`, the buckets in the type that was sorted.
+        The order of batch × heads rows, in int32; if `together`, as the sort returns it.
 
     Raises:
         ConfigError: There is no CUDA device.
@@ -111,10 +111,7 @@ def sort_by_hash(
     else:
         real_lengths = SortedOrder.count_real(row_mask(mask, x.shape[1]), positions)
     if tables is not None:
-        from megabase.models.attention.kernels.triton.together.launch import by_slot
-
-        positions, key_scales = by_slot(positions, tables[0])
-        return SortedOrder(positions, sorted_buckets, real_lengths, key_scales)
+        return SortedOrder(positions, sorted_buckets, real_lengths, key_scales=tables[0])
     return SortedOrder(positions.to(torch.int32), sorted_buckets.to(torch.int32), real_lengths)
 
 

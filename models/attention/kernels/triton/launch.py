@@ -182,20 +182,6 @@ class Launch:
                 **self.constants(tiles),
             )
 
-    def run_together(
-        self, kernel: Any, table: dict[int, Tiles], matrices: dict[str, Tensor], others: dict[str, Tensor]
-    ) -> None:
-        """Launch `forward_rounds` or `backward_rounds` once, for all rounds. Arguments like those of `run`."""
-        rows, rounds, length = self.positions.shape
-        tiles = self.tiles(table)
-        kernel[(rows * rounds * triton.cdiv(length, tiles.own),)](
-            **matrices,
-            **others,
-            **self.shared_arguments,
-            **named_strides(matrices),
-            **self.constants(tiles),
-        )
-
     def tiles(self, table: dict[int, Tiles]) -> Tiles:
         """The kernel's tiles for these widths, dtypes and this rule."""
         tiles = (SINGLE if self.single else table)[max(padded(self.d), padded(self.d_v))]

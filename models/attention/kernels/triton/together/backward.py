@@ -25,7 +25,6 @@ from megabase.models.attention.kernels.triton.memory import (
     product,
     store_rows,
 )
-from megabase.models.attention.kernels.triton.pairs import positions_of_round
 from megabase.models.attention.kernels.triton.tiles import INTEGERS
 from megabase.models.attention.kernels.triton.together.forward import (
     BETWEEN,
@@ -37,6 +36,7 @@ from megabase.models.attention.kernels.triton.together.pairs import (
     block_of_program,
     keys_of,
     pair_counts,
+    positions_of_round,
     queries_of,
 )
 
@@ -44,8 +44,7 @@ from megabase.models.attention.kernels.triton.together.pairs import (
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_rounds(
     q, k, v, grad, lse, delta, scales, partial_q, partial_k, partial_v,
-    positions, buckets, slots, low, high, real_lengths, drop_keys, least, kept,
-    positions_row, positions_round, buckets_row, buckets_round, length, reach, rounds,
+    positions, slot_low, slot_high, slots, low, high, real_lengths, drop_keys, least, kept, length, reach, rounds,
     q_row, q_step, k_row, k_step, v_row, v_step, grad_row, grad_step,
     ROUNDS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
     ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
@@ -54,9 +53,8 @@ def backward_rounds(
 ):  # fmt: skip
     """OWN slots of a round: the round's gradients of k and v at their positions as keys, then of q as queries."""
     block, history, index, line = block_of_program(
-        positions, buckets, slots, low, high, real_lengths,
-        positions_row, positions_round, buckets_row, buckets_round, length, reach, rounds, OWN,
-    )  # fmt: skip
+        positions, slot_low, slot_high, slots, low, high, real_lengths, length, reach, rounds, OWN
+    )
     dropout = Dropout(tl.load(drop_keys + index) if DROPOUT else 0, least, kept)
     at = index * length
     row = Row(
@@ -104,7 +102,7 @@ def _from_queries(
     acc_v = tl.zeros((OWN, PAD_V), dtype=tl.float32)
     factor = (own_scale * LOG2_E)[:, None]
     for RING in tl.static_range(1 if WINDOW else 2):
-        partners = queries_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN, OTHER)
+        partners = queries_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN)
         other_positions = positions_of_round(block, partners.number)
         for begin in range(partners.first, partners.last, OTHER):
             other = begin + tl.arange(0, OTHER)
@@ -145,7 +143,7 @@ def _add_from_keys(
     own_lse = tl.load(row.lse + position, mask=valid, other=0.0)
     own_delta = tl.load(row.delta + position, mask=valid, other=0.0)
     for RING in tl.static_range(1 if WINDOW else 2):
-        partners = keys_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN, OTHER)
+        partners = keys_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN)
         other_positions = positions_of_round(block, partners.number)
         other_scales = row.scales + partners.number * length
         for begin in range(partners.first, partners.last, OTHER):

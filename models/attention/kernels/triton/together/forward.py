@@ -24,9 +24,13 @@ from megabase.models.attention.kernels.triton.memory import (
     product,
     store_rows,
 )
-from megabase.models.attention.kernels.triton.pairs import positions_of_round
 from megabase.models.attention.kernels.triton.tiles import INTEGERS
-from megabase.models.attention.kernels.triton.together.pairs import block_of_program, keys_of, pair_counts
+from megabase.models.attention.kernels.triton.together.pairs import (
+    block_of_program,
+    keys_of,
+    pair_counts,
+    positions_of_round,
+)
 
 NOTHING = tl.constexpr(-1e30)
 """The log-sum-exp of a position that attends to nothing."""
@@ -38,8 +42,7 @@ BETWEEN = tl.constexpr(-1.5e30)
 @triton.jit(do_not_specialize=INTEGERS)
 def forward_rounds(
     q, k, v, partial_out, partial_lse, scales,
-    positions, buckets, slots, low, high, real_lengths, drop_keys, least, kept,
-    positions_row, positions_round, buckets_row, buckets_round, length, reach, rounds,
+    positions, slot_low, slot_high, slots, low, high, real_lengths, drop_keys, least, kept, length, reach, rounds,
     q_row, q_step, k_row, k_step, v_row, v_step,
     ROUNDS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
     ONCE: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
@@ -52,9 +55,8 @@ def forward_rounds(
     `Launch` passes (see `forward_round`).
     """
     block, history, row, line = block_of_program(
-        positions, buckets, slots, low, high, real_lengths,
-        positions_row, positions_round, buckets_row, buckets_round, length, reach, rounds, OWN,
-    )  # fmt: skip
+        positions, slot_low, slot_high, slots, low, high, real_lengths, length, reach, rounds, OWN
+    )
     dropout = Dropout(tl.load(drop_keys + row) if DROPOUT else 0, least, kept)
     keys, values = Rows(k + row * k_row, k_step), Rows(v + row * v_row, v_step)
     slot = block.start + tl.arange(0, OWN)
@@ -65,7 +67,7 @@ def forward_rounds(
     peak = tl.full((OWN,), NOTHING, dtype=tl.float32)
     total = tl.zeros((OWN,), dtype=tl.float32)
     for RING in tl.static_range(1 if WINDOW else 2):
-        partners = keys_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN, OTHER)
+        partners = keys_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN)
         other_positions = positions_of_round(block, partners.number)
         other_scales = scales + (row * rounds + partners.number) * length
         for begin in range(partners.first, partners.last, OTHER):
@@ -147,26 +149,3 @@ def positions_of_program(length, BLOCK: tl.constexpr):
     row = ((tl.num_programs(0) - 1 - tl.program_id(0)) // blocks).to(tl.int64)
     position = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return row, position, position < length
-
-
-@triton.jit(do_not_specialize=["length", "rounds"])
-def sort_scales(
-    sorted_positions,
-    scales,
-    positions,
-    slot_scales,
-    length,
-    rounds,
-    NARROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """For BLOCK slots of a round: the scale (rows, length) of the position in each; NARROW: the position in int32."""
-    blocks = tl.cdiv(length, BLOCK)
-    line = (tl.program_id(0) // blocks).to(tl.int64)
-    slot = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    valid = slot < length
-    position = load_numbers(sorted_positions + line * length, slot, valid)
-    scale = tl.load(scales + line // rounds * length + position, mask=valid, other=0.0)
-    tl.store(slot_scales + line * length + slot, scale, mask=valid)
-    if NARROW:
-        tl.store(positions + line * length + slot, position, mask=valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,21 +19,18 @@ from megabase.models.attention.kernels.triton.launch import (
     pass_grid,
     scales_of_keys,
 )
-from megabase.models.attention.kernels.triton.tiles import BACKWARD, FORWARD
+from megabase.models.attention.kernels.triton.tiles import BACKWARD, FORWARD, Tiles
 from megabase.models.attention.kernels.triton.together.backward import add_rounds, backward_rounds
 from megabase.models.attention.kernels.triton.together.forward import (
     forward_rounds,
     merge_rounds,
-    sort_scales,
 )
+from megabase.models.attention.kernels.triton.together.tables import Tables
 from megabase.models.gpu import FUSED
-
-SLOTS = 512
-"""Slots of a program that sorts scales."""
 
 
 class SortedAttentionTogether(torch.autograd.Function):
-    """`launch.SortedAttention`, with all rounds in one launch. Saves the same tensors."""
+    """`launch.SortedAttention`, with all rounds in one launch. Saves the same tensors, and `Tables` with the order."""
 
     @staticmethod
     def forward(
@@ -49,15 +47,20 @@ class SortedAttentionTogether(torch.autograd.Function):
         out = torch.empty_like(v)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
-            scales = _scales_by_slot(q, order) if unit else lse
+            scales = order.key_scales
+            if unit and scales is None:
+                scales = scales_of_keys(q)
+            tables = Tables.of(order, rule, scales if unit else None)
+            order = replace(order, positions=tables.positions, key_scales=None)
             for part in parts(q, v, order.positions.shape[1]):
                 launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
                 partial_out, partial_lse = _partial(v, launch), _partial(lse, launch)
-                launch.run_together(
+                _run(
+                    launch,
                     forward_rounds,
                     FORWARD,
                     {"q": q[part], "k": k[part], "v": v[part]},
-                    {"partial_out": partial_out, "partial_lse": partial_lse, "scales": scales[part]},
+                    {"partial_out": partial_out, "partial_lse": partial_lse, **tables[part]},
                 )
                 merge_rounds[pass_grid(lse[part])](
                     partial_out=partial_out,
@@ -68,15 +71,15 @@ class SortedAttentionTogether(torch.autograd.Function):
                     D_V=launch.widths["D_V"],
                     PAD_V=launch.widths["PAD_V"],
                 )
-        ctx.save_for_backward(q, k, v, out, lse, scales)
-        ctx.case = order, rule, dropout, unit
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.case = order, tables, rule, dropout, unit
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Launch all rounds, then the sum of their gradients."""
-        q, k, v, out, lse, scales = ctx.saved_tensors
-        order, rule, dropout, unit = ctx.case
+        q, k, v, out, lse = ctx.saved_tensors
+        order, tables, rule, dropout, unit = ctx.case
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
         grad_k = grad_q if unit else torch.empty_like(k)
@@ -90,11 +93,12 @@ class SortedAttentionTogether(torch.autograd.Function):
                     "partial_k": partial_q if unit else _partial(k, launch),
                     "partial_v": partial_v,
                 }
-                launch.run_together(
+                _run(
+                    launch,
                     backward_rounds,
                     BACKWARD,
                     {"q": q[part], "k": k[part], "v": v[part], "grad": grad[part]},
-                    {**sums, "lse": lse[part], "delta": delta[part], "scales": scales[part]},
+                    {**sums, "lse": lse[part], "delta": delta[part], **tables[part]},
                 )
                 results = {"q": grad_q[part], "k": grad_k[part], "v": grad_v[part]}
                 add_rounds[pass_grid(lse[part])](
@@ -109,32 +113,26 @@ class SortedAttentionTogether(torch.autograd.Function):
         return grad_q, None if unit else grad_k, grad_v, None, None, None
 
 
-def _scales_by_slot(q: Tensor, order: SortedOrder) -> Tensor:
-    """`SortedOrder.key_scales`, computed if the order does not have them."""
-    return by_slot(order.positions, scales_of_keys(q))[1] if order.key_scales is None else order.key_scales
-
-
-def by_slot(positions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables of `SortedOrder` that follow the sort, in one launch.
-
-    Args:
-        positions: (rows, rounds, length) of any integer type, by slot.
-        scales: (rows, length) fp32, by position.
-
-    Returns:
-        The positions in int32, and `key_scales`.
-    """
-    positions = positions.contiguous()
-    rows, rounds, length = positions.shape
-    narrow = positions.dtype != torch.int32
-    narrowed = torch.empty_like(positions, dtype=torch.int32) if narrow else positions
-    slot_scales = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
-    with torch.cuda.device_of(positions):
-        sort_scales[(rows * rounds * triton.cdiv(length, SLOTS),)](
-            *(positions, scales, narrowed, slot_scales, length, rounds),
-            **{"NARROW": narrow, "BLOCK": SLOTS, **FUSED},
-        )
-    return narrowed, slot_scales
+def _run(
+    launch: Launch,
+    kernel: Any,
+    table: dict[int, Tiles],
+    matrices: dict[str, Tensor],
+    others: dict[str, Tensor],
+) -> None:
+    """Launch a kernel once for all rounds. Arguments like those of `Launch.run`."""
+    rows, rounds, length = launch.positions.shape
+    tiles = launch.tiles(table)
+    slots, low, high = launch.history()
+    kernel[(rows * rounds * triton.cdiv(length, tiles.own),)](
+        **matrices,
+        **others,
+        **{"slots": slots, "low": low, "high": high, "real_lengths": launch.real_lengths},
+        **launch.dropout_arguments,
+        **{"length": length, "reach": launch.reach, "rounds": rounds},
+        **named_strides(matrices),
+        **launch.constants(tiles),
+    )
 
 
 def _partial(x: Tensor, launch: Launch) -> Tensor:

@@ -1,8 +1,8 @@
 """Which pairs count, as intervals: every slot of a program makes pairs with the slots [low, low + size) of a round.
 
-With both rules the keys of a query are neighbouring slots, and so are the queries of a key. A program computes the
-interval of each of its slots once, from its buckets; then one comparison for each pair tells whether it counts. Only
-the causal rule `chunk`, a position's own key where it lies within the interval, and `once` need more.
+With both rules the keys of a query are neighbouring slots, and so are the queries of a key: one comparison for each
+pair tells whether it counts. Only the causal rule `chunk`, a position's own key where it lies within the interval, and
+`once` need more. Rule `window` looks the borders of buckets up in `Tables`.
 """
 
 # Device code has no Python types.
@@ -16,7 +16,27 @@ import triton
 import triton.language as tl
 
 from megabase.models.attention.kernels.triton.memory import load_numbers
-from megabase.models.attention.kernels.triton.pairs import Block, History, span
+from megabase.models.attention.kernels.triton.pairs import History
+
+
+class Block(NamedTuple):
+    """The slots of one program, and the round of the row that they belong to.
+
+    positions, slot_low, slot_high: addresses of the row's tables (rounds, length). number: of this round; rounds: how
+    many there are. start, stop: the slots [start, stop) of the program that hold real positions. reach: see `Rule`.
+    count: real positions of the row.
+    """
+
+    positions: Any
+    slot_low: Any
+    slot_high: Any
+    length: Any
+    number: Any
+    rounds: Any
+    start: Any
+    stop: Any
+    reach: Any
+    count: Any
 
 
 class Partners(NamedTuple):
@@ -34,22 +54,26 @@ class Partners(NamedTuple):
 
 
 @triton.jit
+def positions_of_round(block, number):
+    """Address of the positions of a round of the block's row."""
+    return block.positions + number.to(tl.int64) * block.length
+
+
+@triton.jit
 def block_of_program(
-    positions, buckets, slots, low, high, real_lengths,
-    positions_row, positions_round, buckets_row, buckets_round, length, reach, rounds, OWN: tl.constexpr,
-):  # fmt: skip
+    positions, slot_low, slot_high, slots, low, high, real_lengths, length, reach, rounds, OWN: tl.constexpr
+):
     """The program's Block and History, its row, and row · rounds + round. Rows and rounds follow each other in the
     order of memory, so that the rounds of a row run at about the same time."""
     blocks = tl.cdiv(length, OWN)
     line = tl.program_id(0) // blocks
     row, number = (line // rounds).to(tl.int64), line % rounds
     start = tl.program_id(0) % blocks * OWN
-    history_start = row * rounds * length
-    history = History(slots + history_start, low + history_start, high + history_start, length)
+    at = row * rounds * length
+    history = History(slots + at, low + at, high + at, length)
     count = tl.load(real_lengths + row).to(tl.int32)
     block = Block(
-        positions + row * positions_row, positions_round,
-        buckets + row * buckets_row + number.to(tl.int64) * buckets_round,
+        positions + at, slot_low + at, slot_high + at, length,
         number, rounds, start, tl.minimum(start + OWN, count), reach, count,
     )  # fmt: skip
     return block, history, row, line.to(tl.int64)
@@ -58,76 +82,65 @@ def block_of_program(
 @triton.jit
 def keys_of(
     block, slot, valid,
-    RING: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, STEP: tl.constexpr,
+    RING: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
 ):  # fmt: skip
     """The Partners of the block's slots as queries."""
-    reach, count = block.reach, block.count
+    reach, count, start, stop, number = block.reach, block.count, block.start, block.stop, block.number
+    final = tl.maximum(stop - 1, 0)
     if RING:
-        number = (block.number + block.rounds - 1) % block.rounds
+        number = (number + block.rounds - 1) % block.rounds
         first = tl.maximum(count - 1, 0) // reach * reach
-        last = tl.where(block.start < reach, count, first)
-        low, size = tl.where(valid, first, 0), tl.where(valid & (slot < reach), count - first, 0)
-    else:
-        number = block.number
-        first, last = span(block, WINDOW, True, WINDOW and not CAUSAL, STEP)
-        if WINDOW:
-            low = slot - tl.minimum(_same_before(block, slot, valid, first), reach)
-            if CAUSAL:
-                high = slot if EXCLUDES_OWN else slot + 1
-            else:
-                high = slot + 1 + tl.minimum(_same_after(block, slot, valid, last), reach)
+        last = tl.where(start < reach, count, first)
+        low, high = tl.where(slot < reach, first, count), slot * 0 + count
+    elif WINDOW:
+        table = block.slot_low + number.to(tl.int64) * block.length
+        first = tl.load(table + tl.minimum(start, final))
+        low = load_numbers(table, slot, valid)
+        if CAUSAL:
+            last, high = stop, (slot if EXCLUDES_OWN else slot + 1)
         else:
-            chunk = slot // reach
-            low, high = tl.maximum(chunk - 1, 0) * reach, tl.minimum((chunk + 1) * reach, count)
-        size = tl.where(valid, high - low, 0)
-    return Partners(number, first, last, low, size)
+            table = block.slot_high + number.to(tl.int64) * block.length
+            last = tl.load(table + final)
+            high = load_numbers(table, slot, valid)
+    else:
+        chunk = slot // reach
+        low, high = tl.maximum(chunk - 1, 0) * reach, tl.minimum((chunk + 1) * reach, count)
+        first, last = (
+            tl.maximum(start // reach - 1, 0) * reach,
+            tl.minimum((final // reach + 1) * reach, count),
+        )
+    return Partners(number, first, tl.where(start < stop, last, first), low, tl.where(valid, high - low, 0))
 
 
 @triton.jit
 def queries_of(
     block, slot, valid,
-    RING: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr, STEP: tl.constexpr,
+    RING: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
 ):  # fmt: skip
     """The Partners of the block's slots as keys."""
-    reach, count = block.reach, block.count
+    reach, count, start, stop, number = block.reach, block.count, block.start, block.stop, block.number
+    final = tl.maximum(stop - 1, 0)
     if RING:
-        number = (block.number + 1) % block.rounds
+        number = (number + 1) % block.rounds
         ring = tl.maximum(count - 1, 0) // reach * reach
-        first = 0
-        last = tl.where(block.stop > ring, tl.minimum(reach, count), 0)
-        low, size = tl.where(valid, 0, 0), tl.where(valid & (slot >= ring), tl.minimum(reach, count), 0)
-    else:
-        number = block.number
-        first, last = span(block, WINDOW, WINDOW and not CAUSAL, True, STEP)
-        if WINDOW:
-            high = slot + 1 + tl.minimum(_same_after(block, slot, valid, last), reach)
-            if CAUSAL:
-                low = slot + 1 if EXCLUDES_OWN else slot
-            else:
-                low = slot - tl.minimum(_same_before(block, slot, valid, first), reach)
+        first = start * 0
+        last = tl.where(stop > ring, tl.minimum(reach, count), 0)
+        low, high = slot * 0, tl.where(slot >= ring, tl.minimum(reach, count), 0)
+    elif WINDOW:
+        table = block.slot_high + number.to(tl.int64) * block.length
+        last = tl.load(table + final)
+        high = load_numbers(table, slot, valid)
+        if CAUSAL:
+            first, low = start, (slot + 1 if EXCLUDES_OWN else slot)
         else:
-            chunk = slot // reach
-            low, high = chunk * reach, tl.minimum((chunk + 2) * reach, count)
-        size = tl.where(valid, high - low, 0)
-    return Partners(number, first, last, low, size)
-
-
-@triton.jit
-def _same_before(block, slot, valid, first):
-    """How many slots from `first` to each slot hold its bucket; those from `first` to the block hold its first one."""
-    bucket = load_numbers(block.buckets, slot, valid)
-    same = (bucket[:, None] == bucket[None, :]) & (slot[None, :] < slot[:, None])
-    begun = tl.load(block.buckets + tl.minimum(block.start, tl.maximum(block.stop - 1, 0))).to(tl.int32)
-    return tl.sum(same.to(tl.int32), axis=1) + tl.where(bucket == begun, block.start - first, 0)
-
-
-@triton.jit
-def _same_after(block, slot, valid, last):
-    """How many slots after each slot, up to `last`, hold its bucket; those after the block hold its last one."""
-    bucket = load_numbers(block.buckets, slot, valid)
-    same = (bucket[:, None] == bucket[None, :]) & (slot[None, :] > slot[:, None]) & valid[None, :]
-    ended = tl.load(block.buckets + tl.maximum(block.stop - 1, 0)).to(tl.int32)
-    return tl.sum(same.to(tl.int32), axis=1) + tl.where(bucket == ended, last - block.stop, 0)
+            table = block.slot_low + number.to(tl.int64) * block.length
+            first = tl.load(table + tl.minimum(start, final))
+            low = load_numbers(table, slot, valid)
+    else:
+        chunk = slot // reach
+        low, high = chunk * reach, tl.minimum((chunk + 2) * reach, count)
+        first, last = start // reach * reach, tl.minimum((final // reach + 2) * reach, count)
+    return Partners(number, first, tl.where(start < stop, last, first), low, tl.where(valid, high - low, 0))
 
 
 @triton.jit
