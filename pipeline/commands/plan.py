@@ -38,12 +38,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 if the run does not fit."""
     from megabase.pipeline.config.load import load
-    from megabase.pipeline.plan.request import planned
+    from megabase.pipeline.plan.request import NOT_SET, planned
     from megabase.pipeline.plan.table import as_json, as_table, limits_of
     from megabase.pipeline.plan.warnings import warnings_of
     from megabase.pipeline.tables import show
 
-    required = {"run": {"name": "plan"}, "data": {"shards": "shards"}}
+    required = {"run": {"name": "plan"}, "data": {"shards": NOT_SET}}
     config = load(*split_settings(options.settings), required)
     plan, notes = planned(config, options.hardware, options.ranks)
     warnings = warnings_of(plan)

@@ -2,7 +2,9 @@
 
 A reversible stack keeps the two streams and their gradients, whatever its depth. Beside them, the branch that is being
 inverted needs the most; branches follow each other, so the largest counts. The figures of `WORK` are what has to change
-when the model's use of memory does: `python -m benchmarks.plan` compares them with measurements.
+when the model's use of memory does. Those of CPUs are measured: `python -m benchmarks.memory` has bytes for each
+position and channel, and `python -m benchmarks.plan` compares whole trainings. Those of GPUs are the same tensors in
+the precision of the GPU, and the kernels' sums in fp32, counted in the code.
 """
 
 from __future__ import annotations
@@ -23,31 +25,65 @@ class Work:
     """What a branch has in memory at once beside the streams and their gradients, for each position.
 
     Attributes:
-        wide: numbers of 4 bytes for each channel of the model (dim).
-        narrow: numbers of the precision of the computation for each channel of its heads (heads x head_dim).
-        rounds: bytes for each head and round of hashing.
+        fixed: numbers of the computation for each channel of the model (dim): inputs, output.
+        heads: numbers of the computation for each channel of the heads that are computed together: queries, keys,
+            values, their gradients.
+        sums: numbers in fp32 for the same channels.
+        rounds: bytes for each of these heads and each round of hashing: the sorted order.
     """
 
-    wide: float
-    narrow: float
+    fixed: float
+    heads: float = 0.0
+    sums: float = 0.0
     rounds: float = 0.0
 
-    def bytes(self, config: ReformerConfig, width: int) -> float:
-        """Bytes of a position, with numbers of `width` bytes in the computation."""
-        narrow = self.narrow * config.heads * config.width * width
-        return self.wide * 4 * config.dim + narrow + self.rounds * config.heads * config.lsh.rounds
+    def bytes(self, config: ReformerConfig, width: int, groups: int = 1, *, shared: bool = False) -> float:
+        """Bytes of a position.
+
+        Args:
+            config: of the model.
+            width: bytes of a number in the computation.
+            groups: of heads, which are computed one after the other.
+            shared: several ranks share the sequence.
+        """
+        fixed = (
+            self.fixed + (IN_GROUPS if groups > 1 else 0.0) + (EXCHANGED if shared and self.heads else 0.0)
+        )
+        channels = config.heads * config.width / groups
+        heads = channels * (self.heads * width + self.sums * 4)
+        return fixed * config.dim * width + heads + self.rounds * config.heads * config.lsh.rounds / groups
 
 
-WORK: Mapping[str, Work] = {
-    "local": Work(wide=4.0, narrow=12.0),
-    "lsh": Work(wide=4.0, narrow=14.0, rounds=8.0),
-    "full": Work(wide=4.0, narrow=12.0),
-    "linformer": Work(wide=4.0, narrow=12.0),
-    "performer": Work(wide=4.0, narrow=12.0),
-    FEEDFORWARD: Work(wide=3.0, narrow=3.0),
-    HEAD: Work(wide=4.0, narrow=4.0),
+_OTHERS = Work(fixed=3.0, heads=8.5)
+_REST = {FEEDFORWARD: Work(fixed=2.0), HEAD: Work(fixed=6.0)}
+WORK: Mapping[str, Mapping[str, Work]] = {
+    "cpu": {
+        "local": _OTHERS,
+        "lsh": Work(fixed=3.0, heads=7.0, rounds=20.0),
+        "full": _OTHERS,
+        "linformer": _OTHERS,
+        "performer": _OTHERS,
+        **_REST,
+    },
+    "cuda": {
+        "local": _OTHERS,
+        "lsh": Work(fixed=3.0, heads=7.0, sums=2.0, rounds=20.0),
+        "full": Work(fixed=3.0, heads=8.5, sums=1.0),
+        "linformer": _OTHERS,
+        "performer": _OTHERS,
+        **_REST,
+    },
 }
-"""The work of each kind of branch, and of what follows the stack."""
+"""The work of each kind of branch, and of what follows the stack, by device."""
+
+IN_GROUPS = 2.5
+"""Further numbers for each channel of the model, where heads are computed in groups: sums of outputs and gradients."""
+
+EXCHANGED = 1.0
+"""The same, where ranks share the sequence: what is received."""
+
+GROUPED = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Numbers of the queries of one group of heads, at most: LIMIT of `models/attention/by_heads.py`."""
 
 HIDDEN = 4.0
 """Numbers of the computation for each channel of a feed-forward's hidden layer, for the tokens of one chunk."""
@@ -77,8 +113,9 @@ def activations_of(
     width: int,
     device: str,
     *,
-    work: Mapping[str, Work] = WORK,
-    streams: float = STREAMS,
+    parts: int = 1,
+    work: Mapping[str, Work] | None = None,
+    in_groups: bool = True,
 ) -> Activations:
     """The activations of a forward and backward pass.
 
@@ -87,14 +124,29 @@ def activations_of(
         positions: of a micro batch that the rank holds.
         width: bytes of a number in the computation: 4, or 2 in half precision.
         device: `cpu` or `cuda`.
-        work: the figures of each branch.
-        streams: bytes of the streams for each position and channel.
+        parts: ranks that share each sequence.
+        work: the figures of each branch; None: WORK.
+        in_groups: heads may be computed in groups.
     """
-    kinds = [*dict.fromkeys(config.pattern), FEEDFORWARD, HEAD]
-    needs = {kind: positions * work[kind].bytes(config, width) for kind in kinds}
+    work = WORK[device] if work is None else work
+    needs = {}
+    for kind in dict.fromkeys(config.pattern):
+        groups = groups_of(config, kind, positions, device, parts) if in_groups else 1
+        needs[kind] = positions * work[kind].bytes(config, width, groups, shared=parts > 1)
+    needs[HEAD] = positions * work[HEAD].bytes(config, width)
+    needs[FEEDFORWARD] = positions * work[FEEDFORWARD].bytes(config, width)
     needs[FEEDFORWARD] += _chunk_bytes(config, positions, width, device)
     largest = max(needs, key=lambda kind: needs[kind])
-    return Activations(round(streams * config.dim * positions), largest, round(needs[largest]))
+    return Activations(round(STREAMS * config.dim * positions), largest, round(needs[largest]))
+
+
+def groups_of(config: ReformerConfig, kind: str, positions: int, device: str, parts: int = 1) -> int:
+    """How many groups of heads a layer computes in turn: `head_groups` of `models/attention/by_heads.py`."""
+    if kind == "linformer" or config.heads % parts:
+        return 1
+    each = config.heads // parts
+    least = min(each, -(-positions * config.heads * config.width // GROUPED[device]))
+    return next(count for count in range(max(1, least), each + 1) if each % count == 0)
 
 
 def _chunk_bytes(config: ReformerConfig, positions: int, width: int, device: str) -> float:

@@ -11,6 +11,7 @@ from megabase.datamodules.errors import DataError
 from megabase.models.checks import ConfigError
 from megabase.pipeline.config.schema import CPU as OFFLOAD_CPU
 from megabase.pipeline.config.schema import NONE, RunConfig
+from megabase.pipeline.config.trainer import HOST as HOST_STREAMS
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.plan.memory import DEVICE, HOST, Memory, memory_of
 from megabase.pipeline.plan.profiles import CPU, Profile
@@ -133,6 +134,8 @@ class Fitting:
             if more % parts == 0:
                 yield {**least, "trainer.sequence_ranks": more}
                 yield {**least, "trainer.sequence_ranks": more, "zero.stage": 3}
+        if self.profile.device != CPU:
+            yield {**least, "trainer.offload_streams": HOST_STREAMS}
 
 
 def _bytes(gib: float) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megabase.pipeline.config.schema import CPU, NONE, NVME, RunConfig
+from megabase.pipeline.config.trainer import HOST as STREAMS_ON_HOST
 from megabase.pipeline.plan.activations import Activations, activations_of
 from megabase.pipeline.zero.reserved import HPZ, ZERO
 
@@ -22,6 +23,9 @@ _MOMENTS = 8
 LIBRARIES = 700 << 20
 """Resident memory of a rank on CPUs before it has a model: Python, torch, Lightning, DeepSpeed. On GPUs it is in host
 memory, and what CUDA and NCCL take of the device is `reserved_gib` of the profile."""
+
+TRACKING = 60 << 20
+"""What MLflow adds to it on rank 0."""
 
 MOST_GATHERED = 10**9
 """Parameters that DeepSpeed keeps gathered in stage 3 for their next use (stage3_max_live_parameters and
@@ -83,13 +87,15 @@ def memory_of(config: RunConfig, parameters: int, ranks: int, precision: str, de
     width = _FP32 if precision == "32" else 2
     positions = config.data.micro_batch * config.data.length // config.trainer.sequence_ranks
     # CPUs without units for half precision compute in fp32 (`models/layers.linear`).
-    activations = activations_of(config.model, positions, width if device != "cpu" else _FP32, device)
+    computed = width if device != "cpu" else _FP32
+    parts = config.trainer.sequence_ranks
+    activations = activations_of(config.model, positions, computed, device, parts=parts)
     work = [
-        *_activations(activations),
+        *_activations(activations, HOST if config.trainer.offload_streams == STREAMS_ON_HOST else DEVICE),
         *_buffers(config, parameters, width, device),
         *_update(config, parameters, ranks, precision),
         *_copies(config, parameters, ranks),
-        Part("Python and libraries", LIBRARIES, DEVICE if device == "cpu" else HOST),
+        Part("Python and libraries", LIBRARIES + TRACKING * config.tracking.enabled, HOST),
     ]
     if device == "cpu":  # the device is the host
         work = [Part(part.name, part.bytes, DEVICE, part.when) for part in work]
@@ -117,9 +123,9 @@ def _states(config: RunConfig, parameters: int, ranks: int, precision: str, devi
     return states
 
 
-def _activations(found: Activations) -> list[Part]:
+def _activations(found: Activations, streams: str) -> list[Part]:
     return [
-        Part("streams and their gradients", found.streams, DEVICE, PASS),
+        Part("streams and their gradients", found.streams, streams, PASS),
         Part(f"work of one branch: {found.largest}", found.work, DEVICE, PASS),
     ]
 

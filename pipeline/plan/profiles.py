@@ -61,6 +61,7 @@ class Profile:
         memory_gb_s: bandwidth of a device's memory.
         node_gb_s: bandwidth between the devices of a node, for one device and direction.
         network_gb_s: the same between nodes.
+        host_gb_s: bandwidth between a device and host memory, in each direction.
         latency_us: of one collective.
         achieved: shares of the peaks that are reached.
         launch_ms: host time for the kernels of one branch, forward and backward.
@@ -77,6 +78,7 @@ class Profile:
     memory_gb_s: float = 1.0
     node_gb_s: float = 1.0
     network_gb_s: float = 1.0
+    host_gb_s: float = 1.0
     latency_us: float = 0.0
     achieved: Achieved = field(default_factory=Achieved)
     launch_ms: float = 0.0
@@ -205,7 +207,8 @@ def _checked(path: Path, profile: Profile) -> Profile:
         raise UserError(f"--hardware {path}: device={profile.device!r}: choose {' or '.join(DEVICES)}")
     if profile.device == CUDA and (profile.memory_gib is None or profile.host_memory_gib is None):
         raise UserError(f"--hardware {path}: memory_gib and host_memory_gib must be given for device: cuda")
-    positive = ("memory_gib", "host_memory_gib", "per_node", "memory_gb_s", "node_gb_s", "network_gb_s")
+    of_node = ("memory_gib", "host_memory_gib", "per_node")
+    positive = (*of_node, "memory_gb_s", "node_gb_s", "network_gb_s", "host_gb_s")
     values = {name: getattr(profile, name) for name in positive}
     values |= {f"peak_tflops.{precision}": peak for precision, peak in profile.peak_tflops.items()}
     for key, value in values.items():

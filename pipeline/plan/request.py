@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megabase.datamodules.alphabet import Alphabet
 from megabase.datamodules.index.index_file import INDEX_NAME, read_index
+from megabase.datamodules.index.segments import VALID, Segments
 from megabase.datamodules.index.store import open_store
 from megabase.datamodules.order.planning import plan_training
 from megabase.datamodules.order.windows import WindowPlan
@@ -20,6 +21,9 @@ from megabase.pipeline.plan.profiles import CPU, DEFAULT_GPU, Profile
 from megabase.pipeline.plan.run import Plan, plan
 
 ALPHABET = "dna"
+NOT_SET = "(none)"
+"""data.shards of a config that does not set it."""
+
 HOPELESS_S = 600.0
 """A step that would take longer on the CPUs of this machine is one for GPUs."""
 
@@ -152,13 +156,28 @@ def read_windows(config: RunConfig) -> tuple[WindowPlan | None, int, list[str]]:
 
     Raises:
         DataError: the index is damaged, or does not fit `data.*`.
+        UserError: see `check_validation`.
     """
     shards = config.data.shards
     if "://" not in shards and not (Path(shards) / INDEX_NAME).is_file() and not Path(shards).is_file():
         vocab_size = config.model.vocab_size or Alphabet.named(ALPHABET).vocab_size
-        note = (
-            f"data.shards={shards} does not exist yet: epochs are not known; the alphabet may be another than"
+        missing = (
+            "data.shards is not set" if shards == NOT_SET else f"data.shards={shards} does not exist yet"
         )
-        return None, vocab_size, [f"{note} {ALPHABET}."]
+        return (
+            None,
+            vocab_size,
+            [f"{missing}: epochs are not known; the alphabet may be another than {ALPHABET}."],
+        )
     index = read_index(open_store(shards))
+    check_validation(config, index.segments)
     return plan_training(config.data, index.alphabet, index.segments), index.alphabet.vocab_size, []
+
+
+def check_validation(config: RunConfig, segments: Segments) -> None:
+    """Raise UserError if a run is to keep its best checkpoints, and there is no validation split to find them with."""
+    if config.checkpoint.keep_best and VALID not in segments.splits():
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
+            " the best with: prepare it with --valid, or set checkpoint.keep_best=0"
+        )

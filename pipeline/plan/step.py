@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from megabase.models.config import ReformerConfig
 from megabase.models.flops import attention_flops, feedforward_flops, head_flops, keys_per_query
 from megabase.pipeline.config.schema import NONE, RunConfig
+from megabase.pipeline.config.trainer import HOST
 from megabase.pipeline.plan.batches import Batches
 from megabase.pipeline.plan.profiles import CPU, Profile, cores_of_a_rank
 from megabase.pipeline.plan.traffic import ALL_GATHER, bandwidth, exchanged_bytes, seconds_of, transfers_of
 
 PASSES = 4.0
 """Forward passes that a reversible forward and backward pass costs."""
+
+MOVED_BYTES = 36.0
+"""Bytes that move between host memory and device for each position, channel and branch, where streams are on the host:
+forward one stream is read and one updated; backward the same again, and the gradients of both. An estimate."""
 
 BACKWARD = 0.75
 """Share of them during which gradients are ready to be sent, with zero.overlap_comm."""
@@ -36,6 +41,7 @@ class StepTime:
         products: matrix products of projections, feed-forward and head.
         attention: scores and their sums, hashing, sorting.
         streams: what memory's bandwidth limits.
+        moving: of the streams between host memory and device (trainer.offload_streams).
         launches: time in which the device waits for the host.
         update: AdamW.
         reduction: gradients and weights between ranks.
@@ -45,6 +51,7 @@ class StepTime:
     products: float
     attention: float
     streams: float
+    moving: float
     launches: float
     update: float
     reduction: float
@@ -66,6 +73,7 @@ class StepTime:
         seconds = {
             "compute": self.products + self.attention,
             "memory bandwidth": self.streams + self.update,
+            "moving streams": self.moving,
             "launches": self.launches,
             "communication": self.reduction + self.exchange,
         }
@@ -95,6 +103,10 @@ def step_time(
     products, attention, streams = (positions * each for each in computed)
     launch = launch_seconds(config.model, profile)
     # A GPU computes while the host launches; a CPU does one after the other.
+    moving = 0.0
+    if config.trainer.offload_streams == HOST:
+        share = profile.host_gb_s * 1e9 * profile.achieved.memory
+        moving = MOVED_BYTES * config.model.dim * 2 * config.model.depth * positions / share
     waits = launch if profile.device == CPU else max(0.0, launch - products - attention - streams)
     updated = parameters if not config.zero.stage else -(-parameters // batches.ranks)
     across = batches.sequence_ranks > devices
@@ -110,6 +122,7 @@ def step_time(
         products=micro * products,
         attention=micro * attention,
         streams=micro * streams,
+        moving=micro * moving,
         launches=micro * waits,
         update=UPDATE_BYTES * updated / memory * (1.0 if config.zero.offload == NONE else OFFLOADED),
         reduction=reduction,

@@ -19,7 +19,8 @@ _STEP = {
     "products": "matrix products",
     "attention": "with hashing and sorting",
     "streams": "what memory's bandwidth limits",
-    "launches": "the device waits for the host",
+    "moving": "streams between host memory and GPU",
+    "launches": "waiting for the host to launch them",
     "update": "AdamW",
     "reduction": "gradients and weights between ranks",
     "exchange": "positions of shared windows between ranks",
@@ -159,7 +160,7 @@ def _speed(plan: Plan) -> list[Row]:
         (f"  {kind}", _seconds(seconds), _STEP[kind]) for kind, seconds in vars(step).items() if seconds > 0
     ]
     each = speed.tokens_per_second / plan.batches.ranks
-    hours = f"{speed.device_hours:,.1f} {'GPU' if plan.profile.device != 'cpu' else 'rank'}-hours"
+    hours = f"{_hours(speed.device_hours)} {'GPU' if plan.profile.device != 'cpu' else 'rank'}-hours"
     return [
         *rows,
         ("tokens a second", f"{speed.tokens_per_second:,.0f}", f"{each:,.0f} of a rank; MFU {speed.mfu:.1%}"),
@@ -192,3 +193,7 @@ def _checkpoints(plan: Plan) -> list[Row]:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"

@@ -72,8 +72,8 @@ def _limits(plan: Plan) -> list[str]:
     found = []
     if plan.profile.device != "cpu" and 2 * step > slurm.signal_seconds:
         found.append(
-            f"a step takes {readable_time(step)}: set slurm.signal_seconds={slurm.signal_seconds} to twice that and the"
-            " time of a checkpoint"
+            f"slurm.signal_seconds={slurm.signal_seconds} is less than twice a step of {readable_time(step)}: raise it,"
+            " so that a step and a checkpoint are done before the time limit"
         )
     limit = seconds_of_limit(slurm.time)
     if limit is not None and limit - slurm.signal_seconds < 2 * step:

@@ -8,7 +8,6 @@ import torch
 
 from megabase.datamodules.batches.visits import Windows, training_windows
 from megabase.datamodules.config import accumulation
-from megabase.datamodules.index.segments import VALID
 from megabase.datamodules.index.shard_index import ShardIndex
 from megabase.datamodules.order.mixture import identity_of
 from megabase.models.pretrained import empty
@@ -17,6 +16,7 @@ from megabase.pipeline.checkpoint.manifest import Damaged, list_checkpoints, rea
 from megabase.pipeline.config.callbacks import check_modules
 from megabase.pipeline.config.schema import RunConfig
 from megabase.pipeline.errors import UserError
+from megabase.pipeline.plan.request import check_validation
 from megabase.pipeline.ranks.environment import is_rank_zero
 from megabase.pipeline.rundir.lock import check_writable
 from megabase.pipeline.rundir.paths import RunPaths
@@ -46,11 +46,7 @@ def check(config: RunConfig, ranks: int, *, here: bool = True) -> Windows:
     check_settings(config, ranks, here=here)
     index = ShardIndex.open(config.data.shards)
     windows = training_windows(config.data, index)
-    if config.checkpoint.keep_best and VALID not in index.segments.splits():
-        raise UserError(
-            f"checkpoint.keep_best={config.checkpoint.keep_best}: {config.data.shards} has no validation split to find"
-            " the best with: prepare it with --valid, or set checkpoint.keep_best=0"
-        )
+    check_validation(config, index.segments)
     config.model.vocab_size = index.alphabet.vocab_size
     config.model.validate(config.data.length)
     if config.zero.overlap_comm:

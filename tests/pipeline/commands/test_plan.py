@@ -49,7 +49,9 @@ def test_a_config_for_gpus_without_its_shards(capsys: pytest.CaptureFixture[str]
     ):
         assert kind in rows, printed
     assert "windows of an epoch" not in rows
-    assert "does not exist yet: epochs are not known" in printed
+    assert "data.shards is not set: epochs are not known" in printed
+    assert cli.main(["plan", CONFIG, "data.shards=later"]) == 0
+    assert "data.shards=later does not exist yet: epochs are not known" in capsys.readouterr().out
 
 
 def test_shards_are_read_no_further_than_their_index(

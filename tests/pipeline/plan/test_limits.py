@@ -1,6 +1,7 @@
 """What fits: searches over the model of memory."""
 
-import pytest
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,19 +46,23 @@ def test_the_fewest_ranks_of_states_that_need_several() -> None:
     assert before is not None and not fitting.fits(before)
 
 
-@pytest.mark.parametrize(
-    ("more", "parameters", "nearest"),
-    [
-        (["data.micro_batch=8", "data.length=1048576"], 10**8, ["data.micro_batch=4"]),
-        (["zero.stage=2"], 4 * 10**10, ["zero.stage=3"]),
-    ],
-)
-def test_the_nearest_settings_fit(more: list[str], parameters: int, nearest: list[str]) -> None:
-    fitting, config = Fitting(parameters, "bf16", H100), config_of(*more, "trainer.nodes=1")
-    if parameters > 10**10:
-        config = changed(config, "trainer.nodes", 8)
+def test_a_smaller_micro_batch_is_the_nearest_change() -> None:
+    config = config_of("data.micro_batch=8", "data.length=1048576")
+    fitting = Fitting(10**8, "bf16", dataclasses.replace(H100, memory_gib=42.0))
     assert not fitting.space(config).fits
-    assert fitting.nearest(config) == nearest
+    nearest = fitting.nearest(config)
+    assert nearest is not None and len(nearest) == 1
+    key, size = nearest[0].split("=")
+    assert key == "data.micro_batch" and int(size) in (1, 2, 4)
+    assert fitting.fits(changed(config, key, int(size)))
+    assert not fitting.fits(changed(config, key, 2 * int(size)))
+
+
+def test_states_that_do_not_fit_are_sharded() -> None:
+    config = config_of("zero.stage=2", "trainer.nodes=8")
+    fitting = Fitting(4 * 10**10, "bf16", H100)
+    assert not fitting.space(config).fits
+    assert fitting.nearest(config) == ["zero.stage=3"]
 
 
 def test_a_window_that_one_rank_cannot_hold_is_shared() -> None:

@@ -47,6 +47,16 @@ def test_streams_do_not_depend_on_depth_and_are_shared_with_the_window() -> None
     assert streams("trainer.sequence_ranks=2") == 4 * 4 * 64 * 512
 
 
+def test_streams_in_host_memory_are_not_on_the_device() -> None:
+    def peaks(where: str) -> list[int]:
+        settings = ["run.name=x", "data.shards=s", "data.length=65536", f"trainer.offload_streams={where}"]
+        memory = memory_of(load([], settings), 1000, 1, "bf16", "cuda")
+        return [memory.peak(place) for place in (DEVICE, HOST)]
+
+    (device, host), (less, more) = peaks("none"), peaks("host")
+    assert device - less == more - host == 16 * 256 * 65536
+
+
 def test_buckets_and_gathered_weights_by_stage() -> None:
     mebibyte = 1 << 20
     assert "bucket of gradients" not in parts_of("zero.stage=0")

@@ -8,7 +8,7 @@ from megabase.pipeline.config.load import load
 from megabase.pipeline.plan.batches import batches_of
 from megabase.pipeline.plan.limits import ranks_of
 from megabase.pipeline.plan.profiles import Achieved, Profile
-from megabase.pipeline.plan.step import STREAM_BYTES, StepTime, step_time
+from megabase.pipeline.plan.step import MOVED_BYTES, STREAM_BYTES, StepTime, step_time
 
 FULL = dict.fromkeys(("products", "lsh", "attention", "memory", "node", "network"), 1.0)
 GPU = Profile(
@@ -16,6 +16,7 @@ GPU = Profile(
     peak_tflops={"bf16": 1.0},
     memory_gb_s=1.0,
     node_gb_s=1.0,
+    host_gb_s=2.0,
     network_gb_s=0.5,
     achieved=Achieved(**FULL),
     name="test",
@@ -45,7 +46,9 @@ def test_the_parts_of_a_step() -> None:
     assert step.streams == pytest.approx(positions * STREAM_BYTES * 64 * 4 / 1e9)
     # All-reduce of 2 bytes after each of two micro batches, a gather of the weights: between 2 ranks half of each.
     assert step.reduction == pytest.approx((2 * 2 * 2000 + 2000) / 2 / 1e9)
-    assert step.exchange == step.launches == 0
+    assert step.exchange == step.launches == step.moving == 0
+    moved = time_of("data.global_batch=4", "trainer.offload_streams=host").moving
+    assert moved == pytest.approx(positions * MOVED_BYTES * 64 * 4 / 2e9)
     assert step.total == pytest.approx(sum(vars(step).values()))
 
 
