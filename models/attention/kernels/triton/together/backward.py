@@ -10,10 +10,11 @@ positions, like its output (`forward`).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from megabase.models.attention.kernels.triton.backward import Row
 from megabase.models.attention.kernels.triton.memory import (
     LOG2_E,
     Dropout,
@@ -41,9 +42,46 @@ from megabase.models.attention.kernels.triton.together.pairs import (
 )
 
 
+class Row(NamedTuple):
+    """Addresses of what one row of the batch holds. q, k, v, grad: Rows. sums: see `pack_sums`. scales: by slot."""
+
+    q: Any
+    k: Any
+    v: Any
+    grad: Any
+    sums: Any
+    scales: Any
+
+
+@triton.jit
+def pack_sums(
+    grad, out, lse, sums, length, grad_row, grad_step, out_row, out_step,
+    D_V: tl.constexpr, PAD_V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For BLOCK positions, in one integer of 64 bits: the bits of lse, and above them those of delta = Σ grad · out,
+    which the gradient of each score of a query subtracts. So one load gives both."""
+    blocks = tl.cdiv(length, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    position = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    valid = position < length
+    x = load_rows(Rows(grad + row * grad_row, grad_step), position, valid, D_V, PAD_V).to(tl.float32)
+    y = load_rows(Rows(out + row * out_row, out_step), position, valid, D_V, PAD_V).to(tl.float32)
+    delta = tl.sum(x * y, axis=1).to(tl.int32, bitcast=True).to(tl.int64)
+    low = tl.load(lse + row * length + position, mask=valid, other=0.0).to(tl.int32, bitcast=True)
+    tl.store(sums + row * length + position, (delta << 32) | (low.to(tl.int64) & 0xFFFFFFFF), mask=valid)
+
+
+@triton.jit
+def _load_sums(sums, position, valid):
+    """lse and delta of positions."""
+    packed = tl.load(sums + position, mask=valid, other=0)
+    lse = packed.to(tl.int32).to(tl.float32, bitcast=True)
+    return lse, (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_rounds(
-    q, k, v, grad, lse, delta, scales, partial_q, partial_k, partial_v,
+    q, k, v, grad, sums, scales, partial_q, partial_k, partial_v,
     positions, slot_low, slot_high, slots, low, high, real_lengths, drop_keys, least, kept, length, reach, rounds,
     q_row, q_step, k_row, k_step, v_row, v_step, grad_row, grad_step,
     ROUNDS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDES_OWN: tl.constexpr,
@@ -56,11 +94,10 @@ def backward_rounds(
         positions, slot_low, slot_high, slots, low, high, real_lengths, length, reach, rounds, OWN
     )
     dropout = Dropout(tl.load(drop_keys + index) if DROPOUT else 0, least, kept)
-    at = index * length
     row = Row(
         Rows(q + index * q_row, q_step), Rows(k + index * k_row, k_step),
         Rows(v + index * v_row, v_step), Rows(grad + index * grad_row, grad_step),
-        lse + at, delta + at, scales + index * rounds * length,
+        sums + index * length, scales + index * rounds * length,
     )  # fmt: skip
     slot = block.start + tl.arange(0, OWN)
     inside, valid = slot < length, slot < block.count
@@ -110,8 +147,7 @@ def _from_queries(
             other_position = load_numbers(other_positions, other, exists)
             query = load_rows(row.q, other_position, exists, D, PAD)
             grad = load_rows(row.grad, other_position, exists, D_V, PAD_V)
-            lse = tl.load(row.lse + other_position, mask=exists, other=0.0)
-            delta = tl.load(row.delta + other_position, mask=exists, other=0.0)
+            lse, delta = _load_sums(row.sums, other_position, exists)
             scores = product(own_key, tl.trans(query)) * factor
             grad_scores = product(own_value, tl.trans(grad))
             counts = pair_counts(
@@ -140,8 +176,7 @@ def _add_from_keys(
     """The block's slots as queries: the sum acc (the gradient of q) with what their keys add."""
     own_query = load_rows(row.q, position, valid, D, PAD)
     own_grad = load_rows(row.grad, position, valid, D_V, PAD_V)
-    own_lse = tl.load(row.lse + position, mask=valid, other=0.0)
-    own_delta = tl.load(row.delta + position, mask=valid, other=0.0)
+    own_lse, own_delta = _load_sums(row.sums, position, valid)
     for RING in tl.static_range(1 if WINDOW else 2):
         partners = keys_of(block, slot, valid, RING, WINDOW, CAUSAL, EXCLUDES_OWN)
         other_positions = positions_of_round(block, partners.number)

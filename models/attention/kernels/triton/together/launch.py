@@ -13,20 +13,24 @@ from megabase.models.attention.kernels.inputs import PairDropout, Rule, SortedOr
 from megabase.models.attention.kernels.triton.launch import (
     PASS_BLOCK,
     Launch,
-    deltas_of,
     named_strides,
     parts,
     pass_grid,
     scales_of_keys,
+    strides,
 )
 from megabase.models.attention.kernels.triton.tiles import BACKWARD, FORWARD, Tiles
-from megabase.models.attention.kernels.triton.together.backward import add_rounds, backward_rounds
+from megabase.models.attention.kernels.triton.together.backward import (
+    add_rounds,
+    backward_rounds,
+    pack_sums,
+)
 from megabase.models.attention.kernels.triton.together.forward import (
     forward_rounds,
     merge_rounds,
 )
 from megabase.models.attention.kernels.triton.together.tables import Tables
-from megabase.models.gpu import FUSED
+from megabase.models.gpu import FUSED, padded
 
 
 class SortedAttentionTogether(torch.autograd.Function):
@@ -84,11 +88,11 @@ class SortedAttentionTogether(torch.autograd.Function):
         grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
         grad_k = grad_q if unit else torch.empty_like(k)
         with torch.cuda.device_of(q):
-            delta = deltas_of(grad, out)
+            sums = _sums(grad, out, lse)
             for part in parts(q, v, order.positions.shape[1]):
                 launch = Launch.of(q[part], v[part], order, rule, dropout, part, unit)
                 partial_q, partial_v = _partial(q, launch), _partial(v, launch)
-                sums = {
+                partials = {
                     "partial_q": partial_q,
                     "partial_k": partial_q if unit else _partial(k, launch),
                     "partial_v": partial_v,
@@ -98,11 +102,11 @@ class SortedAttentionTogether(torch.autograd.Function):
                     backward_rounds,
                     BACKWARD,
                     {"q": q[part], "k": k[part], "v": v[part], "grad": grad[part]},
-                    {**sums, "lse": lse[part], "delta": delta[part], **tables[part]},
+                    {**partials, "sums": sums[part], **tables[part]},
                 )
                 results = {"q": grad_q[part], "k": grad_k[part], "v": grad_v[part]}
                 add_rounds[pass_grid(lse[part])](
-                    **sums,
+                    **partials,
                     **{f"grad_{name}": x for name, x in results.items()},
                     lse=lse[part],
                     **_combining(launch, {"grad": grad[part]}),
@@ -133,6 +137,17 @@ def _run(
         **named_strides(matrices),
         **launch.constants(tiles),
     )
+
+
+def _sums(grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """lse and Σ grad · out of each position, as `pack_sums` packs them: (rows, length) int64."""
+    sums = torch.empty(lse.shape, dtype=torch.int64, device=lse.device)
+    d_v = out.shape[-1]
+    pack_sums[pass_grid(lse)](
+        *(grad, out, lse, sums, lse.shape[1], *strides(grad), *strides(out)),
+        **{"D_V": d_v, "PAD_V": padded(d_v), "BLOCK": PASS_BLOCK, **FUSED},
+    )
+    return sums
 
 
 def _partial(x: Tensor, launch: Launch) -> Tensor:
