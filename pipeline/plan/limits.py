@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from megabase.pipeline.plan.profiles import CPU, Profile
 
 _GIB = 1 << 30
 _UNIT = 1024
-_MOST_RANKS = 1 << 14
 _LONGEST = 1 << 40
 
 
@@ -91,16 +91,16 @@ class Fitting:
     def largest_micro_batch(self, config: RunConfig) -> int:
         """The largest micro batch that fits and divides the global batch; 0 if none does."""
         share = config.data.global_batch // config.data_ranks(ranks_of(config))
-        sizes = [size for size in range(1, share + 1) if share % size == 0]
-        fitting = [size for size in sizes if self.fits(changed(config, "data.micro_batch", size))]
+        fitting = [size for size in divisors(share) if self.fits(changed(config, "data.micro_batch", size))]
         return max(fitting, default=0)
 
     def fewest_ranks(self, config: RunConfig) -> int | None:
         """The fewest ranks that fit; None if no number does."""
-        for ranks in range(1, min(_MOST_RANKS, config.data.global_batch * config.trainer.sequence_ranks) + 1):
-            candidate = on_ranks(config, ranks, self.profile.per_node)
+        parts = config.trainer.sequence_ranks
+        for micro_batches in divisors(config.data.global_batch // config.data.micro_batch):
+            candidate = on_ranks(config, micro_batches * parts, self.profile.per_node)
             if candidate is not None and self.fits(candidate):
-                return ranks
+                return micro_batches * parts
         return None
 
     def nearest(self, config: RunConfig) -> list[str] | None:
@@ -121,8 +121,7 @@ class Fitting:
     def _candidates(self, config: RunConfig) -> Iterator[Mapping[str, object]]:
         """Changes of settings, the nearest first."""
         micro, stage = config.data.micro_batch, config.zero.stage
-        smaller = [size for size in range(micro - 1, 0, -1) if micro % size == 0]
-        yield from ({"data.micro_batch": size} for size in smaller)
+        yield from ({"data.micro_batch": size} for size in reversed(divisors(micro)[:-1]))
         stages = [{"zero.stage": more} for more in range(stage + 1, 4)]
         yield from stages
         least: dict[str, object] = {"data.micro_batch": 1} if micro > 1 else {}
@@ -153,6 +152,12 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, from 1 to itself."""
+    low = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return low + [number // each for each in reversed(low) if each * each != number]
 
 
 def changed(config: RunConfig, key: str, value: object) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from megabase.datamodules.order.windows import WindowPlan
 from megabase.models.flops import training_flops_per_token
@@ -66,11 +65,6 @@ class Plan:
     def fitting(self) -> Fitting:
         """Which other runs of this model fit."""
         return Fitting(sum(self.parameters.values()), self.precision, self.profile)
-
-    @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return self.config.directory
 
 
 def plan(config: RunConfig, windows: WindowPlan | None, precision: str, profile: Profile) -> Plan:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megabase.pipeline.config.load import load
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.plan.limits import Fitting, changed, largest, on_ranks
+from megabase.pipeline.plan.limits import Fitting, changed, divisors, largest, on_ranks
 from megabase.pipeline.plan.profiles import read_profile
 
 H100 = read_profile("h100")
@@ -16,6 +16,11 @@ SETTINGS = ["run.name=x", "data.shards=s", "trainer.devices=8", "data.global_bat
 
 def config_of(*settings: str) -> RunConfig:
     return load([], [*SETTINGS, *settings])
+
+
+@given(st.integers(1, 500))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == [each for each in range(1, number + 1) if number % each == 0]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
