@@ -54,23 +54,16 @@ class Work:
         return fixed * config.dim * width + heads + self.rounds * config.heads * config.lsh.rounds / groups
 
 
-_OTHERS = Work(fixed=3.0, heads=8.5)
-_REST = {FEEDFORWARD: Work(fixed=2.0), HEAD: Work(fixed=6.0)}
+_REST = {FEEDFORWARD: Work(fixed=2.0), HEAD: Work(fixed=4.0)}
 WORK: Mapping[str, Mapping[str, Work]] = {
     "cpu": {
-        "local": _OTHERS,
+        **dict.fromkeys(("local", "full", "linformer", "performer"), Work(fixed=3.0, heads=8.5)),
         "lsh": Work(fixed=3.0, heads=7.0, rounds=20.0),
-        "full": _OTHERS,
-        "linformer": _OTHERS,
-        "performer": _OTHERS,
         **_REST,
     },
     "cuda": {
-        "local": _OTHERS,
-        "lsh": Work(fixed=3.0, heads=7.0, sums=2.0, rounds=20.0),
-        "full": Work(fixed=3.0, heads=8.5, sums=1.0),
-        "linformer": _OTHERS,
-        "performer": _OTHERS,
+        **dict.fromkeys(("local", "full", "linformer", "performer"), Work(fixed=3.0, heads=11.0)),
+        "lsh": Work(fixed=3.0, heads=9.0, sums=2.0, rounds=20.0),
         **_REST,
     },
 }
