@@ -238,6 +238,14 @@ class TestTogether:
     def test_padding_and_positions_that_meet_nobody(self):
         self.sparse(torch.float32).check(together)
 
+    @pytest.mark.filterwarnings("ignore:invalid value")
+    def test_nan_reaches_what_attends_to_it(self):
+        case = self.sparse(torch.float32)
+        case.tensors[1][:, 5::9] = float("nan")
+        for got, expected in zip(case.run(together), case.run(kernels.sorted_attention), strict=True):
+            assert 0 < got.isnan().sum() < got.numel()
+            assert torch.equal(got.isnan(), expected.isnan())
+
     def test_the_same_bits_again_and_in_several_parts(self, monkeypatch):
         from megabase.models.attention.kernels.triton import launch
 

@@ -95,7 +95,7 @@ def forward_rounds(
                 weights = weights * pair_scale(position[:, None], other_position[None, :], dropout)
             acc = add_product(acc * shrink[:, None], weights.to(value.dtype), value)
             peak = new_peak
-    met = total > 0.0
+    met = total != 0.0  # true of NaN, which must reach the output
     total = tl.where(met, total, 1.0)
     partial_out = Rows(partial_out + line * length * D_V, D_V)
     store_rows(partial_out, position, inside & met, acc * (1.0 / total)[:, None], D_V, PAD_V)
@@ -119,7 +119,7 @@ def merge_rounds(
     acc = tl.zeros((BLOCK, PAD_V), dtype=tl.float32)
     for number in tl.static_range(ROUNDS):
         round_lse = tl.load(partial_lse + number * length, mask=valid, other=NOT_REAL)
-        met = round_lse > NOTHING
+        met = ~(round_lse <= NOTHING)
         weight = tl.where(met, tl.exp2(round_lse - peak), 0.0)
         total += weight
         round_out = Rows(partial_out + (row * ROUNDS + number) * length * D_V, D_V)
