@@ -79,10 +79,12 @@ class _Norm(torch.autograd.Function):
         for part in _parts(rows, weight.device):
             numbers, unit = rows.numbers(part)
             of_rows, of_weights = kernels.norm_gradients(numbers, unit, weight, bias, ctx.eps, grad[part])
-            rows.add_gradients(part, of_rows)
+            if ctx.needs_input_grad[0]:
+                rows.add_gradients(part, of_rows)
             sums += of_weights
         of_weight, of_bias = sums.to(weight.dtype)
-        return rows.gradient(weight.device), of_weight, None if bias is None else of_bias, None, None
+        of_x = rows.gradient(weight.device) if ctx.needs_input_grad[0] else None
+        return of_x, of_weight, None if bias is None else of_bias, None, None
 
 
 def _parts(rows: Rows, device: torch.device) -> list[slice]:

@@ -41,7 +41,16 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from megabase.models.call import Call
 from megabase.models.precision import Precision
-from megabase.models.streams import Arithmetic, FixedPoint, FloatingPoint, Source, decoded, host_copy, moved
+from megabase.models.streams import (
+    Arithmetic,
+    FixedPoint,
+    FloatingPoint,
+    Source,
+    decoded,
+    host_copy,
+    moved,
+    wait_for_copies,
+)
 
 
 class Branch(Protocol):
@@ -170,13 +179,8 @@ def _start(arithmetic: Arithmetic, x: Tensor, *, offload: bool = False) -> tuple
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     stream = arithmetic.encode(x, invalid)
     if offload:
-        stream = host_copy(stream)
-    return stream, _copy(stream), invalid
-
-
-def _copy(stream: Tensor) -> Tensor:
-    """A copy where the stream is."""
-    return torch.empty_like(stream, pin_memory=stream.is_pinned()).copy_(stream)
+        return host_copy(stream), host_copy(stream), invalid
+    return stream, stream.clone(), invalid
 
 
 def _advance(
@@ -244,6 +248,7 @@ class _Reversible(torch.autograd.Function):
             grad_older, grad_newer = grad_newer, grad_older
         ctx.source.start = newer
         grad_context = None if context is None else context.grad
+        wait_for_copies(grad_older, ctx.source.device)
         grad_x = moved(grad_older.add_(grad_newer), ctx.source.device, ctx.x_dtype)
         return grad_x, grad_context, None, None, None, None
 
@@ -274,7 +279,9 @@ class _Forward:
     def again(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """The final streams of what both streams started as, which is overwritten."""
         invalid = torch.zeros((), dtype=torch.float32, device=self.device)
-        older, newer, _ = self.run(start, _copy(start), invalid)
+        wait_for_copies(start, self.device)
+        same = torch.empty_like(start, pin_memory=start.is_pinned()).copy_(start)
+        older, newer, _ = self.run(start, same, invalid)
         return older, newer
 
 

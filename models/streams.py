@@ -130,6 +130,12 @@ def host_copy(stream: Tensor) -> Tensor:
     return copy.copy_(stream, non_blocking=True)
 
 
+def wait_for_copies(stored: Tensor, device: torch.device) -> None:
+    """Wait until a tensor in host memory holds what a GPU copies to it. Call it before the host itself reads one."""
+    if device.type == "cuda" and in_host_memory(stored, device):
+        torch.cuda.current_stream(device).synchronize()
+
+
 def on_device(stored: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of a tensor (batch, length, width) that may be in host memory, to be changed in place where `other` is.
 
@@ -205,6 +211,8 @@ class Source:
         self.start: Tensor | None = None
         self._streams: Sequence[Tensor] | None = streams
         self._gradients = gradients
+        self._given = gradients is not None
+        self._backward_pass = -1
         self._invalid = invalid
         self._again = again
 
@@ -223,10 +231,19 @@ class Source:
         return streams, gradients
 
     def gradients(self) -> Sequence[Tensor]:
-        """The gradients so far."""
+        """The gradients that the running backward pass has added so far.
+
+        Those of an earlier one are dropped: it may have ended before the stack, which takes them. A pass for the
+        weights of the last norm alone does so.
+        """
+        if not self._given and self._backward_pass != (running := torch._C._current_graph_task_id()):
+            self._gradients, self._backward_pass = None, running
         if self._gradients is None:
             self._gradients = [
-                torch.zeros(stream.shape, dtype=self.dtype, device=stream.device) for stream in self.streams
+                torch.zeros(
+                    stream.shape, dtype=self.dtype, device=stream.device, pin_memory=stream.is_pinned()
+                )
+                for stream in self.streams
             ]
         return self._gradients
 

@@ -111,6 +111,16 @@ def test_a_second_backward_pass_through_one_graph_gives_the_same_bits():
     assert_same_bits(first, gradients(model))
 
 
+def test_a_backward_pass_that_ends_before_the_stack_leaves_no_gradients_in_the_streams():
+    model = Reformer(dataclasses.replace(TINY, depth=2))
+    run(model, reverse=True).backward()
+    expected = gradients(model)
+    loss = run(model, reverse=True)
+    torch.autograd.grad(loss, model.body.norm.weight, retain_graph=True)
+    loss.backward()
+    assert_same_bits(gradients(model), expected)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_streams_in_host_memory_give_the_same_bits(dropout, monkeypatch):
     """On a CPU the device is the host too: this is the path by pieces, with copies that nothing shares."""
