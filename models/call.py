@@ -27,7 +27,7 @@ class Call:
         context_mask: (batch, source length) bool, True where a source token is real; None means that all are.
         part: the part of every sequence that the tensors of the pass hold; None: the tensors hold whole sequences.
         heads: the heads that this process attends with.
-        source: what a branch of a reversible stack reads; None: it is given its input.
+        source: the stream that a branch of a reversible stack reads; None: the branch reads its argument x.
         grad: (batch, length, dim) fp32, the gradient of the branch's output. Set only while the backward pass of the
             reversible stack runs a branch again: the branch may then compute forward and backward together.
     """

@@ -175,7 +175,7 @@ def _of_stream(arithmetic: Arithmetic, branch: Callable[[Tensor], Tensor]) -> Ca
 
 
 def _start(arithmetic: Arithmetic, x: Tensor, *, offload: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The older stream, the one that was written last (its equal), and `invalid` (see FixedPoint)."""
+    """The older stream, the one that was written last (equal at the start), and `invalid` (see FixedPoint)."""
     invalid = torch.zeros((), dtype=torch.float32, device=x.device)
     stream = arithmetic.encode(x, invalid)
     if offload:
@@ -308,32 +308,32 @@ def _invert(
     ctx: Any,
     branch: Branch,
     after: Tensor,
-    source: Tensor,
+    stream: Tensor,
     context: Tensor | None,
     grad: Tensor,
-    grad_source: Tensor,
+    grad_stream: Tensor,
 ) -> None:
-    """Invert after = before + branch(source): `after` becomes `before`.
+    """Invert after = before + branch(stream): `after` becomes `before`.
 
     Runs the branch once, with gradients. Adds the gradients of its parameters, and of the context (a leaf), to their
-    `.grad`, and that of its source to `grad_source`.
+    `.grad`, and that of `stream` to `grad_stream`.
 
     Args:
         ctx: the context of the `_Reversible` that is running.
-        after, source: the two streams (batch, length, dim).
+        after, stream: the two streams (batch, length, dim).
         context: see Call.
-        grad, grad_source: the streams' gradients, fp32.
+        grad, grad_stream: their gradients, fp32.
     """
     arithmetic: Arithmetic = ctx.stack.arithmetic
     link = torch.zeros((), dtype=torch.float32, device=ctx.source.device, requires_grad=True)
     with torch.enable_grad():
         # Each branch reads a view of its own, so that autograd first sums the gradients within a branch.
         context_view = None if context is None else context.view_as(context)
-        read = Source(arithmetic, (source,), (grad_source,), ctx.source.device)
+        source = Source(arithmetic, (stream,), (grad_stream,), ctx.source.device)
         with ctx.precision.restored():
-            y = branch(link, replace(ctx.call, context=context_view, source=read, grad=grad))
+            y = branch(link, replace(ctx.call, context=context_view, source=source, grad=grad))
     arithmetic.subtract_(after, y.detach())
-    # The output's memory is free before its gradient needs as much.
+    # Free the output before its gradient is made, which needs as much memory.
     device, dtype, edge = y.device, y.dtype, get_gradient_edge(y)
     del y
     torch.autograd.backward(edge, moved(grad, device, dtype))

@@ -1,9 +1,9 @@
 """The two residual streams of a reversible stack: their arithmetic, and how they are read.
 
-A stream is int32 in units of 2^-16, and whoever reads it wants floats. A float copy of a long sequence's streams, and
-another for their gradients, would need as much memory as the streams themselves. So nobody is given one: a norm reads a
-`Source`, a piece of the positions at a time, and its backward pass adds the gradients, a piece at a time, to those that
-the source holds (norm.py).
+A stream is int32 in units of 2^-16, but a norm computes in floating point. A floating-point copy of a long sequence's
+streams, and another for their gradients, would need as much memory as the streams themselves. So no such copy is made:
+a norm reads a `Source`, a piece of the positions at a time, and its backward pass adds the gradients, a piece at a
+time, to those that the source holds (norm.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ SCALE = 65536.0
 
 LIMIT = 16384.0
 """Absolute value beyond which the next addition could wrap."""
-
 
 MOVED = 1 << 26
 """Numbers that are moved between host memory and device at a time."""
@@ -171,16 +170,17 @@ Arithmetic = type[FixedPoint] | type[FloatingPoint]
 class Source:
     """One stream, or both side by side, to be read in pieces; and the gradients of what was read.
 
-    Autograd knows nothing of the streams. It knows their link, a scalar 0: what reads a source is an autograd function
-    of the link (and of weights), and its backward pass calls `add_gradients`. So the backward pass of what made the
-    streams, a function that returned the link, runs after all of these, and takes the gradients.
+    The streams are not tensors of the autograd graph; a scalar 0, their link, stands for them. The function that makes
+    the streams returns the link. A function that reads the source takes the link as an input, and its backward pass
+    calls `add_gradients`. So autograd runs the backward pass of the function that made the streams after those of all
+    readers, and it calls `take`.
 
     Attributes:
         arithmetic: of the streams.
         device: that computes. The streams and their gradients may be in host memory.
         shape: (batch, length, width): width is dim for one stream, 2·dim for both.
-        dtype: of what is read, and of the gradients: fp32 (fp64 for streams in fp64).
-        start: what both streams of a stack started as, once they were taken.
+        dtype: of what is read, and of the gradients: fp32.
+        start: what both streams of a stack started as; set by the backward pass that took the streams.
     """
 
     def __init__(
@@ -201,12 +201,12 @@ class Source:
                 where the streams are.
             device: that computes; None: that of the streams.
             invalid: scalar, added to all that is read: NaN if the streams left their range.
-            again: makes the streams from `start`, if a backward pass has taken them.
+            again: makes the streams from `start`: for a second backward pass, after the first has taken them.
         """
         self.arithmetic = arithmetic
         batch, length, dim = streams[0].shape
         self.shape = torch.Size((batch, length, dim * len(streams)))
-        self.dtype = torch.promote_types(streams[0].dtype, torch.float32)
+        self.dtype = torch.float32
         self.device = streams[0].device if device is None else device
         self.start: Tensor | None = None
         self._streams: Sequence[Tensor] | None = streams
@@ -225,7 +225,7 @@ class Source:
         return self._streams
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The streams and their gradients, to be overwritten: this object then holds neither."""
+        """The streams and their gradients, which the caller may overwrite: this object then holds neither."""
         streams, gradients = list(self.streams), list(self.gradients())
         self._streams = self._gradients = None
         return streams, gradients
@@ -264,7 +264,7 @@ class Source:
 
 
 class Rows:
-    """What is computed a piece of the positions at a time: the rows of a tensor, or of a source. Takes their gradients.
+    """The rows of a tensor, or of a source, read a piece at a time; and their gradients.
 
     Args:
         x: (..., width), where there is no source.

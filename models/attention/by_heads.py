@@ -72,7 +72,7 @@ def head_groups(layer: Layer, x: Tensor, call: Call) -> list[HeadGroup]:
     Layers whose weights are not those of plain linear maps, such as Linformer's, are computed all heads at once.
     """
     heads, size = layer.config.heads, 1 if call.part is None else call.part.size
-    if heads % size:  # only layers that do not exchange heads can compute
+    if heads % size:  # only layers that exchange no heads can run
         return [HeadGroup(slice(None), None)]
     own = slice(0, heads) if call.part is None else call.part.heads(heads)
     each = own.stop - own.start
@@ -134,7 +134,7 @@ class _ByHeads(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the groups of a layer are computed. weights: those of the projections; the last one is that of the output."""
+    """Computes the groups of a layer. The argument `weights`: of the projections, and last that of the output."""
 
     layer: Layer
     call: Call
@@ -146,12 +146,12 @@ class _Plan:
         """The output (batch, length, dim)."""
         y = self._zeros(x, weights)
         for group in self.groups:
-            part = _Part.of(group, self.layer, y.dtype, shares, weights)
-            projected = [part.project(number, each) for number, each in enumerate(self._inputs(x, near))]
+            own = _GroupWeights.of(group, self.layer, y.dtype, shares, weights)
+            projected = [own.project(number, each) for number, each in enumerate(self._inputs(x, near))]
             with self.precision.restored():
-                mixed = self.layer.mix(projected, part.shares, replace(self.call, heads=group.of_process))
+                mixed = self.layer.mix(projected, own.shares, replace(self.call, heads=group.of_process))
             del projected
-            _add_products(y, mixed, part.weights[-1])
+            _add_products(y, mixed, own.weights[-1])
         return y
 
     @torch.no_grad()
@@ -162,24 +162,24 @@ class _Plan:
         y, sums = self._zeros(x, weights), _Sums.zeros(x, near, shares, weights)
         of_inputs = self._inputs(sums.x, sums.near)
         for group in self.groups:
-            part = _Part.of(group, self.layer, y.dtype, shares, weights)
+            own = _GroupWeights.of(group, self.layer, y.dtype, shares, weights)
             projected = [
-                part.project(number, each).requires_grad_()
+                own.project(number, each).requires_grad_()
                 for number, each in enumerate(self._inputs(x, near))
             ]
             with torch.enable_grad(), self.precision.restored():
-                mixed = self.layer.mix(projected, part.shares, replace(self.call, heads=group.of_process))
-            _add_products(y, mixed.detach(), part.weights[-1])
-            grad_mixed = part.add_output_gradients(sums.weights[-1], mixed.detach(), grad)
-            leaves = projected if part.shares is None else [*projected, part.shares]
+                mixed = self.layer.mix(projected, own.shares, replace(self.call, heads=group.of_process))
+            _add_products(y, mixed.detach(), own.weights[-1])
+            grad_mixed = own.add_output_gradients(sums.weights[-1], mixed.detach(), grad)
+            leaves = projected if own.shares is None else [*projected, own.shares]
             edge = get_gradient_edge(mixed)
             with torch.autocast(x.device.type, enabled=False):  # as in any backward pass
                 found = list(torch.autograd.grad(edge, leaves, grad_mixed))
             del mixed, grad_mixed, projected, leaves
-            if part.shares is not None and sums.shares is not None:
-                sums.shares.view(2, -1)[:, part.heads] += found.pop().view(2, -1)
+            if own.shares is not None and sums.shares is not None:
+                sums.shares.view(2, -1)[:, own.heads] += found.pop().view(2, -1)
             for number, (given, total) in enumerate(zip(self._inputs(x, near), of_inputs, strict=True)):
-                part.add_input_gradients(number, sums.weights[number], total, given, found[number])
+                own.add_input_gradients(number, sums.weights[number], total, given, found[number])
         return y, sums.as_gradients_of(shares, weights)
 
     def _inputs(self, x: Tensor, near: Tensor) -> list[Tensor]:
@@ -220,7 +220,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _GroupWeights:
     """The weights of a group of heads, in the dtype that is computed in.
 
     Attributes:
@@ -243,7 +243,7 @@ class _Part:
         dtype: torch.dtype,
         shares: Tensor | None,
         weights: Sequence[Tensor],
-    ) -> _Part:
+    ) -> _GroupWeights:
         device, d = weights[0].device, layer.config.width
         assert group.projected is not None
         heads = group.projected.to(device)

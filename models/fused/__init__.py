@@ -1,8 +1,8 @@
 """Elementwise work of a block on a GPU, each in one pass over memory, in Triton.
 
-`reversible`, `layers`, `positions` and `chance` call these functions if `supports(x)`, and otherwise compute the same
-in plain torch. A function is imported when it is first used, and triton with it: a machine without a GPU never imports
-triton.
+`streams`, `norm`, `layers`, `positions` and `chance` call these functions if `supports(x)`, and otherwise compute the
+same in plain torch. A function is imported when it is first used, and triton with it: a machine without a GPU never
+imports triton.
 """
 
 from __future__ import annotations

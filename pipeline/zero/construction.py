@@ -55,9 +55,10 @@ class Sharded(deepspeed.zero.Init):
 def gather_whole_branches(model: Module) -> None:
     """Let ZeRO stage 3 gather the parameters of a branch together.
 
-    A branch computes some positions or heads at a time, with the weights of the modules in it, and does not call these
-    modules, which DeepSpeed would otherwise wait for. Call it before DeepSpeed's engine is made. Without stage 3 it
-    has no effect.
+    DeepSpeed gathers the parameters of a module when the module is called. But a branch, which computes some positions
+    or heads at a time, uses the weights of the modules in it without calling them. So DeepSpeed is made to gather all
+    of them when the branch is called. Call this function before DeepSpeed's engine is made. Without stage 3 it has no
+    effect.
     """
     set_z3_leaf_modules(model, [AttentionBranch, FeedForwardBranch], raise_if_not_found=False)
 
