@@ -8,9 +8,9 @@ memory of rank 0, libraries included, and the least CPU time of its steps, becau
 libraries` compares what is left without LIBRARIES of `pipeline/plan/memory.py`.
 
 --records compares with benchmarks/results/*-h100.json only, which takes no time. They were made by earlier code
-(commits ede84ec and 0aa7d84), which kept more in memory: EARLIER has the figures of that code. The profile h100 was
-fitted to the times of these records, so they show how well one profile fits all of them, not what it predicts of other
-models.
+(commits ede84ec and 0aa7d84), which kept more in memory: EARLIER has the figures of that code. They and the profile
+h100 were fitted to these records, so this shows how well one set of figures fits all of them, not what it predicts of
+other models.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,6 @@ import numpy as np
 from megabase.datamodules.prepare.run import prepare
 from megabase.models import LocalConfig, LSHConfig, ReformerConfig
 from megabase.models.flops import keys_per_query
-from megabase.pipeline.bench.result import machine
 from megabase.pipeline.config.load import load
 from megabase.pipeline.plan.activations import FEEDFORWARD, HEAD, Work, activations_of
 from megabase.pipeline.plan.memory import LIBRARIES
@@ -40,6 +40,7 @@ from megabase.pipeline.plan.parameters import count_parameters
 from megabase.pipeline.plan.profiles import read_profile
 from megabase.pipeline.plan.request import planned
 from megabase.pipeline.plan.step import launch_seconds, pass_seconds
+from megabase.pipeline.rundir import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -257,7 +258,9 @@ def main() -> None:
     found = [*rows, *records()]
     show(found)
     if options.json:
-        described = {"rows": [asdict(row) for row in found], "machine": machine("cpu")}
+        machine = environment.describe()
+        machine["command"] = f"python -m benchmarks.plan {shlex.join(sys.argv[1:])}"
+        described = {"rows": [asdict(row) for row in found], "machine": machine}
         options.json.write_text(json.dumps(described, indent=1) + "\n")
 
 
