@@ -31,8 +31,8 @@ from megabase.models.streams import in_host_memory, moved
 LIMIT = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Numbers (positions · heads · width) of the queries of one group, by device type."""
 
-ROWS = 1 << 14
-"""Positions that a projection computes at a time."""
+ROWS = {"cpu": 1 << 14, "cuda": 1 << 17}
+"""Positions that a projection computes at a time, by device type; on a GPU enough to be worth a launch."""
 
 
 class Layer(Protocol):
@@ -77,7 +77,7 @@ def head_groups(layer: Layer, x: Tensor, call: Call) -> list[HeadGroup]:
     own = slice(0, heads) if call.part is None else call.part.heads(heads)
     each = own.stop - own.start
     numbers = x.shape[0] * x.shape[1] * heads * layer.config.width
-    least = min(each, -(-numbers // LIMIT.get(x.device.type, LIMIT["cpu"])))
+    least = min(each, -(-numbers // _of_device(LIMIT, x.device)))
     count = next(n for n in range(max(1, least), each + 1) if each % n == 0)
     if count == 1 or not layer.in_groups:
         return [HeadGroup(own, None)]
@@ -312,6 +312,11 @@ def _add_products(y: Tensor, mixed: Tensor, weight: Tensor) -> None:
             into += linear(rows.to(weight.dtype), weight)
 
 
+def _of_device(table: dict[str, int], device: torch.device) -> int:
+    """The number for a device; for one that is not in the table, that of a CPU."""
+    return table.get(device.type, table["cpu"])
+
+
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous zeros of this shape."""
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
@@ -320,5 +325,5 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors (batch, length, ...) as pieces (positions, ...) of the same positions: views of contiguous ones."""
     flat = [each.reshape(-1, each.shape[-1]) for each in tensors]
-    for part in slices(flat[0].shape[0], ROWS):
+    for part in slices(flat[0].shape[0], _of_device(ROWS, flat[0].device)):
         yield tuple(each[part] for each in flat)

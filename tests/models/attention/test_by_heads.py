@@ -40,7 +40,7 @@ CONFIG = ReformerConfig(
 def three_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the six heads in a group, and projections of few positions at a time."""
     monkeypatch.setitem(by_heads.LIMIT, "cpu", 2 * 40 * 24 // 3)
-    monkeypatch.setattr(by_heads, "ROWS", 11)
+    monkeypatch.setitem(by_heads.ROWS, "cpu", 11)
 
 
 def losses_and_gradients(model: Reformer, *, reverse: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
