@@ -70,6 +70,8 @@ def check_submission(config: RunConfig, call: Sequence[str], ranks: int) -> list
         Finding("disk", _disk(config)),
         Finding("partition", check_partition(call, partitions())),
     ]
+    if batches.warning:
+        found.append(Finding("batch", batches.warning, warning=True))
     found += _plan(config, windows.plan)
     if config.tracking.enabled:
         found.append(_mlflow(Server.of(config).uri))
@@ -94,7 +96,7 @@ def _plan(config: RunConfig, windows: WindowPlan) -> list[Finding]:
             found = [Finding("plan", f"the run {problem}", warning=True)]
     else:
         found = [Finding("plan", in_short(planned))]
-    warnings = [warning for warning in warnings_of(planned) if warning != problem]
+    warnings = [each for each in warnings_of(planned) if each not in (problem, planned.batches.warning)]
     return found + [Finding("plan", warning, warning=True) for warning in warnings]
 
 
