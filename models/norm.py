@@ -74,6 +74,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         rows, kernels = Rows(x, ctx.source), _kernels(weight)
+        if ctx.source is not None:
+            ctx.source.begin()
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         sums = torch.zeros(2, *weight.shape, dtype=rows.dtype, device=weight.device)
         for part in _parts(rows, weight.device):

@@ -212,7 +212,6 @@ class Source:
         self._streams: Sequence[Tensor] | None = streams
         self._gradients = gradients
         self._given = gradients is not None
-        self._backward_pass = -1
         self._invalid = invalid
         self._again = again
 
@@ -230,14 +229,17 @@ class Source:
         self._streams = self._gradients = None
         return streams, gradients
 
-    def gradients(self) -> Sequence[Tensor]:
-        """The gradients that the running backward pass has added so far.
+    def begin(self) -> None:
+        """Begin a backward pass: drop the gradients of an earlier one, which ended before the stack took them.
 
-        Those of an earlier one are dropped: it may have ended before the stack, which takes them. A pass for the
-        weights of the last norm alone does so.
+        A pass for the weights of the last norm alone does so. The source of both streams of a stack has one reader,
+        which calls this first.
         """
-        if not self._given and self._backward_pass != (running := torch._C._current_graph_task_id()):
-            self._gradients, self._backward_pass = None, running
+        if not self._given:
+            self._gradients = None
+
+    def gradients(self) -> Sequence[Tensor]:
+        """The gradients so far."""
         if self._gradients is None:
             self._gradients = [
                 torch.zeros(
@@ -336,5 +338,6 @@ class _Decoded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.source.begin()
         ctx.source.add_gradients(slice(None), grads[0].reshape(-1, grads[0].shape[-1]))
         return torch.zeros((), device=grads[0].device), None
