@@ -179,7 +179,7 @@ class Source:
         arithmetic: of the streams.
         device: that computes. The streams and their gradients may be in host memory.
         shape: (batch, length, width): width is dim for one stream, 2·dim for both.
-        dtype: of what is read, and of the gradients: fp32.
+        dtype: of what is read, and of the gradients: fp32 at least.
         start: what both streams of a stack started as; set by the backward pass that took the streams.
     """
 
@@ -206,7 +206,7 @@ class Source:
         self.arithmetic = arithmetic
         batch, length, dim = streams[0].shape
         self.shape = torch.Size((batch, length, dim * len(streams)))
-        self.dtype = torch.float32
+        self.dtype = torch.promote_types(streams[0].dtype, torch.float32)
         self.device = streams[0].device if device is None else device
         self.start: Tensor | None = None
         self._streams: Sequence[Tensor] | None = streams
