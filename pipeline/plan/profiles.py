@@ -119,9 +119,9 @@ def read_profile(choice: str) -> Profile:
         path = DIRECTORY / f"{choice}.yaml"
     elif not path.is_file():
         close = difflib.get_close_matches(choice.lower().replace("_", "-"), names(), n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = f": did you mean {close[0]}?" if close else " or file."
         raise UserError(
-            f"--hardware {choice}: no such profile: {hint}There are {', '.join(names())}, or a file of your own"
+            f"--hardware {choice}: no such profile{hint} Take one of {', '.join(names())}, or a file of your own"
         )
     return _checked(path, _read(path)).with_machine()
 
