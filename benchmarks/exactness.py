@@ -324,11 +324,10 @@ def elastic() -> Row:
             shards = Path(directory) / "shards"
             prepare([DATA / "lambda_phage.fna.gz"], shards, valid="0.1", progress=False)
             off[precision] = furthest(*moved(Path(directory), shards, precision))
-    ranks = ", ".join(str(part[1]) for part in CHAIN)
-    stages = ", ".join(str(part[2]) for part in CHAIN)
+    ranks, shared, stages = (", ".join(str(part[number]) for part in CHAIN) for number in (1, 2, 3))
     return Row(
-        f"a run that is resumed on {ranks} ranks at ZeRO stages {stages} (3 steps each) trains as one that stayed on"
-        " two",
+        f"a run that is resumed on {ranks} ranks, of which {shared} share each window, at ZeRO stages {stages} (3 steps"
+        " each) trains as one that stayed on two",
         f"losses differ by {off['32']:.1e} (fp32), {off['bf16']:.1e} (bf16), relative",
         "tests/pipeline/training/test_resume.py",
     )
