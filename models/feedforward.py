@@ -4,8 +4,8 @@ The hidden layer is the largest activation of a block, so only one chunk of it i
 norm and its gradients. One autograd.Function runs the chunks and returns every weight's summed gradient once. (A
 backward pass for each chunk would use a weight several times, which ZeRO 2 and 3 refuse.)
 
-Where the reversible stack runs a branch again, the gradient of its output is known already. Then forward and backward
-of a chunk run together, while its hidden layer is in the cache: chunking costs no second forward pass.
+Where the reversible stack runs a branch again, forward and backward of a chunk run together (known_gradient.py), while
+its hidden layer is in the cache: chunking costs no second forward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megabase.models.call import Call
 from megabase.models.chance import Purpose, dropout
 from megabase.models.config import ReformerConfig
+from megabase.models.known_gradient import compute
 from megabase.models.layers import linear
 from megabase.models.norm import Norm, norm
 from megabase.models.precision import Precision
@@ -42,19 +43,17 @@ class FeedForwardBranch(nn.Module):
         self.feedforward = FeedForward(config)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        inner, source = self.feedforward, call.source
-        batch = (x if source is None else source).shape[0]
-        weights = (self.norm.weight, self.norm.bias, *inner.weights)
+        source, grad = call.source, call.grad
+        chunks = self.feedforward.chunks(x.device, self.norm.eps, source)
+        weights = (self.norm.weight, self.norm.bias, *self.feedforward.weights)
         if not (call.training and self.rate):
-            return _Chunked.apply(x, source, call.grad, inner.chunks(x.device, self.norm.eps), *weights)
+            return compute(chunks, grad, x, *weights)
+        batch = (x if source is None else source).shape[0]
         keys = call.seeds.keys(Purpose.FEEDFORWARD, self.layer, batch, x.device)
-        grad = call.grad
         if grad is not None:
-            dtype = Precision.current(x.device).compute_dtype(self.norm.weight.dtype)
-            grad = moved(grad, x.device, dtype)
+            grad = moved(grad, x.device, chunks.precision.compute_dtype(self.norm.weight.dtype))
             grad = dropout(grad, self.rate, keys, call.start)
-        y = _Chunked.apply(x, source, grad, inner.chunks(x.device, self.norm.eps), *weights)
-        return dropout(y, self.rate, keys, call.start)
+        return dropout(compute(chunks, grad, x, *weights), self.rate, keys, call.start)
 
     def new_cache(self, batch: int, call: Call) -> None:
         """None: a feed-forward branch treats each token on its own, and needs nothing of the tokens before."""
@@ -84,14 +83,14 @@ class FeedForward(nn.Module):
         """The parameters, in the order in which `_feedforward` takes them."""
         return self.inner, self.inner_bias, self.outer, self.outer_bias
 
-    def chunks(self, device: torch.device, eps: float) -> _Chunks:
-        """How tokens are computed on `device`. eps: of the norm before."""
+    def chunks(self, device: torch.device, eps: float = 0.0, source: Source | None = None) -> _Chunks:
+        """How tokens are computed on `device`. eps: of the norm before. source: read instead of a tensor."""
         chunk = self.chunk or (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
-        return _Chunks(self.activation, chunk, eps, Precision.current(device))
+        return _Chunks(self.activation, chunk, eps, Precision.current(device), source)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run normalised tokens in chunks: (..., dim) -> the same."""
-        return _Chunked.apply(x, None, None, self.chunks(x.device, 0.0), None, None, *self.weights)
+        return compute(self.chunks(x.device), None, x, None, None, *self.weights)
 
 
 def _feedforward(
@@ -108,56 +107,23 @@ def _feedforward(
     return linear(hidden, outer, outer_bias)
 
 
-class _Chunked(torch.autograd.Function):
-    """Norm and feed-forward of x (..., dim), or of a source, some tokens at a time.
-
-    grad: (..., dim), the gradient that the backward pass will get, or None. With it, the forward pass computes all
-    gradients, and the backward pass returns them. weights: see `_Chunks`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        source: Source | None,
-        grad: Tensor | None,
-        chunks: _Chunks,
-        *weights: Tensor | None,
-    ) -> Tensor:
-        ctx.chunks, ctx.source, ctx.known = chunks, source, grad is not None
-        rows = Rows(x, source)
-        if grad is None:
-            ctx.save_for_backward(None if source is not None else x, *weights)
-            return chunks.forward(rows, weights)
-        y, grads = chunks.forward_and_backward(rows, grad, weights)
-        ctx.save_for_backward(*grads)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if not ctx.known:
-            x, *weights = saved
-            _, saved = ctx.chunks.forward_and_backward(Rows(x, ctx.source), grads[0], weights)
-        grad_x, *grad_weights = saved
-        return grad_x, None, None, None, *grad_weights
-
-
 @dataclass(frozen=True)
 class _Chunks:
-    """Runs norm and feed-forward in chunks of tokens, in the precision (autocast) of the forward pass.
+    """Norm and feed-forward of x (..., dim), or of a source, in chunks of tokens, in the precision of the forward pass.
 
-    weights: weight and bias of the norm (a weight of None: no norm; a bias of None: RMS norm), `FeedForward.weights`.
+    The argument `weights`: weight and bias of the norm (a weight of None: no norm; a bias of None: RMS norm), and
+    `FeedForward.weights`.
     """
 
     activation: str
     chunk: int
     eps: float
     precision: Precision
+    source: Source | None
 
-    def forward(self, rows: Rows, weights: Sequence[Tensor | None]) -> Tensor:
-        """The output (..., dim)."""
-        out: Tensor | None = None
+    def forward(self, x: Tensor, *weights: Tensor | None) -> Tensor:
+        """The output (..., dim). x: the source's link, if there is a source."""
+        rows, out = Rows(x, self.source), None
         for part in rows.parts(self.chunk):
             with self.precision.restored():
                 y = self.branch(rows.floats(part), weights)
@@ -166,10 +132,10 @@ class _Chunks:
         return out.view(rows.shape)
 
     def forward_and_backward(
-        self, rows: Rows, grad: Tensor, weights: Sequence[Tensor | None]
+        self, grad: Tensor, x: Tensor, *weights: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The output (..., dim), and the gradients of x and of every weight, given the output's gradient."""
-        out: Tensor | None = None
+        rows, out = Rows(x, self.source), None
         grad = grad.reshape(-1, grad.shape[-1])
         leaves = [None if weight is None else weight.detach().requires_grad_() for weight in weights]
         given = [leaf for leaf in leaves if leaf is not None]

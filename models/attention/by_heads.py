@@ -4,8 +4,8 @@ Between the projections of a layer there are queries, keys, values, the output a
 fourteen numbers for each position and channel. Heads do not depend on each other. So one autograd.Function projects,
 attends and projects back for a group of heads, and adds the group's part to the output, before the next group begins.
 
-Where the reversible stack runs a branch again, the gradient of its output is known already. Then forward and backward
-pass of a group run together. Every weight's gradient is returned once, summed: ZeRO 2 and 3 need that.
+Where the reversible stack runs a branch again, forward and backward pass of a group run together (known_gradient.py).
+Every weight's gradient is returned once, summed: ZeRO 2 and 3 need that.
 
 The output is a sum over groups, each rounded to the dtype that is computed in. So it differs from that of all heads at
 once by rounding. The number of groups depends on the shapes alone, never on free memory.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from megabase.models.call import Call
 from megabase.models.config import ReformerConfig
 from megabase.models.device import slices
+from megabase.models.known_gradient import compute
 from megabase.models.layers import Linear, ValuesAhead, linear
 from megabase.models.precision import Precision
 from megabase.models.streams import in_host_memory, moved
@@ -101,35 +102,7 @@ def attend_by_heads(layer: Layer, x: Tensor, near: Tensor, call: Call, groups: S
     plan, grad = _Plan(layer, replace(call, grad=None), groups, Precision.current(x.device)), call.grad
     if grad is not None and in_host_memory(grad, x.device):  # every group needs it
         grad = moved(grad, x.device, plan.precision.compute_dtype(x.dtype))
-    return _ByHeads.apply(plan, grad, x, near, shares, *(each.weight for each in maps))
-
-
-class _ByHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: _Plan,
-        grad: Tensor | None,
-        x: Tensor,
-        near: Tensor,
-        shares: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        ctx.plan, ctx.known = plan, grad is not None
-        if grad is None:
-            ctx.save_for_backward(x, near, shares, *weights)
-            return plan.forward(x, near, shares, weights)
-        y, grads = plan.forward_and_backward(grad, x, near, shares, weights)
-        ctx.save_for_backward(*grads)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if not ctx.known:
-            x, near, shares, *weights = saved
-            _, saved = ctx.plan.forward_and_backward(grads[0], x, near, shares, weights)
-        return None, None, *saved
+    return compute(plan, grad, x, near, shares, *(each.weight for each in maps))
 
 
 @dataclass(frozen=True)
@@ -142,7 +115,7 @@ class _Plan:
     precision: Precision
 
     @torch.no_grad()
-    def forward(self, x: Tensor, near: Tensor, shares: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, near: Tensor, shares: Tensor | None, *weights: Tensor) -> Tensor:
         """The output (batch, length, dim)."""
         y = self._zeros(x, weights)
         for group in self.groups:
@@ -156,7 +129,7 @@ class _Plan:
 
     @torch.no_grad()
     def forward_and_backward(
-        self, grad: Tensor, x: Tensor, near: Tensor, shares: Tensor | None, weights: Sequence[Tensor]
+        self, grad: Tensor, x: Tensor, near: Tensor, shares: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The output, and the gradients of x, near, shares and the weights, given the output's gradient."""
         y, sums = self._zeros(x, weights), _Sums.zeros(x, near, shares, weights)

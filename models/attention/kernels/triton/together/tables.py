@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabase.models.attention.kernels.inputs import Rule, SortedOrder
+from megabase.models.attention.kernels.triton.history import end_of_bucket, first_of_bucket
 from megabase.models.attention.kernels.triton.memory import load_numbers
 from megabase.models.attention.kernels.triton.tiles import INTEGERS
 from megabase.models.gpu import FUSED
@@ -80,7 +81,7 @@ def fill_tables(
     positions_row, positions_round, buckets_row, buckets_round, length, reach, rounds, steps,
     WINDOW: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The Tables of BLOCK slots of a round. Borders of buckets by bisection, with 2^steps > reach."""
+    """The Tables of BLOCK slots of a round. steps: 2^steps > reach."""
     blocks = tl.cdiv(length, BLOCK)
     line = (tl.program_id(0) // blocks).to(tl.int64)
     row, number = line // rounds, line % rounds
@@ -95,16 +96,8 @@ def fill_tables(
     if WINDOW:
         buckets = sorted_buckets + row * buckets_row + number * buckets_round
         bucket = load_numbers(buckets, slot, valid)
-        least, most = tl.maximum(slot - reach, 0), slot
-        for _ in range(steps):
-            middle = (least + most) // 2
-            same = load_numbers(buckets, middle, valid) == bucket
-            least, most = tl.where(same, least, middle + 1), tl.where(same, middle, most)
-        tl.store(slot_low + place, most, mask=valid)
+        first = first_of_bucket(buckets, bucket, slot, valid, reach, steps)
+        tl.store(slot_low + place, first, mask=valid)
         final = tl.load(real_lengths + row).to(tl.int32) - 1
-        least, most = slot, tl.maximum(tl.minimum(slot + reach, final), slot)
-        for _ in range(steps):
-            middle = (least + most + 1) // 2
-            same = load_numbers(buckets, middle, valid) == bucket
-            least, most = tl.where(same, middle, least), tl.where(same, most, middle - 1)
-        tl.store(slot_high + place, least + 1, mask=valid)
+        end = end_of_bucket(buckets, bucket, slot, valid, reach, final, steps)
+        tl.store(slot_high + place, end, mask=valid)
