@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 APPTAINER, PYXIS = RUNTIMES = ("apptainer", "pyxis")
@@ -54,3 +55,15 @@ class SlurmConfig:
     container_runtime: str = APPTAINER
     container_mounts: list[str] = field(default_factory=list)
     copy_code: bool = False
+
+
+def seconds_of_limit(time: str | None) -> int | None:
+    """`slurm.time` in seconds; None if it is not set or cannot be read, which `submit` refuses.
+
+    YAML reads an unquoted 24:00:00 as 86400, so a bare number is one of seconds.
+    """
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):)?(\d+)", time or "")
+    if not match or (match[2] and int(match[4]) > 59):
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
+from megabase.pipeline.config.slurm import seconds_of_limit
 from megabase.pipeline.plan.batches import Batches
 from megabase.pipeline.plan.memory import DEVICE, DISK, HOST, PASS, UPDATE
 from megabase.pipeline.plan.run import Plan
-from megabase.pipeline.plan.warnings import seconds_of_limit
 from megabase.pipeline.readable import counted, readable_size, readable_time
 from megabase.pipeline.tables import new_table
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
+from megabase.pipeline.config.slurm import seconds_of_limit
 from megabase.pipeline.plan.run import Plan
 from megabase.pipeline.readable import readable_size, readable_time
 
@@ -81,12 +80,3 @@ def _limits(plan: Plan) -> list[str]:
             f"slurm.time={slurm.time}: a start of the job has time for less than two steps of {readable_time(step)}"
         )
     return found
-
-
-def seconds_of_limit(time: str | None) -> int | None:
-    """`slurm.time` in seconds; None if it is not set or cannot be read, which `submit` refuses."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):)?(\d+)", time or "")
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

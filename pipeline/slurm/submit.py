@@ -19,7 +19,7 @@ from pathlib import Path
 from megabase.datamodules.files import publish
 from megabase.pipeline.config.load import save
 from megabase.pipeline.config.schema import RunConfig
-from megabase.pipeline.config.slurm import RUNTIMES, SlurmConfig
+from megabase.pipeline.config.slurm import RUNTIMES, SlurmConfig, seconds_of_limit
 from megabase.pipeline.errors import UserError
 from megabase.pipeline.hardware import precision_of
 from megabase.pipeline.rundir.paths import RunPaths
@@ -297,7 +297,9 @@ def _time_limit(slurm: SlurmConfig) -> int | None:
         raise UserError(
             f"slurm.signal_seconds={slurm.signal_seconds}: SLURM takes 1 to {LONGEST_SIGNAL_S} seconds"
         )
-    limit = None if slurm.time is None else _seconds(slurm.time)
+    limit = seconds_of_limit(slurm.time)
+    if slurm.time is not None and limit is None:
+        raise UserError(f"slurm.time={slurm.time!r}: write HH:MM:SS or D-HH:MM:SS")
     if limit is not None and limit <= slurm.signal_seconds:
         raise UserError(
             f"slurm.time={slurm.time} is {limit} s, and SLURM signals training to stop slurm.signal_seconds="
@@ -319,12 +321,3 @@ def _job_environment() -> dict[str, str]:
     }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return environment
-
-
-def _seconds(time: str) -> int:
-    """A time limit in seconds. YAML reads an unquoted 24:00:00 as 86400, so a bare number is one of seconds."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):)?(\d+)", time)
-    if not match or (match[2] and int(match[4]) > 59):
-        raise UserError(f"slurm.time={time!r}: write HH:MM:SS or D-HH:MM:SS")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

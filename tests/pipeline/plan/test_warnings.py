@@ -3,9 +3,10 @@
 import pytest
 
 from megabase.pipeline.config.load import load
+from megabase.pipeline.config.slurm import seconds_of_limit
 from megabase.pipeline.plan.profiles import read_profile
 from megabase.pipeline.plan.run import plan
-from megabase.pipeline.plan.warnings import seconds_of_limit, warnings_of
+from megabase.pipeline.plan.warnings import warnings_of
 
 SETTINGS = [
     *("run.name=x", "data.shards=s", "trainer.devices=8", "trainer.precision=bf16", "model.vocab_size=9"),
